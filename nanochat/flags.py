@@ -1,0 +1,72 @@
+"""
+Command-line flags from a frozen dataclass: one field, one flag, one line of help.
+
+    @dataclass(frozen=True)
+    class Flags:
+        depth: int = flag(20, "transformer layers; everything else follows from it")
+        source: str = flag("sft", "stage to load", short="-i", choices=("base", "sft"))
+
+    @command
+    def main(flags: Flags) -> None: ...
+
+    main()                    # reads sys.argv; `--help` shows each text with its default
+    main(["--depth", "4"])    # what the tests call
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, field, fields
+from typing import Any, TypeVar, get_type_hints
+
+from nanochat.common import UserError
+
+T = TypeVar("T")
+
+
+def flag(default: Any, help: str, short: str = "", choices: Sequence[Any] | None = None) -> Any:
+    """A dataclass field that carries its help text, a short name and the values it may take."""
+    return field(default=default, metadata={"help": help, "short": short, "choices": choices})
+
+
+def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
+    """Parses argv (sys.argv by default) into an instance of cls; exits with one line on bad input."""
+    parser = _Parser(
+        description=description, formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=32, width=120)
+    )
+    hints = get_type_hints(cls)
+    for f in fields(cls):  # type: ignore[arg-type]
+        name, kind = "--" + f.name.replace("_", "-"), hints[f.name]
+        names = [f.metadata["short"], name] if f.metadata["short"] else [name]
+        options: dict[str, Any] = {"default": f.default, "help": f.metadata["help"]}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": kind, "choices": f.metadata["choices"], "required": f.default is MISSING}
+        parser.add_argument(*names, **options)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def command(main: Callable[[Any], T]) -> Callable[..., T]:
+    """Turns main(flags) into main(argv=None): parses the flags, and shows a UserError as one line and exit code 1."""
+    cls = next(iter(get_type_hints(main).values()))
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> T:
+        flags = parse(cls, argv, sys.modules[main.__module__].__doc__)
+        try:
+            return main(flags)
+        except UserError as error:
+            raise SystemExit(f"error: {error}") from error
+
+    return run
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The script's docstring as it stands, and every flag's default."""
