@@ -1,0 +1,129 @@
+"""
+The conversation protocol: messages → token ids and loss mask. Training, chat, server and tasks all go through here.
+
+    {"messages": [
+        {"role": "user", "content": "What is 12 * 3?"},
+        {"role": "assistant", "content": [                  # or one string
+            {"type": "python", "text": "12*3"},
+            {"type": "python_output", "text": "36"},
+            {"type": "text", "text": "36."}]}]}
+
+    <|bos|> <|user_start|> What is 12 * 3? <|user_end|> <|assistant_start|>
+    <|python_start|> 12*3 <|python_end|> <|output_start|> 36 <|output_end|> 36. <|assistant_end|>
+"""
+
+import itertools
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.text import Text
+
+from nanochat.common import UserError
+from nanochat.tokenizer import Tokenizer
+
+# Kind of assistant part → (the markers around it, whether the model learns to say it; outputs are the tool's words).
+PARTS: dict[str, tuple[tuple[str, str] | None, int]] = {
+    "text": (None, 1),
+    "python": (("<|python_start|>", "<|python_end|>"), 1),
+    "python_output": (("<|output_start|>", "<|output_end|>"), 0),
+}
+SUPERVISED_STYLE, OTHER_STYLE = "green", "bright_black"
+
+
+def validate(conversation: Mapping[str, Any]) -> None:
+    """UserError, naming the message, unless user and assistant alternate, after at most one system message."""
+    messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise UserError('a conversation is {"messages": [{"role": …, "content": …}, …]}')
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise UserError(f'message {i}: expected {{"role": …, "content": …}}')
+    system = ["system"] if messages and messages[0]["role"] == "system" else []
+    if len(messages) <= len(system):
+        raise UserError("a conversation needs a user message")
+    roles = itertools.chain(system, itertools.cycle(["user", "assistant"]))
+    for i, (message, role) in enumerate(zip(messages, roles, strict=False)):
+        if message["role"] != role:
+            raise UserError(f"message {i}: expected role {role!r}, found {message['role']!r}")
+        _validate_content(i, role, message["content"])
+
+
+def _validate_content(i: int, role: str, content: Any) -> None:
+    if isinstance(content, str):
+        return
+    if role != "assistant" or not isinstance(content, Sequence):
+        expected = "a string or a list of parts" if role == "assistant" else "a string"
+        raise UserError(f"message {i}: the content of the {role} must be {expected}, found {type(content).__name__}")
+    for j, part in enumerate(content):
+        is_part = isinstance(part, Mapping) and part.get("type") in tuple(PARTS) and isinstance(part.get("text"), str)
+        if not is_part:
+            raise UserError(f'message {i}, part {j}: expected {{"type": {" | ".join(PARTS)}, "text": a string}}')
+
+
+def render(
+    conversation: Mapping[str, Any], tokenizer: Tokenizer, max_tokens: int | None = None
+) -> tuple[list[int], list[int]]:
+    """
+    The ids of a conversation and, for each, 1 where the model is to learn it and 0 elsewhere; cut at max_tokens.
+    UserError if the conversation is not valid.
+    """
+    ids: list[int] = []
+    mask: list[int] = []
+
+    def add(tokens: list[int], supervised: int) -> None:
+        ids.extend(tokens)
+        mask.extend([supervised] * len(tokens))
+
+    special, encode = tokenizer.special, tokenizer.encode
+    add([tokenizer.bos], 0)
+    for message in _turns(conversation):
+        content = message["content"]
+        if message["role"] == "user":
+            add([special("<|user_start|>"), *encode(content), special("<|user_end|>")], 0)
+            continue
+        add([special("<|assistant_start|>")], 0)
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            markers, supervised = PARTS[part["type"]]
+            tokens = encode(part["text"])
+            add([special(markers[0]), *tokens, special(markers[1])] if markers else tokens, supervised)
+        add([special("<|assistant_end|>")], 1)
+    return ids[:max_tokens], mask[:max_tokens]
+
+
+def render_for_completion(conversation: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
+    """The ids after which the assistant speaks: without the reply that the conversation may end with. Never cut."""
+    messages = _turns(conversation)
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    ids, _ = render({"messages": messages}, tokenizer)
+    return [*ids, tokenizer.special("<|assistant_start|>")]
+
+
+def _turns(conversation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The messages, checked, with the system message (the protocol has no marker for it) joined to the first user's."""
+    validate(conversation)
+    messages = list(conversation["messages"])
+    if messages[0]["role"] == "system":
+        system, user, *rest = messages
+        messages = [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+    return messages
+
+
+def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str] = string.ascii_uppercase) -> str:
+    """
+    A multiple-choice question as user content. The letter comes after its choice, and right after "=", so that small
+    models bind the two and the letter is the very token of the answer, without a space. ValueError: too few letters.
+    """
+    if len(letters) < len(choices):
+        raise ValueError(f"{len(choices)} choices but only {len(letters)} letters")
+    lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters, strict=False))
+    return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+
+
+def colour_view(ids: Sequence[int], mask: Sequence[int], tokenizer: Tokenizer) -> Text:
+    """A rendered conversation for the terminal: what the model learns in one colour, the rest in another."""
+    view = Text()
+    for supervised, run in itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
+        view.append(tokenizer.decode([token for token, _ in run]), SUPERVISED_STYLE if supervised else OTHER_STYLE)
+    return view

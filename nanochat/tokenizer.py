@@ -1,0 +1,213 @@
+"""
+Byte-level BPE in the manner of GPT-4: trained by rustbpe, run by tiktoken, stored as plain data.
+
+    tokenizer = Tokenizer.train(texts, vocab_size=32768)
+    tokenizer.save(default_dir())
+    ids = Tokenizer.load(default_dir()).encode("hello")     # begins with no bos: say so with tokenizer.bos
+"""
+
+import base64
+import functools
+import hashlib
+import io
+import json
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+import torch
+
+from nanochat.common import UserError, atomic_path, base_dir
+
+# Their ids follow the ordinary vocabulary in this order. In text they are plain characters: encode() never gives one.
+SPECIAL_TOKENS = (
+    "<|bos|>",              # begins every document and every conversation
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",     # the assistant calls the calculator
+    "<|python_end|>",
+    "<|output_start|>",     # what the calculator answers
+    "<|output_end|>",
+)
+
+# GPT-4's pattern with \p{N}{1,2} for {1,3}: three digits at a time would take too much of a small vocabulary.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+NUM_BYTES = 256
+FORMAT, VERSION = "nanochat-tokenizer", 1
+FILE_NAME, PICKLE_NAME = "tokenizer.json", "tokenizer.pkl"
+# tiktoken's regex engine panics on runs of about 10^6 spaces (measured, 0.14), so longer texts are encoded in blocks.
+MAX_BLOCK = 400_000  # characters
+
+
+def default_dir() -> Path:
+    """Where the tokenizer of this user's models lives."""
+    return base_dir() / "tokenizer"
+
+
+class Tokenizer:
+    """
+    Text to token ids and back. Safe to share between threads.
+
+    pattern: the regex that cuts text into the pieces within which bytes are merged
+    ranks:   token's bytes → id; every single byte is in it and the ids are 0 … n-1, ValueError otherwise
+    """
+
+    def __init__(self, pattern: str, ranks: Mapping[bytes, int] | Iterable[tuple[bytes, int]]) -> None:
+        ranks = dict(ranks)
+        self.pattern = pattern
+        self.tokens = sorted(ranks, key=ranks.__getitem__)  # id → bytes, without the special tokens
+        if [ranks[token] for token in self.tokens] != list(range(len(ranks))):
+            raise ValueError("the ids of the tokens are not 0, 1, 2, …")
+        if any(bytes([byte]) not in ranks for byte in range(NUM_BYTES)):
+            raise ValueError("some single bytes have no token")
+        self._special_ids = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self._encoding = tiktoken.Encoding(
+            "nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self._special_ids
+        )
+        self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
+        self.bos = self.special("<|bos|>")
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, pattern: str = SPLIT_PATTERN) -> "Tokenizer":
+        """Learns vocab_size tokens, special ones included. UserError if that is too few, or too many for the texts."""
+        import rustbpe  # only training needs it
+
+        smallest = NUM_BYTES + len(SPECIAL_TOKENS)
+        if vocab_size < smallest:
+            raise UserError(f"a vocabulary of {vocab_size} is too small: {smallest} hold the bytes and special tokens")
+        trainer = rustbpe.Tokenizer()
+        try:
+            trainer.train_from_iterator(iter(texts), vocab_size - len(SPECIAL_TOKENS), pattern=pattern)
+        except UnicodeEncodeError as error:
+            raise UserError(f"a text is not valid Unicode, clean it or leave it out: {error}") from error
+        tokenizer = cls(pattern, trainer.get_mergeable_ranks())
+        if tokenizer.vocab_size < vocab_size:
+            raise UserError(
+                f"the text has merges for a vocabulary of {tokenizer.vocab_size} only, not {vocab_size}: "
+                "train on more text or ask for fewer tokens"
+            )
+        return tokenizer
+
+    def special(self, name: str) -> int:
+        """The id of a special token, such as "<|bos|>"; KeyError for any other name."""
+        return self._special_ids[name]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, never a special one. Lone surrogates, which are no characters, become U+FFFD."""
+        if len(text) <= MAX_BLOCK:
+            return self._encoding.encode_ordinary(text)
+        blocks = (text[start : start + MAX_BLOCK] for start in range(0, len(text), MAX_BLOCK))
+        return [token for block in blocks for token in self._encoding.encode_ordinary(block)]
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 4) -> list[list[int]]:
+        """encode() of each text; tiktoken releases the GIL, so threads help."""
+        with ThreadPoolExecutor(num_threads) as pool:
+            return list(pool.map(self.encode, texts))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special tokens show their names, bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes of ids; KeyError for an id outside the vocabulary."""
+        return self._encoding.decode_bytes(ids)
+
+    def token_bytes(self) -> torch.Tensor:
+        """Bytes per token, int32 (vocab_size,), 0 for special tokens: what bits per byte divides by."""
+        return torch.tensor([len(token) for token in self.tokens] + [0] * len(SPECIAL_TOKENS), dtype=torch.int32)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that name this tokenizer: a checkpoint can tell which one it was trained with."""
+        return hashlib.sha256(json.dumps(self._to_data(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def save(self, directory: Path) -> None:
+        """Writes tokenizer.json into the folder."""
+        with atomic_path(Path(directory) / FILE_NAME) as path:
+            path.write_text(json.dumps({"format": FORMAT, "version": VERSION, **self._to_data()}))
+
+    @classmethod
+    def load(cls, directory: Path) -> "Tokenizer":
+        """Reads what save() wrote or, if there is only that, a tokenizer.pkl. UserError: none there, or a bad one."""
+        path, pickled = Path(directory) / FILE_NAME, Path(directory) / PICKLE_NAME
+        if path.exists():
+            read = cls._from_json
+        elif pickled.exists():
+            path, read = pickled, cls._from_pickle
+        else:
+            raise UserError(f"no tokenizer in {directory}: train one with `python -m scripts.tok_train`")
+        try:
+            return read(path.read_bytes())
+        except ValueError as error:
+            raise UserError(
+                f"{path} is no usable tokenizer ({error}): restore it, or train anew with `python -m scripts.tok_train`"
+            ) from error
+
+    def _to_data(self) -> dict[str, Any]:
+        return {
+            "pattern": self.pattern,
+            "special_tokens": SPECIAL_TOKENS,
+            "tokens": [base64.b64encode(token).decode() for token in self.tokens],  # by id
+        }
+
+    @classmethod
+    def _from_json(cls, content: bytes) -> "Tokenizer":
+        data = json.loads(content)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        if data.get("version") != VERSION:
+            raise ValueError(f"version {data.get('version')}, this code reads {VERSION}")
+        try:
+            ranks = {base64.b64decode(token, validate=True): i for i, token in enumerate(data["tokens"])}
+            pattern, special_tokens = data["pattern"], data["special_tokens"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"a part is missing or malformed: {error}") from error
+        if special_tokens != list(SPECIAL_TOKENS) or not isinstance(pattern, str):
+            raise ValueError(f"its special tokens are not {', '.join(SPECIAL_TOKENS)}, or it has no pattern")
+        return cls(pattern, ranks)
+
+    @classmethod
+    def _from_pickle(cls, content: bytes) -> "Tokenizer":
+        fields = read_encoding_pickle(content)
+        pattern, ranks = fields.get("pat_str"), fields.get("mergeable_ranks")
+        if not isinstance(pattern, str) or not isinstance(ranks, dict):
+            raise ValueError("it holds no pattern or no ranks")
+        if not all(type(token) is bytes and type(rank) is int for token, rank in ranks.items()):
+            raise ValueError("its ranks are not bytes → number")
+        if fields.get("special_tokens") != {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}:
+            raise ValueError(f"its special tokens are not {', '.join(SPECIAL_TOKENS)} right after the others")
+        return cls(pattern, ranks)
+
+
+def read_encoding_pickle(content: bytes) -> dict[str, Any]:
+    """
+    The fields of a pickled tiktoken.Encoding, without running anything that the pickle asks for: a pickle acts only
+    through the classes and functions that it names, and here each name but Encoding's is refused, and Encoding's
+    stands for an empty class that keeps what it is given. ValueError for any other pickle.
+    """
+
+    class Fields:
+        pass
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> type:
+            if (module, name) != ("tiktoken.core", "Encoding"):
+                raise pickle.UnpicklingError(f"it asks for {module}.{name}, which was not run")
+            return Fields
+
+    try:
+        found = Unpickler(io.BytesIO(content)).load()
+    except (pickle.PickleError, AttributeError, EOFError, LookupError, MemoryError, OverflowError, TypeError) as error:
+        # The library's documentation warns that a damaged pickle may raise more than PickleError.
+        raise ValueError(str(error) or type(error).__name__) from error
+    if not isinstance(found, Fields):
+        raise ValueError("it holds no tiktoken.Encoding")
+    return vars(found)

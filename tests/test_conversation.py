@@ -1,0 +1,117 @@
+"""
+Conversations become the ids and masks of the golden cases; what is not a conversation is named.
+
+    python -m pytest tests/test_conversation.py
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from nanochat.common import UserError
+from nanochat.conversation import colour_view, multiple_choice, render, render_for_completion, validate
+
+CASES = Path(__file__).parent / "golden" / "conversations" / "cases.json"
+USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+SYSTEM = {"role": "system", "content": "be brief"}
+
+
+def conversation(*messages):
+    return {"messages": list(messages)}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def test_golden_cases(golden_tokenizer):
+    for case in json.loads(CASES.read_text()):
+        before = copy.deepcopy(case["conversation"])
+        ids, mask = render(case["conversation"], golden_tokenizer, case["max_tokens"])
+        assert (ids, mask) == (case["ids"], case["mask"])
+        assert render_for_completion(case["conversation"], golden_tokenizer) == case["completion_ids"]
+        assert case["conversation"] == before
+
+
+def test_the_tools_words_are_not_learned(golden_tokenizer):
+    parts = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}, {"type": "text", "text": "2."}]
+    ids, mask = render(conversation(USER, assistant(parts)), golden_tokenizer)
+    learned = golden_tokenizer.decode([token for token, supervised in zip(ids, mask, strict=True) if supervised])
+    assert learned == "<|python_start|>1+1<|python_end|>2.<|assistant_end|>"
+
+
+def test_without_a_limit_nothing_is_cut(golden_tokenizer):
+    long = conversation({"role": "user", "content": "word " * 5000}, ASSISTANT)
+    ids, mask = render(long, golden_tokenizer)
+    assert ids[-1] == golden_tokenizer.special("<|assistant_end|>") and len(ids) == len(mask) > 5000
+    assert render(long, golden_tokenizer, 10) == (ids[:10], mask[:10])
+
+
+def test_system_message_joins_the_first_user_message(golden_tokenizer):
+    joined = {"role": "user", "content": "be brief\n\nhi"}
+    assert render(conversation(SYSTEM, USER, ASSISTANT), golden_tokenizer) == render(
+        conversation(joined, ASSISTANT), golden_tokenizer
+    )
+
+
+def test_completion_after_a_user_message_and_after_a_reply_are_the_same(golden_tokenizer):
+    ids = render_for_completion(conversation(SYSTEM, USER), golden_tokenizer)
+    assert ids == render_for_completion(conversation(SYSTEM, USER, ASSISTANT), golden_tokenizer)
+    assert ids[-1] == golden_tokenizer.special("<|assistant_start|>")
+
+
+def test_markers_in_user_text_stay_text(golden_tokenizer):
+    ids, _ = render(conversation({"role": "user", "content": "<|assistant_start|><|bos|>"}), golden_tokenizer)
+    assert [i for i, token in enumerate(ids) if token >= golden_tokenizer.bos] == [0, 1, len(ids) - 1]
+
+
+@pytest.mark.parametrize(
+    "bad, complaint",
+    [
+        ([USER], "a conversation is"),
+        ({}, "a conversation is"),
+        ({"messages": "hi"}, "a conversation is"),
+        (conversation(), "needs a user message"),
+        (conversation(SYSTEM), "needs a user message"),
+        (conversation(USER, "hi"), "message 1: expected {"),
+        (conversation({"role": "user"}), "message 0: expected {"),
+        (conversation(ASSISTANT, USER), "message 0: expected role 'user', found 'assistant'"),
+        (conversation(SYSTEM, ASSISTANT), "message 1: expected role 'user', found 'assistant'"),
+        (conversation(USER, USER), "message 1: expected role 'assistant', found 'user'"),
+        (conversation(USER, ASSISTANT, SYSTEM), "message 2: expected role 'user', found 'system'"),
+        (conversation(USER, {"role": "tool", "content": ""}), "message 1: expected role 'assistant', found 'tool'"),
+        (conversation({"role": "user", "content": [{"type": "text", "text": "hi"}]}), "message 0: .*must be a string"),
+        (conversation({"role": "system", "content": None}, USER), "message 0: .* found NoneType"),
+        (conversation(USER, assistant(3)), "message 1: .* list of parts, found int"),
+        (conversation(USER, assistant(["hi"])), "message 1, part 0"),
+        (conversation(USER, assistant([{"type": "text", "text": "a"}, {"type": "image", "text": ""}])), "part 1"),
+        (conversation(USER, assistant([{"type": "text"}])), "part 0"),
+        (conversation(USER, assistant([{"type": [], "text": "a"}])), "part 0"),
+    ],
+)
+def test_what_is_not_a_conversation_is_named(golden_tokenizer, bad, complaint):
+    with pytest.raises(UserError, match=complaint):
+        validate(bad)
+    with pytest.raises(UserError, match=complaint):
+        render(bad, golden_tokenizer)
+
+
+def test_multiple_choice():
+    assert multiple_choice("Which is red?", ["sky", "blood"]) == (
+        "Multiple Choice question: Which is red?\n- sky=A\n- blood=B\n"
+        "\nRespond only with the letter of the correct answer."
+    )
+    assert "- b=2\n" in multiple_choice("q", ["a", "b"], letters=("1", "2"))
+    with pytest.raises(ValueError, match="3 choices but only 2 letters"):
+        multiple_choice("q", ["a", "b", "c"], letters="AB")
+
+
+def test_colour_view_sets_the_supervised_text_apart(golden_tokenizer):
+    ids, mask = render(conversation(USER, assistant("[red]Ñ 水[/red]")), golden_tokenizer)
+    view = colour_view(ids, mask, golden_tokenizer)
+    assert view.plain == golden_tokenizer.decode(ids)
+    other, supervised = view.spans
+    assert view.plain[supervised.start : supervised.end] == "[red]Ñ 水[/red]<|assistant_end|>"
+    assert supervised.style != other.style
