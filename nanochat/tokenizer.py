@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,11 @@ class Tokenizer:
         if fields.get("special_tokens") != {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}:
             raise ValueError(f"its special tokens are not {', '.join(SPECIAL_TOKENS)} right after the others")
         return cls(pattern, ranks)
+
+
+def bytes_per_token(encode: Callable[[str], list[int]], texts: Sequence[str]) -> float:
+    """Compression of the texts: their UTF-8 bytes over their tokens. More is better."""
+    return sum(len(text.encode()) for text in texts) / sum(len(encode(text)) for text in texts)
 
 
 def read_encoding_pickle(content: bytes) -> dict[str, Any]:

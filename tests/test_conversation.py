@@ -6,14 +6,13 @@ Conversations become the ids and masks of the golden cases; what is not a conver
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
+from conftest import GOLDEN
 
 from nanochat.common import UserError
 from nanochat.conversation import colour_view, multiple_choice, render, render_for_completion, validate
 
-CASES = Path(__file__).parent / "golden" / "conversations" / "cases.json"
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 SYSTEM = {"role": "system", "content": "be brief"}
 
@@ -27,7 +26,7 @@ def assistant(content):
 
 
 def test_golden_cases(golden_tokenizer):
-    for case in json.loads(CASES.read_text()):
+    for case in json.loads((GOLDEN / "conversations" / "cases.json").read_text()):
         before = copy.deepcopy(case["conversation"])
         ids, mask = render(case["conversation"], golden_tokenizer, case["max_tokens"])
         assert (ids, mask) == (case["ids"], case["mask"])

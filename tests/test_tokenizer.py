@@ -14,21 +14,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import GOLDEN
 
 from nanochat.common import UserError
 from nanochat.tokenizer import MAX_BLOCK, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
-GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
-
 
 def golden(name):
-    return json.loads((GOLDEN / name).read_text())
+    return json.loads((GOLDEN / "tokenizer" / name).read_text())
 
 
 @pytest.mark.parametrize("name", ["nanochat", "gpt4"])
 def test_training_learns_the_golden_merges(name):
     expected = golden("merges.json")[name]
-    texts = json.loads(bz2.decompress((GOLDEN / "corpus.json.bz2").read_bytes()))
+    texts = json.loads(bz2.decompress((GOLDEN / "tokenizer" / "corpus.json.bz2").read_bytes()))
     tokenizer = Tokenizer.train(texts, expected["vocab_size"] + len(SPECIAL_TOKENS), expected["pattern"])
     assert tokenizer.tokens == [base64.b64decode(token) for token, _ in expected["ranks"]]
     assert (name == "nanochat") == (expected["pattern"] == SPLIT_PATTERN)
@@ -46,7 +45,7 @@ def test_special_tokens_and_bytes_per_token(golden_tokenizer):
     assert {name: golden_tokenizer.special(name) for name in SPECIAL_TOKENS} == golden("special_tokens.json")
     assert list(golden("special_tokens.json")) == list(SPECIAL_TOKENS)
     assert golden_tokenizer.vocab_size == 1024 and golden_tokenizer.bos == 1015
-    expected = torch.load(GOLDEN / "token_bytes.pt", weights_only=True)
+    expected = torch.load(GOLDEN / "tokenizer" / "token_bytes.pt", weights_only=True)
     assert golden_tokenizer.token_bytes().dtype == torch.int32
     assert torch.equal(golden_tokenizer.token_bytes(), expected)
     with pytest.raises(KeyError):
@@ -159,7 +158,7 @@ def test_a_malicious_pickle_runs_nothing(tmp_path):
 
 
 def test_damaged_and_unrelated_pickles_are_refused(tmp_path):
-    whole = (GOLDEN / "tokenizer.pkl").read_bytes()
+    whole = (GOLDEN / "tokenizer" / "tokenizer.pkl").read_bytes()
     rng = random.Random(0)
     damaged = [whole[:cut] for cut in range(0, len(whole), 997)]
     damaged += [bytes([rng.randrange(256)]) + whole[1:], pickle.dumps([1, 2]), b"\x80\x04ctiktoken.core\nEncoding\n)R."]

@@ -1,0 +1,74 @@
+"""
+Train the tokenizer on the training split.
+
+    python -m scripts.tok_train                                             # 32,768 tokens from 2 billion characters
+    python -m scripts.tok_train --vocab-size 4096 --max-chars 20000000      # a small one, seconds
+"""
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat import dataset
+from nanochat.common import duration, human
+from nanochat.flags import command, flag
+from nanochat.tokenizer import Tokenizer, bytes_per_token, default_dir
+
+NUM_SAMPLES = 200  # validation documents for the check at the end (arbitrary)
+
+
+@dataclass(frozen=True)
+class Flags:
+    vocab_size: int = flag(32_768, "tokens, special ones included")
+    max_chars: int = flag(2_000_000_000, "characters to train on")
+    doc_cap: int = flag(10_000, "characters of each document that count, so that long ones do not dominate")
+    data_dir: str = flag("", "folder of parquet shards; empty = $NANOCHAT_DATA_DIR or the default")
+    tokenizer_dir: str = flag("", "folder to write to; empty = tokenizer/ in $NANOCHAT_BASE_DIR")
+
+
+@command
+def main(flags: Flags) -> Tokenizer:
+    directory = Path(flags.tokenizer_dir) if flags.tokenizer_dir else default_dir()
+    train_shards, val_shards = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
+
+    texts = CappedTexts(dataset.iterate_texts(train_shards), flags.max_chars, flags.doc_cap)
+    start = time.perf_counter()
+    tokenizer = Tokenizer.train(texts, flags.vocab_size)
+    seconds = time.perf_counter() - start
+    tokenizer.save(directory)
+
+    print(f"read        {human(texts.num_docs)} documents, {human(texts.num_bytes)} bytes")
+    print(f"trained in  {duration(seconds)} ({texts.num_bytes / seconds / 1e6:.1f} MB/s)")
+    print(f"vocabulary  {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint}")
+    sample = list(itertools.islice(dataset.iterate_texts(val_shards), NUM_SAMPLES))
+    for text in sample:
+        assert tokenizer.decode(tokenizer.encode(text)) == text, "decoding does not give back what was encoded"
+    ratio = bytes_per_token(tokenizer.encode, sample)
+    print(f"validation  {ratio:.2f} bytes per token; {len(sample)} documents make the round trip")
+    print(f"saved       {directory}")
+    return tokenizer
+
+
+class CappedTexts:
+    """The first doc_cap characters of each text until max_chars are reached; counts what went through."""
+
+    def __init__(self, texts: Iterable[str], max_chars: int, doc_cap: int) -> None:
+        self.texts, self.max_chars, self.doc_cap = texts, max_chars, doc_cap
+        self.num_docs = self.num_bytes = 0
+
+    def __iter__(self) -> Iterator[str]:
+        chars_left = self.max_chars
+        for text in self.texts:
+            text = text[: min(self.doc_cap, chars_left)]
+            self.num_docs += 1
+            self.num_bytes += len(text.encode())
+            yield text
+            chars_left -= len(text)
+            if chars_left == 0:
+                return
+
+
+if __name__ == "__main__":
+    main()

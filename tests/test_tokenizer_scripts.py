@@ -1,0 +1,100 @@
+"""
+Training, comparing and looking, from the command line.
+
+    python -m pytest tests/test_tokenizer_scripts.py
+"""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from nanochat.common import UserError
+from nanochat.conversation import render
+from nanochat.tokenizer import Tokenizer
+from scripts import show_conversation, tok_eval, tok_train
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """Two training shards and one for validation, of numbered sentences."""
+    directory = tmp_path / "data"
+    directory.mkdir()
+    for shard in range(3):
+        texts = [f"Sentence {i} of shard {shard} says naïve things, as {i * i} others do." for i in range(300)]
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), directory / f"shard_{shard:05d}.parquet")
+    return directory
+
+
+def test_train_then_compare(data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+    trained = tok_train.main(["--vocab-size", "300", "--data-dir", str(data_dir)])
+    assert Tokenizer.load(tmp_path / "tokenizer").fingerprint == trained.fingerprint
+    assert trained.vocab_size == 300
+    out = capsys.readouterr().out
+    assert "600 documents" in out and "MB/s" in out and "bytes per token" in out
+
+    results = tok_eval.main(["--data-dir", str(data_dir)])
+    assert list(results) == ["news", "code", "Korean", "maths", "train split", "val split"]
+    assert all(ratios["ours"] >= 1 for ratios in results.values())
+    assert results["val split"]["ours"] > results["maths"]["ours"]
+    if "GPT-2" not in results["news"]:  # tiktoken may hold it in memory from elsewhere
+        assert "GPT-2: left out" in capsys.readouterr().out
+
+
+def test_compare_without_data_says_so(golden_tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(tmp_path / "nowhere"))
+    golden_tokenizer.save(tmp_path / "tokenizer")
+    assert list(tok_eval.main([])) == ["news", "code", "Korean", "maths"]
+    assert "train, val: left out" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="error"):
+        tok_eval.main(["--data-dir", str(tmp_path / "nowhere")])
+
+
+def test_others_are_compared_where_tiktoken_has_them(golden_tokenizer, monkeypatch):
+    monkeypatch.setattr(tok_eval.tiktoken, "get_encoding", lambda name: golden_tokenizer._encoding)
+    assert tok_eval.local_encoding("gpt2").n_vocab == golden_tokenizer.vocab_size
+
+
+def test_nothing_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("requests.get", lambda *args, **kwargs: pytest.fail("asked the network"))
+    assert tok_eval.local_encoding("p50k_base") is None
+
+
+@pytest.mark.parametrize(
+    "max_chars, doc_cap, expected",
+    [
+        (100, 10, ["aaaa", "bbbbbb", "cc"]),
+        (100, 3, ["aaa", "bbb", "cc"]),
+        (5, 3, ["aaa", "bb"]),
+        (6, 3, ["aaa", "bbb"]),
+    ],
+)
+def test_texts_are_capped(max_chars, doc_cap, expected):
+    texts = tok_train.CappedTexts(["aaaa", "bbbbbb", "cc"], max_chars, doc_cap)
+    assert list(texts) == expected
+    assert (texts.num_docs, texts.num_bytes) == (len(expected), sum(map(len, expected)))
+
+
+def test_show_conversation(golden_tokenizer, tmp_path, capsys):
+    golden_tokenizer.save(tmp_path)
+    messages = [{"role": "user", "content": "hi [there]"}, {"role": "assistant", "content": "ho"}]
+    ids, mask = render({"messages": messages}, golden_tokenizer)
+    path = tmp_path / "chats.jsonl"
+    path.write_text(f"{json.dumps(messages)}\n\n{json.dumps(messages[:1])}\n{json.dumps(messages[1:])}\n")
+    argv = ["--path", str(path), "--tokenizer-dir", str(tmp_path)]
+    show_conversation.main([*argv, "--num", "2"])
+    out = capsys.readouterr().out
+    assert f"line 1: {len(ids)} tokens, {sum(mask)} learned" in out and "line 3" in out
+    assert "<|user_start|>hi [there]<|user_end|>" in out
+    with pytest.raises(SystemExit, match="line 4: message 0"):
+        show_conversation.main(argv)
+    with pytest.raises(SystemExit, match="--path"):
+        show_conversation.main(argv[2:])
+    path.write_text("[\n")
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        list(show_conversation.read_messages(path))
