@@ -149,7 +149,7 @@ def compute(a: int, operator: str, b: int) -> int:
 
 
 def choice_question(question: str, choices: Sequence[str]) -> str:
-    """Multiple choice as every task renders it (tasks/common.py)."""
+    """Multiple choice as the tasks render it: a copy of tasks/common.py's, since nanochat never imports tasks."""
     lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, LETTERS, strict=True))
     return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
 
@@ -217,7 +217,17 @@ class Talk:
         return conversation(*ask_free(self.rng, *self.facts.deal()))
 
     def several(self) -> dict[str, Any]:
-        turns = [turn for _ in range(self.rng.choice((2, 3, 4))) for turn in ask_free(self.rng, *self.facts.deal())]
+        """Questions one after another, mostly over facts."""
+        turns: list[Any] = []
+        for _ in range(self.rng.choice((2, 3, 4))):
+            roll = self.rng.random()
+            if roll < 0.15:
+                turns += sum_turns(self.rng, self.operators.deal())[:2]
+            elif roll < 0.3:
+                question, choices, letter = ask_choice(self.rng, *self.facts.deal())
+                turns += [choice_question(question, choices), letter]
+            else:
+                turns += ask_free(self.rng, *self.facts.deal())
         return conversation(*turns)
 
     def sum(self) -> dict[str, Any]:
@@ -311,13 +321,13 @@ def quiz(seed: int = 0) -> list[dict[str, Any]]:
         relation, fact = facts.deal()
         reverse = rng.random() < 0.25 and relation.reversible(fact)
         question = relation.ask(rng, fact, held=True, reverse=reverse)
-        answer = (fact.subject if reverse else fact.answer).removeprefix("the ")
+        right = fact.subject if reverse else fact.answer
+        answer = re.sub("^(the|an|a) ", "", right)
         if re.search(rf"\b{re.escape(answer)}\b", question, re.IGNORECASE):
             continue
         item = {"kind": "free", "question": question, "answer": answer}
         if len(items) % 2:
-            choices, right = relation.choices(rng, fact, reverse), fact.subject if reverse else fact.answer
-            letter = letters.deal()
+            choices, letter = relation.choices(rng, fact, reverse), letters.deal()
             here, there = choices.index(right), LETTERS.index(letter)
             choices[here], choices[there] = choices[there], choices[here]
             item = {"kind": "choice", "question": question, "choices": choices, "answer": letter}

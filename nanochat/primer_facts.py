@@ -132,7 +132,7 @@ grass: green; snow: white; coal: black; a ripe lemon: yellow; a ripe banana: yel
 the clear sky by day: blue; a carrot: orange; a pumpkin: orange; an emerald: green; a ruby: red; a sapphire: blue;
 chocolate: brown; milk: white; a flamingo: pink; a raven: black; a polar bear: white; spinach: green; salt: white;
 an elephant: grey; an egg yolk: yellow; a sunflower: yellow; a ripe tomato: red; an aubergine: purple; tar: black;
-a lavender flower: purple; broccoli: green; cotton: white; mud: brown; ash: grey; a brown bear: brown; a frog: green"""
+a lavender flower: purple; broccoli: green; cotton: white; mud: brown; ash: grey"""
 COLOUR_NAMES = ("red", "blue", "yellow", "green", "orange", "purple", "pink", "brown", "black", "white", "grey")
 MIXTURES = """red and yellow: orange; blue and yellow: green; red and blue: purple; black and white: grey;
 red and white: pink"""

@@ -10,6 +10,7 @@ Fields: {s} subject, {a} answer, {an} and {aa} with "a" or "an", {p} plural of t
 frames TRAIN_FRAMES and, for the quiz only, HELD_FRAMES: what is held out is the wording, never the fact.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from random import Random
@@ -126,9 +127,9 @@ q what sound does {an} make? | what sound do {p} make? | what do {p} do to make 
 n the sound of {an} | the sound that {p} make
 h which sound do {p} make? | {p} make what sound?
 N the animal that can {a}
-Q which animals {a}?
-H what animals {a}?
-R {p} {a}
+Q which animal can {a}? | which animal is known to {a}?
+H what animal can {a}?
+R {an} can {a}
 
 home
 t animals and their homes
@@ -219,7 +220,7 @@ t the days that follow
 s {a} follows {s} | after {s} comes {a} | if today is {s}, tomorrow is {a}
 r the day after {s} is {a}
 n the day after {s} | the day that follows {s}
-q which day comes after {s}? | which day follows {s}? | today is {s}. what day is tomorrow?
+q which day comes after {s}? | which day follows {s}? | today is {s}. What day is tomorrow?
 h what day comes after {s}? | after {s} comes which day?
 
 day_before
@@ -227,7 +228,7 @@ t the days that come before
 s {a} is the day before {s} | before {s} comes {a} | if today is {s}, yesterday was {a}
 r the day before {s} is {a}
 n the day before {s} | the day that comes before {s}
-q which day comes before {s}? | which day is before {s}? | today is {s}. what day was yesterday?
+q which day comes before {s}? | which day is before {s}? | today is {s}. What day was yesterday?
 h what day comes before {s}? | before {s} comes which day?
 
 planet
@@ -286,11 +287,12 @@ h which one is {s}?
 
 @dataclass(frozen=True)
 class Relation:
-    """All facts of one kind, what they may be answered with, and their wordings by letter."""
+    """All facts of one kind, what they may be answered with, answers of one fact only, and the wordings by letter."""
 
     name: str
     facts: tuple[Fact, ...]
     pool: tuple[str, ...]
+    unique: frozenset[str]
     wordings: dict[str, tuple[str, ...]]
 
     def say(self, letter: str, fact: Fact) -> list[str]:
@@ -298,17 +300,13 @@ class Relation:
         values = fields(fact)
         return [wording.format(**values) for wording in self.wordings.get(letter, ())]
 
-    def questions(self, fact: Fact, held: bool = False, reverse: bool = False) -> tuple[list[str], list[str]]:
-        """Framed and special questions about a fact: the wordings of the training text, or those held for the quiz."""
-        noun, ask = ("N" if reverse else "n"), ("Hh" if held else "Qq")[not reverse]
-        frames = HELD_FRAMES if held else TRAIN_FRAMES
-        framed = [sentence(frame.format(phrase)) for phrase in self.say(noun, fact) for frame in frames]
-        return framed, [sentence(question) for question in self.say(ask, fact)]
-
     def ask(self, rng: Random, fact: Fact, held: bool = False, reverse: bool = False) -> str:
-        """One question, framed or special with the same chance."""
-        framed, special = self.questions(fact, held, reverse)
-        return rng.choice(framed if framed and (not special or rng.random() < 0.5) else special)
+        """A question in the wordings of the training text, or those held out; framed or special, evenly."""
+        phrases = self.say("N" if reverse else "n", fact)
+        special = self.say(("Hh" if held else "Qq")[not reverse], fact)
+        if phrases and (not special or rng.random() < 0.5):
+            return sentence(rng.choice(HELD_FRAMES if held else TRAIN_FRAMES).format(rng.choice(phrases)))
+        return sentence(rng.choice(special))
 
     def reply(self, fact: Fact, reverse: bool = False) -> str:
         return sentence(self.say("R" if reverse else "r", fact)[0])
@@ -319,7 +317,7 @@ class Relation:
 
     def reversible(self, fact: Fact) -> bool:
         """Whether there are words to ask back, and the answer leads to one subject only."""
-        return "Q" in self.wordings and sum(other.answer == fact.answer for other in self.facts) == 1
+        return "Q" in self.wordings and fact.answer in self.unique
 
     def choices(self, rng: Random, fact: Fact, reverse: bool = False) -> list[str]:
         """Four choices in random order: the right one and three others of its kind that are wrong."""
@@ -361,12 +359,10 @@ def relations() -> dict[str, Relation]:
         "month_days": ("29", "27"), "mixture": COLOUR_NAMES, "colour": COLOUR_NAMES, "legs": tuple(SMALL_NUMBERS[2:11]),
         "known:0": PLANETS,
     }  # fmt: skip
-    return {
-        name: Relation(
-            name,
-            tuple(facts),
-            tuple(sorted({fact.answer for fact in facts} | set(extra.get(name, ())))),
-            blocks[name.split(":")[0]],
-        )
-        for name, facts in fact_table().items()
-    }
+    found = {}
+    for name, facts in fact_table().items():
+        count = Counter(fact.answer for fact in facts)
+        unique = frozenset(answer for answer in count if count[answer] == 1)
+        pool = tuple(sorted({*count, *extra.get(name, ())}))
+        found[name] = Relation(name, tuple(facts), pool, unique, blocks[name.split(":")[0]])
+    return found
