@@ -1,0 +1,50 @@
+"""GSM8K: word problems of grade school mathematics, solved with a calculator (https://arxiv.org/abs/2110.14168)."""
+
+import re
+from typing import Any
+
+from tasks import hub
+from tasks.common import SEED, Conversation, Task, final_number
+
+
+class GSM8K(Task):
+    kind = "generative"
+
+    def __init__(self, split: str) -> None:
+        """split: "train" or "test"."""
+        self.rows = hub.load("openai/gsm8k", "main", split).shuffle(seed=SEED)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        answer = final_number(row["answer"])
+        assert answer is not None, f"no number after #### in {row['answer']!r}"
+        messages = [
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": solution_parts(row["answer"])},
+        ]
+        return {"messages": messages, "answer": str(answer)}
+
+    def is_correct(self, conversation: Conversation, completion: str) -> bool:
+        """Whether the number after "####" is the reference's, commas and trailing zeros aside."""
+        return final_number(completion) == final_number(f"#### {conversation['answer']}")
+
+
+def solution_parts(answer: str) -> list[dict[str, str]]:
+    """
+    Makes the calculator notes of a solution tool calls.
+
+    >>> [part["text"] for part in solution_parts("He has 2 * 3 = <<2*3=6>>6 eggs.")]
+    ['He has 2 * 3 = ', '2*3', '6', '6 eggs.']
+    """
+    parts = []
+    for i, piece in enumerate(re.split(r"<<(.*?)>>", answer)):  # text and notes by turns
+        if i % 2 == 0:
+            parts.append({"type": "text", "text": piece})
+        else:
+            expression, _, result = piece.rpartition("=")
+            parts.append({"type": "python", "text": expression})
+            parts.append({"type": "python_output", "text": result})
+    return [part for part in parts if part["text"]]

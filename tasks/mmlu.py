@@ -1,0 +1,26 @@
+"""MMLU: multiple-choice questions on 57 subjects, from school to profession (https://arxiv.org/abs/2009.03300)."""
+
+from typing import Any
+
+from nanochat.conversation import multiple_choice
+from tasks import hub
+from tasks.common import SEED, Task
+
+LETTERS = ["A", "B", "C", "D"]
+
+
+class MMLU(Task):
+    kind = "categorical"
+
+    def __init__(self, split: str) -> None:
+        """split: "auxiliary_train", a large collection from other tests for training; "validation", "dev" or "test"."""
+        self.rows = hub.load("cais/mmlu", "all", split).shuffle(seed=SEED)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        question = multiple_choice(row["question"], row["choices"], LETTERS)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": LETTERS[row["answer"]]}]
+        return {"messages": messages, "letters": LETTERS, "subject": row["subject"]}

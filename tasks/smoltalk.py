@@ -1,0 +1,23 @@
+"""SmolTalk, its smaller edition: conversations of many kinds, for learning to chat (https://arxiv.org/abs/2502.02737)."""
+
+from typing import Any
+
+from nanochat.conversation import validate
+from tasks import hub
+from tasks.common import SEED, Task
+
+
+class SmolTalk(Task):
+    kind = "conversations"
+
+    def __init__(self, split: str) -> None:
+        """split: "train" or "test"."""
+        self.rows = hub.load("HuggingFaceTB/smol-smoltalk", None, split).shuffle(seed=SEED)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        conversation = {"messages": self.rows[index]["messages"]}
+        validate(conversation)
+        return conversation
