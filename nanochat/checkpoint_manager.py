@@ -1,0 +1,294 @@
+"""
+Checkpoints that are whole or not there.
+
+One folder per stage and tag, in it one folder per step:
+
+    base_checkpoints/d12/step_001000/
+        model.safetensors        weights, float32
+        optimizer.safetensors    whole tensors by parameter name, whatever the number of ranks
+        data.safetensors         each rank's position in the data, packing buffer and random generators
+        state.json               format version, model configuration, loop state, flags, tokenizer fingerprint
+        manifest.json            size and CRC-32 of each file
+
+The folder is written under a temporary name, flushed to the disk and renamed: a crash, a full disk or a kill leaves the
+checkpoint before it as the newest. Writing happens in a thread; training waits only for the copy to host memory.
+
+Older checkpoints that people have, model_<step>.pt and meta_<step>.json, are read too.
+"""
+
+import json
+import pickle
+import shutil
+import threading
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from nanochat.common import UserError, atomic_path, base_dir
+from nanochat.distributed import Dist
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.muon import MuonAdamW
+from nanochat.tokenizer import Tokenizer
+from nanochat.train import TrainState
+
+FORMAT = 1
+STAGES = {  # folder, and the script that fills it
+    "base": ("base_checkpoints", "base_train"),
+    "mid": ("mid_checkpoints", "mid_train"),
+    "sft": ("chatsft_checkpoints", "chat_sft"),
+    "rl": ("chatrl_checkpoints", "chat_rl"),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One saved step: its folder (or the .pt file of an older one) and what state.json says."""
+
+    path: Path
+    step: int
+    meta: dict[str, Any]
+
+    @property
+    def config(self) -> GPTConfig:
+        return GPTConfig(**self.meta["model_config"])
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        if self.path.suffix == ".pt":
+            return _legacy_weights(self.path)
+        return load_file(self.path / "model.safetensors")
+
+    def build_model(self, device: torch.device, dtype: torch.dtype) -> GPT:
+        """The model on the device. UserError naming missing and surplus parameters if they are not this vintage's."""
+        model = GPT(self.config, device, dtype)
+        weights = self.weights()
+        expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+        if missing or surplus:
+            raise UserError(f"{self.path}: not a {self.config.vintage} model: missing {missing}, surplus {surplus}")
+        wrong = [n for n in expected if tuple(weights[n].shape) != expected[n]]
+        if wrong:
+            raise UserError(f"{self.path}: {wrong[0]} is {tuple(weights[wrong[0]].shape)}, not {expected[wrong[0]]}")
+        model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+        return model
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """UserError unless the model was trained with this tokenizer."""
+        theirs = self.meta.get("tokenizer")
+        if tokenizer.vocab_size != self.config.vocab_size or theirs not in (None, tokenizer.fingerprint):
+            raise UserError(
+                f"{self.path} was trained with another tokenizer (vocabulary {self.config.vocab_size}, here "
+                f"{tokenizer.vocab_size}): put its own back into {base_dir() / 'tokenizer'}, or train a new model"
+            )
+
+    def check_resumable(self, tokenizer: Tokenizer, config: GPTConfig) -> None:
+        """UserError unless a run with this tokenizer and model can go on from here."""
+        self.check_tokenizer(tokenizer)
+        if self.config != config:
+            raise UserError(f"{self.path} holds another model, {self.config}: give the same flags, or another --model-tag")
+
+    def restore_optimizer(self, optimizer: MuonAdamW) -> bool:
+        """Loads the optimizer's state; False if none was saved (older checkpoints)."""
+        file = self.path / "optimizer.safetensors"
+        if not file.exists():
+            return False
+        optimizer.load_full_state(load_file(file))
+        return True
+
+    def restore_run(self, optimizer: MuonAdamW, dist: Dist) -> tuple[TrainState, list[dict[str, Any]]]:
+        """For --resume: optimizer, random generators, loop state; and the data states of all ranks that saved."""
+        if not self.restore_optimizer(optimizer):
+            raise UserError(f"{self.path} holds weights only: it can be fine-tuned or chatted with, not resumed")
+        tensors = load_file(self.path / "data.safetensors")
+        ranks: list[dict[str, Any]] = [dict(state) for state in self.meta["data_states"]]
+        for name, tensor in tensors.items():
+            owner, key = name.split(".", 1)
+            ranks[int(owner)][key] = tensor
+        for i, data_state in enumerate(ranks):
+            generators = {key: data_state.pop(key) for key in [k for k in data_state if k.startswith("rng.")]}
+            if i == dist.rank:
+                _set_generators(generators, dist.device)
+        return TrainState(**self.meta["train_state"]), ranks
+
+
+class CheckpointDir:
+    """The checkpoints of one stage and tag."""
+
+    def __init__(self, stage: str, tag: str, dist: Dist | None = None, keep_last: int = -1):
+        self.path = stage_dir(stage) / tag
+        self.dist, self.keep_last = dist or Dist(torch.device("cpu")), keep_last
+        self.writer: threading.Thread | None = None
+        self.error: Exception | None = None
+
+    def save(self, model: GPT, optimizer: MuonAdamW, state: TrainState, meta: dict[str, Any]) -> None:
+        """Collective. Returns once everything is copied to host memory; `wait` says whether it reached the disk."""
+        optimizer_state = optimizer.full_state()
+        numbers = {k: v for k, v in state.data_state.items() if not isinstance(v, torch.Tensor)}
+        tensors = {k: v for k, v in state.data_state.items() if isinstance(v, torch.Tensor)}
+        everyone = self.dist.gather((numbers, tensors | _generators(self.dist.device)))
+        if not self.dist.is_main:
+            return
+        self._join()
+        if self.error:
+            print(f"warning: the last checkpoint could not be written ({self.error}); trying again", flush=True)
+        meta = meta | {
+            "format": FORMAT,
+            "step": state.step,
+            "model_config": model.config.to_dict(),
+            "train_state": state.to_dict(),
+            "data_states": [numbers for numbers, _ in everyone],
+        }
+        files = {
+            "model": {name: p.detach().to("cpu", copy=True).contiguous() for name, p in model.named_parameters()},
+            "optimizer": optimizer_state,
+            "data": {f"{rank}.{key}": t.clone() for rank, (_, ts) in enumerate(everyone) for key, t in ts.items()},
+        }
+        self.writer = threading.Thread(target=self._write, args=(state.step, files, meta))
+        self.writer.start()
+
+    def wait(self) -> None:
+        """Until the last save is on the disk. UserError if it could not be written."""
+        self._join()
+        if self.error:
+            raise UserError(f"no checkpoint could be written to {self.path}: {self.error}; last good: {self.latest()}")
+
+    def load_newest(self) -> Checkpoint | None:
+        """For --resume: the newest intact checkpoint; None, and a word about it, where nothing was saved yet."""
+        if self.steps():
+            return self.load()
+        print(f"nothing to resume in {self.path}: starting from the beginning", flush=True)
+        return None
+
+    def load(self, step: int = -1) -> Checkpoint:
+        """The newest intact checkpoint, or that of a step. UserError if there is none."""
+        steps = self.steps()
+        if step >= 0 and step not in steps:
+            have = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
+            raise UserError(f"{self.path} has no checkpoint of step {step}: {have}")
+        for candidate in [step] if step >= 0 else reversed(steps):
+            checkpoint = self._open(candidate)
+            if isinstance(checkpoint, Checkpoint):
+                return checkpoint
+            print(f"warning: {checkpoint}", flush=True)
+        raise UserError(f"no intact checkpoint in {self.path}{'' if step < 0 else f' for step {step}'}: train it again")
+
+    def steps(self) -> list[int]:
+        """Steps saved, complete as far as the names tell, in order."""
+        ours = {int(p.parent.name[5:]) for p in self.path.glob("step_*/manifest.json")}
+        legacy = {int(p.stem[6:]) for p in self.path.glob("model_*.pt") if p.stem[6:].isdigit()}
+        return sorted(ours | legacy)
+
+    def latest(self) -> str:
+        """The newest checkpoint in words."""
+        steps = self.steps()
+        return str(self.path / f"step_{steps[-1]:06d}") if steps else "no checkpoint"
+
+    def _join(self) -> None:
+        if self.writer:
+            self.writer.join()
+            self.writer = None
+
+    def _write(self, step: int, files: dict[str, dict[str, torch.Tensor]], meta: dict[str, Any]) -> None:
+        try:
+            target = self.path / f"step_{step:06d}"
+            with atomic_path(target) as folder:
+                folder.mkdir()
+                for name, tensors in files.items():
+                    save_file(tensors, folder / f"{name}.safetensors")
+                (folder / "state.json").write_text(json.dumps(meta, indent=1))
+                manifest = {f.name: {"bytes": f.stat().st_size, "crc32": _crc32(f)} for f in sorted(folder.iterdir())}
+                (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            self.error = None
+            if self.keep_last > 0:
+                for old in [s for s in self.steps() if s < step][: -self.keep_last + 1 or None]:
+                    shutil.rmtree(self.path / f"step_{old:06d}", ignore_errors=True)
+        except Exception as error:  # noqa: BLE001  whatever it is must reach the training thread
+            self.error = error
+
+    def _open(self, step: int) -> Checkpoint | str:
+        """The checkpoint if its files are what the manifest says; else what is wrong, in words."""
+        path = self.path / f"step_{step:06d}"
+        if not path.exists():
+            return _open_legacy(self.path, step)
+        try:
+            for name, expected in json.loads((path / "manifest.json").read_text()).items():
+                file = path / name
+                if file.stat().st_size != expected["bytes"] or _crc32(file) != expected["crc32"]:
+                    return f"{file} is corrupt: falling back to the checkpoint before it"
+            meta = json.loads((path / "state.json").read_text())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{path} is not readable ({error}): falling back to the checkpoint before it"
+        if meta["format"] != FORMAT:
+            raise UserError(f"{path} has format {meta['format']}, this nanochat reads {FORMAT}: use the one it is from")
+        return Checkpoint(path, step, meta)
+
+
+def stage_dir(stage: str) -> Path:
+    if stage not in STAGES:
+        raise UserError(f"unknown stage {stage!r}: use {', '.join(STAGES)}")
+    return base_dir() / STAGES[stage][0]
+
+
+def find(stage: str, tag: str = "", step: int = -1) -> Checkpoint:
+    """A stage's checkpoint: of the tag, by default the one written last; of the step, by default the newest intact."""
+    tags = sorted(p.name for p in stage_dir(stage).glob("*") if CheckpointDir(stage, p.name).steps())
+    if not tags:
+        raise UserError(f"no checkpoint in {stage_dir(stage)}: train one with python -m scripts.{STAGES[stage][1]}")
+    if tag and tag not in tags:
+        raise UserError(f"no {stage} checkpoint with tag {tag!r}: there are {', '.join(tags)}")
+    directory = CheckpointDir(stage, tag or max(tags, key=lambda t: _last_written(stage_dir(stage) / t)))
+    return directory.load(step)
+
+
+def load_model(
+    stage: str, tag: str, step: int, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype
+) -> tuple[GPT, Checkpoint]:
+    """A model to evaluate or chat with, in eval mode, checked against the tokenizer; arguments as in find."""
+    checkpoint = find(stage, tag, step)
+    checkpoint.check_tokenizer(tokenizer)
+    return checkpoint.build_model(device, dtype).eval(), checkpoint
+
+
+def _last_written(path: Path) -> float:
+    return max(p.stat().st_mtime for p in [*path.glob("step_*/manifest.json"), *path.glob("model_*.pt")])
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _generators(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_generators(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["rng.cpu"])
+    if device.type == "cuda" and "rng.cuda" in states:
+        torch.cuda.set_rng_state(states["rng.cuda"], device)
+
+
+def _open_legacy(directory: Path, step: int) -> Checkpoint | str:
+    model_file, meta_file = directory / f"model_{step:06d}.pt", directory / f"meta_{step:06d}.json"
+    try:
+        meta = json.loads(meta_file.read_text())
+        names = _legacy_weights(model_file).keys()
+        config = {"window_pattern": "L", "vintage": "modern" if "resid_lambdas" in names else "classic"}
+        meta["model_config"] = config | meta["model_config"]
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        return f"{model_file} is not readable ({error}): falling back to the checkpoint before it"
+    return Checkpoint(model_file, step, meta)
+
+
+def _legacy_weights(file: Path) -> dict[str, torch.Tensor]:
+    weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return {name.removeprefix("_orig_mod."): weight for name, weight in weights.items()}

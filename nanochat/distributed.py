@@ -1,0 +1,76 @@
+"""
+Processes that train together. Started plainly there is one; under torchrun there are many, joined in a process group
+(nccl on CUDA, gloo elsewhere). Every method works in both cases, so no caller asks which one it is.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nanochat.hardware import pick_device
+
+TIMEOUT = timedelta(minutes=60)  # rank 0 may evaluate or download alone for long while the others wait; arbitrary
+
+
+@dataclass(frozen=True)
+class Dist:
+    """This process among its peers."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any_rank(self, flag: bool) -> bool:
+        """True on every rank if it is true on one."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item()) if self.world_size > 1 else flag
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's picklable value, in the order of ranks, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def print0(self, *args: Any) -> None:
+        """print, once for all ranks."""
+        if self.is_main:
+            print(*args, flush=True)
+
+
+@contextmanager
+def init(device_name: str = "auto") -> Iterator[Dist]:
+    """Joins the process group that torchrun's environment describes, if any, for the length of a `with` block."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = pick_device(device_name, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        yield Dist(device)
+        return
+    backend, bound_device = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound_device)
+    try:
+        yield Dist(device, dist.get_rank(), world_size)
+    finally:
+        dist.destroy_process_group()

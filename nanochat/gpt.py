@@ -1,0 +1,352 @@
+"""
+The model: a decoder-only transformer with rotary positions, QK norm, relu² MLPs, sliding windows, value embeddings, and
+a few scalars that carry information past the layers.
+
+Shapes: B rows, T tokens, C = n_embd, H query heads, K key/value heads, D = C / H, V vocabulary, V' vocabulary padded.
+
+Two vintages share this file. "modern" is what is trained here. "classic" (October 2025, also known to transformers as
+NanoChatForCausalLM) has none of: q/k gain, value embeddings, smear, backout, per-layer scalars, windows.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat.attention import attend
+from nanochat.common import UserError
+
+NORM_EPS = 1.1920929e-07  # float32's epsilon, whatever the dtype
+VOCAB_MULTIPLE = 64  # tables are padded to this: matrix products like round shapes, and ranks can share the rows
+SHORT_WINDOW_MULTIPLE = 128  # block size of the attention kernels
+LOGIT_CAP = 15.0
+QK_GAIN = 1.2
+SMEAR_CHANNELS = 24
+VE_GATE_CHANNELS = 12
+VE_GATE_SCALE = 3.0
+MODERN_ROPE_BASE, CLASSIC_ROPE_BASE = 100_000.0, 10_000.0
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    sequence_len: int = 2048  # tokens of context in training; windows are fractions of it
+    vocab_size: int = 32768  # true vocabulary; logits are cut back to it
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+    window_pattern: str = "SSSL"  # tiled over the layers, S short, L full; the last layer is always L
+    vintage: str = "modern"  # or "classic"
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
+            raise UserError(
+                f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, that of n_kv_head {self.n_kv_head}"
+            )
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise UserError(f"window pattern {self.window_pattern!r}: use the letters S (short) and L (full)")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def windows(self) -> list[int]:
+        """Window of each layer, in tokens."""
+        short = math.ceil(self.sequence_len / 4 / SHORT_WINDOW_MULTIPLE) * SHORT_WINDOW_MULTIPLE
+        pattern = "L" if self.vintage == "classic" else self.window_pattern
+        sizes = {"S": min(short, self.sequence_len), "L": self.sequence_len}
+        return [sizes[pattern[i % len(pattern)]] for i in range(self.n_layer - 1)] + [self.sequence_len]
+
+    @property
+    def layers_with_value_embeds(self) -> list[int]:
+        if self.vintage == "classic":
+            return []
+        return [i for i in range(self.n_layer) if i % 2 == (self.n_layer - 1) % 2]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Cache(Protocol):
+    """What the model asks of a KV cache during one forward pass (see engine.py)."""
+
+    positions_BT: torch.Tensor
+    previous_B1C: torch.Tensor  # the un-smeared embedding before the first token; zeros at the start of a text
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor: ...
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def rotary_table(length: int, head_dim: int, base: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position * base^(-2j/D), each (length, D/2) in float32."""
+    frequencies = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the pairs (first half, second half) by minus the angle; cos and sin broadcast against (B, T, H, D/2)."""
+    x1, x2 = x_BTHD.chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+class Linear(nn.Linear):
+    """No bias; the float32 master weight is cast to the activations' dtype, so there is no autocast."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer, self.window, self.head_dim = layer, config.windows[layer], config.head_dim
+        self.gain = 1.0 if config.vintage == "classic" else QK_GAIN
+        kv_width = config.n_kv_head * config.head_dim
+        self.c_q = Linear(config.n_embd, config.n_embd)
+        self.c_k = Linear(config.n_embd, kv_width)
+        self.c_v = Linear(config.n_embd, kv_width)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.has_value_embeds = layer in config.layers_with_value_embeds
+        if self.has_value_embeds:
+            self.ve_gate = Linear(VE_GATE_CHANNELS, config.n_kv_head)
+
+    def forward(self, x_BTC, value_embed_BTKD, cos, sin, cache: Cache | None):
+        B, T, _ = x_BTC.shape
+        q = self.c_q(x_BTC).view(B, T, -1, self.head_dim)
+        k = self.c_k(x_BTC).view(B, T, -1, self.head_dim)
+        v = self.c_v(x_BTC).view(B, T, -1, self.head_dim)
+        if value_embed_BTKD is not None:
+            gate_BTK = VE_GATE_SCALE * torch.sigmoid(self.ve_gate(x_BTC[..., :VE_GATE_CHANNELS]))
+            v = v + gate_BTK.unsqueeze(-1) * value_embed_BTKD
+        q, k = self.gain * norm(rotate(q, cos, sin)), self.gain * norm(rotate(k, cos, sin))
+        if cache is None:
+            y = attend(q, k, v, self.window)
+        else:
+            y = cache.attend(self.layer, q, k, v, self.window)
+        return self.c_proj(y.reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x, value_embed, cos, sin, cache: Cache | None):
+        x = x + self.attn(norm(x), value_embed, cos, sin, cache)
+        return x + self.mlp(norm(x))
+
+
+class Trunk(nn.Module):
+    """Token embeddings and blocks, under the names that checkpoints have."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
+
+
+class GPT(nn.Module):
+    """Weights are float32 masters; `dtype` is what the forward pass computes in."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(self, config: GPTConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        device = torch.device(device)
+        with device:
+            self.transformer = Trunk(config)
+            self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
+            kv_width = config.n_kv_head * config.head_dim
+            tables = {str(i): nn.Embedding(config.padded_vocab_size, kv_width) for i in config.layers_with_value_embeds}
+            self.value_embeds = nn.ModuleDict(tables)
+            if config.vintage == "modern":
+                self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
+                self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))
+                self.smear_gate = Linear(SMEAR_CHANNELS, 1)
+                self.smear_lambda = nn.Parameter(torch.zeros(1))
+                self.backout_lambda = nn.Parameter(torch.zeros(1))
+        base = CLASSIC_ROPE_BASE if config.vintage == "classic" else MODERN_ROPE_BASE
+        cos, sin = rotary_table(config.sequence_len, config.head_dim, base, device)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @classmethod
+    def create(cls, config: GPTConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> "GPT":
+        """A new model with initial weights."""
+        model = cls(config, device, dtype)
+        model.init_weights()
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        return self.cos.device
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initial values of the modern vintage; draws from torch's global generator of the model's device."""
+        C, n_layer = self.config.n_embd, self.config.n_layer
+        bound = math.sqrt(3 / C)  # a uniform distribution of standard deviation 1/sqrt(C)
+        self.transformer.wte.weight.normal_(std=0.8)
+        self.lm_head.weight.normal_(std=0.001)
+        for block in cast(Iterable[Block], self.transformer.h):
+            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
+                linear.weight.uniform_(-bound, bound)
+            block.mlp.c_fc.weight.uniform_(-0.4 * bound, 0.4 * bound)
+            block.attn.c_proj.weight.zero_()  # every block starts as the identity
+            block.mlp.c_proj.weight.zero_()
+            if block.attn.has_value_embeds:
+                block.attn.ve_gate.weight.uniform_(0, 0.02)  # a gate barely open, on the side that learns
+        for table in self.value_embeds.parameters():
+            table.uniform_(-bound, bound)
+        self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, n_layer))
+        self.x0_lambdas.copy_(torch.linspace(0.20, 0.05, n_layer))
+        self.smear_gate.weight.uniform_(0, 0.02)
+        self.smear_lambda.zero_()
+        self.backout_lambda.fill_(0.2)
+
+    def forward(
+        self,
+        idx_BT: torch.Tensor,
+        targets_BT: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        reduction: str = "mean",
+    ) -> torch.Tensor:
+        """
+        Logits (B, T, V) in float32; with targets, the cross entropy in nats, targets of -1 left out: reduction "mean"
+        or "sum" gives a scalar, "none" gives (B, T).
+        """
+        logits = self.logits(self.hidden(idx_BT, cache))
+        if targets_BT is None:
+            return logits
+        loss = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=-1, reduction=reduction)
+        return loss.view_as(targets_BT) if reduction == "none" else loss
+
+    def hidden(self, idx_BT: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """The final normed states, (B, T, C)."""
+        if cache is None:
+            cos, sin = self.cos[: idx_BT.size(1), None], self.sin[: idx_BT.size(1), None]
+        else:
+            cos, sin = self.cos[cache.positions_BT].unsqueeze(2), self.sin[cache.positions_BT].unsqueeze(2)
+        cos, sin = cos.to(self.dtype), sin.to(self.dtype)
+        x = norm(self.transformer.wte(idx_BT).to(self.dtype))
+        modern = self.config.vintage == "modern"
+        if modern:
+            x = self.smear(x, cache)
+        x0 = middle = x
+        for i, block in enumerate(self.transformer.h):
+            if modern:
+                x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+            value_embed = None
+            if str(i) in self.value_embeds:
+                value_embed = self.value_embeds[str(i)](idx_BT).to(x.dtype)
+                value_embed = value_embed.unflatten(-1, (self.config.n_kv_head, self.config.head_dim))
+            x = block(x, value_embed, cos, sin, cache)
+            if i == self.config.n_layer // 2:
+                middle = x
+        if modern:
+            x = x - self.backout_lambda.to(x.dtype) * middle
+        return norm(x)
+
+    def smear(self, x_BTC: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+        """Mixes a little of the previous token's embedding into each, as far as a gate lets it."""
+        previous_B1C = torch.zeros_like(x_BTC[:, :1])  # the first token has none
+        if cache is not None:
+            previous_B1C = cache.previous_B1C.clone()
+            cache.previous_B1C = x_BTC[:, -1:]
+        previous_BTC = torch.cat([previous_B1C, x_BTC[:, :-1]], dim=1)
+        gate_BT1 = self.smear_lambda.to(x_BTC.dtype) * torch.sigmoid(self.smear_gate(x_BTC[..., :SMEAR_CHANNELS]))
+        return x_BTC + gate_BT1 * previous_BTC
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(…, C) → (…, V) in float32, softly capped to ±15."""
+        return LOGIT_CAP * torch.tanh(self.lm_head(hidden)[..., : self.config.vocab_size].float() / LOGIT_CAP)
+
+
+# ---- costs that follow from the configuration alone ----
+
+
+def param_counts(config: GPTConfig) -> dict[str, int]:
+    """Parameters by group, of the modern vintage or the classic."""
+    C, table_rows, kv_width = config.n_embd, config.padded_vocab_size, config.n_kv_head * config.head_dim
+    num_tables = len(config.layers_with_value_embeds)
+    counts = {
+        "wte": table_rows * C,
+        "value_embeds": num_tables * table_rows * kv_width,
+        "lm_head": table_rows * C,
+        "transformer_matrices": config.n_layer * (2 * C * C + 2 * C * kv_width + 8 * C * C)
+        + num_tables * VE_GATE_CHANNELS * config.n_kv_head,
+        "scalars": 0 if config.vintage == "classic" else 2 * config.n_layer + SMEAR_CHANNELS + 2,
+    }
+    return counts | {"total": sum(counts.values())}
+
+
+def matmul_weights(config: GPTConfig) -> int:
+    """Weights that multiply activations: each costs 2 FLOPs a token forward, 4 backward."""
+    counts = param_counts(config)
+    smear_gate = 0 if config.vintage == "classic" else SMEAR_CHANNELS
+    return counts["transformer_matrices"] + counts["lm_head"] + smear_gate
+
+
+def flops_per_token(config: GPTConfig) -> int:
+    """Forward and backward FLOPs per trained token (the PaLM paper's count: no causal discount, no embeddings)."""
+    attention = sum(12 * config.n_embd * min(window, config.sequence_len) for window in config.windows)
+    return 6 * matmul_weights(config) + attention
+
+
+def prefill_flops(config: GPTConfig, num_tokens: int) -> int:
+    """Forward FLOPs of a prompt, logits of its last token only."""
+    keys_seen = sum(_band_area(num_tokens, window) for window in config.windows)
+    head = param_counts(config)["lm_head"]
+    return 2 * (matmul_weights(config) - head) * num_tokens + 2 * head + 4 * config.n_embd * keys_seen
+
+
+def decode_flops(config: GPTConfig, context: int) -> int:
+    """Forward FLOPs of one more token after `context` tokens."""
+    keys_seen = sum(min(window, context) + 1 for window in config.windows)
+    return 2 * matmul_weights(config) + 4 * config.n_embd * keys_seen
+
+
+def kv_bytes_per_token(config: GPTConfig, dtype: torch.dtype) -> int:
+    """Bytes that one token occupies in the KV cache."""
+    return config.n_layer * 2 * config.n_kv_head * config.head_dim * dtype.itemsize
+
+
+def kv_bytes_read(config: GPTConfig, context: int, dtype: torch.dtype) -> int:
+    """Bytes of the KV cache that decoding one token reads after `context` tokens."""
+    keys_seen = sum(min(window, context) + 1 for window in config.windows)
+    return keys_seen * 2 * config.n_kv_head * config.head_dim * dtype.itemsize
+
+
+def _band_area(num_tokens: int, window: int) -> int:
+    """Number of (query, key) pairs with 0 <= query - key <= window."""
+    ramp = min(num_tokens, window + 1)
+    return ramp * (ramp + 1) // 2 + (num_tokens - ramp) * (window + 1)

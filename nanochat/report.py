@@ -1,0 +1,154 @@
+"""
+What a person sees of a run: lines on the console, a metrics file to plot, wandb if asked, and a summary that the stages
+add to one after the other.
+
+    <base>/report/metrics/<stage>-<tag>.jsonl    one JSON object per logged step
+    <base>/report/<stage>.json                   the stage's final numbers
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nanochat.common import UserError, atomic_path, base_dir, duration
+from nanochat.distributed import Dist
+from nanochat.hardware import gpu_peaks, peak_memory
+from nanochat.train import UNTIMED_STEPS, TrainState
+
+CONSOLE_SECONDS = 5.0  # between two lines about the loss; arbitrary
+
+
+def report_dir() -> Path:
+    return base_dir() / "report"
+
+
+class Logger:
+    """Logs one run of one stage. Rank 0 writes; the others do nothing."""
+
+    def __init__(
+        self,
+        stage: str,
+        tag: str,
+        config: dict[str, Any],
+        dist: Dist,
+        run: str = "",  # wandb run name; empty = no wandb
+        num_steps: int = 0,  # of the whole run, for the time left; 0 = unknown
+        flops_per_token: float = 0.0,
+        first_step: int = 0,  # a resumed run forgets what was logged after this
+    ):
+        self.stage, self.dist, self.num_steps = stage, dist, num_steps
+        self.flops_per_token, self.peaks = flops_per_token, gpu_peaks(dist.device)
+        self.last_line = 0.0
+        self.latest: dict[str, float] = {}
+        self.wandb: Any = None
+        self.file: Any = None
+        if not dist.is_main:
+            return
+        path = report_dir() / "metrics" / f"{stage}-{tag}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in _lines(path) if 0 < line.get("step", 0) <= first_step]
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in [{"config": config}, *kept]))
+        self.file = path.open("a")
+        if run:
+            self.wandb = start_wandb(run, f"{stage}-{tag}", config)
+
+    def log(self, state: TrainState, metrics: dict[str, float]) -> None:
+        """Writes the metrics of a step; the loss goes to the console every few seconds, everything else always."""
+        if not self.dist.is_main:
+            return
+        if self.peaks and self.flops_per_token and "train/tokens_per_second" in metrics:
+            flops = metrics["train/tokens_per_second"] * self.flops_per_token
+            metrics = metrics | {"train/mfu": flops / (self.peaks[0] * self.dist.world_size)}
+        self.latest |= metrics
+        self.file.write(json.dumps({"step": state.step, "seconds": round(state.seconds, 3)} | metrics) + "\n")
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log(metrics, step=state.step)
+        is_loss = "train/loss" in metrics
+        now = time.monotonic()
+        if not is_loss or now - self.last_line > CONSOLE_SECONDS or state.step in (1, self.num_steps):
+            self.last_line = now if is_loss else self.last_line
+            print(f"{self._progress(state)} | {' | '.join(_format(*item) for item in metrics.items())}", flush=True)
+
+    def finish(self, state: TrainState, **numbers: Any) -> None:
+        """Keeps the stage's final numbers for the summary, the last evaluations among them, and ends the run."""
+        if not self.dist.is_main:
+            return
+        final = {name: value for name, value in self.latest.items() if not name.startswith("train/tok")}
+        final |= {"steps": state.step, "training time": duration(state.seconds)}
+        if state.seconds:
+            final["tokens/s"] = round(state.tokens / state.seconds)
+        final["peak memory"] = f"{peak_memory(self.dist.device) / 2**30:.2f} GiB"
+        save_numbers(self.stage, final | numbers)
+        self.file.close()
+        if self.wandb:
+            self.wandb.summary.update(final | numbers)
+            self.wandb.finish()
+
+    def _progress(self, state: TrainState) -> str:
+        if not self.num_steps:
+            return f"step {state.step}"
+        left = ""
+        if state.seconds and state.tokens:
+            per_step = state.seconds / max(1, state.step - UNTIMED_STEPS)
+            left = f", {duration(per_step * (self.num_steps - state.step))} left"
+        return f"step {state.step}/{self.num_steps}{left}"
+
+
+def _format(name: str, value: float) -> str:
+    name = name.removeprefix("train/").replace("_", " ")
+    if name == "tokens per second":
+        return f"{value:,.0f} tokens/s"
+    return f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The file's JSON objects; a last line that a crash cut short is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def start_wandb(run: str, group: str, config: dict[str, Any]) -> Any:
+    """A wandb run; offline, with a word about it, where there is no account or no network."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("--run logs to wandb, which is not installed: pip install 'nanochat[wandb]'") from error
+    options = {"project": "nanochat", "name": run, "group": group, "config": config, "dir": str(base_dir())}
+    try:
+        return wandb.init(**options)
+    except wandb.errors.Error as error:
+        print(f"wandb is not reachable ({error}); logging offline, upload later with `wandb sync`", flush=True)
+        return wandb.init(**options, mode="offline")
+
+
+def save_numbers(stage: str, numbers: dict[str, Any]) -> None:
+    """Keeps a stage's final numbers for the summary."""
+    with atomic_path(report_dir() / f"{stage}.json") as temporary:
+        temporary.write_text(json.dumps({"time": time.time()} | numbers, indent=1))
+
+
+def print_summary(stages: list[str]) -> None:
+    """A table of the final numbers of those stages that have run, and the same as report/report.md."""
+    table = Table("stage", "result", "value")
+    markdown = ["# Report", "", "| stage | result | value |", "|---|---|---|"]
+    for stage in stages:
+        path = report_dir() / f"{stage}.json"
+        for name, value in (json.loads(path.read_text()) if path.exists() else {}).items():
+            if name != "time":
+                shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+                table.add_row(stage, name, shown)
+                markdown.append(f"| {stage} | {name} | {shown} |")
+    Console().print(table)
+    with atomic_path(report_dir() / "report.md") as temporary:
+        temporary.write_text("\n".join(markdown) + "\n")

@@ -1,0 +1,163 @@
+"""
+Pretrain a base model. One dial: --depth.
+
+    python -m scripts.base_train --depth 4 --head-dim 64 --max-seq-len 512 --num-iterations 100   # a laptop, minutes
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth 24                      # one 8xH100 node
+    python -m scripts.base_train --depth 24 --resume                                               # after an interruption
+"""
+
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+import torch
+
+from nanochat import dataset, distributed, hardware, recipe
+from nanochat.checkpoint_manager import CheckpointDir
+from nanochat.common import human, seed_everything
+from nanochat.dataloader import PretrainLoader, prefetch, pretrain_steps
+from nanochat.dataset import RowGroups
+from nanochat.engine import Engine, sample_prompts
+from nanochat.flags import command, flag
+from nanochat.gpt import GPT, flops_per_token, param_counts
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.muon import LearningRates, MuonAdamW, build_optimizer
+from nanochat.report import Logger
+from nanochat.tokenizer import Tokenizer, default_dir
+from nanochat.train import Hook, TrainState, token_loss, train
+
+
+@dataclass(frozen=True)
+class Flags:
+    depth: int = flag(20, "transformer layers; width, batch, steps and learning rates follow (nanochat/recipe.py)")
+    aspect_ratio: int = flag(64, "channels of width per layer")
+    head_dim: int = flag(128, "channels per attention head")
+    max_seq_len: int = flag(2048, "tokens of context")
+    window_pattern: str = flag("SSSL", "attention windows, tiled over the layers: S a quarter of the context, L all of it")
+    num_iterations: int = flag(-1, "optimizer updates; -1 = from --target-flops or the ratio")
+    target_flops: float = flag(-1.0, "training FLOPs to spend; -1 = from the ratio")
+    target_param_data_ratio: float = flag(12.0, "tokens per parameter (matrices and lm_head)")
+    device_batch_size: int = flag(32, "rows per forward pass and rank; lower it if out of memory")
+    total_batch_size: int = flag(-1, "tokens per update over all ranks; -1 = from depth and horizon")
+    embedding_lr: float = flag(0.3, "learning rate of the token embeddings, before batch and width factors")
+    unembedding_lr: float = flag(0.008, "learning rate of lm_head, before batch and width factors")
+    matrix_lr: float = flag(0.02, "learning rate of the matrices (Muon), before the batch factor")
+    scalar_lr: float = flag(0.5, "learning rate of the residual scalars, before the batch factor")
+    weight_decay: float = flag(0.28, "Muon's weight decay at the reference batch and horizon")
+    warmup_steps: int = flag(40, "updates of linear learning-rate warm-up")
+    warmdown_ratio: float = flag(0.65, "share of the run over which the learning rate falls")
+    final_lr_frac: float = flag(0.05, "learning rate at the end, as a share of the full one")
+    eval_every: int = flag(250, "updates between validations; 0 = only at the end, -1 = never")
+    eval_tokens: int = flag(80 * 524288, "validation tokens; over all ranks")
+    sample_every: int = flag(2000, "updates between samples; 0 = only at the end, -1 = never")
+    save_every: int = flag(-1, "updates between checkpoints besides the last; -1 = none")
+    keep_last: int = flag(-1, "checkpoints to keep; -1 = all")
+    resume: bool = flag(False, "continue from the newest intact checkpoint of this tag, if there is one")
+    model_tag: str = flag("", "name of the checkpoints; default d<depth>")
+    data_dir: str = flag("", "folder of parquet shards; default $NANOCHAT_DATA_DIR, else the public shards")
+    device: str = flag("auto", "cuda | mps | cpu | auto")
+    compile: bool = flag(True, "torch.compile model and optimizer where the machine can")
+    seed: int = flag(42, "of the initial weights")
+    run: str = flag("", "wandb run name; empty = console and metrics file only")
+
+
+@command
+def main(flags: Flags) -> None:
+    with distributed.init(flags.device) as dist:
+        # check: whatever can be wrong is found before anything expensive
+        device, dtype = dist.device, hardware.pick_dtype(dist.device)
+        tokenizer = Tokenizer.load(default_dir())
+        train_shards, val_shards = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
+        plan = plan_run(flags, tokenizer.vocab_size)
+        B, T = flags.device_batch_size, flags.max_seq_len
+        accumulation = recipe.accumulation_steps(plan.total_batch_size, B, T, dist.world_size)
+        tag = flags.model_tag or f"d{flags.depth}"
+        checkpoints = CheckpointDir("base", tag, dist, flags.keep_last)
+        saved = checkpoints.load_newest() if flags.resume else None
+        if saved:
+            saved.check_resumable(tokenizer, plan.model)
+
+        # build
+        hardware.tune_process(device)
+        seed_everything(flags.seed)
+        model = saved.build_model(device, dtype) if saved else GPT.create(plan.model, device, dtype)
+        compiling = flags.compile and hardware.can_compile(device)
+        optimizer = build_optimizer(
+            model, learning_rates(flags), plan.batch_factor, plan.weight_decay, dist.rank, dist.world_size, compiling
+        )
+        state, data_states = saved.restore_run(optimizer, dist) if saved else (TrainState(), [])
+        loader = PretrainLoader(tokenizer, RowGroups(train_shards), B, T, dist.rank, dist.world_size, data_states)
+        steps = prefetch(pretrain_steps(loader, accumulation, plan.num_iterations, state.step))
+        fast_model = torch.compile(model, dynamic=False) if compiling else model
+        config = {"flags": asdict(flags), "recipe": asdict(plan)}
+        logger = Logger(
+            "base_train", tag, config, dist, flags.run, plan.num_iterations, flops_per_token(plan.model), state.step
+        )
+        dist.print0(
+            f"{tag}: {human(param_counts(plan.model)['total'])} parameters, {plan.num_iterations} updates of "
+            f"{plan.total_batch_size:,} tokens ({accumulation} x {B} x {T} x {dist.world_size} ranks), "
+            f"{plan.flops:.2e} FLOPs; {hardware.describe(device)}, {dtype}{', compiled' if compiling else ''}"
+        )
+
+        # run
+        def evaluate(state: TrainState) -> dict[str, float]:
+            batches = PretrainLoader(tokenizer, RowGroups(val_shards), B, T, dist.rank, dist.world_size).batches()
+            num_batches = max(1, flags.eval_tokens // (B * T * dist.world_size))
+            bpb = evaluate_bpb(fast_model, islice(batches, num_batches), tokenizer.token_bytes(), dist)
+            return {"val/bpb": bpb}
+
+        def sample(state: TrainState) -> dict[str, float]:
+            if dist.is_main:
+                sample_prompts(Engine(model, tokenizer))
+            return {}
+
+        def save(state: TrainState) -> dict[str, float]:
+            checkpoints.save(model, optimizer, state, config | {"tokenizer": tokenizer.fingerprint})
+            return {}
+
+        hooks = [
+            Hook(flags.eval_every, evaluate),
+            Hook(flags.sample_every, sample),
+            Hook(max(flags.save_every, 0), save, when_stopped=True),
+        ]
+        lr_options = (flags.warmup_steps, flags.warmdown_ratio, flags.final_lr_frac)
+
+        def schedule(optimizer: MuonAdamW, step: int, progress: float) -> None:
+            recipe.pretrain_schedule(optimizer, step, plan.num_iterations, *lr_options)
+
+        try:
+            state = train(
+                fast_model, optimizer, steps, token_loss, schedule, hooks, logger.log, state, dist,
+                scale_loss=dtype == torch.float16, last_checkpoint=checkpoints.latest,
+            )  # fmt: skip
+        finally:
+            checkpoints.wait()
+
+        # report
+        logger.finish(state, parameters=param_counts(plan.model)["total"], flops=plan.flops)
+
+
+def plan_run(flags: Flags, vocab_size: int) -> recipe.Recipe:
+    return recipe.derive(
+        flags.depth,
+        vocab_size,
+        flags.aspect_ratio,
+        flags.head_dim,
+        flags.max_seq_len,
+        flags.window_pattern,
+        flags.target_param_data_ratio,
+        flags.total_batch_size,
+        flags.num_iterations,
+        flags.target_flops,
+        flags.weight_decay,
+    )
+
+
+def learning_rates(flags: Flags) -> LearningRates:
+    value_embedding_lr = flags.embedding_lr / 2  # as in the defaults; they are embeddings too
+    return LearningRates(
+        flags.unembedding_lr, flags.embedding_lr, value_embedding_lr, flags.matrix_lr, flags.scalar_lr
+    )
+
+
+if __name__ == "__main__":
+    main()
