@@ -56,6 +56,10 @@ class Checkpoint:
     def config(self) -> GPTConfig:
         return GPTConfig(**self.meta["model_config"])
 
+    @property
+    def tag(self) -> str:
+        return self.path.parent.name
+
     def weights(self) -> dict[str, torch.Tensor]:
         if self.path.suffix == ".pt":
             return _legacy_weights(self.path)
@@ -88,7 +92,7 @@ class Checkpoint:
         """UserError unless a run with this tokenizer and model can go on from here."""
         self.check_tokenizer(tokenizer)
         if self.config != config:
-            raise UserError(f"{self.path} holds another model, {self.config}: give the same flags, or another --model-tag")
+            raise UserError(f"{self.path} is another model, {self.config}: give its flags, or another --model-tag")
 
     def restore_optimizer(self, optimizer: MuonAdamW) -> bool:
         """Loads the optimizer's state; False if none was saved (older checkpoints)."""

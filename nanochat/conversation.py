@@ -12,6 +12,7 @@ The conversation protocol: messages → token ids and loss mask. Training, chat,
     <|python_start|> 12*3 <|python_end|> <|output_start|> 36 <|output_end|> 36. <|assistant_end|>
 """
 
+import codecs
 import itertools
 import string
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 from rich.text import Text
 
 from nanochat.common import UserError
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 # Kind of assistant part → (the markers around it, whether the model learns to say it; outputs are the tool's words).
 PARTS: dict[str, tuple[tuple[str, str] | None, int]] = {
@@ -127,3 +128,45 @@ def colour_view(ids: Sequence[int], mask: Sequence[int], tokenizer: Tokenizer) -
     for supervised, run in itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
         view.append(tokenizer.decode([token for token, _ in run]), SUPERVISED_STYLE if supervised else OTHER_STYLE)
     return view
+
+
+class PartReader:
+    """Reads an assistant's tokens as they come and tells which kind of part each piece of text belongs to."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.kinds = {tokenizer.special(m[0]): kind for kind, (m, _) in PARTS.items() if m}
+        self.ends = {tokenizer.special(m[1]) for m, _ in PARTS.values() if m}
+        self._start("text")
+
+    def read(self, token: int) -> tuple[str, str]:
+        """(kind, whole characters of it that this token completes, perhaps none)."""
+        if token in self.kinds:
+            self._start(self.kinds[token])
+        elif token in self.ends:
+            self._start("text")
+        elif token < self.tokenizer.vocab_size - len(SPECIAL_TOKENS):
+            return self.kind, self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        return self.kind, ""
+
+    def _start(self, kind: str) -> None:
+        self.kind = kind
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # characters may span tokens
+
+
+def read_parts(tokens: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, str]]:
+    """Generated tokens as the content of an assistant message: a list of parts."""
+    reader = PartReader(tokenizer)
+    parts: list[dict[str, str]] = []
+    for token in tokens:
+        kind, text = reader.read(token)
+        if text and parts and parts[-1]["type"] == kind:
+            parts[-1]["text"] += text
+        elif text:
+            parts.append({"type": kind, "text": text})
+    return parts
+
+
+def spoken_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
+    """What generated tokens say, tool calls and their outputs left out."""
+    return "".join(part["text"] for part in read_parts(tokens, tokenizer) if part["type"] == "text")

@@ -203,7 +203,12 @@ def conversation_steps(
         done = step / num_iterations if num_iterations > 0 else (next_index - len(waiting)) / len(conversations)
         rows = []
         for _ in range(rows_per_rank * world_size):
-            while len(waiting) < MIN_WAITING_CONVERSATIONS and next_index < end:
+            # A pass ends before the next begins: else the long ones of the next could crowd out this one's short ones.
+            while (
+                len(waiting) < MIN_WAITING_CONVERSATIONS
+                and next_index < end
+                and (next_index % len(conversations) or not waiting)
+            ):
                 truncated += add(next_index)
                 next_index += 1
             rows.append(_padded_row(waiting, sequence_len, tokenizer.bos))

@@ -76,6 +76,8 @@ def derive(
     weight_decay: float = REFERENCE_WEIGHT_DECAY,
 ) -> Recipe:
     """The recipe of a depth. An explicit number of steps or FLOPs sets the horizon that batch and decay follow."""
+    if data_ratio <= 0:
+        raise UserError(f"--target-param-data-ratio {data_ratio}: must be above 0")
     config = model_config(depth, vocab_size, aspect_ratio, head_dim, sequence_len, window_pattern)
     reference = model_config(REFERENCE_DEPTH, vocab_size, aspect_ratio, head_dim, sequence_len, window_pattern)
     reference_horizon = int(data_ratio * scaling_params(reference))
@@ -86,7 +88,7 @@ def derive(
         horizon = num_iterations * batch
     else:
         flops = flops_per_token(config)
-        horizon = int(target_flops / flops if target_flops > 0 else data_ratio * scaling_params(config))
+        horizon = max(1, int(target_flops / flops if target_flops > 0 else data_ratio * scaling_params(config)))
         batch = given_batch or batch_for_horizon(horizon, reference_horizon)
         num_iterations = round(target_flops / (flops * batch)) if target_flops > 0 else horizon // batch
         if num_iterations < 1:

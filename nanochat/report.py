@@ -79,7 +79,7 @@ class Logger:
         """Keeps the stage's final numbers for the summary, the last evaluations among them, and ends the run."""
         if not self.dist.is_main:
             return
-        final = {name: value for name, value in self.latest.items() if not name.startswith("train/tok")}
+        final: dict[str, Any] = {name: value for name, value in self.latest.items() if not name.startswith("train/tok")}
         final |= {"steps": state.step, "training time": duration(state.seconds)}
         if state.seconds:
             final["tokens/s"] = round(state.tokens / state.seconds)

@@ -142,7 +142,8 @@ def unscale(optimizer: MuonAdamW, state: TrainState, dist: Dist) -> bool:
     overflow, doubled after 2,000 good steps, as torch's GradScaler does; that class knows nothing of other ranks.
     """
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    torch._foreach_mul_(grads, 1 / state.loss_scale)
+    if grads:  # a rank may be without supervised tokens in a step
+        torch._foreach_mul_(grads, 1 / state.loss_scale)
     overflow = dist.any_rank(not all(bool(torch.isfinite(g).all()) for g in grads))
     state.good_steps = 0 if overflow else state.good_steps + 1
     if overflow:

@@ -1,9 +1,9 @@
 """
 Pretrain a base model. One dial: --depth.
 
-    python -m scripts.base_train --depth 4 --head-dim 64 --max-seq-len 512 --num-iterations 100   # a laptop, minutes
-    torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth 24                      # one 8xH100 node
-    python -m scripts.base_train --depth 24 --resume                                               # after an interruption
+    python -m scripts.base_train --depth 4 --head-dim 64 --max-seq-len 512 --num-iterations 100  # a laptop, minutes
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth 24                     # one 8xH100 node
+    python -m scripts.base_train --depth 24 --resume                                              # after a break
 """
 
 from dataclasses import asdict, dataclass
@@ -32,7 +32,7 @@ class Flags:
     aspect_ratio: int = flag(64, "channels of width per layer")
     head_dim: int = flag(128, "channels per attention head")
     max_seq_len: int = flag(2048, "tokens of context")
-    window_pattern: str = flag("SSSL", "attention windows, tiled over the layers: S a quarter of the context, L all of it")
+    window_pattern: str = flag("SSSL", "windows of attention, tiled over the layers: S a quarter of the context, L all")
     num_iterations: int = flag(-1, "optimizer updates; -1 = from --target-flops or the ratio")
     target_flops: float = flag(-1.0, "training FLOPs to spend; -1 = from the ratio")
     target_param_data_ratio: float = flag(12.0, "tokens per parameter (matrices and lm_head)")

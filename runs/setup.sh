@@ -1,0 +1,35 @@
+# The environment, for the scripts that source this: a virtual environment in .venv with everything installed at the
+# versions of constraints.txt. Does nothing when it is there and up to date.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+setup() {
+  local python stamp
+  stamp=$(cat pyproject.toml constraints.txt | cksum)
+  if [ "$(cat .venv/stamp 2>/dev/null || true)" != "$stamp" ]; then
+    python=$(command -v python3 || true)
+    if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+      echo "error: Python 3.10 or newer is needed: install it, e.g. apt-get install python3 python3-venv" >&2
+      return 1
+    fi
+    echo "setting up .venv ($("$python" --version), a minute or two)"
+    if ! "$python" -m venv .venv; then
+      echo "error: 'python3 -m venv' does not work here: apt-get install python3-venv, or remove .venv" >&2
+      return 1
+    fi
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+    echo "$stamp" > .venv/stamp
+  fi
+}
+
+if command -v flock >/dev/null; then  # two at once: the second waits
+  exec 9>.setup.lock
+  flock 9
+  setup
+  flock --unlock 9
+  exec 9>&-
+else
+  setup
+fi
+source .venv/bin/activate

@@ -1,0 +1,27 @@
+"""
+Print the final numbers of all stages that have run, and write them to <base>/report/report.md.
+
+    python -m scripts.report
+"""
+
+from dataclasses import dataclass
+
+from nanochat.flags import command
+from nanochat.report import print_summary
+
+STAGES = ["tok_train", "base_train", "base_eval", "mid_train", "chat_sft", "chat_rl"]
+STAGES += [f"chat_eval_{stage}" for stage in ("base", "mid", "sft", "rl")]
+
+
+@dataclass(frozen=True)
+class Flags:
+    pass
+
+
+@command
+def main(flags: Flags) -> None:
+    print_summary(STAGES)
+
+
+if __name__ == "__main__":
+    main()
