@@ -1,5 +1,6 @@
 """Shared by the tests: where the golden cases lie, and the small tokenizer that they were made with."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,15 @@ import pytest
 from nanochat.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(path: str) -> Path:
+    """A golden file of the repository, else one of the full set in $NANOCHAT_GOLDEN_DIR; skips the test without it."""
+    full = os.environ.get("NANOCHAT_GOLDEN_DIR")
+    for folder in [GOLDEN, *([Path(full)] if full else [])]:
+        if (folder / path).exists():
+            return folder / path
+    pytest.skip(f"{path} is not in the repository: set NANOCHAT_GOLDEN_DIR to a folder with the full golden set")
 
 
 @pytest.fixture(scope="session")

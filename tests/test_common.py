@@ -1,0 +1,90 @@
+"""
+Files and folders that are whole or absent, paths, seeds, formatting.
+
+    python -m pytest tests/test_common.py
+"""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.common import atomic_path, base_dir, duration, human, seed_everything
+
+
+def fill(path, kind, content):
+    """A file, or a folder with a file in a folder."""
+    if kind == "folder":
+        (path / "inner").mkdir(parents=True)
+        path = path / "inner" / "file"
+    path.write_text(content)
+
+
+def read(path):
+    return (path / "inner" / "file" if path.is_dir() else path).read_text()
+
+
+@pytest.mark.parametrize(
+    "old, new", [(None, "file"), ("file", "file"), ("folder", "file"), (None, "folder"), ("folder", "folder")]
+)
+def test_the_new_content_replaces_the_old(tmp_path, old, new):
+    target = tmp_path / "below" / "target"
+    if old:
+        target.parent.mkdir()
+        fill(target, old, "old")
+    with atomic_path(target) as temporary:
+        fill(temporary, new, "new")
+        assert temporary.parent == target.parent and temporary != target  # a rename must stay on one disk
+        assert target.exists() == bool(old)
+    assert read(target) == "new"
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("old", [True, False])
+def test_when_the_block_raises_the_old_content_stays_and_nothing_else(tmp_path, kind, old):
+    target = tmp_path / "target"
+    if old:
+        fill(target, kind, "old")
+    with pytest.raises(KeyboardInterrupt), atomic_path(target) as temporary:
+        fill(temporary, kind, "half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == ([target] if old else [])
+    assert not old or read(target) == "old"
+
+
+def test_a_block_that_writes_nothing_is_an_error_that_keeps_the_old(tmp_path):
+    target = tmp_path / "target"
+    target.write_text("old")
+    with pytest.raises(FileNotFoundError), atomic_path(target):
+        pass
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_base_dir_is_read_when_asked_for(monkeypatch):
+    monkeypatch.delenv("NANOCHAT_BASE_DIR", raising=False)
+    assert base_dir() == Path.home() / ".cache" / "nanochat"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "~/elsewhere")
+    assert base_dir() == Path.home() / "elsewhere"
+
+
+def test_one_seed_for_all():
+    drawn = []
+    for _ in range(2):
+        seed_everything(7)
+        drawn.append((random.random(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize(
+    "number, text",
+    [(0, "0"), (7.5, "7.5"), (999, "999"), (1000, "1K"), (1234567, "1.23M"), (-2.5e9, "-2.5B"), (3.1e12, "3.1T")],
+)
+def test_human(number, text):
+    assert human(number) == text
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0s"), (59.4, "59s"), (95, "1m35s"), (3600, "1h00m"), (7325, "2h02m")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text

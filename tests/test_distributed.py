@@ -1,0 +1,159 @@
+"""
+Two processes over gloo train like one with twice the accumulation, and their state is the state of one.
+
+    python -m pytest tests/test_distributed.py
+"""
+
+import os
+import socket
+
+import pytest
+import torch
+
+from nanochat import distributed
+from nanochat.common import UserError
+from nanochat.distributed import Dist
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.muon import SHARD_MIN_NUMEL, LearningRates, build_optimizer
+from nanochat.train import Step, TrainState, token_loss, train
+
+WORLD_SIZE, NUM_STEPS = 2, 3
+V, T, ROWS = 256, 48, 4  # vocabulary, tokens per row, rows per update
+
+
+def make(dist, seed=0):
+    """Depth 2, one value gate: a Muon group of one matrix for two ranks. Two tables are sharded, the third is not."""
+    torch.manual_seed(seed)
+    model = GPT.create(GPTConfig(T, V, n_layer=2, n_head=2, n_kv_head=1, n_embd=64))
+    for p in model.parameters():
+        if not p.any():  # projections start at zero, where gradients are zero: no test of anything
+            torch.nn.init.normal_(p, std=0.02)
+    assert model.transformer.wte.weight.numel() >= SHARD_MIN_NUMEL > model.value_embeds["1"].weight.numel()
+    return model, build_optimizer(model, LearningRates(), rank=dist.rank, world_size=dist.world_size)
+
+
+def steps(dist, first, last):
+    """The same rows in every update, dealt out to the ranks; together always two micro-batches of two rows."""
+    for i in range(first, last):
+        ids = torch.randint(V, (ROWS, T + 1), generator=torch.Generator().manual_seed(i))
+        halves = [(half[:, :-1], half[:, 1:], ROWS * T) for half in ids.chunk(2)]
+        yield Step(halves if dist.world_size == 1 else [halves[dist.rank]], i / 10, ROWS * T, {})
+
+
+def run(dist, model, optimizer, first, last):
+    losses = []
+
+    def schedule(optimizer, step, progress):
+        optimizer.set_schedule(0.1 * (1 - progress), 0.9, 1.0)
+
+    def log(state, metrics):
+        losses.append(metrics["train/loss"])
+
+    train(model, optimizer, steps(dist, first, last), token_loss, schedule, [], log, TrainState(), dist)
+    return losses
+
+
+def report(dist, restore_from=None):
+    """What one rank knows after training: weights, state, losses."""
+    model, optimizer = make(dist)
+    if restore_from:
+        model, optimizer = make(dist, seed=1)
+        model.load_state_dict(restore_from["weights"])
+        optimizer.load_full_state(restore_from["state"])
+        losses = run(dist, model, optimizer, NUM_STEPS, 2 * NUM_STEPS)
+    else:
+        losses = run(dist, model, optimizer, 0, NUM_STEPS)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {"weights": weights, "state": optimizer.full_state(), "losses": losses}
+
+
+def worker(rank, port, folder):
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE)}
+    with distributed.init("cpu") as dist:
+        dist.barrier()
+        dist.print0("once")
+        result = {
+            "is_main": dist.is_main,
+            "sum": dist.sum(torch.tensor([1.0, rank])).tolist(),
+            "any": [dist.any_rank(rank == 1), dist.any_rank(True), dist.any_rank(False)],
+            "gather": dist.gather({"rank": rank}),
+            "trained": report(dist),
+            "restored": report(dist, torch.load(folder / "one.pt", weights_only=True)),
+        }
+    torch.save(result, folder / f"rank{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """(one rank after 3 updates, the same after 3 more, what each of two ranks reports)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    alone = Dist(torch.device("cpu"))
+    first = report(alone)
+    torch.save(first, folder / "one.pt")
+    second = report(alone, restore_from=first)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (port, folder), nprocs=WORLD_SIZE)
+    return first, second, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
+
+
+def assert_close(ours, theirs):
+    """By norm: rounding may turn single signs in the decay of MuonAdamW (see test_muon.py)."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        error, norm = (ours[name] - tensor).float().norm(), tensor.float().norm()
+        assert error <= 1e-3 * norm, f"{name}: {error / norm:.1e}"
+
+
+def test_two_ranks_train_like_one_with_twice_the_accumulation(results):
+    one, _, ranks = results
+    for rank in ranks:
+        assert_close(rank["trained"]["weights"], one["weights"])
+        assert rank["trained"]["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    for name, weight in ranks[0]["trained"]["weights"].items():
+        assert torch.equal(weight, ranks[1]["trained"]["weights"][name]), f"{name} differs between the ranks"
+
+
+def test_the_gathered_state_is_the_state_of_one_rank(results):
+    one, _, ranks = results
+    for rank in ranks:
+        state = rank["trained"]["state"]
+        assert {name: tensor.shape for name, tensor in state.items()} == {n: t.shape for n, t in one["state"].items()}
+        assert_close(state, one["state"])
+
+
+def test_the_state_of_one_rank_restores_into_two(results):
+    _, second, ranks = results
+    for rank in ranks:
+        assert_close(rank["restored"]["weights"], second["weights"])
+        assert_close(rank["restored"]["state"], second["state"])
+        assert rank["restored"]["losses"] == pytest.approx(second["losses"], rel=1e-5)
+
+
+def test_collectives(results):
+    *_, ranks = results
+    assert [rank["is_main"] for rank in ranks] == [True, False]
+    for rank in ranks:
+        assert rank["sum"] == [2.0, 1.0]
+        assert rank["any"] == [True, True, False]
+        assert rank["gather"] == [{"rank": 0}, {"rank": 1}]
+
+
+def test_a_single_process_needs_no_group(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with distributed.init("cpu") as dist:
+        assert (dist.rank, dist.world_size, dist.is_main) == (0, 1, True)
+        assert dist.sum(torch.tensor([3.0])).tolist() == [3.0]
+        assert dist.any_rank(True) is True and dist.any_rank(False) is False
+        assert dist.gather("x") == ["x"]
+        dist.barrier()
+        assert not torch.distributed.is_initialized()
+
+
+def test_an_unknown_device_is_found_before_anything_is_joined(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="--device"), distributed.init("tpu"):
+        pass

@@ -1,0 +1,101 @@
+"""
+Flags from a dataclass, and errors that are one line.
+
+    python -m pytest tests/test_flags.py
+"""
+
+from dataclasses import MISSING, dataclass
+
+import pytest
+
+from nanochat.common import UserError
+from nanochat.flags import command, flag, parse
+
+
+@dataclass(frozen=True)
+class Flags:
+    depth: int = flag(20, "transformer layers")
+    matrix_lr: float = flag(0.02, "learning rate of the matrices")
+    source: str = flag("sft", "stage to load", short="-i", choices=("base", "sft"))
+    workers: int = flag(4, "downloads at a time", choices=(1, 2, 4))
+    compile: bool = flag(True, "compile the model")
+    resume: bool = flag(False, "go on from the newest checkpoint")
+
+
+@dataclass(frozen=True)
+class Required:
+    prompt: str = flag(MISSING, "what to say", short="-p")
+
+
+@command
+def main(flags: Flags) -> Flags:
+    if flags.depth > 100:
+        raise UserError(f"--depth {flags.depth}: at most 100")
+    if flags.depth < 0:
+        raise KeyError("a bug")
+    return flags
+
+
+def test_defaults():
+    assert parse(Flags, []) == Flags(20, 0.02, "sft", 4, True, False)
+
+
+def test_every_kind_of_flag():
+    argv = ["--depth", "4", "--matrix-lr=1e-3", "-i", "base", "--workers", "2", "--no-compile", "--resume"]
+    assert parse(Flags, argv) == Flags(4, 0.001, "base", 2, False, True)
+    assert parse(Flags, ["--source", "base", "--compile", "--no-resume"]) == Flags(source="base")
+
+
+def test_a_negative_number_is_a_value():
+    assert parse(Flags, ["--depth", "-1"]).depth == -1
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--depth", "four"], "--depth"),
+        (["--deep", "4"], "--deep"),
+        (["-i", "rl"], "source"),
+        (["--workers", "3"], "--workers"),
+        (["--resume=yes"], "--resume"),
+        (["stray"], "stray"),
+    ],
+)
+def test_a_bad_flag_is_one_line_and_exit_code_2(capsys, argv, named):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    shown = capsys.readouterr()
+    assert caught.value.code == 2
+    assert shown.out == "" and shown.err.count("\n") == 1 and shown.err.startswith("error: ") and named in shown.err
+
+
+def test_help_shows_the_docstring_every_flag_and_its_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "python -m pytest tests/test_flags.py" in shown  # the commands to paste keep their lines
+    for text in ("--depth", "transformer layers", "default: 20", "-i", "--no-compile"):
+        assert text in shown
+
+
+def test_a_user_error_is_one_line_and_exit_code_1():
+    with pytest.raises(SystemExit) as caught:
+        main(["--depth", "101"])
+    assert caught.value.code == "error: --depth 101: at most 100"  # Python prints it to stderr and exits with 1
+
+
+def test_any_other_error_keeps_its_traceback():
+    with pytest.raises(KeyError):
+        main(["--depth", "-1"])
+
+
+def test_main_returns_what_the_function_returns():
+    assert main(["--depth", "4"]) == Flags(depth=4)
+
+
+def test_a_flag_without_a_default_is_required(capsys):
+    assert parse(Required, ["-p", "hello"]) == Required("hello")
+    with pytest.raises(SystemExit) as caught:
+        parse(Required, [])
+    assert caught.value.code == 2 and "--prompt" in capsys.readouterr().err

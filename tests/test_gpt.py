@@ -1,0 +1,260 @@
+"""
+The model: golden logits, losses, gradients and costs; the classic vintage and the windows against slow references;
+initial values; precision.
+
+    python -m pytest tests/test_gpt.py
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import golden
+from test_attention import naive_attention, naive_window
+
+from nanochat import gpt
+from nanochat.common import UserError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.muon import LearningRates, MuonAdamW, build_optimizer
+
+CASES = ["gpt/case0.pt", "gpt/case1.pt", "gpt/case2.pt"]  # in the repository: case1, logits of the last 16 tokens only
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    return torch.load(golden(request.param), weights_only=True)
+
+
+def load(case, dtype=torch.float32):
+    model = GPT(GPTConfig(**case["config"]), dtype=dtype)
+    model.load_state_dict(case["state_dict"])
+    return model
+
+
+def tiny(vintage="modern", **changes):
+    sizes = {"sequence_len": 256, "vocab_size": 70, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 32} | changes
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**sizes, vintage=vintage))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+# ---- golden ----
+
+
+def test_golden_logits(case):
+    with torch.no_grad():
+        logits = load(case)(case["x"])
+    assert logits.dtype == torch.float32 and logits.shape == (*case["x"].shape, case["config"]["vocab_size"])
+    expected = case["logits"]
+    torch.testing.assert_close(logits[:, -expected.size(1) :], expected, rtol=0, atol=1e-4)
+
+
+def test_golden_losses_and_gradients(case):
+    model = load(case)
+    loss = model(case["x"], case["y"])
+    loss.backward()
+    assert math.isclose(loss.item(), case["loss"], abs_tol=1e-4)
+    norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
+    assert norms == pytest.approx(case["grad_norms"], rel=1e-3)
+    with torch.no_grad():
+        losses_BT = model(case["x"], case["y"], reduction="none")
+        total = model(case["x"], case["y"], reduction="sum")
+    torch.testing.assert_close(losses_BT, case["loss_none"].view_as(losses_BT), rtol=0, atol=1e-4)
+    torch.testing.assert_close(total, losses_BT.sum())
+
+
+def test_golden_costs(case):
+    config = GPTConfig(**case["config"])
+    assert gpt.flops_per_token(config) == case["flops_per_token"]
+    assert gpt.param_counts(config) == case["param_counts"]
+    assert [(window, 0) for window in config.windows] == case["window_sizes"]
+    assert gpt.kv_bytes_per_token(config, torch.float32) == case["kv_bytes_per_token_fp32"]
+
+
+def test_bfloat16_stays_close_to_float32(case):
+    with torch.no_grad():
+        exact, rounded = load(case)(case["x"]), load(case, torch.bfloat16)(case["x"])
+    assert rounded.dtype == torch.float32  # the logits are, whatever the model computes in
+    assert (rounded - exact).norm() < 0.02 * exact.norm()
+
+
+# ---- slow references ----
+
+
+def rms_norm(x):
+    return x / (x.square().mean(-1, keepdim=True) + 1.1920929e-07).sqrt()
+
+
+def classic_logits(weights, config, idx_BT):
+    """The October 2025 model, written down from the specification without regard to speed."""
+    B, T = idx_BT.shape
+    D = config.head_dim
+    angle = torch.arange(T)[:, None] * 10_000.0 ** (-2 * torch.arange(D // 2) / D)
+    cos, sin = angle.cos()[None, :, None], angle.sin()[None, :, None]
+
+    def rotate(x):
+        x1, x2 = x[..., : D // 2], x[..., D // 2 :]
+        return torch.cat([x1 * cos + x2 * sin, -x1 * sin + x2 * cos], dim=-1)
+
+    x = rms_norm(weights["transformer.wte.weight"][idx_BT])
+    for i in range(config.n_layer):
+        layer = {k.split(f"h.{i}.")[1]: w for k, w in weights.items() if f".h.{i}." in k}
+        y = rms_norm(x)
+        q, k, v = ((y @ layer[f"attn.{name}.weight"].T).view(B, T, -1, D) for name in ("c_q", "c_k", "c_v"))
+        y = naive_attention(rms_norm(rotate(q)), rms_norm(rotate(k)), v, naive_window(T, T))
+        x = x + y.flatten(2) @ layer["attn.c_proj.weight"].T
+        x = x + (rms_norm(x) @ layer["mlp.c_fc.weight"].T).relu().square() @ layer["mlp.c_proj.weight"].T
+    return 15 * torch.tanh((rms_norm(x) @ weights["lm_head.weight"].T)[..., : config.vocab_size] / 15)
+
+
+def test_classic_vintage_against_a_slow_reference():
+    model = tiny("classic", window_pattern="SSSL")
+    idx_BT = torch.randint(70, (2, 150))  # longer than a short window would be
+    with torch.no_grad():
+        expected = classic_logits(dict(model.named_parameters()), model.config, idx_BT)
+        torch.testing.assert_close(model(idx_BT), expected, rtol=1e-4, atol=1e-4)
+    assert model.config.windows == [256] * 3
+    lacking = ("ve_gate", "value_embeds", "lambda", "smear")
+    assert not [name for name in model.state_dict() if any(part in name for part in lacking)]
+    assert sum(p.numel() for p in model.parameters()) == gpt.param_counts(model.config)["total"]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 129, 131, 255])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_windows_equal_a_full_mask_forward_and_backward(monkeypatch, num_tokens, num_kv_heads):
+    model = tiny(window_pattern="SSL", n_kv_head=num_kv_heads)
+    assert model.config.windows == [128, 128, 256]
+    ids = torch.randint(70, (2, num_tokens + 1))
+
+    def run():
+        loss = model(ids[:, :-1], ids[:, 1:])
+        return loss.detach(), torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+
+    fast_loss, fast_grads = run()
+    monkeypatch.setattr(gpt, "attend", lambda q, k, v, w: naive_attention(q, k, v, naive_window(q.size(1), w)))
+    slow_loss, slow_grads = run()
+    torch.testing.assert_close(fast_loss, slow_loss)
+    for fast, slow in zip(fast_grads, slow_grads, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-3, atol=1e-5)
+
+
+def test_targets_of_minus_one_are_left_out():
+    model = tiny()
+    ids = torch.randint(70, (2, 12))
+    x, y = ids[:, :-1], ids[:, 1:].clone()
+    y[0, 3:] = -1
+    losses_BT = model(x, y, reduction="none")
+    kept = F.cross_entropy(model(x)[y >= 0], y[y >= 0])
+    assert (losses_BT[y < 0] == 0).all()
+    torch.testing.assert_close(model(x, y), kept)
+    torch.testing.assert_close(model(x, y, reduction="sum"), kept * (y >= 0).sum())
+
+
+# ---- initial values, as the specification's table has them ----
+
+
+def test_initial_values_of_every_parameter():
+    config = GPTConfig(sequence_len=64, vocab_size=1000, n_layer=4, n_head=8, n_kv_head=4, n_embd=128)
+    torch.manual_seed(0)
+    model = GPT.create(config)
+    bound = math.sqrt(3 / 128)
+    rules = {  # ending of the name: (kind, scale)
+        "wte.weight": ("normal", 0.8),
+        "lm_head.weight": ("normal", 0.001),
+        "attn.c_q.weight": ("uniform", (-bound, bound)),
+        "attn.c_k.weight": ("uniform", (-bound, bound)),
+        "attn.c_v.weight": ("uniform", (-bound, bound)),
+        "attn.ve_gate.weight": ("uniform", (0.0, 0.02)),
+        "mlp.c_fc.weight": ("uniform", (-0.4 * bound, 0.4 * bound)),
+        "c_proj.weight": ("equal", [0.0]),
+        "value_embeds.1.weight": ("uniform", (-bound, bound)),
+        "value_embeds.3.weight": ("uniform", (-bound, bound)),
+        "resid_lambdas": ("equal", [1.15, 1.15 - 0.1 / 3, 1.05 + 0.1 / 3, 1.05]),
+        "x0_lambdas": ("equal", [0.20, 0.15, 0.10, 0.05]),
+        "smear_gate.weight": ("uniform", (0.0, 0.02)),
+        "smear_lambda": ("equal", [0.0]),
+        "backout_lambda": ("equal", [0.2]),
+    }
+    used = set()
+    for name, p in model.named_parameters():
+        ending = next(ending for ending in rules if name.endswith(ending))
+        kind, scale = rules[ending]
+        used.add(ending)
+        assert p.dtype == torch.float32
+        if kind == "equal":
+            torch.testing.assert_close(p.data, torch.tensor(scale).expand_as(p))
+        elif kind == "normal":
+            assert p.std().item() == pytest.approx(scale, rel=0.02) and abs(p.mean().item()) < 0.02 * scale, name
+            assert p.abs().max() > 3 * scale, name  # a uniform distribution would end at 1.7
+        else:
+            low, high = scale
+            spread = high - low
+            assert low <= p.min() < low + 0.15 * spread and high - 0.15 * spread < p.max() <= high, name
+            tolerance = 4 * spread / math.sqrt(12 * p.numel())  # four standard errors of the mean
+            assert abs(p.mean().item() - (low + high) / 2) < tolerance, name
+    assert used == set(rules)
+    assert sum(p.numel() for p in model.parameters()) == gpt.param_counts(config)["total"]
+
+
+def test_a_new_model_knows_nothing_yet():
+    config = GPTConfig(sequence_len=32, vocab_size=500, n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
+    ids = torch.randint(500, (4, 33))
+    loss = GPT.create(config)(ids[:, :-1], ids[:, 1:])
+    assert loss.item() == pytest.approx(math.log(500), abs=0.01)
+
+
+# ---- configuration and costs ----
+
+
+@pytest.mark.parametrize("sequence_len, short", [(2048, 512), (512, 128), (513, 256), (100, 100), (1500, 384)])
+def test_a_short_window_is_a_quarter_of_the_context_in_whole_blocks(sequence_len, short):
+    config = GPTConfig(sequence_len=sequence_len, n_layer=6, window_pattern="SSL")
+    assert config.windows == [short, short, sequence_len, short, short, sequence_len]
+    assert GPTConfig(sequence_len=sequence_len, n_layer=2, window_pattern="S").windows == [short, sequence_len]
+
+
+@pytest.mark.parametrize(
+    "change", [{"window_pattern": "SLX"}, {"window_pattern": ""}, {"n_head": 5}, {"n_head": 6, "n_kv_head": 4}]
+)
+def test_impossible_configurations_are_user_errors(change):
+    with pytest.raises(UserError):
+        GPTConfig(**change)
+
+
+def test_costs_of_inference_by_counting():
+    config = GPTConfig(sequence_len=512, vocab_size=64, n_layer=3, n_head=2, n_kv_head=1, n_embd=64, window_pattern="S")
+    length = 300
+    seen = sum(min(t, window) + 1 for window in (128, 128, 512) for t in range(length))
+    head = 64 * 64
+    per_token = 2 * (gpt.matmul_weights(config) - head)
+    assert gpt.prefill_flops(config, length) == per_token * length + 2 * head + 4 * 64 * seen
+    grown = gpt.prefill_flops(config, length + 1) - gpt.prefill_flops(config, length)
+    assert gpt.decode_flops(config, length) == grown + 2 * head
+    seen_by_last = 129 + 129 + 301
+    assert gpt.kv_bytes_read(config, length, torch.bfloat16) == seen_by_last * 2 * 1 * 32 * 2
+    assert gpt.kv_bytes_per_token(config, torch.bfloat16) == 3 * 2 * 1 * 32 * 2
+
+
+# ---- precision ----
+
+
+def test_small_updates_are_not_swallowed():
+    """1,000 updates of -0.001 on 0.8: lost in a bfloat16 table, not in our float32 masters of a bfloat16 model."""
+    plain = torch.full((1,), 0.8, dtype=torch.bfloat16)
+    for _ in range(1000):
+        plain -= 0.001
+    assert plain.item() == torch.tensor(0.8, dtype=torch.bfloat16).item()
+
+    config = GPTConfig(sequence_len=8, vocab_size=64, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
+    model = GPT(config, dtype=torch.bfloat16)
+    table = model.transformer.wte.weight
+    torch.nn.init.constant_(table, 0.8)
+    (group,) = [g for g in build_optimizer(model, LearningRates()).param_groups if g["name"] == "wte"]
+    optimizer = MuonAdamW([group | {"lr": 0.001, "decay": 0.0}], 0, 1, False, model.dtype)
+    table.grad = torch.ones_like(table)  # Adam's update on a constant gradient is the learning rate
+    for _ in range(1000):
+        optimizer.step()
+    torch.testing.assert_close(table.data, torch.full_like(table, -0.2), rtol=0, atol=1e-3)

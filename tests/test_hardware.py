@@ -1,0 +1,100 @@
+"""
+Devices and dtypes: what is not there is a UserError; what the machine can do is found out, not assumed.
+
+    python -m pytest tests/test_hardware.py
+"""
+
+import pytest
+import torch
+
+from nanochat import hardware
+from nanochat.common import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+def test_auto_falls_back_to_the_cpu(no_gpu):
+    assert hardware.pick_device() == CPU
+    assert hardware.pick_device("auto", local_rank=3) == CPU
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps", "tpu", "cuda:0", ""])
+def test_a_device_that_is_not_there_is_a_user_error(no_gpu, name):
+    with pytest.raises(UserError, match="--device"):
+        hardware.pick_device(name)
+
+
+def test_each_local_rank_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [hardware.pick_device("cuda", rank) for rank in (0, 1)] == [torch.device("cuda", rank) for rank in (0, 1)]
+    assert hardware.pick_device("auto", 1) == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="nproc_per_node=2"):
+        hardware.pick_device("cuda", 2)
+
+
+def test_the_dtype_follows_the_device_unless_told(monkeypatch):
+    monkeypatch.delenv("NANOCHAT_DTYPE", raising=False)
+    assert hardware.pick_dtype(CPU) == torch.float32
+    for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert hardware.pick_dtype(torch.device("cuda", 0)) == dtype
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float32", torch.float32)):
+        monkeypatch.setenv("NANOCHAT_DTYPE", name)
+        assert hardware.pick_dtype(CPU) == dtype
+
+
+def test_an_unknown_dtype_is_a_user_error(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_DTYPE", "int8")
+    with pytest.raises(UserError, match="NANOCHAT_DTYPE=int8.*bfloat16"):
+        hardware.pick_dtype(CPU)
+
+
+@pytest.mark.parametrize(
+    "name, flops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GB200", 2.5e15),
+        ("NVIDIA B200", 2.25e15),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA Abacus", None),
+    ],
+)
+def test_the_most_specific_name_gives_the_peak(monkeypatch, name, flops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peaks = hardware.gpu_peaks(torch.device("cuda", 0))
+    assert (peaks and peaks[0]) == flops
+
+
+def test_the_cpu_has_no_known_peak_but_a_description():
+    assert hardware.gpu_peaks(CPU) is None
+    assert "cpu" in hardware.describe(CPU) and "\n" not in hardware.describe(CPU)
+    assert hardware.peak_memory(CPU) > 2**20
+
+
+def test_no_compiler_no_compiling(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not hardware.can_compile(CPU)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}" if name == "clang++" else None)
+    assert hardware.can_compile(CPU)
+    assert not hardware.can_compile(torch.device("mps"))
+
+
+def test_the_chosen_matmul_is_exact_enough():
+    before = torch.get_float32_matmul_precision()
+    try:
+        hardware.choose_cpu_matmul()
+        a, b = torch.randn(64, 256), torch.randn(256, 64)
+        error = (a @ b).double() - a.double() @ b.double()
+        assert error.abs().max() < 1e-4  # bfloat16 products would be off by 0.1
+    finally:
+        torch.set_float32_matmul_precision(before)

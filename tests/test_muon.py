@@ -1,0 +1,192 @@
+"""
+MuonAdamW on one rank: three golden steps, the groups and their rates, orthogonalization, state for checkpoints.
+Many ranks: tests/test_distributed.py.
+
+    python -m pytest tests/test_muon.py
+"""
+
+import copy
+
+import pytest
+import torch
+from conftest import golden
+
+from nanochat.common import UserError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.hardware import can_compile
+from nanochat.muon import LearningRates, MuonAdamW, build_optimizer, orthogonalize
+
+# In the repository: one matrix of each kind and 16 rows of each table (AdamW works element by element).
+CASES = ["optimizer/three_steps_excerpt.pt", "optimizer/three_steps.pt"]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    return torch.load(golden(request.param), weights_only=True)
+
+
+def golden_optimizer(case):
+    """The optimizer of the whole model, on those parameters that the file has."""
+    setup = case["setup"]
+    rates = LearningRates(setup["unembedding_lr"], setup["embedding_lr"], setup["embedding_lr"] / 2)
+    assert (rates.matrix, rates.scalar) == (setup["matrix_lr"], setup["scalar_lr"])
+    whole = build_optimizer(GPT.create(GPTConfig(**case["config"])), rates, weight_decay=setup["weight_decay"])
+    params = {name: torch.nn.Parameter(weight.clone()) for name, weight in case["before"].items()}
+    groups = []
+    for group in whole.param_groups:
+        names = [name for name in group["names"] if name in params]
+        groups.append(dict(group) | {"names": names, "params": [params[name] for name in names]})
+    return MuonAdamW([g for g in groups if g["names"]], 0, 1, False, torch.float32), params
+
+
+def test_three_golden_steps(case):
+    """
+    1e-4 of each parameter's norm, not of each element: weight decay looks at the sign of update * weight, and rounding
+    may turn it where either is next to nothing.
+    """
+    optimizer, params = golden_optimizer(case)
+    schedule = case["schedule"]
+    for i, (grads, after) in enumerate(zip(case["grads"], case["after"], strict=True)):
+        decay_multiplier = schedule["muon_weight_decay"][i] / case["setup"]["weight_decay"]
+        optimizer.set_schedule(schedule["lr_multiplier"][i], schedule["muon_momentum"][i], decay_multiplier)
+        for name, p in params.items():
+            p.grad = grads[name].clone()
+        optimizer.step()
+        for name, p in params.items():
+            error, norm = (p.data - after[name]).norm(), after[name].norm()
+            assert error <= 1e-4 * norm, f"step {i}, {name}: {error / norm:.1e}"
+
+
+def test_golden_groups(case):
+    optimizer, params = golden_optimizer(case)
+    ours = {name: group for group in optimizer.param_groups for name in group["names"]}
+    expected = {name: group for group in case["groups"] for name in group["params"] if name in params}
+    assert ours.keys() == expected.keys() == params.keys()
+    for name, group in expected.items():
+        assert ours[name]["kind"] == group["kind"]
+        assert ours[name]["lr"] == pytest.approx(group["lr"], rel=1e-9)
+        assert ours[name]["decay"] == group["weight_decay"]
+        assert ours[name].get("betas") == group.get("betas")
+
+
+def small_model(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    config = GPTConfig(sequence_len=16, vocab_size=64, n_layer=3, n_head=2, n_kv_head=1, n_embd=32)
+    return GPT.create(config, dtype=dtype)
+
+
+def random_steps(model, optimizer, num_steps, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(num_steps):
+        optimizer.set_schedule(1.0 - 0.1 * i, 0.85 + 0.01 * i, 1.0)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+
+
+def test_every_parameter_is_in_one_group_and_only_some_rates_follow_width_and_batch():
+    model = small_model()
+    groups = build_optimizer(model, LearningRates(), batch_factor=0.5).param_groups
+    names = [name for group in groups for name in group["names"]]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    width = (32 / 768) ** -0.5
+    expected = {"lm_head": 0.008 * width / 2, "wte": 0.3 * width / 2, "value_embeds": 0.15 * width / 2}
+    expected |= {"resid": 0.005 / 2, "x0": 0.5 / 2, "smear_backout": 0.2}
+    assert {g["name"]: g["lr"] for g in groups if g["kind"] == "adamw"} == pytest.approx(expected)
+    assert {g["lr"] for g in groups if g["kind"] == "muon"} == {0.02 / 2}
+
+
+def test_the_classic_vintage_has_fewer_groups_and_trains():
+    model = GPT(GPTConfig(16, 64, 2, 2, 2, 32, vintage="classic"))
+    optimizer = build_optimizer(model, LearningRates())
+    assert {g["name"] for g in optimizer.param_groups if g["kind"] == "adamw"} == {"lm_head", "wte"}
+    random_steps(model, optimizer, 2, seed=0)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("rows, columns", [(24, 24), (64, 16), (16, 64), (1, 12), (12, 1)])
+def test_orthogonalize_brings_singular_values_near_one_and_keeps_the_directions(rows, columns):
+    torch.manual_seed(0)
+    u, values, vh = torch.linalg.svd(torch.randn(3, rows, columns), full_matrices=False)
+    stack = u @ torch.diag_embed(values.clamp_min(0.02 * values.max())) @ vh  # five iterations do not lift all from 0
+    out = orthogonalize(stack)
+    values = torch.linalg.svdvals(out)
+    assert out.shape == stack.shape and values.min() > 0.8 and values.max() < 1.2
+    assert ((out - u @ vh).norm(dim=(-2, -1)) < 0.15 * (u @ vh).norm(dim=(-2, -1))).all()
+
+
+def test_a_zero_gradient_moves_nothing_but_by_decay():
+    model = small_model()
+    optimizer = build_optimizer(model, LearningRates(), weight_decay=0.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step()  # no gradient at all, as on a rank without supervised tokens
+    for group in optimizer.param_groups:
+        for name, p in zip(group["names"], group["params"], strict=True):
+            decay = 1 - group["lr"] * group["decay"] if group["kind"] == "adamw" else 1.0
+            torch.testing.assert_close(p.data, before[name] * decay)
+
+
+def test_restored_state_gives_bitwise_the_same_steps():
+    model = small_model()
+    optimizer = build_optimizer(model, LearningRates())
+    random_steps(model, optimizer, 3, seed=1)
+    saved = copy.deepcopy((model.state_dict(), optimizer.full_state()))
+    random_steps(model, optimizer, 3, seed=2)
+
+    again = small_model(seed=7)
+    again.load_state_dict(saved[0])
+    again_optimizer = build_optimizer(again, LearningRates())
+    again_optimizer.load_full_state(saved[1])
+    random_steps(again, again_optimizer, 3, seed=2)
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+    first, second = optimizer.full_state(), again_optimizer.full_state()
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_saved_state_is_a_copy_by_name_and_on_the_cpu():
+    model = small_model()
+    optimizer = build_optimizer(model, LearningRates())
+    random_steps(model, optimizer, 1, seed=1)
+    state = optimizer.full_state()
+    frozen = copy.deepcopy(state)
+    random_steps(model, optimizer, 1, seed=2)
+    assert all(torch.equal(state[key], frozen[key]) for key in state)
+    parameters = {key.rpartition(".")[0] for key in state if key != "num_steps"}
+    assert parameters == {name for name, _ in model.named_parameters()}
+
+
+def test_state_of_an_unused_optimizer_can_be_saved_and_restored():
+    optimizer = build_optimizer(small_model(), LearningRates())
+    again = build_optimizer(small_model(), LearningRates())
+    again.load_full_state(optimizer.full_state())
+    assert again.num_steps == 0
+
+
+def test_state_of_another_model_is_a_user_error():
+    optimizer = build_optimizer(small_model(), LearningRates())
+    random_steps(small_model(), optimizer, 1, seed=1)
+    deeper = GPT.create(GPTConfig(16, 64, 4, 2, 1, 32))
+    with pytest.raises(UserError, match="another model"):
+        build_optimizer(deeper, LearningRates()).load_full_state(optimizer.full_state())
+
+
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="torch.compile needs a C++ compiler here")
+def test_the_compiled_update_equals_the_eager_one():
+    results = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        names = {"adamw": ["table"], "muon": ["a", "b"]}
+        params = {name: torch.nn.Parameter(torch.randn(8, 16)) for name in ("table", "a", "b")}
+        common = {"lr": 0.02, "initial_lr": 0.02, "decay": 0.1, "initial_decay": 0.1, "betas": (0.8, 0.95)}
+        groups = [common | {"kind": k, "names": v, "params": [params[n] for n in v]} for k, v in names.items()]
+        optimizer = MuonAdamW(groups, 0, 1, compile, torch.float32)
+        for multiplier in (1.0, 0.5, 0.25):
+            optimizer.set_schedule(multiplier, 0.9, multiplier)
+            for p in params.values():
+                p.grad = torch.randn(8, 16)
+            optimizer.step()
+        results.append(params)
+    for name, p in results[0].items():
+        torch.testing.assert_close(p.data, results[1][name].data, rtol=1e-4, atol=1e-5)
