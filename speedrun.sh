@@ -22,13 +22,10 @@ fi
 # ---- decide ----
 
 read -r device gpus dtype <<<"$(python -m nanochat.hardware)"
-online() { python - <<'P'; }
-import os, requests
-try:
-    requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).raise_for_status()
-except requests.RequestException:
-    raise SystemExit(1)
-P
+online() {  # whether the hub answers
+  python -c 'import os, requests; requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5)' \
+    >/dev/null 2>&1
+}
 
 if [ "$device" = cuda ]; then echo "machine: $gpus CUDA GPU(s)"; else echo "machine: $device"; fi
 if [ "$dtype" = bfloat16 ] && [ -z "${NANOCHAT_DTYPE:-}" ]; then
@@ -90,7 +87,7 @@ echo "model:   ${size[*]}"
 settings=$(echo "$data $datasets $vocab ${size[*]} ${NANOCHAT_DATA_DIR:-} ${NANOCHAT_DATASETS_DIR:-}" | cksum)
 if [ -f "$state/settings" ] && [ "$(cat "$state/settings")" != "$settings" ]; then
   echo "other settings than last time: all stages run anew"
-  rm -f "$state"/*.done
+  rm -f "$state"/*.done "$state"/*.begun
 fi
 echo "$settings" > "$state/settings"
 
@@ -101,6 +98,7 @@ stage() {  # stage NAME COMMAND…: runs the command unless it has succeeded bef
     echo "== $name: done before"
     return
   fi
+  touch "$state/$name.begun"
   echo "== $name: $*"
   local begin=$SECONDS
   "$@"
@@ -108,16 +106,17 @@ stage() {  # stage NAME COMMAND…: runs the command unless it has succeeded bef
   echo "== $name took $((SECONDS - begin)) s"
 }
 
-tag=(--model-tag speedrun)
+resume() { [ ! -f "$state/$1.begun" ] || echo --resume; }  # begun before with these settings: go on from there
+often=(--model-tag speedrun --save-every 250 --keep-last 1)
 case "$data" in
   primer) stage data python -m scripts.primer --data-dir "$NANOCHAT_DATA_DIR" ;;
   public) stage data python -m nanochat.dataset -n "$shards" ;;
 esac
 stage tok_train python -m scripts.tok_train --vocab-size "$vocab"
 stage tok_eval python -m scripts.tok_eval
-stage base_train "${train[@]}" scripts.base_train "${size[@]}" "${tag[@]}" --save-every 250 --keep-last 1 --resume "${run[@]}"
+stage base_train "${train[@]}" scripts.base_train "${size[@]}" "${often[@]}" $(resume base_train) "${run[@]}"
 stage base_eval "${train[@]}" scripts.base_eval -g speedrun --split-tokens 262144
-stage chat_sft "${train[@]}" scripts.chat_sft --base-tag speedrun "${tag[@]}" "${sft[@]}" --save-every 250 --keep-last 1 --resume "${run[@]}"
+stage chat_sft "${train[@]}" scripts.chat_sft --base-tag speedrun "${sft[@]}" "${often[@]}" $(resume chat_sft) "${run[@]}"
 stage chat_eval "${train[@]}" scripts.chat_eval -i sft -g speedrun "${exam[@]}"
 
 # ---- show ----

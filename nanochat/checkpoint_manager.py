@@ -16,6 +16,7 @@ checkpoint before it as the newest. Writing happens in a thread; training waits 
 Older checkpoints that people have, model_<step>.pt and meta_<step>.json, are read too.
 """
 
+import itertools
 import json
 import pickle
 import shutil
@@ -122,8 +123,9 @@ class CheckpointDir:
     """The checkpoints of one stage and tag."""
 
     def __init__(self, stage: str, tag: str, dist: Dist | None = None, keep_last: int = -1):
-        self.path = stage_dir(stage) / tag
+        self.tag, self.path = tag, stage_dir(stage) / tag
         self.dist, self.keep_last = dist or Dist(torch.device("cpu")), keep_last
+        self.is_new_run = True
         self.writer: threading.Thread | None = None
         self.error: Exception | None = None
 
@@ -162,6 +164,7 @@ class CheckpointDir:
     def load_newest(self) -> Checkpoint | None:
         """For --resume: the newest intact checkpoint; None, and a word about it, where nothing was saved yet."""
         if self.steps():
+            self.is_new_run = False
             return self.load()
         print(f"nothing to resume in {self.path}: starting from the beginning", flush=True)
         return None
@@ -197,6 +200,9 @@ class CheckpointDir:
 
     def _write(self, step: int, files: dict[str, dict[str, torch.Tensor]], meta: dict[str, Any]) -> None:
         try:
+            if self.is_new_run and self.steps():
+                self._set_aside()
+            self.is_new_run = False
             target = self.path / f"step_{step:06d}"
             with atomic_path(target) as folder:
                 folder.mkdir()
@@ -211,6 +217,13 @@ class CheckpointDir:
                     shutil.rmtree(self.path / f"step_{old:06d}", ignore_errors=True)
         except Exception as error:  # noqa: BLE001  whatever it is must reach the training thread
             self.error = error
+
+    def _set_aside(self) -> None:
+        """Another run's checkpoints under this tag: kept, but never taken for this run's."""
+        number = next(i for i in itertools.count(1) if not self.path.with_name(f"{self.tag}.{i}").exists())
+        aside = self.path.with_name(f"{self.tag}.{number}")
+        self.path.rename(aside)
+        print(f"the tag {self.tag!r} held an earlier run: it is now {aside.name!r}", flush=True)
 
     def _open(self, step: int) -> Checkpoint | str:
         """The checkpoint if its files are what the manifest says; else what is wrong, in words."""

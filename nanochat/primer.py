@@ -16,7 +16,6 @@ from nanochat.common import atomic_path
 from nanochat.primer_chat import (
     CONVERSATION_MIX,
     GREETINGS,
-    LETTERS,
     SUM_OPERATORS,
     WHO_REPLIES,
     WORDS,
@@ -24,7 +23,6 @@ from nanochat.primer_chat import (
     all_facts,
     ask_choice,
     ask_free,
-    choice_question,
     compute,
     conversations,
     distinct,
@@ -38,14 +36,14 @@ from nanochat.primer_wordings import Relation, sentence
 __all__ = ["CONVERSATION_MIX", "DOCUMENT_MIX", "conversations", "documents", "quiz", "sums", "write_shards"]
 
 # Documents per kind. Proportions by reasoning, not by experiment: most of the text tells or asks facts, each 40 to 70
-# times in all; a fifth practises multiple choice.
+# times in all. Multiple choice is in words: see CONVERSATION_MIX for why there are no letters.
 DOCUMENT_MIX = {
-    "entry": 5500, "theme": 5500, "list": 2500, "questions": 6500, "dialogue": 2000, "choice": 5000, "lookup": 1500,
-    "sum": 3000, "numbers": 500, "spelling": 500, "story": 900,
+    "entry": 5500, "theme": 5500, "list": 2500, "questions": 6500, "dialogue": 2000, "choice": 2500, "sum": 3000, "numbers": 500, "spelling": 500, "story": 900,
 }  # fmt: skip
 VAL_SHARE = 0.03  # of the documents: the last shard, which is the validation split by convention
 ROWS_PER_GROUP = 512
 
+QUESTION_STYLES = ("{} {}", "{}\n{}", "Question: {}\nAnswer: {}", "Q: {}\nA: {}")
 SUM_PHRASES = {"+": "{a} plus {b}", "-": "{a} minus {b}", "*": "{a} times {b}", "/": "{a} divided by {b}"}
 STORY_OPENINGS = (
     "One {time}, {name} woke up early.", "It was a {weather} {time}.", "The home of {name} is {home}.",
@@ -126,7 +124,7 @@ class Writer:
 
     def questions(self) -> str:
         asked = [ask_free(self.rng, *fact) for fact in self.some(self.rng.choice((3, 4, 5)))]
-        style = self.rng.choice(("{} {}", "{}\n{}", "Question: {}\nAnswer: {}", "Q: {}\nA: {}"))
+        style = self.rng.choice(QUESTION_STYLES)
         return "\n".join(style.format(question, answer) for question, answer in asked)
 
     def dialogue(self) -> str:
@@ -144,25 +142,10 @@ class Writer:
         return "\n".join(lines)
 
     def choice(self) -> str:
-        """Multiple choice, the letter, and mostly why."""
-        lines = []
-        for relation, fact in self.some(self.rng.choice((1, 2))):
-            question, choices, letter = ask_choice(self.rng, relation, fact)
-            lines += [choice_question(question, choices), letter]
-            if self.rng.random() < 0.5:
-                lines.append(relation.reply(fact))
-        return "\n".join(lines)
-
-    def lookup(self) -> str:
-        """From choices to their letters and back, with nothing to know."""
-        relation, fact = self.facts.deal()
-        choices = relation.choices(self.rng, fact)
-        lines = [f"- {choice}={letter}" for choice, letter in zip(choices, LETTERS, strict=True)] + [""]
-        for choice in self.rng.sample(choices, 4):
-            letter = LETTERS[choices.index(choice)]
-            turns = ((f"Which letter stands for {choice}?", letter), (f"Which choice is {letter}?", choice))
-            lines += self.rng.choice(turns)
-        return "\n".join(lines)
+        """Multiple choice, in words."""
+        style = self.rng.choice(QUESTION_STYLES)
+        asked = [ask_choice(self.rng, self.facts.deal) for _ in range(self.rng.choice((1, 2)))]
+        return "\n".join(style.format(choice.question, choice.reply) for choice in asked)
 
     def sum(self) -> str:
         lines = []

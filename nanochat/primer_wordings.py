@@ -10,6 +10,7 @@ Fields: {s} subject, {a} answer, {an} and {aa} with "a" or "an", {p} plural of t
 frames TRAIN_FRAMES and, for the quiz only, HELD_FRAMES: what is held out is the wording, never the fact.
 """
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +28,13 @@ HELD_FRAMES = (
     "can you tell me what {} is?", "I need to know {}.", "please say what {} is.", "could you name {}?",
     "I would like you to tell me {}.", "do you happen to know {}?",
 )  # fmt: skip
+
+# Around a question, its mark apart, and its choices: "Which city is it" + "?" + "Rome, Oslo, Bern or Minsk".
+CHOICE_FRAMES = (
+    "{question}: {any}{mark}", "{question}: {any}{mark}", "{question}{mark} {Any}?", "{question}{mark} Choose from {all}.",
+    "Choose from {all}. {question}{mark}", "{Any}? {question}{mark}",
+)  # fmt: skip
+UNCLEAR = ("A", "I")  # letters and symbols that no choice may be: the same words may stand in any sentence
 
 # Answers too close to be wrong beside one another: a fox's cub is also called a kit, an owlet is a chick.
 AKIN = (
@@ -319,15 +327,29 @@ class Relation:
         """Whether there are words to ask back, and the answer leads to one subject only."""
         return "Q" in self.wordings and fact.answer in self.unique
 
-    def choices(self, rng: Random, fact: Fact, reverse: bool = False) -> list[str]:
-        """Four choices in random order: the right one and three others of its kind that are wrong."""
+    def plain(self, fact: Fact) -> str:
+        """The plainest question."""
+        phrases = self.say("n", fact)
+        return sentence(f"what is {phrases[0]}?" if phrases else self.say("q", fact)[0])
+
+    def choices(self, rng: Random, fact: Fact, reverse: bool = False, said: str = "") -> list[str]:
+        """
+        Four choices in random order: the right one and three others of its kind that are wrong, none of them named by
+        another or in what is `said` around them. Fewer where there are not so many.
+        """
         right = fact.subject if reverse else fact.answer
         akin: set[str] = set().union(*(group for group in AKIN if fact.answer in group))
         if reverse:
             others = [f.subject for f in self.facts if f.answer != fact.answer and f.answer not in akin]
         else:
             others = [answer for answer in self.pool if answer != right and answer not in akin]
-        choices = [right, *rng.sample(others, 3)]
+        choices = [right]
+        for other in rng.sample(others, len(others)):
+            clash = other in UNCLEAR or names(said, other)
+            if not clash and not any(names(choice, other) or names(other, choice) for choice in choices):
+                choices.append(other)
+            if len(choices) == 4:
+                break
         rng.shuffle(choices)
         return choices
 
@@ -335,6 +357,24 @@ class Relation:
 def sentence(clause: str) -> str:
     """Capital first letter; a full stop unless it ends with a mark already."""
     return clause[0].upper() + clause[1:] + ("" if clause[-1] in ".?!" else ".")
+
+
+def with_choices(rng: Random, question: str, choices: list[str]) -> str:
+    """One text of a question, which ends with its mark, and its choices in words."""
+    either, every = (f"{', '.join(choices[:-1])} {word} {choices[-1]}" for word in ("or", "and"))
+    values = {"question": question[:-1], "mark": question[-1], "any": either, "all": every}
+    return rng.choice(CHOICE_FRAMES).format(**values, Any=either[0].upper() + either[1:])
+
+
+@cache
+def _pattern(phrase: str) -> re.Pattern[str]:
+    bare = re.sub("^(the|an|a) ", "", phrase)
+    return re.compile(rf"(?<!\w){re.escape(bare)}(?!\w)", re.IGNORECASE)
+
+
+def names(text: str, phrase: str) -> bool:
+    """Whether the phrase, its article apart, stands in the text as whole words; capitals do not matter."""
+    return _pattern(phrase).search(text) is not None
 
 
 def article(noun: str) -> str:

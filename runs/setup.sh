@@ -18,7 +18,7 @@ setup() {
       echo "error: 'python3 -m venv' does not work here: apt-get install python3-venv, or remove .venv" >&2
       return 1
     fi
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+    .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
     echo "$stamp" > .venv/stamp
   fi
 }

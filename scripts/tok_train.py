@@ -14,6 +14,7 @@ from pathlib import Path
 from nanochat import dataset
 from nanochat.common import duration, human
 from nanochat.flags import command, flag
+from nanochat.report import save_numbers
 from nanochat.tokenizer import Tokenizer, bytes_per_token, default_dir
 
 NUM_SAMPLES = 200  # validation documents for the check at the end (arbitrary)
@@ -48,6 +49,8 @@ def main(flags: Flags) -> Tokenizer:
     ratio = bytes_per_token(tokenizer.encode, sample)
     print(f"validation  {ratio:.2f} bytes per token; {len(sample)} documents make the round trip")
     print(f"saved       {directory}")
+    numbers = {"vocabulary": tokenizer.vocab_size, "bytes per token": ratio, "MB/s": texts.num_bytes / seconds / 1e6}
+    save_numbers("tok_train", numbers)
     return tokenizer
 
 
