@@ -37,7 +37,7 @@ def random_heads(num_tokens, num_heads, num_kv_heads, head_dim=8, rows=2):
 
 @pytest.mark.parametrize("num_heads, num_kv_heads", [(2, 2), (4, 2), (3, 1)])
 @pytest.mark.parametrize(
-    "num_tokens, window", [(1, 4), (7, 0), (33, 1), (37, 5), (64, 16), (61, 60), (61, 61), (5, 99)]
+    "num_tokens, window", [(1, 4), (7, 0), (33, 1), (37, 5), (64, 16), (61, 60), (61, 61), (62, 60), (5, 99)]
 )
 def test_attend_equals_a_masked_softmax_forward_and_backward(num_tokens, window, num_heads, num_kv_heads):
     qkv = random_heads(num_tokens, num_heads, num_kv_heads)

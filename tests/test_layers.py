@@ -12,11 +12,6 @@ from pathlib import Path
 
 import pytest
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    tomllib = pytest.importorskip("tomli")
-
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("nanochat", "tasks", "scripts")  # from the bottom: each may import itself and what is below
 IMPORTABLE = {"nanochat": {"nanochat"}, "tasks": {"nanochat", "tasks"}, "scripts": {"nanochat", "tasks"}}
@@ -119,6 +114,7 @@ def test_a_module_fits_in_a_head(name):
 
 
 def declared_packages():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project.get("optional-dependencies", {}).values()
     requirements = [*project["dependencies"], *(requirement for extra in extras for requirement in extra)]
