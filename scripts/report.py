@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from nanochat.flags import command
 from nanochat.report import print_summary
 
-STAGES = ["tok_train", "base_train", "base_eval", "mid_train", "chat_sft", "chat_rl"]
-STAGES += [f"chat_eval_{stage}" for stage in ("base", "mid", "sft", "rl")]
+STAGES = ("tok_train", "base_train", "base_eval", "mid_train", "chat_sft", "chat_rl")
+CHAT_EVALS = tuple(f"chat_eval_{stage}" for stage in ("base", "mid", "sft", "rl"))
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Flags:
 
 @command
 def main(flags: Flags) -> None:
-    print_summary(STAGES)
+    print_summary([*STAGES, *CHAT_EVALS])
 
 
 if __name__ == "__main__":
