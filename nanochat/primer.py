@@ -38,7 +38,8 @@ __all__ = ["CONVERSATION_MIX", "DOCUMENT_MIX", "conversations", "documents", "qu
 # Documents per kind. Proportions by reasoning, not by experiment: most of the text tells or asks facts, each 40 to 70
 # times in all. Multiple choice is in words: see CONVERSATION_MIX for why there are no letters.
 DOCUMENT_MIX = {
-    "entry": 5500, "theme": 5500, "list": 2500, "questions": 6500, "dialogue": 2000, "choice": 2500, "sum": 3000, "numbers": 500, "spelling": 500, "story": 900,
+    "entry": 5500, "theme": 5500, "list": 2500, "questions": 6500, "dialogue": 2000, "choice": 2500,
+    "sum": 3000, "numbers": 500, "spelling": 500, "story": 900,
 }  # fmt: skip
 VAL_SHARE = 0.03  # of the documents: the last shard, which is the validation split by convention
 ROWS_PER_GROUP = 512

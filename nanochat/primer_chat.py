@@ -334,15 +334,16 @@ def quiz(seed: int = 0) -> list[dict[str, Any]]:
     while len(items) < QUIZ_ITEMS:
         if len(items) % 2:
             choice = ask_choice(rng, facts.deal, held=True, place=places.deal())
-            item = {"kind": "choice", "question": choice.question, "choices": choice.choices, "answer": choice.right}
+            items.append(
+                {"kind": "choice", "question": choice.question, "choices": choice.choices, "answer": choice.right}
+            )
         else:
             relation, fact = facts.deal()
             reverse = rng.random() < 0.25 and relation.reversible(fact)
             question = relation.ask(rng, fact, held=True, reverse=reverse)
-            item = {"kind": "free", "question": question, "answer": fact.subject if reverse else fact.answer}
-            if names(question, item["answer"]):
-                continue
-        items.append(item)
+            answer = fact.subject if reverse else fact.answer
+            if not names(question, answer):
+                items.append({"kind": "free", "question": question, "answer": answer})
     return items
 
 

@@ -31,8 +31,8 @@ HELD_FRAMES = (
 
 # Around a question, its mark apart, and its choices: "Which city is it" + "?" + "Rome, Oslo, Bern or Minsk".
 CHOICE_FRAMES = (
-    "{question}: {any}{mark}", "{question}: {any}{mark}", "{question}{mark} {Any}?", "{question}{mark} Choose from {all}.",
-    "Choose from {all}. {question}{mark}", "{Any}? {question}{mark}",
+    "{question}: {any}{mark}", "{question}: {any}{mark}", "{question}{mark} {Any}?",
+    "{question}{mark} Choose from {all}.", "Choose from {all}. {question}{mark}", "{Any}? {question}{mark}",
 )  # fmt: skip
 UNCLEAR = ("A", "I")  # letters and symbols that no choice may be: the same words may stand in any sentence
 
@@ -41,7 +41,7 @@ AKIN = (
     {"cub", "pup", "kit", "puppy", "kitten"}, {"larva", "caterpillar", "maggot", "nymph", "tadpole"}, {"fry", "pup"},
     {"chick", "owlet", "eaglet", "squab", "poult", "duckling", "gosling", "cygnet"}, {"barn", "stable", "fold", "sty"},
     {"bark", "growl", "roar", "howl"}, {"chirp", "chatter", "squeak", "squawk", "screech", "caw", "coo", "sing"},
-    {"grunt", "oink"}, {"nest", "drey", "eyrie", "roost", "loft", "hole", "hive"}, {"bleat", "moo"},
+    {"grunt", "oink"}, {"click", "sing"}, {"nest", "drey", "eyrie", "roost", "loft", "hole", "hive"}, {"bleat", "moo"},
     {"den", "burrow", "hole", "sett", "lodge", "holt"}, {"pond", "sea"},
 )  # fmt: skip
 

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat import primer
-from nanochat.primer_chat import LETTERS, all_facts, choice_question, held_out
+from nanochat.primer_chat import CONVERSATION_MIX, all_facts, ask_choice, held_out
 from nanochat.primer_facts import COUNTRIES, OPPOSITES, entries, fact_table, number_words
-from nanochat.primer_wordings import HELD_FRAMES, TRAIN_FRAMES, relations, sentence
+from nanochat.primer_wordings import HELD_FRAMES, TRAIN_FRAMES, names, relations, sentence, with_choices
+from tasks.quiz import PrimerChat, QuizChoice, QuizFree, Sums
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
@@ -67,9 +68,10 @@ def test_deterministic_and_seeded():
 
 def test_sizes():
     size = sum(len(text.encode()) for text in documents())
-    assert 25_000 <= len(documents()) <= 40_000 and 5e6 < size < 8e6
+    assert 25_000 <= len(documents()) <= 35_000 and 5e6 < size < 7e6
     assert len(set(documents())) == len(documents())
-    assert 12_000 <= len(conversations("train")) <= 16_000 and 200 <= len(conversations("val")) <= 999
+    assert len(conversations("train")) == sum(CONVERSATION_MIX.values()) == 12_500
+    assert 200 <= len(conversations("val")) <= 999
     assert len(primer.quiz()) == 400 and len(primer.sums("test")) == 200
 
 
@@ -79,17 +81,21 @@ def test_every_fact_is_often_told():
         clauses = {*relation.statements(fact), *relation.say("R", fact)}
         count = sum(told[sentence(clause)] for clause in clauses)
         assert count >= 30, (fact, count)
-    assert "what is the capital of france?" in training_text()
+
+
+def test_every_fact_is_plainly_asked_in_conversations():
+    asked = {tuple(texts(c)) for c in conversations("train") if len(c["messages"]) == 2}
+    for relation, fact in all_facts():
+        assert (relation.plain(fact), relation.reply(fact)) in asked, fact
+    capitals = {question for question, _ in asked if re.fullmatch("What is the capital of [^:]*[?]", question)}
+    assert len(capitals) == 193 and "What is the capital of France?" in capitals
 
 
 def test_replies_hold_the_answer_as_whole_words():
-    def holds(text, phrase):
-        return re.search(rf"\b{re.escape(phrase.removeprefix('the '))}\b", text, re.IGNORECASE)
-
     for relation, fact in all_facts():
-        assert holds(relation.reply(fact), fact.answer), fact
+        assert names(relation.reply(fact), fact.answer), fact
         if relation.reversible(fact):
-            assert holds(relation.reply(fact, reverse=True), fact.subject), fact
+            assert names(relation.reply(fact, reverse=True), fact.subject), fact
 
 
 def test_conversations_are_well_formed():
@@ -128,34 +134,77 @@ def check_tool_use(parts):
             assert parts[-1] == {"type": "text", "text": f"{a} {sign} {b} = {output['text']}."}
 
 
-def test_multiple_choice_answers():
-    letters, right = Counter(), re.compile(r"Multiple Choice question: (.*)\n(?:- .*=[A-D]\n){4}\nRespond only .*\.")
-    for conversation in conversations("train"):
-        said = list(texts(conversation))
-        for question, answer in zip(said[::2], said[1::2], strict=True):
-            if question.startswith("Multiple Choice"):
-                assert right.fullmatch(question) and answer in LETTERS
-                assert len(set(re.findall(r"- (.*)=[A-D]", question))) == 4
-                letters[answer] += 1
-    assert min(letters.values()) > 0.9 * max(letters.values()) and letters.total() > 5000
-    question = choice_question("What is hot?", ["ice", "fire", "snow", "rain"])
-    assert question == (
-        "Multiple Choice question: What is hot?\n- ice=A\n- fire=B\n- snow=C\n- rain=D\n\n"
-        "Respond only with the letter of the correct answer."
-    )
+def test_kinds_of_conversations():
+    whole = [json.dumps(c) for c in conversations("train")]
+    some = [json.dumps(c) for c in primer.conversations("train", kinds=("who", "greeting"))]
+    assert len(some) == 500 and set(some) < set(whole)
+    assert not set(some) & {json.dumps(c) for c in primer.conversations("val", kinds=("who", "greeting"))}
+    assert len(PrimerChat("train", ("who",))) == 300 < len(PrimerChat("train")) == len(whole)
+    with pytest.raises(ValueError, match="no kind whom"):
+        primer.conversations("train", kinds=("whom",))
+
+
+def test_names():
+    assert names("It is the Sea.", "the sea") and names("South Africa", "africa") and names("Es.", "Es")
+    assert not names("Australasia", "Asia") and not names("seas", "the sea") and not names("Essen", "Es")
+
+
+def test_choices_in_words():
+    rng, choices = Random(0), ["ice", "fire", "snow", "rain"]
+    assert {with_choices(rng, "What is hot?", choices) for _ in range(100)} == {
+        "What is hot: ice, fire, snow or rain?", "What is hot? Ice, fire, snow or rain?",
+        "What is hot? Choose from ice, fire, snow and rain.", "Choose from ice, fire, snow and rain. What is hot?",
+        "Ice, fire, snow or rain? What is hot?",
+    }  # fmt: skip
+    assert "Name it: ice, fire, snow or rain." in {with_choices(rng, "Name it.", choices) for _ in range(100)}
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_choice_questions_are_clear(held):
+    rng, facts, places = Random(0), all_facts(), Counter()
+    for _ in range(2000):
+        choice = ask_choice(rng, lambda: rng.choice(facts), held)
+        assert len(choice.choices) == 4 and [c for c in choice.choices if names(choice.reply, c)] == [choice.right]
+        for one in choice.choices:
+            assert [c for c in choice.choices if names(c, one)] == [one], choice
+            assert len(re.findall(rf"(?<!\w){re.escape(one)}(?!\w)", choice.question, re.IGNORECASE)) == 1, choice
+        places[choice.choices.index(choice.right)] += 1
+    assert min(places.values()) > 0.8 * max(places.values())
+
+
+def stem(item):
+    """The question of a quiz item without its choices and their frame."""
+    listed = rf"{re.escape(', '.join(item['choices'][:-1]))} (or|and) {re.escape(item['choices'][-1])}[?.]"
+    return re.sub(rf"(:| ?Choose from)? ?{listed} ?", "", item["question"], flags=re.IGNORECASE)
 
 
 def test_quiz():
     quiz = primer.quiz()
-    kinds = Counter(item["kind"] for item in quiz)
-    assert kinds == {"choice": 200, "free": 200}
-    assert Counter(item["answer"] for item in quiz if item["kind"] == "choice") == dict.fromkeys(LETTERS, 50)
+    assert Counter(item["kind"] for item in quiz) == {"choice": 200, "free": 200}
+    choices = [item for item in quiz if item["kind"] == "choice"]
+    assert Counter(item["choices"].index(item["answer"]) for item in choices) == dict.fromkeys(range(4), 50)
     for item in quiz:
-        assert item["question"].lower() not in training_text(), item
-        if item["kind"] == "choice":
-            assert len(set(item["choices"])) == 4 and item["answer"] in LETTERS
-        else:
-            assert not re.search(rf"\b{re.escape(item['answer'])}\b", item["question"], re.IGNORECASE)
+        question = stem(item) if item["kind"] == "choice" else item["question"]
+        assert len(question) > 10 and question.lower() not in training_text(), item
+        assert not names(question, item["answer"]) and " or " not in question, item
+        assert item["question"].lower() not in training_text()
+
+
+def test_judges():
+    tasks = QuizFree(), QuizChoice()
+    assert [len(task) for task in tasks] == [200, 200] and all(task.kind == "generative" for task in tasks)
+    for task in tasks:
+        for item in task:
+            question, answer = item["messages"][0]["content"], item["answer"]
+            assert task.is_correct(item, item["messages"][1]["content"])
+            assert task.is_correct(item, f"The answer is {answer.upper()}.")
+            assert not task.is_correct(item, "I do not know.") and not task.is_correct(item, f"x{answer}x")
+            for choice in item["choices"]:
+                assert task.is_correct(item, f"It is {choice}.") == (choice == answer)
+            if item["choices"]:
+                assert not task.is_correct(item, question), "naming all choices is no answer"
+    sums = Sums("test")
+    assert sums.is_correct(sums[0], f"So 1 + 2 = {sums[0]['answer']}.") and not sums.is_correct(sums[0], "x")
 
 
 def test_no_held_wording_is_a_training_wording():
