@@ -43,6 +43,8 @@ AKIN = (
     {"bark", "growl", "roar", "howl"}, {"chirp", "chatter", "squeak", "squawk", "screech", "caw", "coo", "sing"},
     {"grunt", "oink"}, {"click", "sing"}, {"nest", "drey", "eyrie", "roost", "loft", "hole", "hive"}, {"bleat", "moo"},
     {"den", "burrow", "hole", "sett", "lodge", "holt"}, {"pond", "sea"},
+    {"less", "few"}, {"more", "many"}, {"soft", "easy"}, {"hard", "difficult"}, {"short", "small", "low", "shallow"},
+    {"tall", "big", "high", "deep"}, {"in", "inside"}, {"out", "outside"}, {"thick", "wide"}, {"thin", "narrow"},
 )  # fmt: skip
 
 WORDINGS = """
