@@ -13,6 +13,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -242,6 +243,21 @@ def _padded_row(waiting: BestFit, sequence_len: int, pad: int) -> tuple[np.ndarr
         mask[filled : filled + len(some_ids)] = some_mask
         filled += len(some_ids)
     return ids[:-1], np.where(mask[1:], ids[1:], -1)
+
+
+def on_device(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
+    """
+    The steps with their tensors on the device. On CUDA through pinned memory, without waiting; torch's pinned allocator
+    hands a buffer out again only when its copy is done.
+    """
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+
+    for step in steps:
+        yield replace(step, micro_batches=[tuple(map(move, batch)) for batch in step.micro_batches])
 
 
 def prefetch(items: Iterator[T], size: int = 2) -> Iterator[T]:

@@ -47,6 +47,8 @@ class GPTConfig:
             raise UserError(
                 f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, that of n_kv_head {self.n_kv_head}"
             )
+        if self.vintage not in ("modern", "classic"):
+            raise UserError(f"unknown vintage {self.vintage!r}: use modern or classic")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise UserError(f"window pattern {self.window_pattern!r}: use the letters S (short) and L (full)")
 
@@ -253,6 +255,7 @@ class GPT(nn.Module):
     def hidden(self, idx_BT: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """The final normed states, (B, T, C)."""
         if cache is None:
+            assert idx_BT.size(1) <= self.config.sequence_len, f"{idx_BT.size(1)} tokens do not fit the context"
             cos, sin = self.cos[: idx_BT.size(1), None], self.sin[: idx_BT.size(1), None]
         else:
             cos, sin = self.cos[cache.positions_BT].unsqueeze(2), self.sin[cache.positions_BT].unsqueeze(2)

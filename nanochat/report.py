@@ -124,7 +124,8 @@ def start_wandb(run: str, group: str, config: dict[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise UserError("--run logs to wandb, which is not installed: pip install 'nanochat[wandb]'") from error
-    options: dict[str, Any] = {"project": "nanochat", "name": run, "group": group, "config": config, "dir": str(base_dir())}
+    options: dict[str, Any] = {"project": "nanochat", "name": run, "group": group, "config": config}
+    options["dir"] = str(base_dir())
     try:
         return wandb.init(**options)
     except wandb.errors.Error as error:

@@ -93,6 +93,7 @@ def train(
     step at hand: the hooks that ask for it run, then Stopped is raised. UserError when the loss is not finite.
     """
     model.train()
+    just_run: list[Hook] = []
     with stop_signals() as stop:
         for step in steps:
             start = time.perf_counter()
@@ -118,11 +119,12 @@ def train(
             if stopping:
                 run_hooks(model, [h for h in hooks if h.when_stopped], log, state)
                 raise Stopped(f"stopped by a signal after step {state.step}, all saved: go on with --resume")
-            run_hooks(model, [h for h in hooks if h.is_due(state.step)], log, state)
+            just_run = [h for h in hooks if h.is_due(state.step)]
+            run_hooks(model, just_run, log, state)
             if state.step == 1:
                 gc.collect()
                 gc.freeze()  # what set-up made never dies: keep the collector from scanning it
-    run_hooks(model, [h for h in hooks if h.every >= 0 and not h.is_due(state.step)], log, state)
+    run_hooks(model, [h for h in hooks if h.every >= 0 and h not in just_run], log, state)
     return state
 
 

@@ -14,7 +14,7 @@ import torch
 from nanochat import dataset, distributed, hardware, recipe
 from nanochat.checkpoint_manager import CheckpointDir
 from nanochat.common import human, seed_everything
-from nanochat.dataloader import PretrainLoader, prefetch, pretrain_steps
+from nanochat.dataloader import PretrainLoader, on_device, prefetch, pretrain_steps
 from nanochat.dataset import RowGroups
 from nanochat.engine import Engine, sample_prompts
 from nanochat.flags import command, flag
@@ -86,7 +86,7 @@ def main(flags: Flags) -> None:
         )
         state, data_states = saved.restore_run(optimizer, dist) if saved else (TrainState(), [])
         loader = PretrainLoader(tokenizer, RowGroups(train_shards), B, T, dist.rank, dist.world_size, data_states)
-        steps = prefetch(pretrain_steps(loader, accumulation, plan.num_iterations, state.step))
+        steps = prefetch(on_device(pretrain_steps(loader, accumulation, plan.num_iterations, state.step), device))
         fast_model = torch.compile(model, dynamic=False) if compiling else model
         config = {"flags": asdict(flags), "recipe": asdict(plan)}
         logger = Logger(

@@ -15,7 +15,7 @@ import torch
 from nanochat import checkpoint_manager, distributed, hardware
 from nanochat.checkpoint_manager import Checkpoint, CheckpointDir
 from nanochat.common import UserError, human, seed_everything
-from nanochat.dataloader import conversation_steps, prefetch
+from nanochat.dataloader import conversation_steps, on_device, prefetch
 from nanochat.flags import command, flag
 from nanochat.gpt import flops_per_token
 from nanochat.loss_eval import evaluate_bpb
@@ -90,7 +90,8 @@ def main(flags: Flags) -> None:
             dist.print0(f"{base.path} has no optimizer state: momentum starts from zero")
         state, data_states = saved.restore_run(optimizer, dist) if saved else (TrainState(), [])
         shape = (tokenizer, B, T, accumulation, dist.rank, dist.world_size)
-        steps = prefetch(conversation_steps(train_data, *shape, flags.num_iterations, (data_states or [None])[0]))
+        data_steps = conversation_steps(train_data, *shape, flags.num_iterations, (data_states or [None])[0])
+        steps = prefetch(on_device(data_steps, device))
         fast_model = torch.compile(model, dynamic=False) if compiling else model
         config = {"flags": asdict(flags), "base": str(base.path), "total_batch_size": total_batch_size}
         num_steps = max(flags.num_iterations, 0)

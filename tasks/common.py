@@ -5,6 +5,7 @@ a wrong one. Adding a task is one file: a subclass with __len__ and __getitem__.
 
 import random
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
@@ -14,7 +15,7 @@ SEED = 42  # of every shuffle of rows, so that "the first 100 problems" are the 
 Conversation = Mapping[str, Any]
 
 
-class Task:
+class Task(ABC):
     """
     Each item is {"messages": […]}, ending with the assistant's reference answer, plus what judging it takes. Kinds:
     - "categorical":   the answer is one of the item's "letters"
@@ -24,15 +25,15 @@ class Task:
 
     kind: str
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The conversation at 0 <= index < len; IndexError beyond, which is what ends a `for` over a task."""
-        raise NotImplementedError
 
     def is_correct(self, conversation: Conversation, completion: str) -> bool:
-        raise NotImplementedError(f"{type(self).__name__} has no right answers")
+        raise TypeError(f"{type(self).__name__} has no right answers to judge by")
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         return float(self.is_correct(conversation, completion))

@@ -54,7 +54,8 @@ def count_categorical(engine: Engine, task: Task, indices: range, batch_size: in
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]
         rows = [fit(prompts[i], context) for i in batch]
-        padded = [row + [tokenizer.bos] * (len(rows[-1]) - len(row)) for row in rows]  # causal: what follows is not seen
+        # Padding comes after the answer's position, which attention, being causal, never sees.
+        padded = [row + [tokenizer.bos] * (len(rows[-1]) - len(row)) for row in rows]
         hidden = model.hidden(torch.tensor(padded, device=model.device))
         last = torch.tensor([len(row) - 1 for row in rows], device=model.device)
         logits = model.logits(hidden[torch.arange(len(rows), device=model.device), last]).cpu()

@@ -2,17 +2,14 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from nanochat.common import UserError, base_dir
 
-if TYPE_CHECKING:
-    from datasets import Dataset
 
-
-def load(repo: str, config: str | None, split: str) -> "Dataset":
+def load(repo: str, config: str | None, split: str) -> Any:
     """
-    Loads one split of "owner/name", from $NANOCHAT_DATASETS_DIR/owner/name if that folder exists, else from the hub
+    Loads one split, a datasets.Dataset, of "owner/name", from $NANOCHAT_DATASETS_DIR/owner/name if that folder exists, else from the hub
     ($HF_ENDPOINT if set) or what `datasets` has kept of it. UserError if it cannot be had.
     """
     import datasets  # takes a second

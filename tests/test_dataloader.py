@@ -396,3 +396,11 @@ def test_prefetch_stops_its_thread_when_the_consumer_leaves():
     assert set(threading.enumerate()) - before
     items.close()
     assert wait_until(lambda: not set(threading.enumerate()) - before)
+
+
+def test_on_device_moves_tensors_and_keeps_the_rest():
+    x = torch.arange(6).view(2, 3)
+    (step,) = on_device(iter([Step([(x, x + 1, 6)], 0.5, 6, {"unit": 1}, "here")]), torch.device("cpu"))
+    ((inputs, targets, num_targets),) = step.micro_batches
+    assert torch.equal(inputs, x) and torch.equal(targets, x + 1) and num_targets == 6
+    assert (step.progress, step.num_tokens, step.data_state, step.position) == (0.5, 6, {"unit": 1}, "here")
