@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanochat.tokenizer import Tokenizer
 
@@ -23,3 +24,9 @@ def golden(path: str) -> Path:
 def golden_tokenizer() -> Tokenizer:
     """1,015 tokens and 9 special ones."""
     return Tokenizer.load(GOLDEN / "tokenizer")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """The tests' matrices are tiny: two threads that wait for each other took 25 times as long on a busy machine."""
+    torch.set_num_threads(1)
