@@ -158,12 +158,15 @@ class Engine:
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, int | None, Completion]]:
         """
         Yields (index of the request, its next token, its completion so far) as tokens come, and once (index, None,
-        completion) when it has ended. UserError for a prompt that is empty or longer than the context.
+        completion) when it has ended. UserError for settings that make no sense, and for a prompt that is empty or
+        longer than the context.
         """
         context = self.model.config.sequence_len
         for i, request in enumerate(requests):
             if not 1 <= len(request.prompt) <= context:
                 raise UserError(f"prompt {i} has {len(request.prompt)} tokens: the model takes 1 to {context}")
+            if request.max_tokens < 1 or request.temperature < 0 or request.top_k < 0:
+                raise UserError(f"request {i}: max_tokens must be at least 1, temperature and top_k at least 0")
         waiting = deque(enumerate(requests))
         num_rows = min(self.num_rows, len(requests))
         longest = max((len(r.prompt) + r.max_tokens for r in requests), default=0)
@@ -237,15 +240,18 @@ def sample(logits_BV: torch.Tensor, rows: Sequence[Row]) -> list[int]:
         logits_BV = logits_BV.masked_fill(is_limited & (logits_BV < threshold), -torch.inf)
     # The inverse of the cumulative distribution at one random number per row, drawn from the row's own stream.
     cumulative_BV = logits_BV.softmax(dim=-1).cumsum(dim=-1)
-    uniform_B1 = torch.tensor([row.random.random() for row in rows], device=device)[:, None]
+    # 24 bits are what float32 holds: with more, a number may round to 1, past every token.
+    uniform_B1 = torch.tensor([row.random.getrandbits(24) / 2**24 for row in rows], device=device)[:, None]
     sampled_B = torch.searchsorted(cumulative_BV, uniform_B1 * cumulative_BV[:, -1:], right=True).squeeze(1)
     is_greedy = torch.tensor([t == 0 for t in temperatures], device=device)
-    return torch.where(is_greedy, greedy_B, sampled_B.clamp_max(logits_BV.size(1) - 1)).tolist()
+    last = logits_BV.size(1) - 1  # what NaN logits would go past
+    return torch.where(is_greedy, greedy_B, sampled_B.clamp_max(last)).tolist()
 
 
 def sample_prompts(engine: Engine, max_tokens: int = 32) -> None:
     """Prints how the model goes on from a few beginnings, greedily: a quick look at what it has learned."""
-    prompts = [[engine.tokenizer.bos, *engine.tokenizer.encode(text)] for text in SAMPLE_PROMPTS]
-    requests = [Request(prompt, max_tokens, temperature=0.0) for prompt in prompts]
-    for text, completion in zip(SAMPLE_PROMPTS, engine.generate(requests), strict=True):
+    prompts = {text: [engine.tokenizer.bos, *engine.tokenizer.encode(text)] for text in SAMPLE_PROMPTS}
+    context = engine.model.config.sequence_len
+    requests = {text: Request(ids, max_tokens, temperature=0.0) for text, ids in prompts.items() if len(ids) <= context}
+    for text, completion in zip(requests, engine.generate(list(requests.values())), strict=True):
         print(f"  {text!r} → {engine.tokenizer.decode(completion.tokens)!r}", flush=True)
