@@ -34,9 +34,10 @@ from nanochat.distributed import Dist
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.muon import MuonAdamW
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import TrainState
+from nanochat.train import Hook, Stopped, TrainState
 
 FORMAT = 1
+FILES = ("model.safetensors", "optimizer.safetensors", "data.safetensors", "state.json")
 STAGES = {  # folder, and the script that fills it
     "base": ("base_checkpoints", "base_train"),
     "mid": ("mid_checkpoints", "mid_train"),
@@ -155,6 +156,24 @@ class CheckpointDir:
         self.writer = threading.Thread(target=self._write, args=(state.step, files, meta))
         self.writer.start()
 
+    def save_hook(self, every: int, model: GPT, optimizer: MuonAdamW, meta: dict[str, Any]) -> Hook:
+        """Saves every so many updates, at the end, and when a signal ends the run."""
+
+        def run(state: TrainState) -> dict[str, float]:
+            self.save(model, optimizer, state, meta)
+            return {}
+
+        return Hook(max(every, 0), run, when_stopped=True)
+
+    def __enter__(self) -> "CheckpointDir":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """A run is over when its last checkpoint is on the disk, or that it is not has been said."""
+        if kind is None or issubclass(kind, Stopped):
+            self.wait()
+        self._join()
+
     def wait(self) -> None:
         """Until the last save is on the disk. UserError if it could not be written."""
         self._join()
@@ -172,25 +191,28 @@ class CheckpointDir:
     def load(self, step: int = -1) -> Checkpoint:
         """The newest intact checkpoint, or that of a step. UserError if there is none."""
         steps = self.steps()
+        have = f"it has {', '.join(map(str, steps)) or 'none'}"
         if step >= 0 and step not in steps:
-            have = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
             raise UserError(f"{self.path} has no checkpoint of step {step}: {have}")
         for candidate in [step] if step >= 0 else reversed(steps):
             checkpoint = self._open(candidate)
             if isinstance(checkpoint, Checkpoint):
                 return checkpoint
-            print(f"warning: {checkpoint}", flush=True)
-        raise UserError(f"no intact checkpoint in {self.path}{'' if step < 0 else f' for step {step}'}: train it again")
+            if step >= 0:
+                raise UserError(f"{checkpoint}; choose another step of {self.path}: {have}")
+            print(f"warning: {checkpoint}: falling back to the checkpoint before it", flush=True)
+        raise UserError(f"no intact checkpoint in {self.path}: train it again")
 
     def steps(self) -> list[int]:
         """Steps saved, complete as far as the names tell, in order."""
-        ours = {int(p.parent.name[5:]) for p in self.path.glob("step_*/manifest.json")}
+        folders = (p.parent.name[5:] for p in self.path.glob("step_*/manifest.json"))
+        ours = {int(number) for number in folders if number.isdigit()}
         legacy = {int(p.stem[6:]) for p in self.path.glob("model_*.pt") if p.stem[6:].isdigit()}
         return sorted(ours | legacy)
 
     def latest(self) -> str:
-        """The newest checkpoint in words."""
-        steps = self.steps()
+        """This run's newest checkpoint in words."""
+        steps = [] if self.is_new_run else self.steps()
         return str(self.path / f"step_{steps[-1]:06d}") if steps else "no checkpoint"
 
     def _join(self) -> None:
@@ -203,6 +225,8 @@ class CheckpointDir:
             if self.is_new_run and self.steps():
                 self._set_aside()
             self.is_new_run = False
+            for leftover in self.path.glob(".step_*.tmp"):  # of a save that was killed
+                shutil.rmtree(leftover)
             target = self.path / f"step_{step:06d}"
             with atomic_path(target) as folder:
                 folder.mkdir()
@@ -231,13 +255,14 @@ class CheckpointDir:
         if not path.exists():
             return _open_legacy(self.path, step)
         try:
-            for name, expected in json.loads((path / "manifest.json").read_text()).items():
-                file = path / name
+            manifest = json.loads((path / "manifest.json").read_text())
+            for name in FILES:
+                file, expected = path / name, manifest[name]
                 if file.stat().st_size != expected["bytes"] or _crc32(file) != expected["crc32"]:
-                    return f"{file} is corrupt: falling back to the checkpoint before it"
+                    return f"{file} is corrupt"
             meta = json.loads((path / "state.json").read_text())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            return f"{path} is not readable ({error}): falling back to the checkpoint before it"
+            return f"{path} is not readable ({type(error).__name__}: {error})"
         if meta["format"] != FORMAT:
             raise UserError(f"{path} has format {meta['format']}, this nanochat reads {FORMAT}: use the one it is from")
         return Checkpoint(path, step, meta)
@@ -302,7 +327,8 @@ def _open_legacy(directory: Path, step: int) -> Checkpoint | str:
         config = {"window_pattern": "L", "vintage": "modern" if "resid_lambdas" in names else "classic"}
         meta["model_config"] = config | meta["model_config"]
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        return f"{model_file} is not readable ({error}): falling back to the checkpoint before it"
+        reason = next(iter(str(error).splitlines()), "")  # torch explains at length
+        return f"{model_file} is not readable ({type(error).__name__}: {reason})"
     return Checkpoint(model_file, step, meta)
 
 

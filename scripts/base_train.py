@@ -88,7 +88,8 @@ def main(flags: Flags) -> None:
         loader = PretrainLoader(tokenizer, RowGroups(train_shards), B, T, dist.rank, dist.world_size, data_states)
         steps = prefetch(on_device(pretrain_steps(loader, accumulation, plan.num_iterations, state.step), device))
         fast_model = torch.compile(model, dynamic=False) if compiling else model
-        config = {"flags": asdict(flags), "recipe": asdict(plan)}
+        eval_model = fast_model if device.type == "cuda" else model  # on a CPU compiling costs more than a validation
+        config = {"flags": asdict(flags), "recipe": asdict(plan), "tokenizer": tokenizer.fingerprint}
         logger = Logger(
             "base_train", tag, config, dist, flags.run, plan.num_iterations, flops_per_token(plan.model), state.step
         )
@@ -102,7 +103,7 @@ def main(flags: Flags) -> None:
         def evaluate(state: TrainState) -> dict[str, float]:
             batches = PretrainLoader(tokenizer, RowGroups(val_shards), B, T, dist.rank, dist.world_size).batches()
             num_batches = max(1, flags.eval_tokens // (B * T * dist.world_size))
-            bpb = evaluate_bpb(fast_model, islice(batches, num_batches), tokenizer.token_bytes(), dist)
+            bpb = evaluate_bpb(eval_model, islice(batches, num_batches), tokenizer.token_bytes(), dist)
             return {"val/bpb": bpb}
 
         def sample(state: TrainState) -> dict[str, float]:
@@ -110,27 +111,21 @@ def main(flags: Flags) -> None:
                 sample_prompts(Engine(model, tokenizer))
             return {}
 
-        def save(state: TrainState) -> dict[str, float]:
-            checkpoints.save(model, optimizer, state, config | {"tokenizer": tokenizer.fingerprint})
-            return {}
-
         hooks = [
             Hook(flags.eval_every, evaluate),
             Hook(flags.sample_every, sample),
-            Hook(max(flags.save_every, 0), save, when_stopped=True),
+            checkpoints.save_hook(flags.save_every, model, optimizer, config),
         ]
         lr_options = (flags.warmup_steps, flags.warmdown_ratio, flags.final_lr_frac)
 
         def schedule(optimizer: MuonAdamW, step: int, progress: float) -> None:
             recipe.pretrain_schedule(optimizer, step, plan.num_iterations, *lr_options)
 
-        try:
+        with checkpoints:
             state = train(
                 fast_model, optimizer, steps, token_loss, schedule, hooks, logger.log, state, dist,
                 scale_loss=dtype == torch.float16, last_checkpoint=checkpoints.latest,
             )  # fmt: skip
-        finally:
-            checkpoints.wait()
 
         # report
         logger.finish(state, parameters=param_counts(plan.model)["total"], flops=plan.flops)

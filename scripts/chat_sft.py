@@ -19,7 +19,7 @@ from nanochat.dataloader import conversation_steps, on_device, prefetch
 from nanochat.flags import command, flag
 from nanochat.gpt import flops_per_token
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.muon import LearningRates, MuonAdamW, build_optimizer
+from nanochat.muon import LearningRates, build_optimizer
 from nanochat.recipe import REFERENCE_BATCH, accumulation_steps, finetune_schedule
 from nanochat.report import Logger
 from nanochat.tokenizer import Tokenizer, default_dir
@@ -93,7 +93,9 @@ def main(flags: Flags) -> None:
         data_steps = conversation_steps(train_data, *shape, flags.num_iterations, (data_states or [None])[0])
         steps = prefetch(on_device(data_steps, device))
         fast_model = torch.compile(model, dynamic=False) if compiling else model
+        eval_model = fast_model if device.type == "cuda" else model  # on a CPU compiling costs more than a validation
         config = {"flags": asdict(flags), "base": str(base.path), "total_batch_size": total_batch_size}
+        config |= {"tokenizer": tokenizer.fingerprint}
         num_steps = max(flags.num_iterations, 0)
         logger = Logger(
             "chat_sft", tag, config, dist, flags.run, num_steps, flops_per_token(model.config), first_step=state.step
@@ -107,23 +109,17 @@ def main(flags: Flags) -> None:
         def evaluate(state: TrainState) -> dict[str, float]:
             val_steps = conversation_steps(val_data, tokenizer, B, T, 1, dist.rank, dist.world_size)
             batches = ((x, y) for step in val_steps for x, y, _ in step.micro_batches)
-            return {"val/bpb": evaluate_bpb(fast_model, batches, tokenizer.token_bytes(), dist)}
+            return {"val/bpb": evaluate_bpb(eval_model, batches, tokenizer.token_bytes(), dist)}
 
-        def save(state: TrainState) -> dict[str, float]:
-            checkpoints.save(model, optimizer, state, config | {"tokenizer": tokenizer.fingerprint})
-            return {}
-
-        def schedule(optimizer: MuonAdamW, step: int, progress: float) -> None:
-            finetune_schedule(optimizer, step, progress)
-
-        hooks = [Hook(flags.eval_every, evaluate), Hook(max(flags.save_every, 0), save, when_stopped=True)]
-        try:
+        hooks = [
+            Hook(flags.eval_every, evaluate),
+            checkpoints.save_hook(flags.save_every, model, optimizer, config),
+        ]
+        with checkpoints:
             state = train(
-                fast_model, optimizer, steps, token_loss, schedule, hooks, logger.log, state, dist,
+                fast_model, optimizer, steps, token_loss, finetune_schedule, hooks, logger.log, state, dist,
                 scale_loss=dtype == torch.float16, last_checkpoint=checkpoints.latest,
             )  # fmt: skip
-        finally:
-            checkpoints.wait()
 
         # report
         truncated = state.data_state.get("truncated", 0)

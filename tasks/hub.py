@@ -9,8 +9,8 @@ from nanochat.common import UserError, base_dir
 
 def load(repo: str, config: str | None, split: str) -> Any:
     """
-    Loads one split, a datasets.Dataset, of "owner/name", from $NANOCHAT_DATASETS_DIR/owner/name if that folder exists, else from the hub
-    ($HF_ENDPOINT if set) or what `datasets` has kept of it. UserError if it cannot be had.
+    Loads one split of "owner/name", a datasets.Dataset, from $NANOCHAT_DATASETS_DIR/owner/name if that folder exists,
+    else from the hub ($HF_ENDPOINT if set) or what `datasets` has kept of it. UserError if it cannot be had.
     """
     import datasets  # takes a second
 

@@ -16,8 +16,9 @@ from conftest import golden
 
 from nanochat import dataloader
 from nanochat.conversation import render
-from nanochat.dataloader import BestFit, PretrainLoader, conversation_steps, prefetch, pretrain_steps
+from nanochat.dataloader import BestFit, PretrainLoader, conversation_steps, on_device, prefetch, pretrain_steps
 from nanochat.dataset import RowGroups, split_shards
+from nanochat.train import Step
 
 BOS = 0
 

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Scaling laws: models of several depths, each trained with several FLOP budgets; which depth is best for which budget?
+#
+#   bash runs/scaling_laws.sh                                      # the full grid
+#   BUDGETS="1e14 3e14" DEPTHS="2 4 6" OPTIONS="--head-dim 64 --max-seq-len 512" bash runs/scaling_laws.sh
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+read -r device gpus _ <<<"$(python -m nanochat.hardware)"
+train=(python -m)
+if [ "$device" = cuda ]; then train=(torchrun --standalone --nproc_per_node="$gpus" -m); fi
+
+for budget in ${BUDGETS:-1e18 3e18 1e19 3e19}; do
+  for depth in ${DEPTHS:-8 10 12 14 16 18 20}; do
+    # shellcheck disable=SC2086  # OPTIONS is a list of words
+    "${train[@]}" scripts.base_train --depth "$depth" --target-flops "$budget" --model-tag "flops-$budget-d$depth" \
+      --eval-every 0 --sample-every -1 --resume ${OPTIONS:-}
+  done
+done
+python - <<'P'
+import json
+from nanochat.report import report_dir
+
+print("FLOPs\tdepth\ttokens\tbits per byte")
+rows = []
+for path in (report_dir() / "metrics").glob("base_train-flops-*.jsonl"):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    recipe, bpb = lines[0]["config"]["recipe"], [line["val/bpb"] for line in lines if "val/bpb" in line]
+    flags = lines[0]["config"]["flags"]
+    if bpb:
+        rows.append((flags["target_flops"], flags["depth"], recipe["horizon"], bpb[-1]))
+for flops, depth, tokens, bpb in sorted(rows):
+    print(f"{flops:.0e}\t{depth}\t{tokens}\t{bpb:.4f}")
+P
