@@ -261,7 +261,7 @@ class CheckpointDir:
                 if file.stat().st_size != expected["bytes"] or _crc32(file) != expected["crc32"]:
                     return f"{file} is corrupt"
             meta = json.loads((path / "state.json").read_text())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             return f"{path} is not readable ({type(error).__name__}: {error})"
         if meta["format"] != FORMAT:
             raise UserError(f"{path} has format {meta['format']}, this nanochat reads {FORMAT}: use the one it is from")
