@@ -1,0 +1,488 @@
+"""
+Checkpoints: the golden ones that people have, exact round trips, and whatever can happen to a disk.
+
+    python -m pytest tests/test_checkpoint_manager.py
+"""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import golden
+from safetensors.torch import load_file, save_file
+
+from nanochat import checkpoint_manager
+from nanochat.checkpoint_manager import FORMAT, CheckpointDir, find, load_model, stage_dir
+from nanochat.common import UserError
+from nanochat.dataloader import PretrainLoader
+from nanochat.dataset import RowGroups, split_shards
+from nanochat.distributed import Dist
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.muon import LearningRates, build_optimizer
+from nanochat.train import Stopped, TrainState
+
+CPU = torch.device("cpu")
+V = 50
+
+
+@pytest.fixture(autouse=True)
+def base_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def make(seed=0, config=None):
+    torch.manual_seed(seed)
+    model = GPT.create(config or GPTConfig(8, V, n_layer=2, n_head=2, n_kv_head=1, n_embd=32))
+    return model, build_optimizer(model, LearningRates())
+
+
+def train(model, optimizer, num_steps=1):
+    for _ in range(num_steps):
+        ids_BT = torch.randint(V, (2, 9))
+        model(ids_BT[:, :-1], ids_BT[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def save(step, tag="d2", directory=None, meta=None):
+    """Saves a model whose backout says which step it is; returns the folder."""
+    model, optimizer = make()
+    model.backout_lambda.data.fill_(step)
+    directory = directory or opened(tag)
+    directory.save(model, optimizer, TrainState(step, data_state={"unit": step, "ids": torch.arange(3)}), meta or {})
+    directory.wait()
+    return stage_dir("base") / tag / f"step_{step:06d}"
+
+
+def opened(tag="d2", **options):
+    """A directory in which a run goes on, rather than a new one that sets the old one's checkpoints aside."""
+    directory = CheckpointDir("base", tag, **options)
+    directory.is_new_run = False
+    return directory
+
+
+def step_of(checkpoint):
+    model = checkpoint.build_model(CPU, torch.float32)
+    assert model.backout_lambda.item() == checkpoint.step
+    return checkpoint.step
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- checkpoints that people have ----
+
+
+def legacy(base_dir, vintage):
+    folder = golden(f"checkpoint/{vintage}")
+    shutil.copytree(folder, base_dir / "base_checkpoints" / vintage)
+    return folder
+
+
+def test_golden_modern_bits_per_byte(base_dir, golden_tokenizer):
+    expected = json.loads((legacy(base_dir, "modern") / "expected.json").read_text())
+    model, checkpoint = load_model("base", "modern", -1, golden_tokenizer, CPU, torch.float32)
+    assert (checkpoint.step, checkpoint.tag, model.config.vintage) == (expected["step"], "modern", "modern")
+    assert not model.training
+    B, T = expected["device_batch_size"], expected["max_seq_len"]
+    _, val_shards = split_shards(golden("packing/data"))
+    batches = PretrainLoader(golden_tokenizer, RowGroups(val_shards), B, T).batches()
+    bpb = evaluate_bpb(
+        model, islice(batches, expected["eval_tokens"] // (B * T)), golden_tokenizer.token_bytes(), Dist(CPU)
+    )
+    assert bpb == pytest.approx(expected["val_bpb"], abs=1e-5)
+
+
+def test_golden_classic_logits(base_dir, golden_tokenizer):
+    expected = torch.load(legacy(base_dir, "classic") / "expected.pt", weights_only=True)
+    model, _ = load_model("base", "", -1, golden_tokenizer, CPU, torch.float32)
+    assert model.config.vintage == "classic" and model.config.windows == [256] * 4
+    with torch.no_grad():
+        torch.testing.assert_close(model(expected["x"]), expected["logits"], rtol=0, atol=1e-4)
+
+
+def write_legacy(folder, step, weights, config):
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(weights, folder / f"model_{step:06d}.pt")
+    (folder / f"meta_{step:06d}.json").write_text(json.dumps({"step": step, "model_config": config}))
+
+
+def legacy_model():
+    model, optimizer = make()
+    config = model.config.to_dict()
+    del config["vintage"]  # they do not know of it
+    return model.state_dict(), config, optimizer
+
+
+def test_a_legacy_checkpoint_as_saved_by_a_compiled_model(base_dir):
+    weights, config, optimizer = legacy_model()
+    compiled = {f"_orig_mod.{name}": weight.bfloat16() for name, weight in weights.items()}
+    write_legacy(base_dir / "base_checkpoints/old", 7, compiled, config)
+    checkpoint = find("base")
+    model = checkpoint.build_model(CPU, torch.float32)
+    assert same(dict(model.named_parameters()), {name: w.bfloat16().float() for name, w in weights.items()})
+    assert not checkpoint.restore_optimizer(optimizer)
+    with pytest.raises(UserError, match="not resumed"):
+        checkpoint.restore_run(optimizer, Dist(CPU))
+
+
+@pytest.mark.parametrize("gone, new", [("smear_lambda", None), (None, "lm_head.bias"), ("x0_lambdas", "x1_lambdas")])
+def test_another_set_of_parameters_is_refused_by_name(base_dir, gone, new):
+    weights, config, _ = legacy_model()
+    weights |= {new: torch.zeros(1)} if new else {}
+    weights.pop(gone, None)
+    write_legacy(base_dir / "base_checkpoints/old", 7, weights, config)
+    with pytest.raises(UserError) as caught:
+        find("base").build_model(CPU, torch.float32)
+    assert f"missing {[gone] if gone else []}, surplus {[new] if new else []}" in str(caught.value)
+
+
+def test_a_parameter_of_another_shape_is_refused_by_name(base_dir):
+    weights, config, _ = legacy_model()
+    write_legacy(base_dir / "base_checkpoints/old", 7, weights | {"x0_lambdas": torch.zeros(5)}, config)
+    with pytest.raises(UserError, match=r"x0_lambdas is \(5,\), not \(2,\)"):
+        find("base").build_model(CPU, torch.float32)
+
+
+def test_a_legacy_checkpoint_that_would_run_code_is_not_run(base_dir, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(base_dir / "ran"),)
+
+    weights, config, _ = legacy_model()
+    write_legacy(base_dir / "base_checkpoints/old", 6, weights, config)
+    write_legacy(base_dir / "base_checkpoints/old", 7, {"lm_head.weight": Bomb()}, config)
+    assert find("base").step == 6
+    assert not (base_dir / "ran").exists()
+    assert "model_000007.pt" in capsys.readouterr().out
+
+
+# ---- round trips ----
+
+
+def test_a_saved_run_comes_back_bitwise():
+    model, optimizer = make()
+    train(model, optimizer, 3)
+    data_state = {"unit": 4, "texts_done": 128, "waiting": torch.arange(9, dtype=torch.int32)}
+    state = TrainState(3, 0.7, 1.25, 4096, 2.0**12, 5, data_state)
+    directory = CheckpointDir("base", "d2")
+    directory.save(model, optimizer, state, {"flags": {"depth": 2}})
+    random_state = torch.get_rng_state()
+    expected = {name: p.clone() for name, p in model.named_parameters()}, optimizer.full_state()
+    train(model, optimizer)  # training goes on while the thread writes copies
+    directory.wait()
+
+    torch.manual_seed(99)
+    checkpoint = find("base", "d2", 3)
+    assert checkpoint.meta["flags"] == {"depth": 2} and checkpoint.meta["format"] == FORMAT
+    other, other_optimizer = make(seed=1)
+    restored_model = checkpoint.build_model(CPU, torch.float32)
+    restored, (restored_data,) = checkpoint.restore_run(other_optimizer, Dist(CPU))
+    assert same(dict(restored_model.named_parameters()), expected[0])
+    assert same(other_optimizer.full_state(), expected[1])
+    assert restored.to_dict() == state.to_dict()
+    assert restored_data.pop("waiting").equal(data_state.pop("waiting")) and restored_data == data_state
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+class TwoRanks(Dist):
+    """Rank 0 of two; the other one is said to hold other data."""
+
+    def gather(self, value):
+        numbers, tensors = value
+        return [value, (numbers | {"unit": 1}, tensors | {"waiting": tensors["waiting"] + 10})]
+
+
+def test_every_ranks_data_is_saved():
+    model, optimizer = make()
+    state = TrainState(1, data_state={"unit": 0, "waiting": torch.arange(2)})
+    directory = CheckpointDir("base", "d2", TwoRanks(CPU))
+    directory.save(model, optimizer, state, {})
+    directory.wait()
+    _, data_states = find("base").restore_run(optimizer, Dist(CPU, rank=1, world_size=2))
+    assert [state["unit"] for state in data_states] == [0, 1]
+    assert [state["waiting"].tolist() for state in data_states] == [[0, 1], [10, 11]]
+
+
+def test_the_hook_saves_and_a_stopped_run_waits_for_the_disk(monkeypatch):
+    model, optimizer = make()
+    monkeypatch.setattr(checkpoint_manager, "save_file", lambda *args: (time.sleep(0.05), save_file(*args)))
+    directory = CheckpointDir("base", "d2")
+    hook = directory.save_hook(5, model, optimizer, {})
+    assert (hook.every, hook.when_stopped) == (5, True)
+    with pytest.raises(Stopped):
+        with directory:
+            hook.run(TrainState(5))
+            raise Stopped("signal")
+    assert find("base").step == 5
+    assert directory.save_hook(-1, model, optimizer, {}).every == 0  # at the end all the same
+
+
+# ---- which one ----
+
+
+def test_the_newest_is_found_and_any_other_on_request(capsys):
+    for step in (20, 100, 3):
+        save(step)
+    assert opened().steps() == [3, 20, 100]
+    assert [step_of(find("base", "d2", step)) for step in (-1, 20, 3)] == [100, 20, 3]
+    with pytest.raises(UserError, match="no checkpoint of step 50: it has 3, 20, 100"):
+        find("base", "d2", 50)
+
+
+def test_the_tag_written_last_is_the_default():
+    for tag, hours_ago in (("d2", 3), ("d12", 1), ("d20", 2)):
+        written = time.time() - 3600 * hours_ago
+        os.utime(save(1, tag) / "manifest.json", (written, written))
+    assert find("base").tag == "d12"  # neither the largest nor the first
+    with pytest.raises(UserError, match="no base checkpoint with tag 'd4': there are d12, d2, d20"):
+        find("base", "d4")
+
+
+def test_without_any_checkpoint_the_error_says_how_to_train_one():
+    with pytest.raises(UserError, match="scripts.chat_sft"):
+        find("sft")
+    with pytest.raises(UserError, match="unknown stage"):
+        find("raw")
+
+
+def test_foreign_files_are_no_checkpoints(base_dir):
+    folder = save(7)
+    shutil.copytree(folder, folder.with_name("step_000007_before_the_move"))
+    (folder.parent / "step_000009").mkdir()  # without a manifest
+    (base_dir / "base_checkpoints/notes.txt").write_text("x")
+    assert step_of(find("base")) == 7
+
+
+@pytest.mark.parametrize("keep_last, kept", [(-1, [1, 2, 3, 4]), (1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])])
+def test_old_ones_are_pruned_on_request(keep_last, kept):
+    directory = opened(keep_last=keep_last)
+    for step in (1, 2, 3, 4):
+        save(step, directory=directory)
+    assert directory.steps() == kept
+
+
+def test_a_new_run_sets_the_old_one_aside(base_dir, capsys):
+    save(100)
+    save(7, directory=CheckpointDir("base", "d2"))
+    assert step_of(find("base", "d2")) == 7  # and not 100, which is another run's
+    assert "'d2.1'" in capsys.readouterr().out
+    assert step_of(find("base", "d2.1")) == 100
+    save(5, directory=CheckpointDir("base", "d2"))
+    assert [step_of(find("base", tag)) for tag in ("d2", "d2.1", "d2.2")] == [5, 100, 7]
+
+
+def test_a_run_that_saved_nothing_yet_has_no_last_good_checkpoint():
+    save(100)
+    assert CheckpointDir("base", "d2").latest() == "no checkpoint"
+    resumed = CheckpointDir("base", "d2")
+    assert resumed.load_newest().step == 100
+    assert resumed.latest().endswith("step_000100")
+
+
+def test_resuming_goes_on_in_the_same_folder(capsys):
+    assert CheckpointDir("base", "d2").load_newest() is None
+    assert "nothing to resume" in capsys.readouterr().out
+    save(5)
+    resumed = CheckpointDir("base", "d2")
+    assert step_of(resumed.load_newest()) == 5
+    save(10, directory=resumed)
+    assert resumed.steps() == [5, 10]
+
+
+def test_saving_a_step_again_replaces_it():
+    save(5, meta={"try": 1})
+    save(5, meta={"try": 2})
+    assert find("base").meta["try"] == 2
+
+
+# ---- what can happen to files ----
+
+
+def flip_a_byte(folder):
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-10] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+
+
+def truncate(folder):
+    content = (folder / "optimizer.safetensors").read_bytes()
+    (folder / "optimizer.safetensors").write_bytes(content[: len(content) // 2])
+
+
+DAMAGES = {
+    "a flipped byte": flip_a_byte,
+    "a file cut short": truncate,
+    "a file gone": lambda folder: (folder / "data.safetensors").unlink(),
+    "an empty file": lambda folder: (folder / "state.json").write_text(""),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "garbage": lambda folder: (folder / "manifest.json").write_bytes(b"\xff\x00{"),
+    "an empty manifest": lambda folder: (folder / "manifest.json").write_text("{}"),
+    "a list for a manifest": lambda folder: (folder / "manifest.json").write_text("[1]"),
+    "numbers in it": lambda folder: (folder / "manifest.json").write_text('{"model.safetensors": 1}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_newest_one_falls_back_to_the_one_before(damage, capsys):
+    save(10)
+    damage(save(20))
+    assert step_of(find("base", "d2")) == 10
+    out = capsys.readouterr().out
+    assert damage is DAMAGES["no manifest"] or ("warning" in out and "step_000020" in out and "falling back" in out)
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_nothing_takes_the_place_of_a_damaged_one_asked_for(damage):
+    save(10)
+    damage(save(20))
+    with pytest.raises(UserError) as caught:
+        find("base", "d2", 20)
+    message = str(caught.value)
+    assert "step 20" in message or "step_000020" in message
+    assert "it has 10" in message and "falling back" not in message and "\n" not in message
+
+
+def test_all_damaged_is_an_error():
+    for step in (10, 20):
+        flip_a_byte(save(step))
+    with pytest.raises(UserError, match="no intact checkpoint"):
+        find("base")
+
+
+def test_a_damaged_one_is_written_anew_by_the_run_that_goes_on():
+    save(10)
+    flip_a_byte(save(20))
+    resumed = CheckpointDir("base", "d2")
+    assert step_of(resumed.load_newest()) == 10
+    save(20, directory=resumed)
+    assert step_of(find("base")) == 20
+
+
+def test_a_format_from_the_future_is_refused():
+    save(10)
+    folder = save(20)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"format": FORMAT + 1}))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["state.json"] = {
+        "bytes": (folder / "state.json").stat().st_size,
+        "crc32": checkpoint_manager._crc32(folder / "state.json"),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"format {FORMAT + 1}, this nanochat reads {FORMAT}"):
+        find("base")
+
+
+def test_what_a_killed_save_left_behind_is_ignored_and_cleared_away():
+    folder = save(10)
+    leftover = folder.with_name(".step_000020.4711.tmp")
+    shutil.copytree(folder, leftover)
+    assert step_of(find("base")) == 10
+    save(30)
+    assert not leftover.exists() and opened().steps() == [10, 30]
+
+
+def test_a_full_disk_leaves_the_one_before_and_says_so(monkeypatch, capsys):
+    full = [False]
+
+    def save_file_if_room(tensors, path):
+        if full[0] and path.name == "optimizer.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint_manager, "save_file", save_file_if_room)
+    directory = opened()
+    save(10, directory=directory)
+    full[0] = True
+    with pytest.raises(UserError, match="No space left on device.*last good: .*step_000010"):
+        save(20, directory=directory)
+    assert step_of(find("base")) == 10
+    assert [p.name for p in directory.path.iterdir()] == ["step_000010"]  # the half one is gone
+
+    full[0] = False  # a later save succeeds, and the run ends well
+    save(30, directory=directory)
+    assert "could not be written" in capsys.readouterr().out
+    assert step_of(find("base")) == 30
+
+
+SAVE_FOREVER = """
+import sys
+import torch
+from tests.test_checkpoint_manager import make, opened, save
+
+directory = opened()
+step = 0
+while True:
+    step += 1
+    save(step, directory=directory)
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.parametrize("after", [0.0, 0.004, 0.011, 0.02])
+def test_a_kill_in_the_middle_of_saving(base_dir, after):
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}"}
+    command = [sys.executable, "-c", SAVE_FOREVER]
+    with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        said = [int(process.stdout.readline()) for _ in range(3)]
+        time.sleep(after)
+        process.send_signal(signal.SIGKILL)
+        said += [int(line) for line in process.stdout]
+    newest = find("base")
+    assert said[-1] <= step_of(newest) <= said[-1] + 1
+    assert opened().steps() == list(range(1, newest.step + 1))
+    for step in opened().steps():  # none that only looks whole
+        assert find("base", "d2", step).weights().keys() == dict(make()[0].named_parameters()).keys()
+
+
+# ---- what it was made with ----
+
+
+def golden_sized(base_dir, golden_tokenizer, fingerprint=None):
+    model, optimizer = make(config=GPTConfig(8, golden_tokenizer.vocab_size, 1, 1, 1, 32))
+    directory = CheckpointDir("base", "d1")
+    directory.save(model, optimizer, TrainState(1), {"tokenizer": fingerprint or golden_tokenizer.fingerprint})
+    directory.wait()
+    return find("base")
+
+
+def test_the_tokenizer_must_be_the_one_it_was_trained_with(base_dir, golden_tokenizer):
+    checkpoint = golden_sized(base_dir, golden_tokenizer)
+    checkpoint.check_tokenizer(golden_tokenizer)
+    checkpoint.check_resumable(golden_tokenizer, checkpoint.config)
+    with pytest.raises(UserError, match="another tokenizer"):
+        golden_sized(base_dir, golden_tokenizer, "0123456789abcdef").check_tokenizer(golden_tokenizer)
+    save(1, "d2")
+    with pytest.raises(UserError, match="another tokenizer .*vocabulary 50, here 1024"):
+        load_model("base", "d2", -1, golden_tokenizer, CPU, torch.float32)
+
+
+def test_another_model_cannot_resume(base_dir, golden_tokenizer):
+    checkpoint = golden_sized(base_dir, golden_tokenizer)
+    with pytest.raises(UserError, match="another model"):
+        checkpoint.check_resumable(golden_tokenizer, GPTConfig(16, golden_tokenizer.vocab_size, 1, 1, 1, 32))
+
+
+def test_files_are_plain_safetensors():
+    folder = save(3)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "data.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json",
+    ]  # fmt: skip
+    weights = load_file(folder / "model.safetensors")
+    assert same(weights, find("base").weights())
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
