@@ -78,6 +78,9 @@ def derive(
     """The recipe of a depth. An explicit number of steps or FLOPs sets the horizon that batch and decay follow."""
     if data_ratio <= 0:
         raise UserError(f"--target-param-data-ratio {data_ratio}: must be above 0")
+    for name, value in (("num-iterations", num_iterations), ("total-batch-size", total_batch_size)):
+        if value < 1 and value != -1:
+            raise UserError(f"--{name} {value}: must be at least 1, or -1 to follow from the depth")
     config = model_config(depth, vocab_size, aspect_ratio, head_dim, sequence_len, window_pattern)
     reference = model_config(REFERENCE_DEPTH, vocab_size, aspect_ratio, head_dim, sequence_len, window_pattern)
     reference_horizon = int(data_ratio * scaling_params(reference))
@@ -117,6 +120,8 @@ def accumulation_steps(total_batch_size: int, device_batch_size: int, sequence_l
     """Micro-batches per rank and update. UserError if that is not whole, with the nearest batch sizes that work."""
     if device_batch_size < 1:
         raise UserError(f"--device-batch-size {device_batch_size}: must be at least 1")
+    if total_batch_size < 1:
+        raise UserError(f"--total-batch-size {total_batch_size}: must be at least 1 token")
     per_pass = device_batch_size * sequence_len * world_size
     if total_batch_size % per_pass == 0:
         return total_batch_size // per_pass

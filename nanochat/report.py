@@ -107,6 +107,13 @@ def _format(name: str, value: float) -> str:
     return f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
 
 
+def _shown(value: Any) -> str:
+    """A number of the summary: four decimals, or four digits where these would be all zeros or endless."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The file's JSON objects; a last line that a crash cut short is left out."""
     lines = []
@@ -147,7 +154,7 @@ def print_summary(stages: list[str]) -> None:
         path = report_dir() / f"{stage}.json"
         for name, value in (json.loads(path.read_text()) if path.exists() else {}).items():
             if name != "time":
-                shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+                shown = _shown(value)
                 table.add_row(stage, name, shown)
                 markdown.append(f"| {stage} | {name} | {shown} |")
     Console().print(table)

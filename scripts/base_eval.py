@@ -38,6 +38,8 @@ def main(flags: Flags) -> dict[str, float]:
     wanted = flags.eval.split(",")
     if unknown := set(wanted) - set(EVALUATIONS):
         raise UserError(f"--eval {unknown.pop()}: there are {', '.join(EVALUATIONS)}")
+    if flags.device_batch_size < 1:
+        raise UserError(f"--device-batch-size {flags.device_batch_size}: must be at least 1")
     with distributed.init(flags.device) as dist:
         tokenizer = Tokenizer.load(default_dir())
         dtype = hardware.pick_dtype(dist.device)

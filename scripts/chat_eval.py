@@ -51,6 +51,10 @@ def main(flags: Flags) -> dict[str, Score]:
     names = flags.task_name.split(",") if flags.task_name else list(TASKS)
     if unknown := [name for name in names if name not in TASKS]:
         raise UserError(f"unknown task {unknown[0]!r}: there are {', '.join(TASKS)}")
+    if flags.max_problems == 0 or flags.batch_size < 1 or flags.max_new_tokens < 1 or flags.temperature < 0:
+        raise UserError(
+            "--max-problems, --batch-size and --max-new-tokens must be at least 1, --temperature at least 0"
+        )
     with distributed.init(flags.device) as dist:
         tokenizer = Tokenizer.load(default_dir())
         dtype = hardware.pick_dtype(dist.device)

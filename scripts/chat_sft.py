@@ -63,6 +63,8 @@ class Flags:
 
 @command
 def main(flags: Flags) -> None:
+    if flags.num_iterations < 1 and flags.num_iterations != -1:
+        raise UserError(f"--num-iterations {flags.num_iterations}: must be at least 1, or -1 for one pass")
     with distributed.init(flags.device) as dist:
         # check
         device, dtype = dist.device, hardware.pick_dtype(dist.device)

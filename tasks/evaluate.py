@@ -74,7 +74,7 @@ def count_generative(
     tokenizer, context = engine.tokenizer, engine.model.config.sequence_len
     conversations = [task[i] for i in indices]
     prompts = [render_for_completion(conversation, tokenizer) for conversation in conversations]
-    room = max(1, context - max_tokens)
+    room = context - min(max_tokens, context // 2)  # as in a chat: answers take half of the context at most
     requests = [Request(fit(p, room), max_tokens, temperature, seed=i) for i, p in zip(indices, prompts, strict=True)]
     completions = engine.generate(requests)
     texts = [spoken_text(completion.tokens, tokenizer) for completion in completions]
