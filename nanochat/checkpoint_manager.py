@@ -20,6 +20,7 @@ import itertools
 import json
 import pickle
 import shutil
+import sys
 import threading
 import zlib
 from dataclasses import dataclass
@@ -140,7 +141,8 @@ class CheckpointDir:
             return
         self._join()
         if self.error:
-            print(f"warning: the last checkpoint could not be written ({self.error}); trying again", flush=True)
+            message = f"warning: the last checkpoint could not be written ({self.error}); trying again"
+            print(message, file=sys.stderr, flush=True)
         meta = meta | {
             "format": FORMAT,
             "step": state.step,
@@ -200,7 +202,7 @@ class CheckpointDir:
                 return checkpoint
             if step >= 0:
                 raise UserError(f"{checkpoint}; choose another step of {self.path}: {have}")
-            print(f"warning: {checkpoint}: falling back to the checkpoint before it", flush=True)
+            print(f"warning: {checkpoint}: falling back to the checkpoint before it", file=sys.stderr, flush=True)
         raise UserError(f"no intact checkpoint in {self.path}: train it again")
 
     def steps(self) -> list[int]:

@@ -167,7 +167,7 @@ def test_a_legacy_checkpoint_that_would_run_code_is_not_run(base_dir, capsys):
     write_legacy(base_dir / "base_checkpoints/old", 7, {"lm_head.weight": Bomb()}, config)
     assert find("base").step == 6
     assert not (base_dir / "ran").exists()
-    assert "model_000007.pt" in capsys.readouterr().out
+    assert "model_000007.pt" in capsys.readouterr().err
 
 
 # ---- round trips ----
@@ -341,8 +341,8 @@ def test_a_damaged_newest_one_falls_back_to_the_one_before(damage, capsys):
     save(10)
     damage(save(20))
     assert step_of(find("base", "d2")) == 10
-    out = capsys.readouterr().out
-    assert damage is DAMAGES["no manifest"] or ("warning" in out and "step_000020" in out and "falling back" in out)
+    err = capsys.readouterr().err
+    assert damage is DAMAGES["no manifest"] or ("warning" in err and "step_000020" in err and "falling back" in err)
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
@@ -415,7 +415,7 @@ def test_a_full_disk_leaves_the_one_before_and_says_so(monkeypatch, capsys):
 
     full[0] = False  # a later save succeeds, and the run ends well
     save(30, directory=directory)
-    assert "could not be written" in capsys.readouterr().out
+    assert "could not be written" in capsys.readouterr().err
     assert step_of(find("base")) == 30
 
 
