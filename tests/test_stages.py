@@ -1,0 +1,383 @@
+"""
+Every stage through its command line, on the primer and a tiny model: from raw text to a chat, interrupted and resumed;
+and what each says when it is given something wrong.
+
+    python -m pytest tests/test_stages.py
+"""
+
+import io
+import json
+import os
+import shutil
+import signal
+from contextlib import redirect_stdout
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import GOLDEN
+
+from nanochat import checkpoint_manager, hardware
+from nanochat.gpt import GPT
+from nanochat.tokenizer import Tokenizer
+from scripts import (
+    base_eval,
+    base_train,
+    chat_cli,
+    chat_eval,
+    chat_sft,
+    primer,
+    report,
+    show_conversation,
+    tok_eval,
+    tok_train,
+)
+
+VOCAB = 600
+COMMON = ["--device", "cpu", "--no-compile", "--save-every", "3", "--eval-every", "3"]
+BASE = [*COMMON, "--depth", "2", "--aspect-ratio", "32", "--head-dim", "32", "--max-seq-len", "128"]
+BASE += ["--device-batch-size", "4", "--total-batch-size", "1024", "--num-iterations", "6", "--eval-tokens", "2048"]
+SFT = [*COMMON, "--smoltalk-epochs", "0", "--mmlu-epochs", "0", "--gsm8k-epochs", "0", "--identity-epochs", "1"]
+SFT += ["--primer-epochs", "1", "--num-iterations", "6", "--eval-examples", "8"]
+CPU = ["--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base folder with the primer, a tokenizer, a base model and a chat model, each made by its stage."""
+    base_dir = tmp_path_factory.mktemp("base")
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
+        patch.setenv("NANOCHAT_DATA_DIR", str(base_dir / "primer"))
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(base_dir / "nothing"))
+        patch.delenv("NANOCHAT_DTYPE", raising=False)
+        # Its choice is measured, so two runs could compute differently; comparisons below are bitwise.
+        patch.setattr(hardware, "choose_cpu_matmul", lambda: None)
+        primer.main([])
+        tok_train.main(["--vocab-size", str(VOCAB), "--max-chars", "300000"])
+        base_train.main(BASE)
+        chat_sft.main(SFT)
+        (base_dir / "log.txt").write_text(out.getvalue())
+        yield base_dir
+
+
+def metrics(place, name):
+    """The metrics file without what depends on the clock."""
+    lines = [json.loads(line) for line in (place / f"report/metrics/{name}.jsonl").read_text().splitlines()]
+    timed = ("seconds", "train/tokens_per_second")
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines if "step" in line]
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".safetensors"}
+
+
+# ---- the stages in order ----
+
+
+def test_the_tokenizer(place, capsys):
+    assert Tokenizer.load(place / "tokenizer").vocab_size == VOCAB
+    results = tok_eval.main([])
+    assert results["val split"]["ours"] > 1.5
+
+
+def test_base_train(place):
+    log = (place / "log.txt").read_text()
+    assert "d2: " in log and "6 updates of 1,024 tokens (2 x 4 x 128 x 1 ranks)" in log
+    assert "'Once upon a time' → " in log  # samples, at the end
+    lines = metrics(place, "base_train-d2")
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    assert [line["step"] for line in lines if "val/bpb" in line] == [3, 6]
+    folder = place / "base_checkpoints/d2"
+    assert sorted(path.name for path in folder.iterdir()) == ["step_000003", "step_000006"]
+
+
+def test_chat_sft(place):
+    lines = metrics(place, "chat_sft-d2")
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    checkpoint = checkpoint_manager.find("sft")
+    assert (checkpoint.tag, checkpoint.step) == ("d2", 6)
+    assert checkpoint.meta["base"].endswith("base_checkpoints/d2/step_000006")
+
+
+@pytest.mark.parametrize("script, argv, stage", [(base_train, BASE, "base"), (chat_sft, SFT, "sft")])
+def test_a_run_that_was_stopped_and_resumed_is_bitwise_the_same(place, monkeypatch, capsys, script, argv, stage):
+    if stage == "sft":
+        argv = [*argv, "--base-tag", "d2"]
+    whole, name = checkpoint_manager.stage_dir(stage) / "d2", script.__name__.removeprefix("scripts.")
+    evaluate = script.evaluate_bpb
+
+    def evaluate_and_stop(*args):
+        os.kill(os.getpid(), signal.SIGTERM)  # at the validation after step 3: the run ends after step 4
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "evaluate_bpb", evaluate_and_stop)
+        with pytest.raises(SystemExit, match="after step 4.*--resume"):
+            script.main([*argv, "--model-tag", "parts"])
+    parts = whole.with_name("parts")
+    assert sorted(path.name for path in parts.iterdir()) == ["step_000003", "step_000004"]
+    torch.manual_seed(12345)
+    script.main([*argv, "--model-tag", "parts", "--resume"])
+
+    assert files_of(parts / "step_000006") == files_of(whole / "step_000006")
+    assert metrics(place, f"{name}-parts") == metrics(place, f"{name}-d2")
+    shutil.rmtree(parts)
+
+
+def test_resuming_where_nothing_was_saved_starts_anew(place, capsys):
+    base_train.main([*BASE, "--model-tag", "fresh", "--resume", "--num-iterations", "1", "--sample-every", "-1"])
+    assert "starting from the beginning" in capsys.readouterr().out
+    shutil.rmtree(place / "base_checkpoints/fresh")
+
+
+def test_base_eval(place, capsys):
+    numbers = base_eval.main([*CPU, "--split-tokens", "2048", "--device-batch-size", "4"])
+    out = capsys.readouterr().out
+    assert "val bits per byte" in out and "The capital of France is" in out and "Without a prompt" in out
+    expected = metrics(place, "base_train-d2")[-1]["val/bpb"]  # the same batches as the last validation
+    assert numbers["val bpb"] == pytest.approx(expected, rel=1e-9)
+    assert list(base_eval.main([*CPU, "--eval", "sample"])) == []
+
+
+def test_chat_eval(place, capsys):
+    argv = [*CPU, "-a", "QuizFree,QuizChoice,Sums", "-x", "4", "-m", "8", "-b", "3"]
+    scores = chat_eval.main(argv)
+    assert [score.total for score in scores.values()] == [4, 4, 4]
+    out = capsys.readouterr().out
+    assert out.count("95 % sure") == 3 and "chatsft_checkpoints/d2" in out
+    assert chat_eval.main([*argv, "-i", "base"]).keys() == scores.keys()
+
+
+def test_one_answer_in_the_terminal(place, capsys):
+    argv = [*CPU, "-p", "Why is the sky blue?", "-m", "12"]
+    answers = []
+    for seed in ("1", "1", "2"):
+        chat_cli.main([*argv, "--seed", seed])
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+    assert "checkpoints" not in answers[0]  # the answer alone
+
+
+def test_a_conversation_in_the_terminal(place, capsys, monkeypatch):
+    long = "so " * 500
+    said = iter(["hello", "and then?", *["tell me more of that"] * 4, long, "clear", "hello", "", "quit"])
+    monkeypatch.setattr("builtins.input", lambda *args: next(said))
+    chat_cli.main([*CPU, "-m", "40"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "messages were dropped" in out  # the context is full before long
+    assert "the model reads 88 at a time" in out
+    assert "A new conversation." in out
+    assert not list(said)
+
+
+def test_the_report(place, capsys):
+    report.main([])
+    text = (place / "report/report.md").read_text()
+    for row in ("tok_train | vocabulary | 600", "base_train | val/bpb", "base_train | steps", "chat_sft | steps"):
+        assert f"| {row} |" in text
+    assert "base_train" in capsys.readouterr().out
+
+
+def test_show_conversation(place, tmp_path, capsys):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    (tmp_path / "mine.jsonl").write_text(json.dumps(messages))
+    show_conversation.main(["--path", str(tmp_path / "mine.jsonl")])
+    out = capsys.readouterr().out
+    assert "<|user_start|>hi<|user_end|>" in out and "line 1" in out and "learned" in out
+
+
+def test_conversations_of_ones_own(place, tmp_path, capsys):
+    messages = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "me"}]
+    (tmp_path / "mine.jsonl").write_text("\n".join([json.dumps(messages)] * 20))
+    argv = [*SFT, "--primer-epochs", "0", "--identity-file", str(tmp_path / "mine.jsonl"), "--model-tag", "mine"]
+    chat_sft.main([*argv, "--num-iterations", "1"])
+    assert "20 conversations" in capsys.readouterr().out
+    shutil.rmtree(place / "chatsft_checkpoints/mine")
+
+
+# ---- what can be wrong ----
+
+
+@pytest.fixture
+def broken(place, tmp_path, monkeypatch):
+    """A copy of the place to spoil; shards in data/."""
+    copy = tmp_path / "copy"
+    shutil.copytree(place, copy, ignore=shutil.ignore_patterns("primer", "report"))
+    (copy / "data").mkdir()
+    for shard in (place / "primer").glob("*.parquet"):
+        (copy / "data" / shard.name).symlink_to(shard)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(copy))
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(copy / "data"))
+    return copy
+
+
+def nothing(place):
+    pass
+
+
+def no_shards(place):
+    shutil.rmtree(place / "data")
+
+
+def one_shard(place):
+    for shard in sorted((place / "data").iterdir())[1:]:
+        shard.unlink()
+
+
+def replace_first_shard(place):
+    shard = min((place / "data").iterdir())
+    shard.unlink()
+    return shard
+
+
+def corrupt_shard(place):
+    replace_first_shard(place).write_bytes(b"PAR1 and no more")
+
+
+def no_text_column(place):
+    pyarrow.parquet.write_table(pyarrow.table({"words": ["a"]}), replace_first_shard(place))
+
+
+def no_tokenizer(place):
+    shutil.rmtree(place / "tokenizer")
+
+
+def broken_tokenizer(place):
+    (place / "tokenizer/tokenizer.json").write_text("{")
+
+
+def other_tokenizer(place):
+    Tokenizer.load(GOLDEN / "tokenizer").save(place / "tokenizer")
+
+
+def no_checkpoints(place):
+    for stage in ("base", "chatsft"):
+        shutil.rmtree(place / f"{stage}_checkpoints")
+
+
+def damage(*steps):
+    def flip_a_byte(place):
+        for stage in ("base", "chatsft"):
+            for step in steps:
+                path = place / f"{stage}_checkpoints/d2/step_{step:06d}/model.safetensors"
+                content = bytearray(path.read_bytes())
+                content[-1] ^= 1
+                path.write_bytes(content)
+
+    return flip_a_byte
+
+
+WRONG = [  # what was done, script, flags, words of the error
+    (no_shards, base_train, BASE, "nanochat.dataset"),
+    (no_shards, tok_train, [], "nanochat.dataset"),
+    (no_shards, base_eval, CPU, "nanochat.dataset"),
+    (one_shard, base_train, BASE, "one shard only"),
+    (corrupt_shard, base_train, BASE, "not a whole parquet file: delete it"),
+    (corrupt_shard, tok_train, [], "not a whole parquet file: delete it"),
+    (no_text_column, base_train, BASE, "needs a column `text`"),
+    (no_tokenizer, base_train, BASE, "scripts.tok_train"),
+    (no_tokenizer, base_eval, CPU, "scripts.tok_train"),
+    (no_tokenizer, chat_sft, SFT, "scripts.tok_train"),
+    (no_tokenizer, chat_eval, CPU, "scripts.tok_train"),
+    (no_tokenizer, chat_cli, CPU, "scripts.tok_train"),
+    (no_tokenizer, tok_eval, [], "scripts.tok_train"),
+    (no_tokenizer, show_conversation, [], "scripts.tok_train"),
+    (broken_tokenizer, base_train, BASE, "restore it, or train anew"),
+    (other_tokenizer, base_train, [*BASE, "--resume"], "another tokenizer (vocabulary 600, here 1024)"),
+    (other_tokenizer, base_eval, CPU, "another tokenizer"),
+    (other_tokenizer, chat_sft, SFT, "another tokenizer"),
+    (other_tokenizer, chat_eval, CPU, "another tokenizer"),
+    (other_tokenizer, chat_cli, CPU, "another tokenizer"),
+    (no_checkpoints, base_eval, CPU, "scripts.base_train"),
+    (no_checkpoints, chat_sft, SFT, "scripts.base_train"),
+    (no_checkpoints, chat_eval, CPU, "scripts.chat_sft"),
+    (no_checkpoints, chat_cli, CPU, "scripts.chat_sft"),
+    (nothing, base_eval, [*CPU, "-g", "d9"], "there are d2"),
+    (nothing, chat_sft, [*SFT, "--base-tag", "d9"], "there are d2"),
+    (nothing, chat_eval, [*CPU, "-g", "d9"], "there are d2"),
+    (nothing, chat_cli, [*CPU, "-g", "d9"], "there are d2"),
+    (nothing, chat_cli, [*CPU, "-s", "5"], "it has 3, 6"),
+    (nothing, base_eval, [*CPU, "-s", "5"], "it has 3, 6"),
+    (damage(6), base_eval, [*CPU, "-s", "6"], "is corrupt"),
+    (damage(3, 6), chat_cli, CPU, "no intact checkpoint"),
+    (damage(3, 6), base_train, [*BASE, "--resume"], "no intact checkpoint"),
+    (nothing, base_train, [*BASE, "--resume", "--max-seq-len", "64"], "another model"),
+    (nothing, base_train, [*BASE, "--total-batch-size", "1000"], "--total-batch-size 512 or 1024"),
+    (nothing, base_train, [*BASE, "--total-batch-size", "0"], "at least 1"),
+    (nothing, chat_sft, [*SFT, "--total-batch-size", "1000"], "--total-batch-size 512 or 1024"),
+    (nothing, chat_sft, [*SFT, "--total-batch-size", "0"], "at least 1"),
+    (nothing, base_train, [*BASE, "--window-pattern", "SXL"], "use the letters S (short) and L (full)"),
+    (nothing, base_train, [*BASE, "--window-pattern", ""], "use the letters S (short) and L (full)"),
+    (nothing, base_train, [*BASE, "--depth", "0"], "at least 1"),
+    (nothing, base_train, [*BASE, "--head-dim", "7"], "even and at least 16"),
+    (nothing, base_train, [*BASE, "--max-seq-len", "0"], "at least 1"),
+    (nothing, base_train, [*BASE, "--num-iterations", "0"], "at least 1"),
+    (nothing, base_train, [*BASE, "--num-iterations", "-5"], "at least 1"),
+    (nothing, chat_sft, [*SFT, "--num-iterations", "0"], "at least 1"),
+    (nothing, base_train, [*BASE, "--target-param-data-ratio", "0", "--num-iterations", "-1"], "above 0"),
+    (nothing, base_train, [*BASE, "--device-batch-size", "-4"], "at least 1"),
+    (nothing, base_train, [*BASE, "--device-batch-size", "0"], "at least 1"),
+    (nothing, base_eval, [*CPU, "--device-batch-size", "0"], "at least 1"),
+    (nothing, chat_sft, [*SFT, "--device-batch-size", "0"], "at least 1"),
+    (nothing, chat_eval, [*CPU, "-b", "0"], "at least 1"),
+    (nothing, chat_eval, [*CPU, "-x", "0"], "at least 1"),
+    (nothing, chat_eval, [*CPU, "-a", "Quiz"], "there are ARC-Easy"),
+    (nothing, base_eval, [*CPU, "--eval", "bpb,core"], "there are bpb, sample"),
+    (nothing, chat_cli, [*CPU, "-t", "-1"], "at least 0"),
+    (nothing, chat_cli, [*CPU, "-p", "so " * 500], "the model reads 64 at a time"),
+    (nothing, chat_sft, [*SFT, "--identity-epochs", "0", "--primer-epochs", "0"], "--smoltalk-epochs 1"),
+    (nothing, chat_sft, [*SFT, "--identity-file", "nowhere.jsonl"], "nowhere.jsonl"),
+    (nothing, tok_train, ["--vocab-size", "100"], "too small"),
+    (nothing, show_conversation, ["--path", "nowhere.jsonl"], "--path"),
+    (nothing, base_train, [*BASE, "--device", "tpu"], "use auto, cuda, mps or cpu"),
+    (nothing, base_train, [*BASE, "--depht", "2"], "--depht"),
+    (nothing, base_train, [*BASE, "--depth", "two"], "--depth"),
+    (nothing, chat_cli, [*CPU, "-i", "raw"], "base"),
+]
+
+
+def case_name(case):
+    done, script, argv, words = case
+    return f"{done.__name__}-{script.__name__.removeprefix('scripts.')}-{words}".replace(" ", "_")
+
+
+@pytest.mark.parametrize("done, script, argv, words", WRONG, ids=map(case_name, WRONG))
+def test_what_is_wrong_is_said_in_one_line(broken, monkeypatch, capsys, done, script, argv, words):
+    done(broken)
+    if "-p" not in argv:  # that takes a model to see
+        monkeypatch.setattr(GPT, "__init__", lambda *args: pytest.fail("a model was built first"))
+    message = refusal(script, argv, capsys)
+    assert words in message
+
+
+def refusal(script, argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        script.main(argv)
+    code = caught.value.code
+    message = code if isinstance(code, str) else capsys.readouterr().err.strip()
+    assert code not in (0, None)
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", [base_train, base_eval, chat_sft, chat_eval, chat_cli])
+def test_a_gpu_that_is_not_there(broken, capsys, script):
+    assert "use --device cpu" in refusal(script, ["--device", "cuda"], capsys)
+
+
+def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_taken(broken, capsys):
+    damage(6)(broken)
+    chat_cli.main([*CPU, "-p", "hello", "-m", "4"])
+    out = capsys.readouterr()
+    warnings = [line for line in (out.out + out.err).splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and "step_000006" in warnings[0]
+    assert "warning" not in out.out  # where the answer goes, for scripts
+    base_train.main([*BASE, "--resume", "--sample-every", "-1"])
+    assert files_of(broken / "base_checkpoints/d2/step_000006").keys() == {
+        "model.safetensors", "optimizer.safetensors", "data.safetensors",
+    }  # fmt: skip
