@@ -184,7 +184,7 @@ class Engine:
                 if len(row.completion.tokens) > num_tokens:  # the last one, unless it is the end token
                     yield row.index, row.token, row.completion
                 yield row.index, None, row.completion
-                _remove(rows, row, cache, logits_RV)
+                _remove(rows, row, cache)
             if rows:
                 tokens_B1 = torch.tensor([[row.token] for row in rows], device=self.model.device)
                 logits_RV[: len(rows)] = self._forward(tokens_B1, cache, 0)
@@ -213,12 +213,11 @@ class Engine:
         return self.model.logits(hidden_BTC[:, -1])
 
 
-def _remove(rows: list[Row], row: Row, cache: KVCache, logits_RV: torch.Tensor) -> None:
+def _remove(rows: list[Row], row: Row, cache: KVCache) -> None:
     """Takes a row out; the last one moves into its place, so that the rows in use stay the first ones."""
     place, last = rows.index(row), len(rows) - 1
     if place != last:
         cache.copy(last, place)
-        logits_RV[place] = logits_RV[last]
         rows[place] = rows[last]
     rows.pop()
 
