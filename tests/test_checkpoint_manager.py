@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import islice
 from pathlib import Path
@@ -173,7 +174,9 @@ def test_a_legacy_checkpoint_that_would_run_code_is_not_run(base_dir, capsys):
 # ---- round trips ----
 
 
-def test_a_saved_run_comes_back_bitwise():
+def test_a_saved_run_comes_back_bitwise(monkeypatch):
+    trained_on = threading.Event()
+    monkeypatch.setattr(checkpoint_manager, "save_file", lambda *args: trained_on.wait(60) and save_file(*args))
     model, optimizer = make()
     train(model, optimizer, 3)
     data_state = {"unit": 4, "texts_done": 128, "waiting": torch.arange(9, dtype=torch.int32)}
@@ -182,7 +185,8 @@ def test_a_saved_run_comes_back_bitwise():
     directory.save(model, optimizer, state, {"flags": {"depth": 2}})
     random_state = torch.get_rng_state()
     expected = {name: p.clone() for name, p in model.named_parameters()}, optimizer.full_state()
-    train(model, optimizer)  # training goes on while the thread writes copies
+    train(model, optimizer)  # training goes on before a byte is written: the thread has copies
+    trained_on.set()
     directory.wait()
 
     torch.manual_seed(99)
