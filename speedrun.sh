@@ -53,11 +53,12 @@ else
 fi
 
 train=(python -m)
-vocab=32768 shards=170
+vocab=32768 shards=170 eval_tokens=41943040
 if [ "$data" = primer ]; then
   vocab=2048
   size=(--depth 4 --head-dim 64 --max-seq-len 512 --device-batch-size 8 --total-batch-size 4096 --num-iterations 640
-        --eval-tokens 65536)
+        --eval-every 0)
+  eval_tokens=65536
 elif [ "$device" = cuda ]; then
   train=(torchrun --standalone --nproc_per_node="$gpus" -m)
   case "$gpus" in  # the depth whose training takes some hours at most
@@ -68,8 +69,8 @@ elif [ "$device" = cuda ]; then
   esac
 else
   vocab=8192
-  size=(--depth 4 --head-dim 64 --max-seq-len 512 --device-batch-size 16 --total-batch-size 8192 --num-iterations 500
-        --eval-tokens 524288)
+  size=(--depth 4 --head-dim 64 --max-seq-len 512 --device-batch-size 16 --total-batch-size 8192 --num-iterations 500)
+  eval_tokens=524288
 fi
 if [ "$datasets" = primer ]; then
   sft=(--smoltalk-epochs 0 --mmlu-epochs 0 --gsm8k-epochs 0 --identity-epochs 0 --primer-epochs 2)
@@ -77,7 +78,7 @@ if [ "$datasets" = primer ]; then
 else
   sft=()
   exam=(-a ARC-Easy,ARC-Challenge,MMLU,GSM8K)
-  [ "$device" = cuda ] || { sft+=(--num-iterations 250); exam+=(-x 500); }
+  [ "$device" = cuda ] || { sft+=(--num-iterations 250 --identity-epochs 10); exam+=(-x 500); }
 fi
 run=(${WANDB_RUN:+--run "$WANDB_RUN"})
 echo "model:   ${size[*]}"
@@ -114,8 +115,8 @@ case "$data" in
 esac
 stage tok_train python -m scripts.tok_train --vocab-size "$vocab"
 stage tok_eval python -m scripts.tok_eval
-stage base_train "${train[@]}" scripts.base_train "${size[@]}" "${often[@]}" $(resume base_train) "${run[@]}"
-stage base_eval "${train[@]}" scripts.base_eval -g speedrun --split-tokens 262144
+stage base_train "${train[@]}" scripts.base_train "${size[@]}" --eval-tokens "$eval_tokens" "${often[@]}" $(resume base_train) "${run[@]}"
+stage base_eval "${train[@]}" scripts.base_eval -g speedrun --split-tokens "$eval_tokens"
 stage chat_sft "${train[@]}" scripts.chat_sft --base-tag speedrun "${sft[@]}" "${often[@]}" $(resume chat_sft) "${run[@]}"
 stage chat_eval "${train[@]}" scripts.chat_eval -i sft -g speedrun "${exam[@]}"
 

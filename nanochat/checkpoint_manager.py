@@ -57,7 +57,10 @@ class Checkpoint:
 
     @property
     def config(self) -> GPTConfig:
-        return GPTConfig(**self.meta["model_config"])
+        try:
+            return GPTConfig(**self.meta["model_config"])
+        except TypeError as error:
+            raise UserError(f"{self.path} has a model configuration that this nanochat does not know: {error}") from error
 
     @property
     def tag(self) -> str:
@@ -175,6 +178,8 @@ class CheckpointDir:
         if kind is None or issubclass(kind, Stopped):
             self.wait()
         self._join()
+        if self.error:
+            print(f"warning: no checkpoint could be written to {self.path}: {self.error}", file=sys.stderr, flush=True)
 
     def wait(self) -> None:
         """Until the last save is on the disk. UserError if it could not be written."""

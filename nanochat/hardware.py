@@ -99,16 +99,21 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def tune_process(device: torch.device) -> None:
+def tune_process(device: torch.device, matmul_precision: str = "") -> str:
     """
     Process-wide settings for training. On CUDA: TF32 for what is left in float32. On the CPU: the faster of two float32
-    matrix products, and a malloc that keeps the pages it has.
+    matrix products, and a malloc that keeps the pages it has. Returns the precision chosen; a resumed run passes it in
+    again, for two measurements may differ and with them the last bits of every loss.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     elif device.type == "cpu":
         keep_freed_pages()
-        choose_cpu_matmul()
+        if matmul_precision:
+            torch.set_float32_matmul_precision(matmul_precision)
+        else:
+            choose_cpu_matmul()
+    return torch.get_float32_matmul_precision()
 
 
 def keep_freed_pages() -> None:

@@ -77,7 +77,7 @@ def main(flags: Flags) -> None:
             saved.check_resumable(tokenizer, plan.model)
 
         # build
-        hardware.tune_process(device)
+        precision = hardware.tune_process(device, saved.meta["matmul_precision"] if saved else "")
         seed_everything(flags.seed)
         model = saved.build_model(device, dtype) if saved else GPT.create(plan.model, device, dtype)
         compiling = flags.compile and hardware.can_compile(device)
@@ -89,7 +89,8 @@ def main(flags: Flags) -> None:
         steps = prefetch(on_device(pretrain_steps(loader, accumulation, plan.num_iterations, state.step), device))
         fast_model = torch.compile(model, dynamic=False) if compiling else model
         eval_model = fast_model if device.type == "cuda" else model  # on a CPU compiling costs more than a validation
-        config = {"flags": asdict(flags), "recipe": asdict(plan), "tokenizer": tokenizer.fingerprint}
+        config = {"flags": asdict(flags), "recipe": asdict(plan)}
+        config |= {"tokenizer": tokenizer.fingerprint, "matmul_precision": precision}
         logger = Logger(
             "base_train", tag, config, dist, flags.run, plan.num_iterations, flops_per_token(plan.model), state.step
         )

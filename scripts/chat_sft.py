@@ -82,7 +82,7 @@ def main(flags: Flags) -> None:
         train_data, val_data = mixture(flags)
 
         # build
-        hardware.tune_process(device)
+        precision = hardware.tune_process(device, saved.meta["matmul_precision"] if saved else "")
         seed_everything(42)
         model = (saved or base).build_model(device, dtype)
         compiling = flags.compile and hardware.can_compile(device)
@@ -97,7 +97,7 @@ def main(flags: Flags) -> None:
         fast_model = torch.compile(model, dynamic=False) if compiling else model
         eval_model = fast_model if device.type == "cuda" else model  # on a CPU compiling costs more than a validation
         config = {"flags": asdict(flags), "base": str(base.path), "total_batch_size": total_batch_size}
-        config |= {"tokenizer": tokenizer.fingerprint}
+        config |= {"tokenizer": tokenizer.fingerprint, "matmul_precision": precision}
         num_steps = max(flags.num_iterations, 0)
         logger = Logger(
             "chat_sft", tag, config, dist, flags.run, num_steps, flops_per_token(model.config), first_step=state.step
