@@ -60,7 +60,7 @@ class Checkpoint:
         try:
             return GPTConfig(**self.meta["model_config"])
         except TypeError as error:
-            raise UserError(f"{self.path} has a model configuration that this nanochat does not know: {error}") from error
+            raise UserError(f"{self.path} is configured as no model of this nanochat: {error}") from error
 
     @property
     def tag(self) -> str:
