@@ -33,7 +33,9 @@ def flag(default: Any, help: str, short: str = "", choices: Sequence[Any] | None
 def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
     """Parses argv (sys.argv by default) into an instance of cls; exits with one line on bad input."""
     parser = _Parser(
-        description=description, formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=32, width=120)
+        usage="%(prog)s [flags]",
+        description=description,
+        formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=32, width=120),
     )
     hints = get_type_hints(cls)
     for f in fields(cls):  # type: ignore[arg-type]

@@ -33,3 +33,7 @@ else
   setup
 fi
 source .venv/bin/activate
+
+# Threads that wait asleep, not spinning. With one other busy process on two cores a training step is six times as fast
+# (2,900 against 490 tokens/s, depth 4); alone it makes no difference.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
