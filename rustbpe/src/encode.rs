@@ -1,0 +1,250 @@
+//! Text to token ids, the same ids that tiktoken gives.
+//!
+//! In each chunk the neighbours that form the token with the lowest id are joined, the leftmost first, until none form
+//! a token. What counts is whether the bytes of two neighbours together are a token, not by which merge it was learned.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+
+use crate::hash::{Build, Key, MAX_SHORT};
+use crate::merge::Pair;
+use crate::split::Pattern;
+
+/// Chunks of more bytes are joined with a heap, n·log n; shorter ones by looking at all pairs each time, n² (arbitrary:
+/// both take about as long there).
+const MAX_QUADRATIC: usize = 64;
+const NONE: u32 = u32::MAX;
+
+pub struct Encoder {
+    pattern: Pattern,
+    short: HashMap<Key, u32, Build>, // token of up to 15 bytes → id
+    long: HashMap<Box<[u8]>, u32, Build>,
+    joined: HashMap<u64, u32, Build>, // two ids → the id of their bytes together
+}
+
+impl Encoder {
+    /// The merges as train() gives them; a message if one is of tokens that are not there yet.
+    pub fn new(pattern: Pattern, merges: &[Pair]) -> Result<Self, String> {
+        let mut tokens: Vec<Vec<u8>> = (0..=u8::MAX).map(|byte| vec![byte]).collect();
+        for &(first, second) in merges {
+            match (tokens.get(first as usize), tokens.get(second as usize)) {
+                (Some(first), Some(second)) => tokens.push([first.as_slice(), second].concat()),
+                _ => return Err(format!("token {} is made of later ones", tokens.len())),
+            }
+        }
+        let mut encoder =
+            Self { pattern, short: HashMap::default(), long: HashMap::default(), joined: HashMap::default() };
+        for (id, token) in (0..).zip(&tokens) {
+            if token.len() <= MAX_SHORT {
+                encoder.short.insert(Key::new(token), id);
+            } else {
+                encoder.long.insert(token.as_slice().into(), id);
+            }
+        }
+        for (id, token) in (0..).zip(&tokens) {
+            for cut in 1..token.len() {
+                let (first, second) = token.split_at(cut);
+                if let (Some(first), Some(second)) = (encoder.id_of(first), encoder.id_of(second)) {
+                    encoder.joined.insert(pair_key(first, second), id);
+                }
+            }
+        }
+        Ok(encoder)
+    }
+
+    pub fn encode(&self, text: &str) -> Vec<u32> {
+        let mut ids = Vec::with_capacity(text.len() / 3);
+        let mut parts = Vec::new();
+        let bytes = text.as_bytes();
+        for (start, end) in self.pattern.split(text) {
+            match self.id_of_chunk(bytes, start, end) {
+                Some(id) => ids.push(id),
+                None => self.join(&bytes[start..end], &mut parts, &mut ids),
+            }
+        }
+        ids
+    }
+
+    /// encode() of each text, on several threads.
+    pub fn encode_batch(&self, texts: &[&str], threads: usize) -> Vec<Vec<u32>> {
+        let next = AtomicUsize::new(0);
+        let results = Mutex::new(vec![Vec::new(); texts.len()]);
+        let work = || loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            let Some(text) = texts.get(i) else { break };
+            let ids = self.encode(text);
+            results.lock().unwrap_or_else(PoisonError::into_inner)[i] = ids;
+        };
+        thread::scope(|scope| {
+            for _ in 1..threads.min(texts.len()) {
+                scope.spawn(work);
+            }
+            work();
+        });
+        results.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[inline]
+    fn id_of_chunk(&self, text: &[u8], start: usize, end: usize) -> Option<u32> {
+        match end - start {
+            1 => Some(text[start].into()),
+            2..=MAX_SHORT => self.short.get(&Key::of_part(text, start, end)).copied(),
+            _ => self.long.get(&text[start..end]).copied(),
+        }
+    }
+
+    fn id_of(&self, bytes: &[u8]) -> Option<u32> {
+        self.id_of_chunk(bytes, 0, bytes.len())
+    }
+
+    #[inline]
+    fn id_of_pair(&self, first: u32, second: u32) -> u32 {
+        self.joined.get(&pair_key(first, second)).copied().unwrap_or(NONE)
+    }
+
+    fn join(&self, chunk: &[u8], parts: &mut Vec<Part>, ids: &mut Vec<u32>) {
+        parts.clear();
+        for (i, &byte) in chunk.iter().enumerate() {
+            let joined = chunk.get(i + 1).map_or(NONE, |&next| self.id_of_pair(byte.into(), next.into()));
+            parts.push(Part { id: byte.into(), joined, before: (i as u32).wrapping_sub(1), after: i as u32 + 1 });
+        }
+        if chunk.len() <= MAX_QUADRATIC {
+            self.join_few(parts);
+            ids.extend(parts.iter().map(|part| part.id));
+        } else {
+            self.join_many(parts);
+            let mut at = 0;
+            while let Some(part) = parts.get(at) {
+                ids.push(part.id);
+                at = part.after as usize;
+            }
+        }
+    }
+
+    fn join_few(&self, parts: &mut Vec<Part>) {
+        loop {
+            let lowest = parts.iter().enumerate().min_by_key(|(_, part)| part.joined);
+            let Some((at, &Part { joined, .. })) = lowest else { return };
+            if joined == NONE {
+                return;
+            }
+            parts.remove(at + 1);
+            parts[at].id = joined;
+            parts[at].joined = parts.get(at + 1).map_or(NONE, |after| self.id_of_pair(joined, after.id));
+            if at > 0 {
+                parts[at - 1].joined = self.id_of_pair(parts[at - 1].id, joined);
+            }
+        }
+    }
+
+    fn join_many(&self, parts: &mut [Part]) {
+        let place_in_queue = |joined: u32, at: usize| Reverse(u64::from(joined) << 32 | at as u64);
+        let candidates = parts.iter().enumerate().filter(|(_, part)| part.joined != NONE);
+        let mut queue: BinaryHeap<_> = candidates.map(|(at, part)| place_in_queue(part.joined, at)).collect();
+        while let Some(Reverse(queued)) = queue.pop() {
+            let (joined, at) = ((queued >> 32) as u32, queued as u32 as usize);
+            if parts[at].joined != joined {
+                continue; // one of the two has been joined with another since
+            }
+            let gone = parts[at].after as usize;
+            let after = parts[gone].after as usize;
+            parts[gone].joined = NONE;
+            parts[at].id = joined;
+            parts[at].after = after as u32;
+            parts[at].joined = NONE;
+            if after < parts.len() {
+                parts[after].before = at as u32;
+                parts[at].joined = self.id_of_pair(joined, parts[after].id);
+                if parts[at].joined != NONE {
+                    queue.push(place_in_queue(parts[at].joined, at));
+                }
+            }
+            let before = parts[at].before as usize;
+            if before < parts.len() {
+                parts[before].joined = self.id_of_pair(parts[before].id, joined);
+                if parts[before].joined != NONE {
+                    queue.push(place_in_queue(parts[before].joined, before));
+                }
+            }
+        }
+    }
+}
+
+/// A token so far, while a chunk is joined. Numbers outside of the chunk say that there is no neighbour.
+#[derive(Clone, Copy)]
+struct Part {
+    id: u32,
+    joined: u32, // the token that it would form with the one after it, or NONE
+    before: u32,
+    after: u32,
+}
+
+fn pair_key(first: u32, second: u32) -> u64 {
+    u64::from(first) << 32 | u64::from(second)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn encoder(merges: &[Pair]) -> Encoder {
+        Encoder::new(Pattern::parse(Pattern::GPT4).unwrap(), merges).unwrap()
+    }
+
+    const A: u32 = b'a' as u32;
+
+    #[test]
+    fn the_lowest_id_is_joined_first_and_the_leftmost_of_equals() {
+        let merges = [(A + 1, A + 2), (A, A + 1), (A, A)]; // bc, ab, aa
+        assert_eq!(encoder(&merges).encode("abc"), [A, 256]);
+        assert_eq!(encoder(&merges).encode("aaa abd"), [258, A, 32, 257, A + 3]);
+        assert_eq!(encoder(&merges).encode(""), [0; 0]);
+    }
+
+    #[test]
+    fn bytes_count_and_not_how_they_were_learned() {
+        let merges = [(A, A + 1), (A + 1, A + 2), (256, A + 2), (A + 3, A)]; // ab, bc, abc, da
+        assert_eq!(encoder(&merges).encode("abc"), [258]);
+        assert_eq!(encoder(&merges).encode("dabc"), [A + 3, 258]);
+    }
+
+    #[test]
+    fn many_parts_are_joined_as_few_are() {
+        let merges = [(A, A), (256, 256), (257, A + 1), (A + 1, A), (A + 1, A + 1), (260, 260)];
+        let encoder = encoder(&merges);
+        let mut state = 7u32;
+        for length in 1..200 {
+            let chunk: Vec<u8> = (0..length)
+                .map(|_| {
+                    state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                    b'a' + (state >> 30 == 0) as u8
+                })
+                .collect();
+            let (mut ids, mut parts) = (Vec::new(), Vec::new());
+            encoder.join(&chunk, &mut parts, &mut ids);
+            let pair =
+                |i: usize| chunk.get(i + 1).map_or(NONE, |&next| encoder.id_of_pair(chunk[i].into(), next.into()));
+            let mut slow: Vec<Part> =
+                (0..length).map(|i| Part { id: chunk[i].into(), joined: pair(i), before: 0, after: 0 }).collect();
+            encoder.join_few(&mut slow);
+            assert_eq!(ids, slow.iter().map(|part| part.id).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn a_batch_is_its_texts() {
+        let encoder = encoder(&[(A, A)]);
+        let texts = ["aaa", "", "b aa", "é"];
+        let expected: Vec<_> = texts.iter().map(|text| encoder.encode(text)).collect();
+        assert_eq!(encoder.encode_batch(&texts, 3), expected);
+        assert!(encoder.encode_batch(&[], 3).is_empty());
+    }
+
+    #[test]
+    fn merges_of_later_tokens_are_refused() {
+        assert!(Encoder::new(Pattern::parse(Pattern::GPT4).unwrap(), &[(A, 256)]).is_err());
+    }
+}

@@ -1,0 +1,185 @@
+//! The C interface, for the Python package. All `unsafe` code of the crate is here.
+//!
+//! What the caller promises, for every function: a pointer to an object is one that the function named in its comment
+//! gave and that was not freed; a pointer with a number of elements points to that many; nobody frees or changes what it
+//! points to during the call. No function unwinds into C: a panic is reported as an error.
+
+use std::os::raw::c_int;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::{ptr, slice, str};
+
+use crate::count::Counter;
+use crate::encode::Encoder;
+use crate::merge::{train, Stopped};
+use crate::split::Pattern;
+
+pub const RUSTBPE_OK: c_int = 0;
+pub const RUSTBPE_FAILED: c_int = 1; // a panic, or text that is not UTF-8: both are bugs of the caller or of this crate
+pub const RUSTBPE_STOPPED: c_int = 2; // the progress callback said so
+pub const RUSTBPE_TOO_LARGE: c_int = 3; // more than 4 GB of different chunks
+
+/// Rows of numbers: what training and encoding give. To be freed with rustbpe_rows_free.
+pub struct Rows(Vec<Vec<u32>>);
+
+/// Writes what is wrong with a pattern, as UTF-8, and returns its length in bytes; 0 if the pattern is supported.
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_check_pattern(
+    pattern: *const u8,
+    length: usize,
+    message: *mut u8,
+    capacity: usize,
+) -> usize {
+    // SAFETY: the caller promises `length` bytes.
+    let Err(said) = (unsafe { read_pattern(pattern, length) }) else { return 0 };
+    let shown = said.len().min(capacity);
+    // SAFETY: the caller promises that `message` has room for `capacity` bytes, and a new String overlaps nothing.
+    unsafe { ptr::copy_nonoverlapping(said.as_ptr(), message, shown) };
+    shown
+}
+
+/// A counter; null if the pattern is not supported. rustbpe_train or rustbpe_counter_free ends it.
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_counter_new(pattern: *const u8, length: usize, threads: usize) -> *mut Counter {
+    // SAFETY: the caller promises `length` bytes.
+    match unsafe { read_pattern(pattern, length) } {
+        Ok(pattern) => Box::into_raw(Box::new(Counter::new(pattern, threads))),
+        Err(_) => ptr::null_mut(),
+    }
+}
+
+/// Counts the chunks of `num` documents in UTF-8, each given by a pointer and a number of bytes.
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_count(
+    counter: *const Counter,
+    documents: *const *const u8,
+    lengths: *const usize,
+    num: usize,
+) -> c_int {
+    // SAFETY: the caller promises a live counter; it is shared, and Counter is Sync.
+    let counter = unsafe { &*counter };
+    // SAFETY: the caller promises `num` documents that live until the function returns, and no reference outlives it.
+    let Some(documents) = (unsafe { read_texts(documents, lengths, num) }) else { return RUSTBPE_FAILED };
+    match catch_unwind(AssertUnwindSafe(|| counter.add(&documents))) {
+        Ok(()) => RUSTBPE_OK,
+        Err(_) => RUSTBPE_FAILED,
+    }
+}
+
+/// Ends the counter and learns merges: one row, the two ids of each. `progress(done, total)` stops it with 0.
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_train(
+    counter: *mut Counter,
+    vocab_size: usize,
+    progress: extern "C" fn(usize, usize) -> c_int,
+    status: *mut c_int,
+) -> *mut Rows {
+    // SAFETY: the caller gives up a counter that rustbpe_counter_new made with Box.
+    let counter = unsafe { Box::from_raw(counter) };
+    let learn = || train(&counter.finish(), vocab_size, &mut |done, total| progress(done, total) != 0);
+    let (rows, result) = match catch_unwind(AssertUnwindSafe(learn)) {
+        Ok(Ok(merges)) => {
+            let ids = merges.iter().flat_map(|&(first, second)| [first, second]);
+            (Box::into_raw(Box::new(Rows(vec![ids.collect()]))), RUSTBPE_OK)
+        }
+        Ok(Err(Stopped::Asked)) => (ptr::null_mut(), RUSTBPE_STOPPED),
+        Ok(Err(Stopped::TooLarge)) => (ptr::null_mut(), RUSTBPE_TOO_LARGE),
+        Err(_) => (ptr::null_mut(), RUSTBPE_FAILED),
+    };
+    // SAFETY: the caller promises a place for one int.
+    unsafe { *status = result };
+    rows
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_counter_free(counter: *mut Counter) {
+    // SAFETY: the caller gives up a counter that rustbpe_counter_new made with Box.
+    drop(unsafe { Box::from_raw(counter) });
+}
+
+/// An encoder; null if the pattern is not supported or a merge has ids of later tokens. Free with rustbpe_encoder_free.
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_encoder_new(
+    pattern: *const u8,
+    length: usize,
+    merges: *const u32,
+    num_merges: usize,
+) -> *mut Encoder {
+    // SAFETY: the caller promises `length` bytes.
+    let Ok(pattern) = (unsafe { read_pattern(pattern, length) }) else { return ptr::null_mut() };
+    // SAFETY: the caller promises two ids for each of `num_merges` merges.
+    let ids = unsafe { elements(merges, 2 * num_merges) };
+    let pairs: Vec<_> = ids.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
+    match catch_unwind(|| Encoder::new(pattern, &pairs)) {
+        Ok(Ok(encoder)) => Box::into_raw(Box::new(encoder)),
+        _ => ptr::null_mut(),
+    }
+}
+
+/// The ids of `num` texts in UTF-8, a row for each; null if something failed.
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_encode(
+    encoder: *const Encoder,
+    texts: *const *const u8,
+    lengths: *const usize,
+    num: usize,
+    threads: usize,
+) -> *mut Rows {
+    // SAFETY: the caller promises a live encoder; it is shared, and Encoder is Sync.
+    let encoder = unsafe { &*encoder };
+    // SAFETY: the caller promises `num` texts that live until the function returns, and no reference outlives it.
+    let Some(texts) = (unsafe { read_texts(texts, lengths, num) }) else { return ptr::null_mut() };
+    match catch_unwind(AssertUnwindSafe(|| encoder.encode_batch(&texts, threads))) {
+        Ok(rows) => Box::into_raw(Box::new(Rows(rows))),
+        Err(_) => ptr::null_mut(),
+    }
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_encoder_free(encoder: *mut Encoder) {
+    // SAFETY: the caller gives up an encoder that rustbpe_encoder_new made with Box.
+    drop(unsafe { Box::from_raw(encoder) });
+}
+
+/// Row i and how many numbers are in it; null if there is no such row. Valid until the rows are freed.
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_row(rows: *const Rows, i: usize, length: *mut usize) -> *const u32 {
+    // SAFETY: the caller promises live rows.
+    let rows = unsafe { &*rows };
+    let Some(row) = rows.0.get(i) else { return ptr::null() };
+    // SAFETY: the caller promises a place for one number.
+    unsafe { *length = row.len() };
+    row.as_ptr()
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_rows_free(rows: *mut Rows) {
+    // SAFETY: the caller gives up rows that rustbpe_train or rustbpe_encode made with Box.
+    drop(unsafe { Box::from_raw(rows) });
+}
+
+/// SAFETY: `pattern` points to `length` bytes.
+unsafe fn read_pattern(pattern: *const u8, length: usize) -> Result<Pattern, String> {
+    // SAFETY: as promised; the slice is not kept.
+    let bytes = unsafe { elements(pattern, length) };
+    Pattern::parse(&String::from_utf8_lossy(bytes))
+}
+
+/// SAFETY: `texts` and `lengths` point to `num` elements, and each text to its length in bytes, for the whole of 'a.
+unsafe fn read_texts<'a>(texts: *const *const u8, lengths: *const usize, num: usize) -> Option<Vec<&'a str>> {
+    // SAFETY: as promised.
+    let (texts, lengths) = unsafe { (elements(texts, num), elements(lengths, num)) };
+    let read = |(&text, &length): (&*const u8, &usize)| {
+        // SAFETY: as promised. That it is UTF-8 is checked, at some 10 GB/s.
+        str::from_utf8(unsafe { elements(text, length) }).ok()
+    };
+    texts.iter().zip(lengths).map(read).collect()
+}
+
+/// SAFETY: `first` points to `num` elements for the whole of 'a. With none it may be anything, also null.
+unsafe fn elements<'a, T>(first: *const T, num: usize) -> &'a [T] {
+    if num == 0 {
+        return &[];
+    }
+    // SAFETY: as promised.
+    unsafe { slice::from_raw_parts(first, num) }
+}
