@@ -134,6 +134,25 @@ pub unsafe extern "C" fn rustbpe_encode(
     }
 }
 
+/// Where the chunks of `num` texts in UTF-8 end, in bytes, a row for each text; null if something failed.
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_split(
+    pattern: *const u8,
+    length: usize,
+    texts: *const *const u8,
+    lengths: *const usize,
+    num: usize,
+) -> *mut Rows {
+    // SAFETY: the caller promises `length` bytes, and `num` texts that live until the function returns.
+    let read = unsafe { (read_pattern(pattern, length), read_texts(texts, lengths, num)) };
+    let (Ok(pattern), Some(texts)) = read else { return ptr::null_mut() };
+    let ends = |text: &&str| pattern.split(text).map(|(_, end)| u32::try_from(end)).collect();
+    match catch_unwind(|| texts.iter().map(ends).collect()) {
+        Ok(Ok(rows)) => Box::into_raw(Box::new(Rows(rows))),
+        _ => ptr::null_mut(), // a panic, or a text of more than 4 GB
+    }
+}
+
 #[no_mangle]
 pub unsafe extern "C" fn rustbpe_encoder_free(encoder: *mut Encoder) {
     // SAFETY: the caller gives up an encoder that rustbpe_encoder_new made with Box.
@@ -153,7 +172,7 @@ pub unsafe extern "C" fn rustbpe_row(rows: *const Rows, i: usize, length: *mut u
 
 #[no_mangle]
 pub unsafe extern "C" fn rustbpe_rows_free(rows: *mut Rows) {
-    // SAFETY: the caller gives up rows that rustbpe_train or rustbpe_encode made with Box.
+    // SAFETY: the caller gives up rows that rustbpe_train, rustbpe_encode or rustbpe_split made with Box.
     drop(unsafe { Box::from_raw(rows) });
 }
 

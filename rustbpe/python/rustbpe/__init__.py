@@ -6,6 +6,7 @@ Trains byte-level BPE tokenizers on all cores. A drop-in for the package of the 
     tokenizer.get_mergeable_ranks()[256:]   # [(b'lo', 256), (b'low', 257)]: what tiktoken.Encoding takes
 """
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,7 @@ from typing import Any
 
 from ._native import ffi, lib
 
-__all__ = ["DEFAULT_PATTERN", "Tokenizer"]
+__all__ = ["DEFAULT_PATTERN", "Tokenizer", "split"]
 
 DEFAULT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -63,12 +64,7 @@ class Tokenizer:
             raise ValueError(f"buffer_size must be at least 1, not {buffer_size}")
         threads = threads or _num_cores()
         pattern = DEFAULT_PATTERN if pattern is None else pattern
-        encoded_pattern = pattern.encode(errors="replace")
-        message = ffi.new("uint8_t[]", MESSAGE_CAPACITY)
-        length = lib.rustbpe_check_pattern(encoded_pattern, len(encoded_pattern), message, MESSAGE_CAPACITY)
-        if length:
-            raise ValueError(ffi.buffer(message, length)[:].decode(errors="replace"))
-
+        encoded_pattern = _checked(pattern)
         counter = lib.rustbpe_counter_new(encoded_pattern, len(encoded_pattern), threads)
         try:
             _count(counter, _buffers(iterator, buffer_size, BYTES_PER_THREAD * threads))
@@ -123,6 +119,29 @@ class Tokenizer:
         if rows == ffi.NULL:
             raise RuntimeError("encoding failed, which is a bug in rustbpe")
         return _take_rows(rows, len(encoded))
+
+
+def split(texts: Sequence[str], pattern: str = DEFAULT_PATTERN) -> list[list[str]]:
+    """The chunks of each text, within which merges stay: what regex.findall(pattern, text) gives, many times faster."""
+    encoded_pattern = _checked(pattern)
+    encoded = [_utf8(text, number) for number, text in enumerate(texts)]
+    rows = lib.rustbpe_split(encoded_pattern, len(encoded_pattern), *_pointers(encoded), len(encoded))
+    if rows == ffi.NULL:
+        raise ValueError("one of the texts has more than 4 GB")
+    return [
+        [text[start:end].decode() for start, end in itertools.pairwise([0, *ends])]
+        for text, ends in zip(encoded, _take_rows(rows, len(encoded)), strict=True)
+    ]
+
+
+def _checked(pattern: str) -> bytes:
+    """The pattern as UTF-8; ValueError with those that are supported if it is another one."""
+    encoded = pattern.encode(errors="replace")
+    message = ffi.new("uint8_t[]", MESSAGE_CAPACITY)
+    length = lib.rustbpe_check_pattern(encoded, len(encoded), message, MESSAGE_CAPACITY)
+    if length:
+        raise ValueError(ffi.buffer(message, length)[:].decode(errors="replace"))
+    return encoded
 
 
 def _buffers(texts: Iterable[str], max_documents: int, max_bytes: int) -> Iterator[list[bytes]]:
