@@ -47,6 +47,9 @@ STAGES = {  # folder, and the script that fills it
 }
 
 
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what damaged JSON can lead to
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """One saved step: its folder (or the .pt file of an older one) and what state.json says."""
@@ -89,13 +92,17 @@ class Checkpoint:
         """UserError unless the model was trained with this tokenizer."""
         theirs = self.meta.get("tokenizer")
         if tokenizer.vocab_size != self.config.vocab_size or theirs not in (None, tokenizer.fingerprint):
+            kept = base_dir() / "tokenizer" / f"tokenizer.{theirs}.json"
+            remedy = f"rename {kept} to tokenizer.json" if kept.exists() else f"put its own into {kept.parent}"
             raise UserError(
                 f"{self.path} was trained with another tokenizer (vocabulary {self.config.vocab_size}, here "
-                f"{tokenizer.vocab_size}): put its own back into {base_dir() / 'tokenizer'}, or train a new model"
+                f"{tokenizer.vocab_size}): {remedy}, or train a new model"
             )
 
     def check_resumable(self, tokenizer: Tokenizer, config: GPTConfig) -> None:
         """UserError unless a run with this tokenizer and model can go on from here."""
+        if self.path.suffix == ".pt":
+            raise UserError(f"{self.path} holds weights only: it can be fine-tuned or chatted with, not resumed")
         self.check_tokenizer(tokenizer)
         if self.config != config:
             raise UserError(f"{self.path} is another model, {self.config}: give its flags, or another --model-tag")
@@ -121,21 +128,26 @@ class Checkpoint:
             generators = {key: data_state.pop(key) for key in [k for k in data_state if k.startswith("rng.")]}
             if i == dist.rank:
                 _set_generators(generators, dist.device)
-        return TrainState(**self.meta["train_state"]), ranks
+        return TrainState(**self.meta["train_state"], data_state=ranks[min(dist.rank, len(ranks) - 1)]), ranks
 
 
 class CheckpointDir:
     """The checkpoints of one stage and tag."""
 
     def __init__(self, stage: str, tag: str, dist: Dist | None = None, keep_last: int = -1):
+        if not tag or Path(tag).name != tag or tag.startswith("."):
+            raise UserError(f"--model-tag {tag!r} must be a plain folder name")
         self.tag, self.path = tag, stage_dir(stage) / tag
         self.dist, self.keep_last = dist or Dist(torch.device("cpu")), keep_last
-        self.is_new_run = True
+        self.resumed: Checkpoint | None = None
+        self.good = "no checkpoint"  # this run's newest, in words
         self.writer: threading.Thread | None = None
         self.error: Exception | None = None
 
     def save(self, model: GPT, optimizer: MuonAdamW, state: TrainState, meta: dict[str, Any]) -> None:
         """Collective. Returns once everything is copied to host memory; `wait` says whether it reached the disk."""
+        if self.resumed and self.resumed.step == state.step:
+            return  # nothing was trained since: it is there
         optimizer_state = optimizer.full_state()
         numbers = {k: v for k, v in state.data_state.items() if not isinstance(v, torch.Tensor)}
         tensors = {k: v for k, v in state.data_state.items() if isinstance(v, torch.Tensor)}
@@ -171,6 +183,11 @@ class CheckpointDir:
         return Hook(max(every, 0), run, when_stopped=True)
 
     def __enter__(self) -> "CheckpointDir":
+        """A run begins: checkpoints of another run under this tag are kept, but never taken for this one's."""
+        if self.dist.is_main and not self.resumed and self.steps():
+            number = next(i for i in itertools.count(1) if not self.path.with_name(f"{self.tag}.{i}").exists())
+            aside = self.path.rename(self.path.with_name(f"{self.tag}.{number}"))
+            print(f"the tag {self.tag!r} held an earlier run: it is now {aside.name!r}", flush=True)
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -185,15 +202,16 @@ class CheckpointDir:
         """Until the last save is on the disk. UserError if it could not be written."""
         self._join()
         if self.error:
-            raise UserError(f"no checkpoint could be written to {self.path}: {self.error}; last good: {self.latest()}")
+            raise UserError(f"no checkpoint could be written to {self.path}: {self.error}; last good: {self.good}")
 
     def load_newest(self) -> Checkpoint | None:
         """For --resume: the newest intact checkpoint; None, and a word about it, where nothing was saved yet."""
         if self.steps():
-            self.is_new_run = False
-            return self.load()
-        print(f"nothing to resume in {self.path}: starting from the beginning", flush=True)
-        return None
+            self.resumed = self.load()
+            self.good = str(self.resumed.path)
+        else:
+            self.dist.print0(f"nothing to resume in {self.path}: starting from the beginning")
+        return self.resumed
 
     def load(self, step: int = -1) -> Checkpoint:
         """The newest intact checkpoint, or that of a step. UserError if there is none."""
@@ -207,8 +225,9 @@ class CheckpointDir:
                 return checkpoint
             if step >= 0:
                 raise UserError(f"{checkpoint}; choose another step of {self.path}: {have}")
-            print(f"warning: {checkpoint}: falling back to the checkpoint before it", file=sys.stderr, flush=True)
-        raise UserError(f"no intact checkpoint in {self.path}: train it again")
+            if self.dist.is_main:
+                print(f"warning: {checkpoint}: falling back to the checkpoint before it", file=sys.stderr, flush=True)
+        raise UserError(f"no intact checkpoint in {self.path}: remove that folder and train again, without --resume")
 
     def steps(self) -> list[int]:
         """Steps saved, complete as far as the names tell, in order."""
@@ -217,11 +236,6 @@ class CheckpointDir:
         legacy = {int(p.stem[6:]) for p in self.path.glob("model_*.pt") if p.stem[6:].isdigit()}
         return sorted(ours | legacy)
 
-    def latest(self) -> str:
-        """This run's newest checkpoint in words."""
-        steps = [] if self.is_new_run else self.steps()
-        return str(self.path / f"step_{steps[-1]:06d}") if steps else "no checkpoint"
-
     def _join(self) -> None:
         if self.writer:
             self.writer.join()
@@ -229,9 +243,6 @@ class CheckpointDir:
 
     def _write(self, step: int, files: dict[str, dict[str, torch.Tensor]], meta: dict[str, Any]) -> None:
         try:
-            if self.is_new_run and self.steps():
-                self._set_aside()
-            self.is_new_run = False
             for leftover in self.path.glob(".step_*.tmp"):  # of a save that was killed
                 shutil.rmtree(leftover)
             target = self.path / f"step_{step:06d}"
@@ -242,19 +253,12 @@ class CheckpointDir:
                 (folder / "state.json").write_text(json.dumps(meta, indent=1))
                 manifest = {f.name: {"bytes": f.stat().st_size, "crc32": _crc32(f)} for f in sorted(folder.iterdir())}
                 (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            self.error = None
+            self.error, self.good = None, str(target)
             if self.keep_last > 0:
                 for old in [s for s in self.steps() if s < step][: -self.keep_last + 1 or None]:
                     shutil.rmtree(self.path / f"step_{old:06d}", ignore_errors=True)
         except Exception as error:  # noqa: BLE001  whatever it is must reach the training thread
             self.error = error
-
-    def _set_aside(self) -> None:
-        """Another run's checkpoints under this tag: kept, but never taken for this run's."""
-        number = next(i for i in itertools.count(1) if not self.path.with_name(f"{self.tag}.{i}").exists())
-        aside = self.path.with_name(f"{self.tag}.{number}")
-        self.path.rename(aside)
-        print(f"the tag {self.tag!r} held an earlier run: it is now {aside.name!r}", flush=True)
 
     def _open(self, step: int) -> Checkpoint | str:
         """The checkpoint if its files are what the manifest says; else what is wrong, in words."""
@@ -268,7 +272,7 @@ class CheckpointDir:
                 if file.stat().st_size != expected["bytes"] or _crc32(file) != expected["crc32"]:
                     return f"{file} is corrupt"
             meta = json.loads((path / "state.json").read_text())
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except UNREADABLE as error:
             return f"{path} is not readable ({type(error).__name__}: {error})"
         if meta["format"] != FORMAT:
             raise UserError(f"{path} has format {meta['format']}, this nanochat reads {FORMAT}: use the one it is from")
@@ -298,7 +302,9 @@ def load_model(
     """A model to evaluate or chat with, in eval mode, checked against the tokenizer; arguments as in find."""
     checkpoint = find(stage, tag, step)
     checkpoint.check_tokenizer(tokenizer)
-    return checkpoint.build_model(device, dtype).eval(), checkpoint
+    model = checkpoint.build_model(device, dtype).eval()
+    model.cast_weights()
+    return model, checkpoint
 
 
 def _last_written(path: Path) -> float:
@@ -333,7 +339,7 @@ def _open_legacy(directory: Path, step: int) -> Checkpoint | str:
         names = _legacy_weights(model_file).keys()
         config = {"window_pattern": "L", "vintage": "modern" if "resid_lambdas" in names else "classic"}
         meta["model_config"] = config | meta["model_config"]
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (*UNREADABLE, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = next(iter(str(error).splitlines()), "")  # torch explains at length
         return f"{model_file} is not readable ({type(error).__name__}: {reason})"
     return Checkpoint(model_file, step, meta)

@@ -37,10 +37,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:
             fsync(file)
+        old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
         if path.is_dir():
-            shutil.rmtree(path)  # a rename cannot replace a folder that holds something
+            os.replace(path, old)  # a rename cannot replace a folder that holds something
         os.replace(temporary, path)
         fsync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)

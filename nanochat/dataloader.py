@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from nanochat.common import UserError
 from nanochat.conversation import render
 from nanochat.dataset import RowGroups
 from nanochat.tokenizer import Tokenizer
@@ -75,7 +76,8 @@ class BestFit:
 class PretrainLoader:
     """
     Batches of packed documents for one rank, without end. The row groups of all epochs are numbered through, and rank r
-    reads r, r + world_size, …: no rank is ever without data, however few row groups there are.
+    reads r, r + world_size, …; where there are fewer row groups than ranks, all read each of them and share its texts.
+    UserError when no row group has a text for this rank, and for states that belong to other shards.
     """
 
     def __init__(
@@ -90,7 +92,14 @@ class PretrainLoader:
     ):
         self.tokenizer, self.row_groups = tokenizer, row_groups
         self.batch_size, self.sequence_len, self.world_size = batch_size, sequence_len, world_size
-        self.unit, self.texts_done, self.waiting = rank, 0, BestFit()
+        shares_groups = len(row_groups) < world_size
+        self.stride = 1 if shares_groups else world_size
+        self.share = slice(rank, None, world_size) if shares_groups else slice(None)
+        self.unit, self.texts_done, self.waiting = 0 if shares_groups else rank, 0, BestFit()
+        self.texts: list[str] = []  # of row group `texts_unit`: reading one costs more than tokenizing a part of it
+        self.texts_unit = -1
+        if any(state["num_units"] != len(row_groups) for state in states):
+            raise UserError("the checkpoint's place in the data is one in other shards: resume with its own --data-dir")
         if len(states) == world_size:
             self._restore(states[rank])
         elif states:
@@ -112,6 +121,7 @@ class PretrainLoader:
         """Where the data stands: numbers and tensors only."""
         waiting = list(self.waiting.documents.values())
         return {
+            "num_units": len(self.row_groups),
             "unit": self.unit,
             "texts_done": self.texts_done,
             "waiting": torch.from_numpy(np.concatenate(waiting or [np.empty(0, np.int32)])),
@@ -137,12 +147,18 @@ class PretrainLoader:
             filled += len(document)
 
     def _refill(self) -> None:
-        texts = self.row_groups.texts(self.unit % len(self.row_groups))
-        some = texts[self.texts_done : self.texts_done + TEXTS_PER_CALL]
+        first_unit = self.unit
+        while self.texts_unit != self.unit:
+            self.texts, self.texts_unit = self.row_groups.texts(self.unit % len(self.row_groups))[self.share], self.unit
+            if not self.texts:
+                self.unit += self.stride
+                if self.unit - first_unit > len(self.row_groups) * self.stride:
+                    raise UserError("the shards have no text for this rank: use fewer ranks or more text")
+        some = self.texts[self.texts_done : self.texts_done + TEXTS_PER_CALL]
         self.last_unit = self.unit
         self.texts_done += TEXTS_PER_CALL
-        if self.texts_done >= len(texts):
-            self.unit, self.texts_done = self.unit + self.world_size, 0
+        if self.texts_done >= len(self.texts):
+            self.unit, self.texts_done = self.unit + self.stride, 0
         for ids in self.tokenizer.encode_batch(some):
             self.waiting.add(np.array([self.tokenizer.bos, *ids], dtype=np.int32))
 
@@ -153,7 +169,7 @@ class PretrainLoader:
     def _restore_resharded(self, states: Sequence[dict[str, Any]], rank: int) -> None:
         """Another number of ranks: waiting documents are dealt anew; the least advanced rank says where to read on."""
         start = min(state["unit"] for state in states)
-        self.unit = start + (rank - start) % self.world_size
+        self.unit = start + (rank - start) % self.stride
         pool = [document for state in states for document in _waiting(state)]
         self.waiting = BestFit(pool[rank :: self.world_size])
 
@@ -185,52 +201,58 @@ def conversation_steps(
     """
     Fine-tuning: one pass over the conversations, or num_iterations updates over as many passes as that takes. Every
     rank packs all rows and takes its own from each update, so progress and learning rate are the same on all ranks, and
-    the data does not depend on their number. A conversation longer than a row is cut there, and counted.
+    the data does not depend on their number. A conversation longer than a row is cut there, and counted. UserError when
+    there is nothing to learn, and for a state that belongs to other conversations.
     """
-    state = state or {"next": 0, "step": 0, "truncated": 0, "waiting": []}
+    total = len(conversations)
+    state = state or {"total": total, "next": 0, "step": 0, "truncated": 0, "waiting": []}
+    if state["total"] != total:
+        raise UserError(f"the run was over {state['total']} conversations, here are {total}: resume with its own flags")
     next_index, step, truncated = state["next"], state["step"], state["truncated"]
+    last_useful = next_index - len(state["waiting"])  # conversations packed when a step last had a target
     waiting = BestFit()
 
     def add(index: int) -> int:
-        ids, mask = render(conversations[index % len(conversations)], tokenizer)
+        ids, mask = render(conversations[index % total], tokenizer)
         waiting.add((index, ids[: sequence_len + 1], mask[: sequence_len + 1]), min(len(ids), sequence_len + 1))
         return int(len(ids) > sequence_len + 1)
 
     for index in state["waiting"]:
         add(index)  # rendered anew rather than saved
     rows_per_rank = device_batch_size * accumulation
-    end = float("inf") if num_iterations > 0 else len(conversations)
+    end = float("inf") if num_iterations > 0 else total
     while step < num_iterations if num_iterations > 0 else (waiting or next_index < end):
-        done = step / num_iterations if num_iterations > 0 else (next_index - len(waiting)) / len(conversations)
+        progress = step / num_iterations if num_iterations > 0 else (next_index - len(waiting)) / total
         rows = []
         for _ in range(rows_per_rank * world_size):
             # A pass ends before the next begins: else the long ones of the next could crowd out this one's short ones.
-            while (
-                len(waiting) < MIN_WAITING_CONVERSATIONS
-                and next_index < end
-                and (next_index % len(conversations) or not waiting)
-            ):
+            while len(waiting) < MIN_WAITING_CONVERSATIONS and next_index < end and (next_index % total or not waiting):
                 truncated += add(next_index)
                 next_index += 1
             rows.append(_padded_row(waiting, sequence_len, tokenizer.bos))
-        num_targets = int(sum((row[1] >= 0).sum() for row in rows))
-        step += 1
-        data_state = {
-            "next": next_index,
-            "step": step,
-            "truncated": truncated,
-            "waiting": [document[0] for document in waiting.documents.values()],
-        }
+        num_targets = int(sum((targets >= 0).sum() for _, targets in rows))
+        if not num_targets:
+            if next_index - len(waiting) - last_useful >= total:
+                raise UserError("no conversation has a reply to learn from: look at the data with show_conversation")
+            continue
+        step, last_useful = step + 1, next_index - len(waiting)
+        arrivals = [index for index, _, _ in waiting.documents.values()]
+        data_state = {"total": total, "next": next_index, "step": step, "truncated": truncated, "waiting": arrivals}
         mine = rows[rank * rows_per_rank : (rank + 1) * rows_per_rank]
-        micro_batches = []
-        for first in range(0, rows_per_rank, device_batch_size):
-            inputs, targets = zip(*mine[first : first + device_batch_size], strict=True)
-            x, y = torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(targets))
-            if (y >= 0).any():
-                micro_batches.append((x, y, num_targets))
         position = f"conversation {next_index}, {truncated} cut at {sequence_len} tokens"
-        if num_targets:
-            yield Step(micro_batches, done, len(rows) * sequence_len, data_state, position)
+        micro_batches = _micro_batches(mine, device_batch_size, num_targets)
+        yield Step(micro_batches, progress, len(rows) * sequence_len, data_state, position)
+
+
+def _micro_batches(rows: list[tuple[np.ndarray, np.ndarray]], batch_size: int, num_targets: int) -> list[Any]:
+    """Rows (inputs, targets) as micro-batches; those without a target are left out."""
+    batches = []
+    for first in range(0, len(rows), batch_size):
+        inputs, targets = zip(*rows[first : first + batch_size], strict=True)
+        x_BT, y_BT = torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(targets))
+        if (y_BT >= 0).any():
+            batches.append((x_BT, y_BT, num_targets))
+    return batches
 
 
 def _padded_row(waiting: BestFit, sequence_len: int, pad: int) -> tuple[np.ndarray, np.ndarray]:

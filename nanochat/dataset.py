@@ -80,13 +80,17 @@ class RowGroups:
         return shard, unit - (self._ends[shard - 1] if shard else 0)
 
     def texts(self, unit: int) -> list[str]:
-        """The unit's documents, without null and empty ones: they hold nothing to learn from."""
+        """The unit's documents, without null and empty ones: they hold nothing to learn from. UserError if damaged."""
         shard, row_group = self.position(unit)
-        if self._open is None or self._open[0] != shard:
-            if self._open is not None:
-                self._open[1].close()
-            self._open = (shard, pq.ParquetFile(self.shards[shard]))
-        column = self._open[1].read_row_group(row_group, columns=["text"]).column("text")
+        try:
+            if self._open is None or self._open[0] != shard:
+                if self._open is not None:
+                    self._open[1].close()
+                self._open = (shard, pq.ParquetFile(self.shards[shard]))
+            column = self._open[1].read_row_group(row_group, columns=["text"]).column("text")
+        except (OSError, pa.ArrowException) as error:
+            where = f"{self.shards[shard]}, row group {row_group}"
+            raise UserError(f"{where} is damaged ({error}): fetch or write the shard again") from error
         return [text for text in column.to_pylist() if text]
 
 

@@ -51,7 +51,7 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
 
 
 def command(main: Callable[[Any], T]) -> Callable[..., T]:
-    """Turns main(flags) into main(argv=None): parses the flags, and shows a UserError as one line and exit code 1."""
+    """Turns main(flags) into main(argv=None), which parses; what the user can put right ends as one line, code 1."""
     cls = next(iter(get_type_hints(main).values()))
 
     @functools.wraps(main)
@@ -59,8 +59,8 @@ def command(main: Callable[[Any], T]) -> Callable[..., T]:
         flags = parse(cls, argv, sys.modules[main.__module__].__doc__)
         try:
             return main(flags)
-        except UserError as error:
-            raise SystemExit(f"error: {error}") from error
+        except (UserError, OSError) as error:  # OSErrors name their file: no permission, no space left
+            raise SystemExit(f"error: {' '.join(str(error).split())}") from error
 
     return run
 

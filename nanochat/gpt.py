@@ -49,6 +49,8 @@ class GPTConfig:
             )
         if self.vintage not in ("modern", "classic"):
             raise UserError(f"unknown vintage {self.vintage!r}: use modern or classic")
+        if self.n_embd < SMEAR_CHANNELS:
+            raise UserError(f"n_embd {self.n_embd} must be at least {SMEAR_CHANNELS}: raise --depth or --head-dim")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise UserError(f"window pattern {self.window_pattern!r}: use the letters S (short) and L (full)")
 
@@ -234,6 +236,12 @@ class GPT(nn.Module):
         self.smear_gate.weight.uniform_(0, 0.02)
         self.smear_lambda.zero_()
         self.backout_lambda.fill_(0.2)
+
+    def cast_weights(self) -> None:
+        """For inference only: matrices and tables to the compute dtype, once instead of at every use."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight = nn.Parameter(module.weight.to(self.dtype), requires_grad=False)
 
     def forward(
         self,

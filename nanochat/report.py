@@ -114,10 +114,11 @@ def _shown(value: Any) -> str:
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The file's JSON objects; a last line that a crash cut short is left out."""
+def _lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
+    """The file's JSON objects, one a line or the whole file one; what a crash cut short is left out."""
+    text = path.read_text() if path.exists() else ""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in [text] if whole else text.splitlines():
         try:
             lines.append(json.loads(line))
         except ValueError:
@@ -125,12 +126,21 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def start_wandb(run: str, group: str, config: dict[str, Any]) -> Any:
-    """A wandb run; offline, with a word about it, where there is no account or no network."""
+def check_wandb(run: str) -> None:
+    """UserError if the run is to be logged to wandb and that is not installed."""
+    if not run:
+        return
     try:
-        import wandb
+        import wandb  # noqa: F401
     except ImportError as error:
         raise UserError("--run logs to wandb, which is not installed: pip install 'nanochat[wandb]'") from error
+
+
+def start_wandb(run: str, group: str, config: dict[str, Any]) -> Any:
+    """A wandb run; offline, with a word about it, where there is no account or no network."""
+    check_wandb(run)
+    import wandb
+
     options: dict[str, Any] = {"project": "nanochat", "name": run, "group": group, "config": config}
     options["dir"] = str(base_dir())
     try:
@@ -141,9 +151,13 @@ def start_wandb(run: str, group: str, config: dict[str, Any]) -> Any:
 
 
 def save_numbers(stage: str, numbers: dict[str, Any]) -> None:
-    """Keeps a stage's final numbers for the summary."""
+    """Keeps a stage's final numbers for the summary, beside earlier ones of the same "model"."""
+    path = report_dir() / f"{stage}.json"
+    earlier = next(iter(_lines(path, whole=True)), {})
+    if earlier.get("model") == numbers.get("model"):
+        numbers = earlier | numbers
     with atomic_path(report_dir() / f"{stage}.json") as temporary:
-        temporary.write_text(json.dumps({"time": time.time()} | numbers, indent=1))
+        temporary.write_text(json.dumps(numbers | {"time": time.time()}, indent=1))
 
 
 def print_summary(stages: list[str]) -> None:

@@ -7,6 +7,7 @@ Byte-level BPE in the manner of GPT-4: trained by rustbpe, run by tiktoken, stor
 """
 
 import base64
+import contextlib
 import functools
 import hashlib
 import io
@@ -130,7 +131,14 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(self._to_data(), sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, directory: Path) -> None:
-        """Writes tokenizer.json into the folder."""
+        """
+        Writes tokenizer.json into the folder. Another tokenizer that is there is kept as tokenizer.<fingerprint>.json:
+        models that were trained with it are worth nothing without.
+        """
+        path = Path(directory) / FILE_NAME
+        with contextlib.suppress(OSError, ValueError):
+            if (there := self._from_json(path.read_bytes()).fingerprint) != self.fingerprint:
+                path.rename(path.with_name(f"tokenizer.{there}.json"))
         with atomic_path(Path(directory) / FILE_NAME) as path:
             path.write_text(json.dumps({"format": FORMAT, "version": VERSION, **self._to_data()}))
 

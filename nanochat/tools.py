@@ -34,12 +34,18 @@ OPERATORS: dict[type, Callable[..., int | float]] = {
 STRING_OR_NUMBER = re.compile(r"""'[^']*'|"[^"]*"|(?<![\w.,])\d{1,3}(?:,\d{3})+(?!\w)""")
 
 
+# Python's other numbers (0x10, 1_000, 1e5, 2j) and words stuck to a number, of which its parser would warn.
+ODD_NUMBER = re.compile(r"\d[A-Za-z_]")
+
+
 def calculate(expression: str) -> str | None:
     """
     The value of an arithmetic expression, or of 'text'.count('part'), as the training data writes it: 24, not 24.0.
     None for anything else. The text comes from a model, so it is parsed and never executed, and its cost is bounded.
     """
     if len(expression) > MAX_LENGTH or "\\" in expression:  # without escapes, quotes end where they seem to
+        return None
+    if ODD_NUMBER.search(STRING_OR_NUMBER.sub("", expression)):
         return None
     try:
         tree = ast.parse(STRING_OR_NUMBER.sub(_without_separators, expression.strip()), mode="eval")

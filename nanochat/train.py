@@ -93,7 +93,7 @@ def train(
     step at hand: the hooks that ask for it run, then Stopped is raised. UserError when the loss is not finite.
     """
     model.train()
-    just_run: list[Hook] = []
+    first, just_run = state.step, list[Hook]()
     with stop_signals() as stop:
         for step in steps:
             start = time.perf_counter()
@@ -111,7 +111,7 @@ def train(
                 raise UserError(f"the loss is {loss_value} at {where}; last good: {last_checkpoint()}")
             state.step += 1
             state.loss_ema = LOSS_EMA_BETA * state.loss_ema + (1 - LOSS_EMA_BETA) * loss_value
-            if state.step > UNTIMED_STEPS:
+            if state.step - first > UNTIMED_STEPS:
                 state.seconds += seconds
                 state.tokens += step.num_tokens
             state.data_state = step.data_state
@@ -121,7 +121,7 @@ def train(
                 raise Stopped(f"stopped by a signal after step {state.step}, all saved: go on with --resume")
             just_run = [h for h in hooks if h.is_due(state.step)]
             run_hooks(model, just_run, log, state)
-            if state.step == 1:
+            if state.step == first + 1:
                 gc.collect()
                 gc.freeze()  # what set-up made never dies: keep the collector from scanning it
     run_hooks(model, [h for h in hooks if h.every >= 0 and h not in just_run], log, state)

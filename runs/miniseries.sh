@@ -6,7 +6,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-read -r device gpus _ <<<"$(python -m nanochat.hardware)"
+facts=$(python -m nanochat.hardware)
+read -r device gpus _ <<<"$facts"
 train=(python -m)
 if [ "$device" = cuda ]; then train=(torchrun --standalone --nproc_per_node="$gpus" -m); fi
 

@@ -9,6 +9,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 : "${NODES:?number of nodes}" "${NODE_RANK:?0 … NODES-1}" "${MASTER:?address of node 0}"
 
-read -r _ gpus _ <<<"$(python -m nanochat.hardware)"
+facts=$(python -m nanochat.hardware)
+read -r _ gpus _ <<<"$facts"
 exec torchrun --nnodes="$NODES" --node_rank="$NODE_RANK" --nproc_per_node="$((gpus > 0 ? gpus : 1))" \
   --rdzv_backend=c10d --rdzv_endpoint="$MASTER:${PORT:-29500}" -m scripts.base_train "$@"

@@ -27,7 +27,7 @@ class Flags:
     source: str = flag("base", "stage of the model", short="-i", choices=("base", "mid", "sft", "rl"))
     model_tag: str = flag("", "name of the checkpoints; default the one written last", short="-g")
     step: int = flag(-1, "step of the checkpoint; -1 = the newest", short="-s")
-    device_batch_size: int = flag(32, "rows per forward pass and rank; lower it if out of memory")
+    device_batch_size: int = flag(-1, "rows per forward pass and rank; -1 = as in training")
     split_tokens: int = flag(40 * 524288, "tokens per split for bits per byte, over all ranks")
     data_dir: str = flag("", "folder of parquet shards; default $NANOCHAT_DATA_DIR, else the public shards")
     device: str = flag("auto", "cuda | mps | cpu | auto")
@@ -38,8 +38,8 @@ def main(flags: Flags) -> dict[str, float]:
     wanted = flags.eval.split(",")
     if unknown := set(wanted) - set(EVALUATIONS):
         raise UserError(f"--eval {unknown.pop()}: there are {', '.join(EVALUATIONS)}")
-    if flags.device_batch_size < 1:
-        raise UserError(f"--device-batch-size {flags.device_batch_size}: must be at least 1")
+    if flags.device_batch_size < 1 and flags.device_batch_size != -1:
+        raise UserError(f"--device-batch-size {flags.device_batch_size}: must be at least 1, or -1")
     with distributed.init(flags.device) as dist:
         tokenizer = Tokenizer.load(default_dir())
         dtype = hardware.pick_dtype(dist.device)
@@ -50,6 +50,8 @@ def main(flags: Flags) -> dict[str, float]:
         hardware.tune_process(dist.device)
         dist.print0(f"{checkpoint.path}, {hardware.describe(dist.device)}, {dtype}")
         B, T = flags.device_batch_size, model.config.sequence_len
+        if B == -1:
+            B = checkpoint.meta.get("flags", {}).get("device_batch_size", 32)
         num_batches = max(1, flags.split_tokens // (B * T * dist.world_size))
         numbers = {}
         for split, files in zip(("train", "val"), shards, strict=True):
@@ -66,7 +68,7 @@ def main(flags: Flags) -> dict[str, float]:
             for completion in engine.generate([Request([tokenizer.bos], 128, seed=seed) for seed in range(4)]):
                 print(f"  {tokenizer.decode(completion.tokens)!r}")
         if dist.is_main:
-            save_numbers("base_eval", numbers)
+            save_numbers("base_eval", {"model": str(checkpoint.path)} | numbers)
     return numbers
 
 

@@ -1,9 +1,10 @@
-"""
+r"""
 Pretrain a base model. One dial: --depth.
 
-    python -m scripts.base_train --depth 4 --head-dim 64 --max-seq-len 512 --num-iterations 100  # a laptop, minutes
-    torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth 24                     # one 8xH100 node
-    python -m scripts.base_train --depth 24 --resume                                              # after a break
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth 24    # one 8xH100 node
+    python -m scripts.base_train --depth 24 --resume                             # after a break
+    python -m scripts.base_train --depth 4 --head-dim 64 --max-seq-len 512 --device-batch-size 16 \
+        --total-batch-size 8192 --num-iterations 200 --eval-tokens 500000        # a laptop, minutes
 """
 
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from nanochat.flags import command, flag
 from nanochat.gpt import GPT, flops_per_token, param_counts
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.muon import LearningRates, MuonAdamW, build_optimizer
-from nanochat.report import Logger
+from nanochat.report import Logger, check_wandb
 from nanochat.tokenizer import Tokenizer, default_dir
 from nanochat.train import Hook, TrainState, token_loss, train
 
@@ -65,6 +66,7 @@ def main(flags: Flags) -> None:
     with distributed.init(flags.device) as dist:
         # check: whatever can be wrong is found before anything expensive
         device, dtype = dist.device, hardware.pick_dtype(dist.device)
+        check_wandb(flags.run)
         tokenizer = Tokenizer.load(default_dir())
         train_shards, val_shards = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
         plan = plan_run(flags, tokenizer.vocab_size)
@@ -78,6 +80,7 @@ def main(flags: Flags) -> None:
 
         # build
         precision = hardware.tune_process(device, saved.meta["matmul_precision"] if saved else "")
+        precision = hardware.tune_process(device, dist.gather(precision)[0])  # all ranks as the first
         seed_everything(flags.seed)
         model = saved.build_model(device, dtype) if saved else GPT.create(plan.model, device, dtype)
         compiling = flags.compile and hardware.can_compile(device)
@@ -125,11 +128,11 @@ def main(flags: Flags) -> None:
         with checkpoints:
             state = train(
                 fast_model, optimizer, steps, token_loss, schedule, hooks, logger.log, state, dist,
-                scale_loss=dtype == torch.float16, last_checkpoint=checkpoints.latest,
+                scale_loss=dtype == torch.float16, last_checkpoint=lambda: checkpoints.good,
             )  # fmt: skip
 
         # report
-        logger.finish(state, parameters=param_counts(plan.model)["total"], flops=plan.flops)
+        logger.finish(state, model=checkpoints.good, parameters=param_counts(plan.model)["total"], flops=plan.flops)
 
 
 def plan_run(flags: Flags, vocab_size: int) -> recipe.Recipe:

@@ -75,7 +75,8 @@ def main(flags: Flags) -> dict[str, Score]:
             sure = f"{score.correct}/{score.total}, 95 % sure: {low:.1%} to {high:.1%}"
             dist.print0(f"{name:14s} {score.accuracy:7.2%}  ({sure}{cut})")
         if dist.is_main:
-            save_numbers(f"chat_eval_{flags.source}", {name: score.accuracy for name, score in scores.items()})
+            accuracies = {name: score.accuracy for name, score in scores.items()}
+            save_numbers(f"chat_eval_{flags.source}", {"model": str(checkpoint.path)} | accuracies)
     return scores
 
 

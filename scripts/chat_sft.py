@@ -21,7 +21,7 @@ from nanochat.gpt import flops_per_token
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.muon import LearningRates, build_optimizer
 from nanochat.recipe import REFERENCE_BATCH, accumulation_steps, finetune_schedule
-from nanochat.report import Logger
+from nanochat.report import Logger, check_wandb
 from nanochat.tokenizer import Tokenizer, default_dir
 from nanochat.train import Hook, TrainState, token_loss, train
 from tasks.common import Task, TaskMixture, limited
@@ -68,6 +68,7 @@ def main(flags: Flags) -> None:
     with distributed.init(flags.device) as dist:
         # check
         device, dtype = dist.device, hardware.pick_dtype(dist.device)
+        check_wandb(flags.run)
         tokenizer = Tokenizer.load(default_dir())
         base = checkpoint_manager.find(flags.source, flags.base_tag, flags.base_step)
         base.check_tokenizer(tokenizer)
@@ -83,6 +84,7 @@ def main(flags: Flags) -> None:
 
         # build
         precision = hardware.tune_process(device, saved.meta["matmul_precision"] if saved else "")
+        precision = hardware.tune_process(device, dist.gather(precision)[0])  # all ranks as the first
         seed_everything(42)
         model = (saved or base).build_model(device, dtype)
         compiling = flags.compile and hardware.can_compile(device)
@@ -120,12 +122,12 @@ def main(flags: Flags) -> None:
         with checkpoints:
             state = train(
                 fast_model, optimizer, steps, token_loss, finetune_schedule, hooks, logger.log, state, dist,
-                scale_loss=dtype == torch.float16, last_checkpoint=checkpoints.latest,
+                scale_loss=dtype == torch.float16, last_checkpoint=lambda: checkpoints.good,
             )  # fmt: skip
 
         # report
-        truncated = state.data_state.get("truncated", 0)
-        logger.finish(state, conversations=len(train_data), **{"conversations cut to a row": truncated})
+        numbers = {"conversations": len(train_data), "cut to a row": state.data_state.get("truncated", 0)}
+        logger.finish(state, model=checkpoints.good, **numbers)
 
 
 def inherit(flags: Flags, base: Checkpoint) -> tuple[int, int, LearningRates]:
@@ -166,6 +168,8 @@ def mixture(flags: Flags) -> tuple[TaskMixture, TaskMixture]:
             val_tasks += [validation()] if validation else []
     if not train_tasks:
         raise UserError("nothing to train on: give at least one source an epoch, such as --smoltalk-epochs 1")
+    if not val_tasks:
+        print("validation: these sources have nothing held out, so it is on conversations that are trained on")
     val = TaskMixture(val_tasks or train_tasks[:1])
     return TaskMixture(train_tasks), limited(val, flags.eval_examples)
 

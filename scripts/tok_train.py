@@ -34,6 +34,8 @@ def main(flags: Flags) -> Tokenizer:
     directory = Path(flags.tokenizer_dir) if flags.tokenizer_dir else default_dir()
     train_shards, val_shards = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
 
+    directory.mkdir(parents=True, exist_ok=True)  # fails before the training, if at all
+
     texts = CappedTexts(dataset.iterate_texts(train_shards), flags.max_chars, flags.doc_cap)
     start = time.perf_counter()
     tokenizer = Tokenizer.train(texts, flags.vocab_size)

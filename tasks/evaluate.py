@@ -26,7 +26,7 @@ class Score:
         """95 % confidence (Wilson's score interval)."""
         z, n, p = 1.96, self.total, self.accuracy
         centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+        return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
 
 
 def evaluate(

@@ -14,8 +14,10 @@ def load(repo: str, config: str | None, split: str) -> Any:
     """
     import datasets  # takes a second
 
-    mirror = Path(os.environ.get("NANOCHAT_DATASETS_DIR") or "/nonexistent").expanduser() / repo
-    source = str(mirror) if mirror.is_dir() else repo
+    mirrors = Path(os.environ.get("NANOCHAT_DATASETS_DIR") or os.devnull).expanduser()
+    if os.environ.get("NANOCHAT_DATASETS_DIR") and not mirrors.is_dir():
+        raise UserError(f"NANOCHAT_DATASETS_DIR is {mirrors}, which is no folder: name the mirror's, or unset it")
+    source = str(mirrors / repo) if (mirrors / repo).is_dir() else repo
     had_progress_bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:

@@ -67,10 +67,7 @@ def save(step, tag="d2", directory=None, meta=None):
 
 
 def opened(tag="d2", **options):
-    """A directory in which a run goes on, rather than a new one that sets the old one's checkpoints aside."""
-    directory = CheckpointDir("base", tag, **options)
-    directory.is_new_run = False
-    return directory
+    return CheckpointDir("base", tag, **options)
 
 
 def step_of(checkpoint):
@@ -281,20 +278,40 @@ def test_old_ones_are_pruned_on_request(keep_last, kept):
 
 def test_a_new_run_sets_the_old_one_aside(base_dir, capsys):
     save(100)
-    save(7, directory=CheckpointDir("base", "d2"))
+    with CheckpointDir("base", "d2") as directory:
+        assert not directory.steps()  # from the very start: a kill before the first save must not revive the old run
+        save(7, directory=directory)
     assert step_of(find("base", "d2")) == 7  # and not 100, which is another run's
     assert "'d2.1'" in capsys.readouterr().out
     assert step_of(find("base", "d2.1")) == 100
-    save(5, directory=CheckpointDir("base", "d2"))
+    with CheckpointDir("base", "d2") as directory:
+        save(5, directory=directory)
     assert [step_of(find("base", tag)) for tag in ("d2", "d2.1", "d2.2")] == [5, 100, 7]
 
 
 def test_a_run_that_saved_nothing_yet_has_no_last_good_checkpoint():
     save(100)
-    assert CheckpointDir("base", "d2").latest() == "no checkpoint"
+    assert CheckpointDir("base", "d2").good == "no checkpoint"
     resumed = CheckpointDir("base", "d2")
     assert resumed.load_newest().step == 100
-    assert resumed.latest().endswith("step_000100")
+    assert resumed.good.endswith("step_000100")
+
+
+def test_a_run_resumed_at_its_end_leaves_its_checkpoint_alone():
+    path = save(100)
+    before = (path / "state.json").read_text()
+    resumed = CheckpointDir("base", "d2")
+    assert resumed.load_newest().step == 100
+    model, optimizer = make()
+    resumed.save(model, optimizer, TrainState(100), {})
+    resumed.wait()
+    assert (path / "state.json").read_text() == before
+
+
+@pytest.mark.parametrize("tag", ["a/b", "../d2", ".hidden", ""])
+def test_a_tag_is_a_plain_name(tag):
+    with pytest.raises(UserError, match="plain folder name"):
+        CheckpointDir("base", tag)
 
 
 def test_resuming_goes_on_in_the_same_folder(capsys):

@@ -7,7 +7,7 @@ Packing: golden batches, a linear scan as the reference, resume, ranks; conversa
 import threading
 import time
 from collections import Counter
-from itertools import islice
+from itertools import combinations, islice
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ import torch
 from conftest import golden
 
 from nanochat import dataloader
+from nanochat.common import UserError
 from nanochat.conversation import render
 from nanochat.dataloader import BestFit, PretrainLoader, conversation_steps, on_device, prefetch, pretrain_steps
 from nanochat.dataset import RowGroups, split_shards
@@ -141,15 +142,29 @@ def test_resumed_batches_are_bitwise_the_same(after, rank, world_size):
         assert loader.position() == again.position()
 
 
-def test_more_ranks_than_row_groups():
-    units = random_units(1, 50)
-    firsts = []
+def test_more_ranks_than_row_groups_share_their_texts():
+    units = random_units(2, 50)
+    shares = []
     for rank in range(5):
         loader = PretrainLoader(Numbers(), Units(units), 2, 32, rank, 5)
         x, _ = loader.batch()
-        firsts.append(loader.position()["epoch"])
         assert (x[:, 0] == BOS).all()
-    assert len(set(firsts)) == 5  # each reads the row group in epochs of its own
+        shares.append({tuple(document) for document in loader.waiting.documents.values()})
+    for a, b in combinations(shares, 2):
+        assert not a & b
+
+
+def test_no_text_for_a_rank_is_an_error_and_no_endless_search():
+    with pytest.raises(UserError, match="no text for this rank"):
+        PretrainLoader(Numbers(), Units([["1 2"], []]), 2, 32, 1, 2).batch()
+    with pytest.raises(UserError, match="no text for this rank"):
+        PretrainLoader(Numbers(), Units([[], []]), 2, 32).batch()
+
+
+def test_a_place_in_other_shards_is_refused():
+    state = PretrainLoader(Numbers(), Units(random_units(3, 50)), 2, 32).state()
+    with pytest.raises(UserError, match="other shards"):
+        PretrainLoader(Numbers(), Units(random_units(4, 50)), 2, 32, states=[state])
 
 
 def test_ranks_read_disjoint_row_groups_and_together_all():
@@ -341,7 +356,8 @@ def test_steps_may_take_several_passes(golden_tokenizer):
 def test_a_batch_without_a_target_is_skipped(golden_tokenizer):
     silent = [{"messages": [{"role": "user", "content": "apple " * 100}]}] * 3
     answer = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "fig"}]
-    assert step_list(silent, golden_tokenizer, length=64) == []
+    with pytest.raises(UserError, match="reply to learn from"):
+        step_list(silent, golden_tokenizer, length=64)
     (step,) = step_list([*silent, {"messages": answer}], golden_tokenizer, batch=1, length=64, accumulation=1)
     assert step.micro_batches[0][2] > 0 and step.data_state["truncated"] == 3
 

@@ -187,7 +187,7 @@ def test_show_conversation(place, tmp_path, capsys):
     (tmp_path / "mine.jsonl").write_text(json.dumps(messages))
     show_conversation.main(["--path", str(tmp_path / "mine.jsonl")])
     out = capsys.readouterr().out
-    assert "<|user_start|>hi<|user_end|>" in out and "line 1" in out and "learned" in out
+    assert "<|user_start|>hi<|user_end|>" in out and "learned" in out
 
 
 def test_conversations_of_ones_own(place, tmp_path, capsys):
@@ -332,7 +332,7 @@ WRONG = [  # what was done, script, flags, words of the error
     (nothing, chat_sft, [*SFT, "--identity-epochs", "0", "--primer-epochs", "0"], "--smoltalk-epochs 1"),
     (nothing, chat_sft, [*SFT, "--identity-file", "nowhere.jsonl"], "nowhere.jsonl"),
     (nothing, tok_train, ["--vocab-size", "100"], "too small"),
-    (nothing, show_conversation, ["--path", "nowhere.jsonl"], "--path"),
+    (nothing, show_conversation, ["--path", "nowhere.jsonl"], "nowhere.jsonl"),
     (nothing, base_train, [*BASE, "--device", "tpu"], "use auto, cuda, mps or cpu"),
     (nothing, base_train, [*BASE, "--depht", "2"], "--depht"),
     (nothing, base_train, [*BASE, "--depth", "two"], "--depth"),
