@@ -19,7 +19,24 @@ setup() {
       return 1
     fi
     .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+    command -v cargo >/dev/null || echo "no cargo: the published rustbpe wheel trains the tokenizer, ten times slower"
+    rm -f .venv/stamp-rustbpe
     echo "$stamp" > .venv/stamp
+  fi
+  if command -v cargo >/dev/null; then
+    build_rustbpe
+  fi
+}
+
+build_rustbpe() {  # replaces the published wheel by our crate, again whenever its sources change
+  local stamp
+  stamp=$(cat rustbpe/Cargo.* rustbpe/pyproject.toml rustbpe/src/* rustbpe/python/rustbpe/*.py | cksum)
+  if [ "$(cat .venv/stamp-rustbpe 2>/dev/null || true)" != "$stamp" ]; then
+    echo "building rustbpe"
+    .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt cffi maturin
+    PATH="$PWD/.venv/bin:$PATH" .venv/bin/python -m pip install -qq --disable-pip-version-check \
+      --no-build-isolation --no-deps --force-reinstall ./rustbpe
+    echo "$stamp" > .venv/stamp-rustbpe
   fi
 }
 
