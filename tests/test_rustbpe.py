@@ -161,6 +161,20 @@ def test_an_untrained_tokenizer_knows_the_bytes():
         tokenizer.decode([255])
 
 
+def test_a_tokenizer_from_tokens_encodes_as_the_one_that_learned_them(trained):
+    tokens = [token for token, _ in trained.get_mergeable_ranks()]
+    again = rustbpe.Tokenizer.from_tokens(tokens, trained.get_pattern())
+    assert again.get_mergeable_ranks() == trained.get_mergeable_ranks()
+    assert again.batch_encode(ADVERSARIAL[7:], threads=1) == trained.batch_encode(ADVERSARIAL[7:])
+    shuffled = random.Random(4).sample(tokens, len(tokens))  # the ids of the single bytes too
+    other = rustbpe.Tokenizer.from_tokens(shuffled)
+    assert other.batch_encode(ADVERSARIAL[7:]) == [tiktoken_of(other).encode_ordinary(text) for text in ADVERSARIAL[7:]]
+    with pytest.raises(ValueError, match="single bytes"):
+        rustbpe.Tokenizer.from_tokens(tokens[1:])
+    with pytest.raises(ValueError, match="not supported"):
+        rustbpe.Tokenizer.from_tokens(tokens, "x")
+
+
 def test_what_cannot_be_learned_is_said(trained):
     before = trained.get_mergeable_ranks()
     with pytest.raises(ValueError, match=r"\{1,K\}.*1 to 3"):

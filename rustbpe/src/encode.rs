@@ -10,7 +10,6 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use crate::hash::{Build, Key, MAX_SHORT};
-use crate::merge::Pair;
 use crate::split::Pattern;
 
 /// Chunks of more bytes are joined with a heap, n·log n; shorter ones by looking at all pairs each time, n² (arbitrary:
@@ -20,31 +19,29 @@ const NONE: u32 = u32::MAX;
 
 pub struct Encoder {
     pattern: Pattern,
+    bytes: [u32; 256],               // the ids of the single bytes
     short: HashMap<Key, u32, Build>, // token of up to 15 bytes → id
     long: HashMap<Box<[u8]>, u32, Build>,
     joined: HashMap<u64, u32, Build>, // two ids → the id of their bytes together
 }
 
 impl Encoder {
-    /// The merges as train() gives them; a message if one is of tokens that are not there yet.
-    pub fn new(pattern: Pattern, merges: &[Pair]) -> Result<Self, String> {
-        let mut tokens: Vec<Vec<u8>> = (0..=u8::MAX).map(|byte| vec![byte]).collect();
-        for &(first, second) in merges {
-            match (tokens.get(first as usize), tokens.get(second as usize)) {
-                (Some(first), Some(second)) => tokens.push([first.as_slice(), second].concat()),
-                _ => return Err(format!("token {} is made of later ones", tokens.len())),
-            }
-        }
-        let mut encoder =
-            Self { pattern, short: HashMap::default(), long: HashMap::default(), joined: HashMap::default() };
-        for (id, token) in (0..).zip(&tokens) {
+    /// Tokens by id. A message if one of the 256 single bytes is missing.
+    pub fn new<T: AsRef<[u8]>>(pattern: Pattern, tokens: &[T]) -> Result<Self, String> {
+        let (mut short, mut long) = (HashMap::default(), HashMap::default());
+        for (id, token) in (0..).zip(tokens.iter().map(AsRef::as_ref)) {
             if token.len() <= MAX_SHORT {
-                encoder.short.insert(Key::new(token), id);
+                short.insert(Key::new(token), id);
             } else {
-                encoder.long.insert(token.as_slice().into(), id);
+                long.insert(token.into(), id);
             }
         }
-        for (id, token) in (0..).zip(&tokens) {
+        let mut bytes = [0; 256];
+        for (byte, id) in (0..=u8::MAX).zip(&mut bytes) {
+            *id = *short.get(&Key::new(&[byte])).ok_or_else(|| format!("the byte {byte} has no token"))?;
+        }
+        let mut encoder = Self { pattern, bytes, short, long, joined: HashMap::default() };
+        for (id, token) in (0..).zip(tokens.iter().map(AsRef::as_ref)) {
             for cut in 1..token.len() {
                 let (first, second) = token.split_at(cut);
                 if let (Some(first), Some(second)) = (encoder.id_of(first), encoder.id_of(second)) {
@@ -90,7 +87,7 @@ impl Encoder {
     #[inline]
     fn id_of_chunk(&self, text: &[u8], start: usize, end: usize) -> Option<u32> {
         match end - start {
-            1 => Some(text[start].into()),
+            1 => Some(self.bytes[text[start] as usize]),
             2..=MAX_SHORT => self.short.get(&Key::of_part(text, start, end)).copied(),
             _ => self.long.get(&text[start..end]).copied(),
         }
@@ -108,8 +105,9 @@ impl Encoder {
     fn join(&self, chunk: &[u8], parts: &mut Vec<Part>, ids: &mut Vec<u32>) {
         parts.clear();
         for (i, &byte) in chunk.iter().enumerate() {
-            let joined = chunk.get(i + 1).map_or(NONE, |&next| self.id_of_pair(byte.into(), next.into()));
-            parts.push(Part { id: byte.into(), joined, before: (i as u32).wrapping_sub(1), after: i as u32 + 1 });
+            let id = self.bytes[byte as usize];
+            let joined = chunk.get(i + 1).map_or(NONE, |&next| self.id_of_pair(id, self.bytes[next as usize]));
+            parts.push(Part { id, joined, before: (i as u32).wrapping_sub(1), after: i as u32 + 1 });
         }
         if chunk.len() <= MAX_QUADRATIC {
             self.join_few(parts);
@@ -189,9 +187,10 @@ fn pair_key(first: u32, second: u32) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::merge::tokens_of;
 
-    fn encoder(merges: &[Pair]) -> Encoder {
-        Encoder::new(Pattern::parse(Pattern::GPT4).unwrap(), merges).unwrap()
+    fn encoder(merges: &[(u32, u32)]) -> Encoder {
+        Encoder::new(Pattern::parse(Pattern::GPT4).unwrap(), &tokens_of(merges)).unwrap()
     }
 
     const A: u32 = b'a' as u32;
@@ -244,7 +243,12 @@ mod tests {
     }
 
     #[test]
-    fn merges_of_later_tokens_are_refused() {
-        assert!(Encoder::new(Pattern::parse(Pattern::GPT4).unwrap(), &[(A, 256)]).is_err());
+    fn single_bytes_may_have_any_id_but_need_one() {
+        let pattern = Pattern::parse(Pattern::GPT4).unwrap();
+        let mut tokens = tokens_of(&[(A, A)]);
+        tokens.reverse();
+        assert_eq!(Encoder::new(pattern, &tokens).unwrap().encode("aaa"), [0, 256 - A]);
+        tokens.pop();
+        assert_eq!(Encoder::new(pattern, &tokens).err().unwrap(), "the byte 0 has no token");
     }
 }

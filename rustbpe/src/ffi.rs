@@ -96,20 +96,20 @@ pub unsafe extern "C" fn rustbpe_counter_free(counter: *mut Counter) {
     drop(unsafe { Box::from_raw(counter) });
 }
 
-/// An encoder; null if the pattern is not supported or a merge has ids of later tokens. Free with rustbpe_encoder_free.
+/// An encoder with these tokens, by id; null if the pattern is not supported or a single byte has no token.
+/// Free with rustbpe_encoder_free.
 #[no_mangle]
 pub unsafe extern "C" fn rustbpe_encoder_new(
     pattern: *const u8,
     length: usize,
-    merges: *const u32,
-    num_merges: usize,
+    tokens: *const *const u8,
+    lengths: *const usize,
+    num: usize,
 ) -> *mut Encoder {
-    // SAFETY: the caller promises `length` bytes.
-    let Ok(pattern) = (unsafe { read_pattern(pattern, length) }) else { return ptr::null_mut() };
-    // SAFETY: the caller promises two ids for each of `num_merges` merges.
-    let ids = unsafe { elements(merges, 2 * num_merges) };
-    let pairs: Vec<_> = ids.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
-    match catch_unwind(|| Encoder::new(pattern, &pairs)) {
+    // SAFETY: the caller promises `length` bytes, and `num` tokens that live until the function returns.
+    let (pattern, tokens) = unsafe { (read_pattern(pattern, length), read_bytes(tokens, lengths, num)) };
+    let Ok(pattern) = pattern else { return ptr::null_mut() };
+    match catch_unwind(|| Encoder::new(pattern, &tokens)) {
         Ok(Ok(encoder)) => Box::into_raw(Box::new(encoder)),
         _ => ptr::null_mut(),
     }
@@ -183,15 +183,19 @@ unsafe fn read_pattern(pattern: *const u8, length: usize) -> Result<Pattern, Str
     Pattern::parse(&String::from_utf8_lossy(bytes))
 }
 
-/// SAFETY: `texts` and `lengths` point to `num` elements, and each text to its length in bytes, for the whole of 'a.
+/// SAFETY: as for read_bytes. None if a text is not UTF-8; the check runs at some 10 GB/s.
 unsafe fn read_texts<'a>(texts: *const *const u8, lengths: *const usize, num: usize) -> Option<Vec<&'a str>> {
     // SAFETY: as promised.
-    let (texts, lengths) = unsafe { (elements(texts, num), elements(lengths, num)) };
-    let read = |(&text, &length): (&*const u8, &usize)| {
-        // SAFETY: as promised. That it is UTF-8 is checked, at some 10 GB/s.
-        str::from_utf8(unsafe { elements(text, length) }).ok()
-    };
-    texts.iter().zip(lengths).map(read).collect()
+    let strings = unsafe { read_bytes(texts, lengths, num) };
+    strings.into_iter().map(|bytes| str::from_utf8(bytes).ok()).collect()
+}
+
+/// SAFETY: `strings` and `lengths` point to `num` elements, and each string to its length in bytes, for the whole of 'a.
+unsafe fn read_bytes<'a>(strings: *const *const u8, lengths: *const usize, num: usize) -> Vec<&'a [u8]> {
+    // SAFETY: as promised.
+    let (strings, lengths) = unsafe { (elements(strings, num), elements(lengths, num)) };
+    // SAFETY: as promised.
+    strings.iter().zip(lengths).map(|(&bytes, &length)| unsafe { elements(bytes, length) }).collect()
 }
 
 /// SAFETY: `first` points to `num` elements for the whole of 'a. With none it may be anything, also null.

@@ -8,14 +8,14 @@
 //! `ffi` is the C interface that the Python package loads; all `unsafe` code of the crate is there.
 //!
 //! ```
-//! use rustbpe::{count::Counter, encode::Encoder, merge::train, split::Pattern};
+//! use rustbpe::{count::Counter, encode::Encoder, merge::{tokens_of, train}, split::Pattern};
 //!
 //! let pattern = Pattern::parse(Pattern::GPT4).unwrap();
 //! let counter = Counter::new(pattern, 2);
 //! counter.add(&["low lower lowest", "slow"]);
 //! let merges = train(&counter.finish(), 256 + 2, &mut |_, _| true).unwrap();
 //! assert_eq!(merges, [(b'l'.into(), b'o'.into()), (256, b'w'.into())]); // "lo", then "low"
-//! let encoder = Encoder::new(pattern, &merges).unwrap();
+//! let encoder = Encoder::new(pattern, &tokens_of(&merges)).unwrap();
 //! assert_eq!(encoder.encode("low"), [257]);
 //! ```
 

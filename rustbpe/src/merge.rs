@@ -61,6 +61,15 @@ pub fn train(
     Ok(merges)
 }
 
+/// The bytes of each token, by id: the 256 single bytes, then what the merges make.
+pub fn tokens_of(merges: &[Pair]) -> Vec<Vec<u8>> {
+    let mut tokens: Vec<Vec<u8>> = (0..=u8::MAX).map(|byte| vec![byte]).collect();
+    for &(first, second) in merges {
+        tokens.push([&*tokens[first as usize], &*tokens[second as usize]].concat());
+    }
+    tokens
+}
+
 #[derive(Clone, Copy)]
 struct Slot {
     token: u32,

@@ -31,9 +31,16 @@ class Tokenizer:
 
     def __init__(self) -> None:
         self._pattern = DEFAULT_PATTERN
-        self._merges: list[tuple[int, int]] = []
         self._tokens = [bytes([byte]) for byte in range(NUM_BYTES)]
         self._encoder: Any = None  # made when it is first needed
+
+    @classmethod
+    def from_tokens(cls, tokens: Iterable[bytes], pattern: str = DEFAULT_PATTERN) -> "Tokenizer":
+        """A tokenizer that was learned before: its tokens by id. ValueError: a byte has none, unsupported pattern."""
+        tokenizer = cls()
+        tokenizer._tokens, tokenizer._pattern = list(tokens), pattern
+        tokenizer._encoder = tokenizer._make_encoder()
+        return tokenizer
 
     def train_from_iterator(
         self,
@@ -73,10 +80,10 @@ class Tokenizer:
             raise
         merges = _learn(counter, vocab_size, progress)  # ends the counter
 
-        tokens = self._tokens[:NUM_BYTES]
+        tokens = [bytes([byte]) for byte in range(NUM_BYTES)]
         for first, second in merges:
             tokens.append(tokens[first] + tokens[second])
-        self._pattern, self._merges, self._tokens, self._encoder = pattern, merges, tokens, None
+        self._pattern, self._tokens, self._encoder = pattern, tokens, None
 
     @property
     def vocab_size(self) -> int:
@@ -95,9 +102,9 @@ class Tokenizer:
         """The ids of a text, the same as tiktoken's."""
         return self._encode([text], 1)[0]
 
-    def batch_encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """encode() of each text, on all cores."""
-        return self._encode(texts, _num_cores())
+    def batch_encode(self, texts: Sequence[str], *, threads: int | None = None) -> list[list[int]]:
+        """encode() of each text, by default on all cores."""
+        return self._encode(texts, threads or _num_cores())
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. ValueError for an unknown id, UnicodeDecodeError if the bytes are not valid UTF-8."""
@@ -111,14 +118,18 @@ class Tokenizer:
     def _encode(self, texts: Sequence[str], threads: int) -> list[list[int]]:
         encoded = [_utf8(text, number) for number, text in enumerate(texts)]
         if self._encoder is None:
-            pattern = self._pattern.encode()
-            flat = ffi.new("uint32_t[]", [token for pair in self._merges for token in pair])
-            encoder = lib.rustbpe_encoder_new(pattern, len(pattern), flat, len(self._merges))
-            self._encoder = ffi.gc(encoder, lib.rustbpe_encoder_free)
+            self._encoder = self._make_encoder()
         rows = lib.rustbpe_encode(self._encoder, *_pointers(encoded), len(encoded), threads)
         if rows == ffi.NULL:
             raise RuntimeError("encoding failed, which is a bug in rustbpe")
         return _take_rows(rows, len(encoded))
+
+    def _make_encoder(self) -> Any:
+        pattern = _checked(self._pattern)
+        encoder = lib.rustbpe_encoder_new(pattern, len(pattern), *_pointers(self._tokens), len(self._tokens))
+        if encoder == ffi.NULL:
+            raise ValueError("some single bytes have no token")
+        return ffi.gc(encoder, lib.rustbpe_encoder_free)
 
 
 def split(texts: Sequence[str], pattern: str = DEFAULT_PATTERN) -> list[list[str]]:
