@@ -6,10 +6,14 @@ Train the tokenizer on the training split.
 """
 
 import itertools
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
 
 from nanochat import dataset
 from nanochat.common import duration, human
@@ -38,7 +42,13 @@ def main(flags: Flags) -> Tokenizer:
 
     texts = CappedTexts(dataset.iterate_texts(train_shards), flags.max_chars, flags.doc_cap)
     start = time.perf_counter()
-    tokenizer = Tokenizer.train(texts, flags.vocab_size)
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("reading", total=None)
+        tokenizer = Tokenizer.train(
+            texts,
+            flags.vocab_size,
+            progress=lambda done, total: bar.update(task, description="merging", completed=done, total=total),
+        )
     seconds = time.perf_counter() - start
     tokenizer.save(directory)
 
