@@ -12,12 +12,15 @@ import random
 import signal
 import time
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import regex
 import tiktoken
 from conftest import GOLDEN
 
 import rustbpe
+from scripts import bench
 
 if not hasattr(rustbpe, "split"):
     pytest.skip("the published rustbpe is installed, not ours: pip install ./rustbpe", allow_module_level=True)
@@ -204,6 +207,18 @@ def test_an_exception_of_the_iterator_arrives_as_it_is():
     with pytest.raises(LookupError) as caught:
         train(texts(), buffer_size=10)
     assert caught.value is error
+
+
+def test_the_benchmark_compares_what_is_there(tmp_path, capsys):
+    for shard in range(2):
+        texts = [f"Text {i} of shard {shard}, squared {i * i}." for i in range(300)]
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / f"shard_{shard:05d}.parquet")
+    ratios = bench.main(["tokenizer", "--data-dir", str(tmp_path), "--vocab-size", "300", "--rounds", "1"])
+    out = capsys.readouterr().out
+    assert "rustbpe 0.1.0: left out, name its folder" in out
+    assert json.loads(out.splitlines()[-1])["ratios"] == ratios and ratios["encode over tiktoken"] > 0
+    with pytest.raises(SystemExit, match="one of: .*tokenizer"):
+        bench.main(["nothing"])
 
 
 def many_words(number):
