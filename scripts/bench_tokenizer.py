@@ -126,9 +126,7 @@ def memory(field: str) -> float:
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    match = re.search(rf"{field}:\s*(\d+) kB", status.read_text())
-    assert match, f"no {field} in {status}"
-    return int(match[1]) * 1024 / 1e6
+    return int(re.findall(rf"{field}:\s*(\d+) kB", status.read_text())[0]) * 1024 / 1e6
 
 
 def train_rustbpe(texts: list[str], vocab_size: int) -> Encode:
@@ -178,7 +176,7 @@ def print_table(medians: dict[str, dict[str, float]], rounds: int) -> None:
     for title in ("training\ns", "training\nMB/s", "memory over\nthe text, MB", "encoding\nMB/s"):
         table.add_column(title, justify="right")
     for name, row in medians.items():
-        cells = [f"{row[key]:.1f}" if key in row else "" for key in ("seconds", "train", "memory", "encode")]
+        cells = [f"{row[key]:.2f}" if key in row else "" for key in ("seconds", "train", "memory", "encode")]
         table.add_row(name, *cells)
     Console().print(table)
 

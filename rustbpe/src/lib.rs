@@ -5,6 +5,13 @@
 //! 3. [`merge`] learns: again and again the most frequent pair of neighbours becomes a new token.
 //! 4. [`encode`] turns text into token ids with what was learned.
 //!
+//! Where the time goes, for 68 MB of English (14.2 million chunks, 215,000 different ones) to 32,768 tokens, on two cores
+//! of Zen 5: 0.4 s, of which 0.17 s are splitting and counting (on one core 0.32 s, of which splitting 0.19 s), 0.13 s
+//! merging and the rest the making of UTF-8 in Python. Reading the text from memory would take 4 ms at 17 GB/s: what
+//! limits counting, at 23 ns a chunk, are the branches that nobody can predict, where a word ends and which it is, and
+//! merging the steps from place to place, not the bandwidth. The published package takes 4.3 s for the same merges: a
+//! backtracking engine finds the chunks, each becomes a string of its own, and each merge updates a table of pairs.
+//!
 //! `ffi` is the C interface that the Python package loads; all `unsafe` code of the crate is there.
 //!
 //! ```
