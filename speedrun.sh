@@ -65,7 +65,8 @@ read -r device gpus dtype data datasets <"$state/decided"
 
 if [ "$device" = cuda ]; then echo "machine: $gpus CUDA GPU(s)"; else echo "machine: $device"; fi
 if [ "$dtype" != - ]; then
-  echo "dtype:   $dtype, as NANOCHAT_DTYPE says or as this CPU multiplies it faster than float32"
+  if [ -n "${NANOCHAT_DTYPE:-}" ]; then why="as NANOCHAT_DTYPE says"; else why="which this CPU multiplies faster than float32"; fi
+  echo "dtype:   $dtype, $why"
   export NANOCHAT_DTYPE=$dtype
 fi
 case "$data" in
@@ -100,7 +101,7 @@ else
   size=(--depth 4 --head-dim 64 --max-seq-len 512 --device-batch-size 16 --total-batch-size 8192 --num-iterations 500)
 fi
 if [ "$datasets" = primer ]; then
-  sft=(--smoltalk-epochs 0 --mmlu-epochs 0 --gsm8k-epochs 0 --identity-epochs 0 --primer-epochs 2)
+  sft=(--smoltalk-epochs 0 --mmlu-epochs 0 --gsm8k-epochs 0 --identity-epochs 0 --primer-epochs 3)
   exam=(-a QuizFree,QuizChoice,Sums -m 64)
 else
   sft=()
