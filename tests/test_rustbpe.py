@@ -96,7 +96,7 @@ def test_letters_numbers_and_spaces_are_those_of_tiktoken():
 
 
 def test_text_is_cut_as_the_regular_expressions_say():
-    """A sample: 1.4 million of such strings, from all assigned code points too, gave no difference."""
+    """A sample: 7.4 million of such strings, from all assigned code points too, gave no difference."""
     alphabets = [
         [chr(code) for code in range(128)],
         list("' sSdDmMtTlLvVrReEſK"),
