@@ -196,18 +196,23 @@ class MuonAdamW(torch.optim.Optimizer):
     # ---- state for checkpoints: whole tensors by parameter name, whatever the number of ranks ----
 
     def full_state(self) -> dict[str, torch.Tensor]:
-        """All state on the CPU, `<parameter>.<state>` → tensor; collective: every rank calls it, every rank gets it."""
-        full = {"num_steps": torch.tensor(self.num_steps)}
+        """
+        All state on the CPU, `<parameter>.<state>` → tensor. Collective: every rank calls it, the first one gets it; a
+        copy for each would take the host's memory as many times as there are ranks.
+        """
+        full = {"num_steps": torch.tensor(self.num_steps)} if self.rank == 0 else {}
         for group in self.param_groups:
             if group["kind"] == "adamw":
                 for name, p in zip(group["names"], group["params"], strict=True):
                     for key, value in self.state[p].items():
-                        full[f"{name}.{key}"] = (self._gather(value) if self._is_sharded(p) else value).cpu().clone()
+                        value = self._gather(value) if self._is_sharded(p) else value
+                        if self.rank == 0:
+                            full[f"{name}.{key}"] = value.to("cpu", copy=True)
             else:
                 for key, value in self.state[group["params"][0]].items():
-                    stack = (self._gather(value) if self.world_size > 1 else value).cpu()
-                    for name, matrix in zip(group["names"], stack, strict=False):
-                        full[f"{name}.{key}"] = matrix.clone()
+                    stack = self._gather(value) if self.world_size > 1 else value
+                    for name, matrix in zip(group["names"], stack if self.rank == 0 else (), strict=False):
+                        full[f"{name}.{key}"] = matrix.to("cpu", copy=True)
         return full
 
     def load_full_state(self, full: dict[str, torch.Tensor]) -> None:

@@ -118,19 +118,19 @@ def test_two_ranks_train_like_one_with_twice_the_accumulation(results):
 
 
 def test_the_gathered_state_is_the_state_of_one_rank(results):
-    one, _, ranks = results
-    for rank in ranks:
-        state = rank["trained"]["state"]
-        assert {name: tensor.shape for name, tensor in state.items()} == {n: t.shape for n, t in one["state"].items()}
-        assert_close(state, one["state"])
+    one, _, (first, other) = results
+    state = first["trained"]["state"]
+    assert {name: tensor.shape for name, tensor in state.items()} == {n: t.shape for n, t in one["state"].items()}
+    assert_close(state, one["state"])
+    assert not other["trained"]["state"]  # one copy in the host's memory is enough
 
 
 def test_the_state_of_one_rank_restores_into_two(results):
     _, second, ranks = results
     for rank in ranks:
         assert_close(rank["restored"]["weights"], second["weights"])
-        assert_close(rank["restored"]["state"], second["state"])
         assert rank["restored"]["losses"] == pytest.approx(second["losses"], rel=1e-5)
+    assert_close(ranks[0]["restored"]["state"], second["state"])
 
 
 def test_collectives(results):
