@@ -99,13 +99,17 @@ class Checkpoint:
                 f"{tokenizer.vocab_size}): {remedy}, or train a new model"
             )
 
-    def check_resumable(self, tokenizer: Tokenizer, config: GPTConfig) -> None:
-        """UserError unless a run with this tokenizer and model can go on from here."""
+    def check_resumable(self, tokenizer: Tokenizer, config: GPTConfig, dtype: torch.dtype) -> None:
+        """UserError unless a run with this tokenizer and model, computing in this dtype, can go on from here."""
         if self.path.suffix == ".pt":
             raise UserError(f"{self.path} holds weights only: it can be fine-tuned or chatted with, not resumed")
         self.check_tokenizer(tokenizer)
         if self.config != config:
             raise UserError(f"{self.path} is another model, {self.config}: give its flags, or another --model-tag")
+        begun = self.meta.get("dtype", str(dtype))
+        if begun != str(dtype):
+            name = begun.removeprefix("torch.")
+            raise UserError(f"the run was begun in {name}, here it would go on in {dtype}: set NANOCHAT_DTYPE={name}")
 
     def restore_optimizer(self, optimizer: MuonAdamW) -> bool:
         """Loads the optimizer's state; False if none was saved (older checkpoints)."""

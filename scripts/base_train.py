@@ -76,7 +76,7 @@ def main(flags: Flags) -> None:
         checkpoints = CheckpointDir("base", tag, dist, flags.keep_last)
         saved = checkpoints.load_newest() if flags.resume else None
         if saved:
-            saved.check_resumable(tokenizer, plan.model)
+            saved.check_resumable(tokenizer, plan.model, dtype)
 
         # build
         precision = hardware.tune_process(device, saved.meta["matmul_precision"] if saved else "")
@@ -93,7 +93,7 @@ def main(flags: Flags) -> None:
         fast_model = torch.compile(model, dynamic=False) if compiling else model
         eval_model = fast_model if device.type == "cuda" else model  # on a CPU compiling costs more than a validation
         config = {"flags": asdict(flags), "recipe": asdict(plan)}
-        config |= {"tokenizer": tokenizer.fingerprint, "matmul_precision": precision}
+        config |= {"tokenizer": tokenizer.fingerprint, "matmul_precision": precision, "dtype": str(dtype)}
         logger = Logger(
             "base_train", tag, config, dist, flags.run, plan.num_iterations, flops_per_token(plan.model), state.step
         )

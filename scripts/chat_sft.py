@@ -79,7 +79,7 @@ def main(flags: Flags) -> None:
         checkpoints = CheckpointDir("sft", tag, dist, flags.keep_last)
         saved = checkpoints.load_newest() if flags.resume else None
         if saved:
-            saved.check_resumable(tokenizer, base.config)
+            saved.check_resumable(tokenizer, base.config, dtype)
         train_data, val_data = mixture(flags)
 
         # build
@@ -99,7 +99,7 @@ def main(flags: Flags) -> None:
         fast_model = torch.compile(model, dynamic=False) if compiling else model
         eval_model = fast_model if device.type == "cuda" else model  # on a CPU compiling costs more than a validation
         config = {"flags": asdict(flags), "base": str(base.path), "total_batch_size": total_batch_size}
-        config |= {"tokenizer": tokenizer.fingerprint, "matmul_precision": precision}
+        config |= {"tokenizer": tokenizer.fingerprint, "matmul_precision": precision, "dtype": str(dtype)}
         num_steps = max(flags.num_iterations, 0)
         logger = Logger(
             "chat_sft", tag, config, dist, flags.run, num_steps, flops_per_token(model.config), first_step=state.step

@@ -22,7 +22,7 @@ from conftest import golden
 from safetensors.torch import load_file, save_file
 
 from nanochat import checkpoint_manager
-from nanochat.checkpoint_manager import FORMAT, CheckpointDir, find, load_model, stage_dir
+from nanochat.checkpoint_manager import FORMAT, Checkpoint, CheckpointDir, find, load_model, stage_dir
 from nanochat.common import UserError
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import RowGroups, split_shards
@@ -485,7 +485,7 @@ def golden_sized(base_dir, golden_tokenizer, fingerprint=None):
 def test_the_tokenizer_must_be_the_one_it_was_trained_with(base_dir, golden_tokenizer):
     checkpoint = golden_sized(base_dir, golden_tokenizer)
     checkpoint.check_tokenizer(golden_tokenizer)
-    checkpoint.check_resumable(golden_tokenizer, checkpoint.config)
+    checkpoint.check_resumable(golden_tokenizer, checkpoint.config, torch.float32)
     with pytest.raises(UserError, match="another tokenizer"):
         golden_sized(base_dir, golden_tokenizer, "0123456789abcdef").check_tokenizer(golden_tokenizer)
     save(1, "d2")
@@ -496,7 +496,8 @@ def test_the_tokenizer_must_be_the_one_it_was_trained_with(base_dir, golden_toke
 def test_another_model_cannot_resume(base_dir, golden_tokenizer):
     checkpoint = golden_sized(base_dir, golden_tokenizer)
     with pytest.raises(UserError, match="another model"):
-        checkpoint.check_resumable(golden_tokenizer, GPTConfig(16, golden_tokenizer.vocab_size, 1, 1, 1, 32))
+        other = GPTConfig(16, golden_tokenizer.vocab_size, 1, 1, 1, 32)
+        checkpoint.check_resumable(golden_tokenizer, other, torch.float32)
 
 
 def test_files_are_plain_safetensors():
@@ -507,3 +508,10 @@ def test_files_are_plain_safetensors():
     weights = load_file(folder / "model.safetensors")
     assert same(weights, find("base").weights())
     assert all(weight.dtype == torch.float32 for weight in weights.values())
+
+
+def test_a_run_goes_on_in_the_dtype_it_was_begun_in(golden_tokenizer):
+    checkpoint = Checkpoint(Path("step_000001"), 1, {"model_config": {"vocab_size": 1024}, "dtype": "torch.bfloat16"})
+    checkpoint.check_resumable(golden_tokenizer, checkpoint.config, torch.bfloat16)
+    with pytest.raises(UserError, match="NANOCHAT_DTYPE=bfloat16"):
+        checkpoint.check_resumable(golden_tokenizer, checkpoint.config, torch.float32)
