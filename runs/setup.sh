@@ -52,6 +52,6 @@ else
 fi
 source .venv/bin/activate
 
-# Threads that wait asleep, not spinning. With one other busy process on two cores a training step is six times as fast
-# (8,700 against 1,500 tokens/s, depth 4); alone a tenth slower (14,400 against 16,100).
+# Threads that wait asleep, not spinning. With one other busy process on two cores a training step is about six times as
+# fast (2,900 against 490 tokens/s, depth 4, eager); alone perhaps a tenth slower (14,400 against 16,100, one pair of runs).
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
