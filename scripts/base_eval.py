@@ -16,6 +16,7 @@ from nanochat.engine import Engine, Request, sample_prompts
 from nanochat.flags import command, flag
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import save_numbers
+from nanochat.stage import settings_of
 from nanochat.tokenizer import Tokenizer, default_dir
 
 EVALUATIONS = ("bpb", "sample")
@@ -51,7 +52,7 @@ def main(flags: Flags) -> dict[str, float]:
         dist.print0(f"{checkpoint.path}, {hardware.describe(dist.device)}, {dtype}")
         B, T = flags.device_batch_size, model.config.sequence_len
         if B == -1:
-            B = checkpoint.meta.get("flags", {}).get("device_batch_size", 32)
+            B = settings_of(checkpoint).device_batch_size
         num_batches = max(1, flags.split_tokens // (B * T * dist.world_size))
         numbers = {}
         for split, files in zip(("train", "val"), shards, strict=True):

@@ -10,21 +10,19 @@ Pretrain a base model. One dial: --depth.
 from dataclasses import asdict, dataclass
 from itertools import islice
 
-import torch
-
 from nanochat import dataset, distributed, hardware, recipe
-from nanochat.checkpoint_manager import CheckpointDir
-from nanochat.common import human, seed_everything
+from nanochat.common import human
 from nanochat.dataloader import PretrainLoader, on_device, prefetch, pretrain_steps
 from nanochat.dataset import RowGroups
 from nanochat.engine import Engine, sample_prompts
 from nanochat.flags import command, flag
-from nanochat.gpt import GPT, flops_per_token, param_counts
+from nanochat.gpt import param_counts
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.muon import LearningRates, MuonAdamW, build_optimizer
-from nanochat.report import Logger, check_wandb
+from nanochat.muon import MuonAdamW
+from nanochat.report import check_wandb
+from nanochat.stage import Settings, prepare
 from nanochat.tokenizer import Tokenizer, default_dir
-from nanochat.train import Hook, TrainState, token_loss, train
+from nanochat.train import Hook, TrainState, token_loss
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,6 @@ class Flags:
 def main(flags: Flags) -> None:
     with distributed.init(flags.device) as dist:
         # check: whatever can be wrong is found before anything expensive
-        device, dtype = dist.device, hardware.pick_dtype(dist.device)
         check_wandb(flags.run)
         tokenizer = Tokenizer.load(default_dir())
         train_shards, val_shards = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
@@ -73,66 +70,49 @@ def main(flags: Flags) -> None:
         B, T = flags.device_batch_size, flags.max_seq_len
         accumulation = recipe.accumulation_steps(plan.total_batch_size, B, T, dist.world_size)
         tag = flags.model_tag or f"d{flags.depth}"
-        checkpoints = CheckpointDir("base", tag, dist, flags.keep_last)
-        saved = checkpoints.load_newest() if flags.resume else None
-        if saved:
-            saved.check_resumable(tokenizer, plan.model, dtype)
+        start = prepare("base", tag, plan.model, tokenizer, dist, flags.resume, flags.keep_last)
 
         # build
-        precision = hardware.tune_process(device, saved.meta["matmul_precision"] if saved else "")
-        precision = hardware.tune_process(device, dist.gather(precision)[0])  # all ranks as the first
-        seed_everything(flags.seed)
-        model = saved.build_model(device, dtype) if saved else GPT.create(plan.model, device, dtype)
-        compiling = flags.compile and hardware.can_compile(device)
-        optimizer = build_optimizer(
-            model, learning_rates(flags), plan.batch_factor, plan.weight_decay, dist.rank, dist.world_size, compiling
+        rates = (flags.embedding_lr, flags.unembedding_lr, flags.matrix_lr, flags.scalar_lr)
+        settings = Settings(B, plan.total_batch_size, *rates)
+        config = {"flags": asdict(flags), "recipe": asdict(plan), "settings": asdict(settings)}
+        run = start.build(
+            settings.rates(), plan.batch_factor, config, plan.weight_decay, flags.compile, seed=flags.seed
         )
-        state, data_states = saved.restore_run(optimizer, dist) if saved else (TrainState(), [])
-        loader = PretrainLoader(tokenizer, RowGroups(train_shards), B, T, dist.rank, dist.world_size, data_states)
-        steps = prefetch(on_device(pretrain_steps(loader, accumulation, plan.num_iterations, state.step), device))
-        fast_model = torch.compile(model, dynamic=False) if compiling else model
-        eval_model = fast_model if device.type == "cuda" else model  # on a CPU compiling costs more than a validation
-        config = {"flags": asdict(flags), "recipe": asdict(plan)}
-        config |= {"tokenizer": tokenizer.fingerprint, "matmul_precision": precision, "dtype": str(dtype)}
-        logger = Logger(
-            "base_train", tag, config, dist, flags.run, plan.num_iterations, flops_per_token(plan.model), state.step
-        )
+        loader = PretrainLoader(tokenizer, RowGroups(train_shards), B, T, dist.rank, dist.world_size, run.data_states)
+        data_steps = pretrain_steps(loader, accumulation, plan.num_iterations, run.state.step)
+        steps = prefetch(on_device(data_steps, dist.device))
+        logger = run.logger(flags.run, plan.num_iterations)
         dist.print0(
             f"{tag}: {human(param_counts(plan.model)['total'])} parameters, {plan.num_iterations} updates of "
             f"{plan.total_batch_size:,} tokens ({accumulation} x {B} x {T} x {dist.world_size} ranks), "
-            f"{plan.flops:.2e} FLOPs; {hardware.describe(device)}, {dtype}{', compiled' if compiling else ''}"
+            f"{plan.flops:.2e} FLOPs; {hardware.describe(dist.device)}, {start.dtype}"
+            f"{', compiled' if run.compiling else ''}"
         )
 
         # run
         def evaluate(state: TrainState) -> dict[str, float]:
             batches = PretrainLoader(tokenizer, RowGroups(val_shards), B, T, dist.rank, dist.world_size).batches()
             num_batches = max(1, flags.eval_tokens // (B * T * dist.world_size))
-            bpb = evaluate_bpb(eval_model, islice(batches, num_batches), tokenizer.token_bytes(), dist)
+            bpb = evaluate_bpb(run.eval_model, islice(batches, num_batches), tokenizer.token_bytes(), dist)
             return {"val/bpb": bpb}
 
         def sample(state: TrainState) -> dict[str, float]:
             if dist.is_main:
-                sample_prompts(Engine(model, tokenizer))
+                sample_prompts(Engine(run.model, tokenizer))
             return {}
 
-        hooks = [
-            Hook(flags.eval_every, evaluate),
-            Hook(flags.sample_every, sample),
-            checkpoints.save_hook(flags.save_every, model, optimizer, config),
-        ]
+        hooks = [Hook(flags.eval_every, evaluate), Hook(flags.sample_every, sample), run.save_hook(flags.save_every)]
         lr_options = (flags.warmup_steps, flags.warmdown_ratio, flags.final_lr_frac)
 
         def schedule(optimizer: MuonAdamW, step: int, progress: float) -> None:
             recipe.pretrain_schedule(optimizer, step, plan.num_iterations, *lr_options)
 
-        with checkpoints:
-            state = train(
-                fast_model, optimizer, steps, token_loss, schedule, hooks, logger.log, state, dist,
-                scale_loss=dtype == torch.float16, last_checkpoint=lambda: checkpoints.good,
-            )  # fmt: skip
+        state = run.train(steps, token_loss, schedule, hooks, logger)
 
         # report
-        logger.finish(state, model=checkpoints.good, parameters=param_counts(plan.model)["total"], flops=plan.flops)
+        parameters = param_counts(plan.model)["total"]
+        logger.finish(state, model=start.checkpoints.good, parameters=parameters, flops=plan.flops)
 
 
 def plan_run(flags: Flags, vocab_size: int) -> recipe.Recipe:
@@ -148,13 +128,6 @@ def plan_run(flags: Flags, vocab_size: int) -> recipe.Recipe:
         flags.num_iterations,
         flags.target_flops,
         flags.weight_decay,
-    )
-
-
-def learning_rates(flags: Flags) -> LearningRates:
-    value_embedding_lr = flags.embedding_lr / 2  # as in the defaults; they are embeddings too
-    return LearningRates(
-        flags.unembedding_lr, flags.embedding_lr, value_embedding_lr, flags.matrix_lr, flags.scalar_lr
     )
 
 

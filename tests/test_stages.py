@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -19,7 +20,9 @@ import torch
 from conftest import GOLDEN
 
 from nanochat import checkpoint_manager, hardware
+from nanochat.checkpoint_manager import Checkpoint
 from nanochat.gpt import GPT
+from nanochat.stage import Settings, settings_of
 from nanochat.tokenizer import Tokenizer
 from scripts import (
     base_eval,
@@ -27,12 +30,14 @@ from scripts import (
     chat_cli,
     chat_eval,
     chat_sft,
+    mid_train,
     primer,
     report,
     show_conversation,
     tok_eval,
     tok_train,
 )
+from tasks import finetune
 
 VOCAB = 600
 COMMON = ["--device", "cpu", "--no-compile", "--save-every", "3", "--eval-every", "3"]
@@ -57,6 +62,7 @@ def place(tmp_path_factory):
         primer.main([])
         tok_train.main(["--vocab-size", str(VOCAB), "--max-chars", "300000"])
         base_train.main(BASE)
+        mid_train.main(SFT)
         chat_sft.main(SFT)
         (base_dir / "log.txt").write_text(out.getvalue())
         yield base_dir
@@ -103,19 +109,56 @@ def test_chat_sft(place):
     assert checkpoint.meta["base"].endswith("base_checkpoints/d2/step_000006")
 
 
-@pytest.mark.parametrize("script, argv, stage", [(base_train, BASE, "base"), (chat_sft, SFT, "sft")])
-def test_a_run_that_was_stopped_and_resumed_is_bitwise_the_same(place, monkeypatch, capsys, script, argv, stage):
-    if stage == "sft":
+def test_mid_train(place, capsys):
+    losses = [line["train/loss"] for line in metrics(place, "mid_train-d2") if "train/loss" in line]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    checkpoint = checkpoint_manager.find("mid")
+    assert (checkpoint.tag, checkpoint.step) == ("d2", 6)
+    assert checkpoint.meta["base"].endswith("base_checkpoints/d2/step_000006")
+    assert checkpoint.meta["flags"]["init_lr_frac"] == 1.0  # its own default
+
+
+def test_chat_sft_goes_on_from_mid_as_it_would_from_base(place, capsys):
+    chat_sft.main([*SFT, "-i", "mid", "--model-tag", "from-mid"])
+    assert "(2 x 4 x 128 x 1 ranks)" in capsys.readouterr().out  # batches handed on from base_train through mid_train
+    checkpoint, mid = checkpoint_manager.find("sft", "from-mid"), checkpoint_manager.find("mid")
+    assert checkpoint.meta["base"] == str(mid.path)
+    assert settings_of(checkpoint) == settings_of(mid) == settings_of(checkpoint_manager.find("base"))
+    first = [metrics(place, f"chat_sft-{tag}")[0]["train/loss"] for tag in ("d2", "from-mid")]
+    assert first[1] < first[0]  # it has seen conversations before
+    shutil.rmtree(checkpoint.path.parent)
+
+
+def test_settings_are_found_in_older_checkpoints():
+    def settings(**meta):
+        return settings_of(Checkpoint(Path("older"), 0, meta))
+
+    assert settings() == Settings()
+    upstream = {"device_batch_size": 8, "matrix_lr": 0.04, "total_batch_size": -1, "depth": 4}
+    assert settings(user_config=upstream, total_batch_size=4096) == Settings(8, 4096, matrix_lr=0.04)
+    assert settings(flags=upstream, recipe={"total_batch_size": 1024}) == Settings(8, 1024, matrix_lr=0.04)
+    inherited = {"device_batch_size": -1, "total_batch_size": -1}  # as chat_sft's flags are by default
+    assert settings(flags=inherited, settings={"device_batch_size": 2}) == Settings(2)
+
+
+STAGES = [(base_train, BASE, "base", base_train), (mid_train, SFT, "mid", finetune), (chat_sft, SFT, "sft", finetune)]
+
+
+@pytest.mark.parametrize("script, argv, stage, module", STAGES, ids=["base", "mid", "sft"])
+def test_a_run_that_was_stopped_and_resumed_is_bitwise_the_same(
+    place, monkeypatch, capsys, script, argv, stage, module
+):
+    if stage != "base":
         argv = [*argv, "--base-tag", "d2"]
     whole, name = checkpoint_manager.stage_dir(stage) / "d2", script.__name__.removeprefix("scripts.")
-    evaluate = script.evaluate_bpb
+    evaluate = module.evaluate_bpb
 
     def evaluate_and_stop(*args):
         os.kill(os.getpid(), signal.SIGTERM)  # at the validation after step 3: the run ends after step 4
         return evaluate(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "evaluate_bpb", evaluate_and_stop)
+        patch.setattr(module, "evaluate_bpb", evaluate_and_stop)
         with pytest.raises(SystemExit, match="after step 4.*--resume"):
             script.main([*argv, "--model-tag", "parts"])
     parts = whole.with_name("parts")
@@ -141,6 +184,13 @@ def test_base_eval(place, capsys):
     expected = metrics(place, "base_train-d2")[-1]["val/bpb"]  # the same batches as the last validation
     assert numbers["val bpb"] == pytest.approx(expected, rel=1e-9)
     assert list(base_eval.main([*CPU, "--eval", "sample"])) == []
+
+
+def test_base_eval_of_a_chat_model(place, capsys):
+    assert base_eval.main([*CPU, "-i", "sft", "--eval", "bpb", "--split-tokens", "2048"]).keys() == {
+        "train bpb",
+        "val bpb",
+    }
 
 
 def test_chat_eval(place, capsys):
@@ -179,6 +229,7 @@ def test_the_report(place, capsys):
     text = (place / "report/report.md").read_text()
     for row in ("tok_train | vocabulary | 600", "base_train | val/bpb", "base_train | steps", "chat_sft | steps"):
         assert f"| {row} |" in text
+    assert text.index("| base_train | steps") < text.index("| mid_train | steps") < text.index("| chat_sft | steps")
     assert "base_train" in capsys.readouterr().out
 
 
@@ -255,7 +306,7 @@ def other_tokenizer(place):
 
 
 def no_checkpoints(place):
-    for stage in ("base", "chatsft"):
+    for stage in ("base", "mid", "chatsft"):
         shutil.rmtree(place / f"{stage}_checkpoints")
 
 
@@ -281,6 +332,7 @@ WRONG = [  # what was done, script, flags, words of the error
     (no_text_column, base_train, BASE, "needs a column `text`"),
     (no_tokenizer, base_train, BASE, "scripts.tok_train"),
     (no_tokenizer, base_eval, CPU, "scripts.tok_train"),
+    (no_tokenizer, mid_train, SFT, "scripts.tok_train"),
     (no_tokenizer, chat_sft, SFT, "scripts.tok_train"),
     (no_tokenizer, chat_eval, CPU, "scripts.tok_train"),
     (no_tokenizer, chat_cli, CPU, "scripts.tok_train"),
@@ -289,15 +341,22 @@ WRONG = [  # what was done, script, flags, words of the error
     (broken_tokenizer, base_train, BASE, "restore it, or train anew"),
     (other_tokenizer, base_train, [*BASE, "--resume"], "another tokenizer (vocabulary 600, here 1024)"),
     (other_tokenizer, base_eval, CPU, "another tokenizer"),
-    (other_tokenizer, chat_sft, SFT, "another tokenizer"),
+    (other_tokenizer, mid_train, SFT, "another tokenizer"),
+    (other_tokenizer, chat_sft, [*SFT, "-i", "mid"], "another tokenizer"),
     (other_tokenizer, chat_eval, CPU, "another tokenizer"),
     (other_tokenizer, chat_cli, CPU, "another tokenizer"),
     (no_checkpoints, base_eval, CPU, "scripts.base_train"),
+    (no_checkpoints, mid_train, SFT, "scripts.base_train"),
     (no_checkpoints, chat_sft, SFT, "scripts.base_train"),
+    (no_checkpoints, chat_sft, [*SFT, "-i", "mid"], "scripts.mid_train"),
+    (no_checkpoints, chat_eval, [*CPU, "-i", "mid"], "scripts.mid_train"),
     (no_checkpoints, chat_eval, CPU, "scripts.chat_sft"),
     (no_checkpoints, chat_cli, CPU, "scripts.chat_sft"),
     (nothing, base_eval, [*CPU, "-g", "d9"], "there are d2"),
+    (nothing, mid_train, [*SFT, "--base-tag", "d9"], "there are d2"),
     (nothing, chat_sft, [*SFT, "--base-tag", "d9"], "there are d2"),
+    (nothing, chat_sft, [*SFT, "-i", "mid", "--base-tag", "d9"], "there are d2"),
+    (nothing, chat_sft, [*SFT, "-i", "rl"], "choose from"),
     (nothing, chat_eval, [*CPU, "-g", "d9"], "there are d2"),
     (nothing, chat_cli, [*CPU, "-g", "d9"], "there are d2"),
     (nothing, chat_cli, [*CPU, "-s", "5"], "it has 3, 6"),
@@ -308,6 +367,7 @@ WRONG = [  # what was done, script, flags, words of the error
     (nothing, base_train, [*BASE, "--resume", "--max-seq-len", "64"], "another model"),
     (nothing, base_train, [*BASE, "--total-batch-size", "1000"], "--total-batch-size 512 or 1024"),
     (nothing, base_train, [*BASE, "--total-batch-size", "0"], "at least 1"),
+    (nothing, mid_train, [*SFT, "--total-batch-size", "1000"], "--total-batch-size 512 or 1024"),
     (nothing, chat_sft, [*SFT, "--total-batch-size", "1000"], "--total-batch-size 512 or 1024"),
     (nothing, chat_sft, [*SFT, "--total-batch-size", "0"], "at least 1"),
     (nothing, base_train, [*BASE, "--window-pattern", "SXL"], "use the letters S (short) and L (full)"),
@@ -329,6 +389,7 @@ WRONG = [  # what was done, script, flags, words of the error
     (nothing, base_eval, [*CPU, "--eval", "bpb,core"], "there are bpb, sample"),
     (nothing, chat_cli, [*CPU, "-t", "-1"], "at least 0"),
     (nothing, chat_cli, [*CPU, "-p", "so " * 500], "the model reads 64 at a time"),
+    (nothing, mid_train, [*SFT, "--identity-epochs", "0", "--primer-epochs", "0"], "--smoltalk-epochs 1"),
     (nothing, chat_sft, [*SFT, "--identity-epochs", "0", "--primer-epochs", "0"], "--smoltalk-epochs 1"),
     (nothing, chat_sft, [*SFT, "--identity-file", "nowhere.jsonl"], "nowhere.jsonl"),
     (nothing, tok_train, ["--vocab-size", "100"], "too small"),
@@ -365,7 +426,7 @@ def refusal(script, argv, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("script", [base_train, base_eval, chat_sft, chat_eval, chat_cli])
+@pytest.mark.parametrize("script", [base_train, base_eval, mid_train, chat_sft, chat_eval, chat_cli])
 def test_a_gpu_that_is_not_there(broken, capsys, script):
     assert "use --device cpu" in refusal(script, ["--device", "cuda"], capsys)
 
