@@ -171,6 +171,18 @@ def test_a_run_that_was_stopped_and_resumed_is_bitwise_the_same(
     shutil.rmtree(parts)
 
 
+def test_a_resumed_run_keeps_what_it_was_begun_with(place, capsys):
+    other = ["--model-tag", "other", "--total-batch-size", "512", "--sample-every", "-1"]
+    base_train.main([*BASE, *other, "--num-iterations", "1"])
+    chat_sft.main([*SFT, "--model-tag", "kept", "--base-tag", "d2", "--num-iterations", "1"])
+    capsys.readouterr()
+    chat_sft.main([*SFT, "--model-tag", "kept", "--base-tag", "other", "--num-iterations", "2", "--resume"])
+    out = capsys.readouterr().out
+    assert "base_checkpoints/d2/step_000006" in out and "(2 x 4 x 128 x 1 ranks)" in out
+    shutil.rmtree(place / "base_checkpoints/other")
+    shutil.rmtree(place / "chatsft_checkpoints/kept")
+
+
 def test_resuming_where_nothing_was_saved_starts_anew(place, capsys):
     base_train.main([*BASE, "--model-tag", "fresh", "--resume", "--num-iterations", "1", "--sample-every", "-1"])
     assert "starting from the beginning" in capsys.readouterr().out
@@ -187,10 +199,8 @@ def test_base_eval(place, capsys):
 
 
 def test_base_eval_of_a_chat_model(place, capsys):
-    assert base_eval.main([*CPU, "-i", "sft", "--eval", "bpb", "--split-tokens", "2048"]).keys() == {
-        "train bpb",
-        "val bpb",
-    }
+    numbers = base_eval.main([*CPU, "-i", "sft", "--eval", "bpb", "--split-tokens", "2048"])
+    assert numbers.keys() == {"train bpb", "val bpb"}
 
 
 def test_chat_eval(place, capsys):
