@@ -1,23 +1,28 @@
 """
-Generation: one engine for the terminal, the evaluations, and everything else that samples.
+Generation: one engine for the terminal, the server, the evaluations and reinforcement learning.
 
-Requests wait until one of the engine's rows is free; each is prefilled there alone, in chunks, and then all rows decode
-together, one token per step each. A row that finishes gives its place to the next request at once. What a row says does
-not depend on its neighbours: it has its own settings, its own stream of random numbers and its own tools.
+Requests join at any step and leave at any step. A prompt is read in chunks, several together, and once for all requests
+that share it; then its state goes into a slot of the decoder, where every step adds a token to all slots in use. What a
+request says does not depend on its neighbours: it has its own settings, its own random numbers and its own tools.
 
-Shapes: R rows of the cache, B of them in one forward pass, T new tokens, V vocabulary, C width.
+    engine = Engine(model, tokenizer)
+    completions = engine.generate([Request(prompt), …])        # all at once
+    number = engine.add(Request(prompt))                       # or step by step, as a server does
+    for number, token, completion in engine.step(): …
+
+Shapes: B texts, T new tokens, S tokens read before, K key/value heads, D head size.
 """
 
-import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from nanochat.attention import attend_cached, band_mask
+from nanochat.attention import attend, attend_cached, band_mask
 from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.decoding import Decoder, Prefix, Sampling
+from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import ToolUse
 
@@ -29,7 +34,9 @@ SAMPLE_PROMPTS = (
     "The planets of the solar system are:",
     "Once upon a time",
 )
-PREFILL_CHUNK = 512  # tokens of a prompt per forward pass: bounds the memory of its attention
+PREFILL_CHUNK = 512  # tokens of a prompt per forward pass: others wait no longer than this takes
+PREFILL_TOKENS = 4096  # of all prompts in one pass, padding included: bounds its memory
+LENGTH_MULTIPLE = 128  # slots grow in steps of so many tokens; arbitrary
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,24 @@ class Request:
     max_tokens: int = 256  # new tokens, forced ones included
     temperature: float = 1.0  # 0 = greedy
     top_k: int = 0  # sample among the k likeliest; 0 = among all
+    top_p: float = 1.0  # sample among the fewest that make up this share of the probability; 1 = among all
     seed: int = 0  # the same seed gives the same text, whatever else is in the batch
+    logprobs: bool = False  # tell how likely the sampled tokens were
+
+    def check(self, context: int) -> None:
+        """UserError for what makes no sense, or does not fit the context (in tokens)."""
+        if not self.prompt:
+            raise UserError(f"the prompt is empty: it needs 1 to {context} tokens")
+        if len(self.prompt) > context:
+            raise UserError(f"the prompt has {len(self.prompt)} tokens: the model reads at most {context}")
+        if self.max_tokens < 1:
+            raise UserError(f"max_tokens {self.max_tokens}: must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature {self.temperature}: must be a number of at least 0 (0 = greedy)")
+        if self.top_k < 0:
+            raise UserError(f"top_k {self.top_k}: must be at least 0 (0 = all tokens)")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p}: must be above 0 and at most 1 (1 = all tokens)")
 
 
 @dataclass
@@ -49,202 +73,272 @@ class Completion:
 
     tokens: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)  # False: forced by a tool
+    # Where asked for: of each token under the distribution that it was sampled from, 0 for forced ones, in nats; and
+    # one more of the end token, where there is one. Greedy ones under the plain softmax.
+    logprobs: list[float] = field(default_factory=list)
     finish: str = ""  # "stop" an end token, "length" max_tokens, "context" the model's context is full
+    end_token: int = -1  # the one that ended it, if one did
 
 
-class KVCache:
+Event = tuple[
+    int, int | None, Completion
+]  # number of the request; its next token, None at the end; what it said so far
+
+
+class Prefill:
     """
-    Keys and values of R rows, each filled up to its own length; and per row the last token's un-smeared embedding,
-    which the next token's smear needs. It serves one forward pass at a time: `begin` says which rows and how many new
-    tokens, the model then reads positions_BT and previous_B1C and calls attend once per layer, `end` counts them in.
+    Reads texts of different lengths together, chunk by chunk, and is the model's cache meanwhile. All are at the same
+    position; those that end within a chunk are padded on the right, which causal attention never sees, and then leave.
     """
 
-    def __init__(self, config: GPTConfig, num_rows: int, length: int, device: torch.device, dtype: torch.dtype):
-        shape = (num_rows, length, config.n_kv_head, config.head_dim)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.previous_R1C = torch.zeros((num_rows, 1, config.n_embd), device=device, dtype=dtype)
-        self.lengths = [0] * num_rows
-        self.device = device
+    def __init__(self, texts: Sequence[tuple[int, ...]], model: GPT):
+        self.texts, self.model = list(texts), model
+        self.start = 0  # tokens read so far
+        self.keys: dict[int, torch.Tensor] = {}  # by layer, (B, S, K, D)
+        self.values: dict[int, torch.Tensor] = {}
+        shape = (len(texts), 1, model.config.n_embd)
+        self.previous_B1C = torch.zeros(shape, device=model.device, dtype=model.dtype)
 
-    def begin(self, first: int, stop: int, num_tokens: int) -> None:
-        """A forward pass over rows first … stop - 1 with num_tokens new tokens each."""
-        self.rows = slice(first, stop)
-        lengths = self.lengths[self.rows]
-        starts_B1 = torch.tensor(lengths, device=self.device)[:, None]
-        self.positions_BT = starts_B1 + torch.arange(num_tokens, device=self.device)
-        self.rows_B1 = torch.arange(first, stop, device=self.device)[:, None]
-        self.oldest, self.newest = min(lengths), max(lengths) + num_tokens
+    def read(self, num_tokens: int) -> list[Prefix]:
+        """Feeds the next tokens of every text; returns the states of those that are complete."""
+        stop = min(self.start + num_tokens, max(len(text) for text in self.texts))
+        chunks = [text[self.start : stop] for text in self.texts]
+        padded = [[*chunk, *[0] * (stop - self.start - len(chunk))] for chunk in chunks]
+        self.positions_BT = torch.arange(self.start, stop, device=self.model.device)[None]
         self.masks: dict[int, torch.Tensor] = {}  # by window
-
-    def end(self) -> None:
-        for row in range(self.rows.start, self.rows.stop):
-            self.lengths[row] += self.positions_BT.size(1)
-
-    @property
-    def previous_B1C(self) -> torch.Tensor:
-        return self.previous_R1C[self.rows]
-
-    @previous_B1C.setter
-    def previous_B1C(self, value: torch.Tensor) -> None:
-        self.previous_R1C[self.rows] = value
+        self.model.hidden(torch.tensor(padded, device=self.model.device), self)
+        self.start = stop
+        prefixes = [self._prefix(b) for b, text in enumerate(self.texts) if len(text) <= stop]
+        going_on = [b for b, text in enumerate(self.texts) if len(text) > stop]
+        self.texts = [self.texts[b] for b in going_on]
+        self.previous_B1C = self.previous_B1C[going_on]
+        for layer, window in enumerate(self.model.config.windows):
+            self.keys[layer] = self.keys[layer][going_on, -window:]
+            self.values[layer] = self.values[layer][going_on, -window:]
+        return prefixes
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-        self.keys[layer][self.rows_B1, self.positions_BT] = k
-        self.values[layer][self.rows_B1, self.positions_BT] = v
-        first_key = max(0, self.oldest - window)
+        if self.start == 0:
+            self.keys[layer], self.values[layer] = k, v
+            return attend(q, k, v, window)
+        self.keys[layer] = torch.cat([self.keys[layer], k], dim=1)
+        self.values[layer] = torch.cat([self.values[layer], v], dim=1)
         if window not in self.masks:
-            self.masks[window] = band_mask(self.positions_BT, first_key, self.newest, window).unsqueeze(1)
-        keys = self.keys[layer][self.rows, first_key : self.newest]
-        values = self.values[layer][self.rows, first_key : self.newest]
-        return attend_cached(q, keys, values, self.masks[window])
+            stop = self.start + q.size(1)
+            first_key = stop - self.keys[layer].size(1)
+            self.masks[window] = band_mask(self.positions_BT, first_key, stop, window).unsqueeze(1)
+        return attend_cached(q, self.keys[layer], self.values[layer], self.masks[window])
 
-    def clear(self, row: int) -> None:
-        self.lengths[row] = 0
-        self.previous_R1C[row] = 0  # the first token of a text has no previous one
+    def _prefix(self, b: int) -> Prefix:
+        length = len(self.texts[b])
 
-    def copy(self, source: int, target: int) -> None:
-        """Makes row `target` the same as row `source`."""
-        length = self.lengths[source]
-        for cache in (*self.keys, *self.values):
-            cache[target, :length] = cache[source, :length]
-        self.previous_R1C[target] = self.previous_R1C[source]
-        self.lengths[target] = length
+        def visible(caches: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+            views = []
+            for layer, window in enumerate(self.model.config.windows):
+                first_key = self.start - caches[layer].size(1)
+                keys = slice(max(0, length - window - first_key), length - first_key)
+                views.append(caches[layer][b, keys].transpose(0, 1).clone())
+            return views
+
+        return Prefix(self.texts[b], visible(self.keys), visible(self.values))
 
 
 class Row:
     """A request being served."""
 
-    def __init__(self, index: int, request: Request, tools: ToolUse, limit: int):
-        self.index, self.request, self.tools = index, request, tools
-        self.limit = min(request.max_tokens, limit)  # new tokens
-        self.full = "context" if limit < request.max_tokens else "length"
-        self.random = random.Random(request.seed)
+    def __init__(self, number: int, request: Request, tools: ToolUse, context: int):
+        self.number, self.request, self.tools = number, request, tools
+        room = context + 1 - len(request.prompt)  # the last token is never read
+        self.limit = min(request.max_tokens, room)  # new tokens
+        self.full = "context" if room < request.max_tokens else "length"
         self.forced: deque[int] = deque()
         self.completion = Completion()
-        self.token = -1  # the last one, which the next forward pass reads
 
-    def take(self, sampled: int, stop_tokens: set[int]) -> bool:
-        """Adds the sampled token, or the forced one in its stead; True when the row goes on."""
-        is_sampled = not self.forced
-        self.token = sampled if is_sampled else self.forced.popleft()
-        if is_sampled and self.token in stop_tokens:
-            self.completion.finish = "stop"
-            return False
-        self.completion.tokens.append(self.token)
-        self.completion.sampled.append(is_sampled)
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """All of the prompt but its last token, which the first decode step reads."""
+        return tuple(self.request.prompt[:-1])
+
+    @property
+    def position(self) -> int:
+        """Of the token that the next step reads."""
+        return len(self.request.prompt) + len(self.completion.tokens) - 1
+
+    @property
+    def settings(self) -> tuple[float, int, float, bool]:
+        return self.request.temperature, self.request.top_k, self.request.top_p, self.request.logprobs
+
+    def take(self, sampled: int, logprob: float, stop_tokens: set[int]) -> int | None:
+        """Adds the sampled token, or the forced one in its stead, and returns it; None for an end token."""
+        completion, is_sampled = self.completion, not self.forced
+        token = sampled if is_sampled else self.forced.popleft()
+        if self.request.logprobs:
+            completion.logprobs.append(logprob if is_sampled else 0.0)
+        if is_sampled and token in stop_tokens:
+            completion.finish, completion.end_token = "stop", token
+            return None
+        completion.tokens.append(token)
+        completion.sampled.append(is_sampled)
         if is_sampled:
-            self.forced.extend(self.tools.observe(self.token))
-        if len(self.completion.tokens) >= self.limit:
-            self.completion.finish = self.full
-        return not self.completion.finish
+            self.forced.extend(self.tools.observe(token))
+        if len(completion.tokens) >= self.limit:
+            completion.finish = self.full
+        return token
 
 
 class Engine:
-    """Generates with a model of either vintage, at most `num_rows` requests at a time."""
+    """Generates with a model of either vintage, at most `num_rows` requests at a time; others wait their turn."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, num_rows: int = 32):
+    def __init__(self, model: GPT, tokenizer: Tokenizer, num_rows: int = 32, int8: bool = False):
+        """int8: decode with weights of 8 bits, a scale per output channel (W8A16). Prompts are read as without."""
+        if num_rows < 1:
+            raise UserError(f"an engine needs at least 1 row, not {num_rows}")
         self.model, self.tokenizer, self.num_rows = model, tokenizer, num_rows
         self.stop_tokens = {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
+        with torch.inference_mode():
+            self.decoder = Decoder(model, num_rows, int8)
+        self.waiting: deque[Row] = deque()
+        self.rows: list[Row] = []  # in slots 0, 1, …
+        self.prefill: Prefill | None = None  # under way
+        self.prefixes: dict[tuple[int, ...], Prefix] = {(): Prefix((), [], [])}  # read, and still waited for
+        self.needed: Counter[tuple[int, ...]] = Counter()  # how many wait for a prefix
+        self.num_requests = 0
+
+    @torch.inference_mode()
+    def refresh_weights(self) -> None:
+        """To be called after the model's weights have changed, with no request under way."""
+        assert not self.is_busy, "states under way belong to the old weights"
+        self.decoder.refresh_weights()
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.waiting or self.rows)
+
+    # ---- all at once ----
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Completions in the order of the requests."""
+        """Completions in the order of the requests. UserError as from stream."""
         completions: list[Completion] = [Completion()] * len(requests)
         for index, _, completion in self.stream(requests):
             completions[index] = completion
         return completions
 
-    @torch.inference_mode()
-    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, int | None, Completion]]:
+    def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
         """
         Yields (index of the request, its next token, its completion so far) as tokens come, and once (index, None,
-        completion) when it has ended. UserError for settings that make no sense, and for a prompt that is empty or
-        longer than the context.
+        completion) when it has ended. UserError before anything is generated if a request makes no sense.
         """
-        context = self.model.config.sequence_len
+        assert not self.is_busy, "stream and generate have the engine to themselves"
         for i, request in enumerate(requests):
-            if not 1 <= len(request.prompt) <= context:
-                raise UserError(f"prompt {i} has {len(request.prompt)} tokens: the model takes 1 to {context}")
-            if request.max_tokens < 1 or request.temperature < 0 or request.top_k < 0:
-                raise UserError(f"request {i}: max_tokens must be at least 1, temperature and top_k at least 0")
-        waiting = deque(enumerate(requests))
-        num_rows = min(self.num_rows, len(requests))
-        longest = max((len(r.prompt) + r.max_tokens for r in requests), default=0)
-        cache = KVCache(self.model.config, num_rows, min(longest, context), self.model.device, self.model.dtype)
-        rows: list[Row] = []
-        logits_RV = torch.empty((num_rows, self.model.config.vocab_size), device=self.model.device)
-        while waiting or rows:
-            while waiting and len(rows) < num_rows:
-                rows.append(self._admit(*waiting.popleft(), cache, rows, logits_RV))
-            for row, sampled in zip(list(rows), sample(logits_RV[: len(rows)], rows), strict=True):
-                num_tokens = len(row.completion.tokens)
-                if row.take(sampled, self.stop_tokens):
-                    yield row.index, row.token, row.completion
-                    continue
-                if len(row.completion.tokens) > num_tokens:  # the last one, unless it is the end token
-                    yield row.index, row.token, row.completion
-                yield row.index, None, row.completion
-                _remove(rows, row, cache)
-            if rows:
-                tokens_B1 = torch.tensor([[row.token] for row in rows], device=self.model.device)
-                logits_RV[: len(rows)] = self._forward(tokens_B1, cache, 0)
+            try:
+                request.check(self.model.config.sequence_len)
+            except UserError as error:
+                raise UserError(f"request {i}: {error}") from None
+        indices = {self.add(request): i for i, request in enumerate(requests)}
+        try:
+            while self.is_busy:
+                for number, token, completion in self.step():
+                    yield indices[number], token, completion
+        finally:
+            for number in indices:
+                self.cancel(number)
 
-    def _admit(self, index: int, request: Request, cache: KVCache, rows: list[Row], logits_RV: torch.Tensor) -> Row:
-        """Prefills the first free row; a prompt that has just been prefilled for another request is copied."""
-        place = len(rows)
-        tools = ToolUse(self.tokenizer)
-        row = Row(index, request, tools, self.model.config.sequence_len + 1 - len(request.prompt))
-        for i, other in enumerate(rows):
-            if other.request.prompt == request.prompt and not other.completion.tokens:
-                cache.copy(i, place)
-                logits_RV[place] = logits_RV[i]
-                return row
-        cache.clear(place)
-        prompt = torch.tensor([request.prompt], device=self.model.device)
-        for chunk in prompt.split(PREFILL_CHUNK, dim=1):
-            logits_RV[place] = self._forward(chunk, cache, place)[0]
-        return row
+    # ---- step by step ----
 
-    def _forward(self, tokens_BT: torch.Tensor, cache: KVCache, first: int) -> torch.Tensor:
-        """Feeds tokens to the rows from `first` on; logits (B, V) after the last one."""
-        cache.begin(first, first + tokens_BT.size(0), tokens_BT.size(1))
-        hidden_BTC = self.model.hidden(tokens_BT, cache)
-        cache.end()
-        return self.model.logits(hidden_BTC[:, -1])
+    def add(self, request: Request) -> int:
+        """Queues a request; returns its number, which its events carry. UserError if it makes no sense."""
+        request.check(self.model.config.sequence_len)
+        row = Row(self.num_requests, request, ToolUse(self.tokenizer), self.model.config.sequence_len)
+        self.num_requests += 1
+        self.waiting.append(row)
+        self.needed[row.prefix] += 1
+        return row.number
 
+    def cancel(self, number: int) -> None:
+        """Forgets a request, waiting or under way, without another event; nothing happens if there is none."""
+        for row in [row for row in self.waiting if row.number == number]:
+            self.waiting.remove(row)
+            self._release(row.prefix)
+        for slot in [slot for slot, row in enumerate(self.rows) if row.number == number]:
+            self._free(slot)
 
-def _remove(rows: list[Row], row: Row, cache: KVCache) -> None:
-    """Takes a row out; the last one moves into its place, so that the rows in use stay the first ones."""
-    place, last = rows.index(row), len(rows) - 1
-    if place != last:
-        cache.copy(last, place)
-        rows[place] = rows[last]
-    rows.pop()
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Reads at most one chunk of prompts, then adds a token to every request that is in a slot."""
+        self._read_prompts()
+        self._fill_slots()
+        if not self.rows:
+            return []
+        positions = [row.position for row in self.rows]
+        sampling = Sampling.of([row.settings for row in self.rows], self.model.config.vocab_size)
+        tokens, logprobs = self.decoder.step(len(self.rows), min(positions), max(positions), sampling)
+        events: list[Event] = []
+        forced: dict[int, int] = {}
+        for slot, row in enumerate(self.rows):
+            token = row.take(tokens[slot], logprobs[slot] if logprobs else 0.0, self.stop_tokens)
+            if token is not None:
+                events.append((row.number, token, row.completion))
+                if token != tokens[slot]:
+                    forced[slot] = token
+            if row.completion.finish:
+                events.append((row.number, None, row.completion))
+        if forced:
+            self.decoder.force(forced)
+        for slot in reversed(range(len(self.rows))):
+            if self.rows[slot].completion.finish:
+                self._free(slot)
+        return events
 
+    def _read_prompts(self) -> None:
+        """One chunk of the prompts of those who come next, for as many as there are free slots."""
+        if not self.prefill:
+            num_free = self.num_rows - len(self.rows)
+            following = [row.prefix for row, _ in zip(self.waiting, range(num_free), strict=False)]
+            texts = [text for text in dict.fromkeys(following) if text not in self.prefixes]
+            while texts and len(texts) * min(PREFILL_CHUNK, max(map(len, texts))) > max(PREFILL_TOKENS, PREFILL_CHUNK):
+                texts.pop()
+            self.prefill = Prefill(texts, self.model) if texts else None
+        if self.prefill:
+            for prefix in self.prefill.read(PREFILL_CHUNK):
+                if self.needed[prefix.tokens]:  # else cancelled meanwhile
+                    self.prefixes[prefix.tokens] = prefix
+            if not self.prefill.texts:
+                self.prefill = None
 
-def sample(logits_BV: torch.Tensor, rows: Sequence[Row]) -> list[int]:
-    """The next token of each row under its own settings. One transfer to the host for all."""
-    greedy_B = logits_BV.argmax(dim=-1)
-    temperatures = [row.request.temperature for row in rows]
-    if not any(temperatures):
-        return greedy_B.tolist()
-    device = logits_BV.device
-    temperature_B1 = torch.tensor([t or 1.0 for t in temperatures], device=device)[:, None]
-    logits_BV = logits_BV / temperature_B1
-    top_ks = [min(row.request.top_k or logits_BV.size(1), logits_BV.size(1)) for row in rows]
-    if min(top_ks) < logits_BV.size(1):
-        best = logits_BV.topk(max(k for k in top_ks if k < logits_BV.size(1)), dim=-1).values
-        threshold = best.gather(1, torch.tensor(top_ks, device=device)[:, None].clamp_max(best.size(1)) - 1)
-        is_limited = torch.tensor([k < logits_BV.size(1) for k in top_ks], device=device)[:, None]
-        logits_BV = logits_BV.masked_fill(is_limited & (logits_BV < threshold), -torch.inf)
-    # The inverse of the cumulative distribution at one random number per row, drawn from the row's own stream.
-    cumulative_BV = logits_BV.softmax(dim=-1).cumsum(dim=-1)
-    # 24 bits are what float32 holds: with more, a number may round to 1, past every token.
-    uniform_B1 = torch.tensor([row.random.getrandbits(24) / 2**24 for row in rows], device=device)[:, None]
-    sampled_B = torch.searchsorted(cumulative_BV, uniform_B1 * cumulative_BV[:, -1:], right=True).squeeze(1)
-    is_greedy = torch.tensor([t == 0 for t in temperatures], device=device)
-    last = logits_BV.size(1) - 1  # what NaN logits would go past
-    return torch.where(is_greedy, greedy_B, sampled_B.clamp_max(last)).tolist()
+    def _fill_slots(self) -> None:
+        """First come, first served, as far as prompts are read and slots are free."""
+        while self.waiting and len(self.rows) < self.num_rows and self.waiting[0].prefix in self.prefixes:
+            row = self.waiting.popleft()
+            self._reserve(row)
+            request, prefix = row.request, self.prefixes[row.prefix]
+            uniforms = torch.rand(row.limit, generator=torch.Generator().manual_seed(request.seed))
+            self.decoder.fill(
+                len(self.rows), prefix, request.prompt[-1], request.temperature, request.top_k, request.top_p, uniforms
+            )
+            self.rows.append(row)
+            self._release(row.prefix)
+
+    def _reserve(self, row: Row) -> None:
+        """Room for the row: the longest text so far decides how long the slots are, the most at once how many."""
+        last_read = len(row.request.prompt) + row.limit - 1
+        length = min(-(-last_read // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self.model.config.sequence_len)
+        num_slots = min(self.num_rows, len(self.rows) + 1 + len(self.waiting))
+        self.decoder.reserve(num_slots, length)
+
+    def _release(self, prefix: tuple[int, ...]) -> None:
+        """One less waits for the prefix; with the last it is forgotten."""
+        self.needed[prefix] -= 1
+        if not self.needed[prefix]:
+            del self.needed[prefix]
+            if prefix:
+                self.prefixes.pop(prefix, None)
+
+    def _free(self, slot: int) -> None:
+        """The last row moves into the free place, so that the rows in use stay the first ones."""
+        last = self.rows.pop()
+        if slot < len(self.rows):
+            self.decoder.move(len(self.rows), slot)
+            self.rows[slot] = last
 
 
 def sample_prompts(engine: Engine, max_tokens: int = 32) -> None:

@@ -46,7 +46,7 @@ def main(flags: Flags) -> None:
     model, checkpoint = checkpoint_manager.load_model(
         flags.source, flags.model_tag, flags.step, tokenizer, device, hardware.pick_dtype(device)
     )
-    settings = Request([], flags.max_tokens, flags.temperature, flags.top_k, flags.seed)
+    settings = Request([], flags.max_tokens, flags.temperature, flags.top_k, seed=flags.seed)
     chat = Chat(Engine(model, tokenizer, num_rows=1), settings)
     if flags.prompt:
         print("".join(text for kind, text in chat.answer(flags.prompt) if kind == "text").strip())
