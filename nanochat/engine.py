@@ -22,7 +22,7 @@ import torch
 from nanochat.attention import attend, attend_cached, band_mask
 from nanochat.common import UserError
 from nanochat.decoding import Decoder, Prefix, Sampling
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import ToolUse
 
@@ -37,6 +37,7 @@ SAMPLE_PROMPTS = (
 PREFILL_CHUNK = 512  # tokens of a prompt per forward pass: others wait no longer than this takes
 PREFILL_TOKENS = 4096  # of all prompts in one pass, padding included: bounds its memory
 LENGTH_MULTIPLE = 128  # slots grow in steps of so many tokens; arbitrary
+MIN_TEMPERATURE = 1e-30  # capped logits over a lower one would not be finite in float32
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,18 @@ class Request:
     seed: int = 0  # the same seed gives the same text, whatever else is in the batch
     logprobs: bool = False  # tell how likely the sampled tokens were
 
-    def check(self, context: int) -> None:
-        """UserError for what makes no sense, or does not fit the context (in tokens)."""
+    def check(self, config: GPTConfig) -> None:
+        """UserError for what makes no sense, or does not fit the model."""
+        context = config.sequence_len
         if not self.prompt:
             raise UserError(f"the prompt is empty: it needs 1 to {context} tokens")
         if len(self.prompt) > context:
             raise UserError(f"the prompt has {len(self.prompt)} tokens: the model reads at most {context}")
+        if not 0 <= min(self.prompt) <= max(self.prompt) < config.vocab_size:
+            raise UserError(
+                f"the prompt has tokens {min(self.prompt)} to {max(self.prompt)}: the model knows 0 to "
+                f"{config.vocab_size - 1}; encode it with the tokenizer that the model was trained with"
+            )
         if self.max_tokens < 1:
             raise UserError(f"max_tokens {self.max_tokens}: must be at least 1")
         if not 0 <= self.temperature < float("inf"):
@@ -65,6 +72,8 @@ class Request:
             raise UserError(f"top_k {self.top_k}: must be at least 0 (0 = all tokens)")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p}: must be above 0 and at most 1 (1 = all tokens)")
+        if not -(2**63) <= self.seed < 2**64:
+            raise UserError(f"seed {self.seed}: must be a number of 64 bits")
 
 
 @dataclass
@@ -109,13 +118,20 @@ class Prefill:
         self.model.hidden(torch.tensor(padded, device=self.model.device), self)
         self.start = stop
         prefixes = [self._prefix(b) for b, text in enumerate(self.texts) if len(text) <= stop]
-        going_on = [b for b, text in enumerate(self.texts) if len(text) > stop]
-        self.texts = [self.texts[b] for b in going_on]
-        self.previous_B1C = self.previous_B1C[going_on]
-        for layer, window in enumerate(self.model.config.windows):
-            self.keys[layer] = self.keys[layer][going_on, -window:]
-            self.values[layer] = self.values[layer][going_on, -window:]
+        self._keep([b for b, text in enumerate(self.texts) if len(text) > stop])
         return prefixes
+
+    def drop(self, text: tuple[int, ...]) -> None:
+        """Stops reading a text, if it is among these."""
+        self._keep([b for b, other in enumerate(self.texts) if other != text])
+
+    def _keep(self, rows: list[int]) -> None:
+        self.texts = [self.texts[b] for b in rows]
+        self.previous_B1C = self.previous_B1C[rows]
+        for layer in self.keys:
+            window = self.model.config.windows[layer]
+            self.keys[layer] = self.keys[layer][rows, -window:]
+            self.values[layer] = self.values[layer][rows, -window:]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         if self.start == 0:
@@ -146,11 +162,17 @@ class Prefill:
 class Row:
     """A request being served."""
 
-    def __init__(self, number: int, request: Request, tools: ToolUse, context: int):
+    def __init__(self, number: int, request: Request, tools: ToolUse, config: GPTConfig):
         self.number, self.request, self.tools = number, request, tools
-        room = context + 1 - len(request.prompt)  # the last token is never read
+        room = config.sequence_len + 1 - len(request.prompt)  # the last token is never read
         self.limit = min(request.max_tokens, room)  # new tokens
         self.full = "context" if room < request.max_tokens else "length"
+        # In float32 like the device's, and limits that leave out nothing as none: host and device must agree on who is
+        # greedy and who is limited, or neither would sample.
+        temperature, top_p = torch.tensor([request.temperature, request.top_p], dtype=torch.float32).tolist()
+        self.temperature = max(temperature, MIN_TEMPERATURE) if request.temperature else 0.0
+        self.top_k = request.top_k if request.top_k < config.vocab_size else 0
+        self.top_p = top_p
         self.forced: deque[int] = deque()
         self.completion = Completion()
 
@@ -166,7 +188,7 @@ class Row:
 
     @property
     def settings(self) -> tuple[float, int, float, bool]:
-        return self.request.temperature, self.request.top_k, self.request.top_p, self.request.logprobs
+        return self.temperature, self.top_k, self.top_p, self.request.logprobs
 
     def take(self, sampled: int, logprob: float, stop_tokens: set[int]) -> int | None:
         """Adds the sampled token, or the forced one in its stead, and returns it; None for an end token."""
@@ -231,7 +253,7 @@ class Engine:
         assert not self.is_busy, "stream and generate have the engine to themselves"
         for i, request in enumerate(requests):
             try:
-                request.check(self.model.config.sequence_len)
+                request.check(self.model.config)
             except UserError as error:
                 raise UserError(f"request {i}: {error}") from None
         indices = {self.add(request): i for i, request in enumerate(requests)}
@@ -247,13 +269,14 @@ class Engine:
 
     def add(self, request: Request) -> int:
         """Queues a request; returns its number, which its events carry. UserError if it makes no sense."""
-        request.check(self.model.config.sequence_len)
-        row = Row(self.num_requests, request, ToolUse(self.tokenizer), self.model.config.sequence_len)
+        request.check(self.model.config)
+        row = Row(self.num_requests, request, ToolUse(self.tokenizer), self.model.config)
         self.num_requests += 1
         self.waiting.append(row)
         self.needed[row.prefix] += 1
         return row.number
 
+    @torch.inference_mode()
     def cancel(self, number: int) -> None:
         """Forgets a request, waiting or under way, without another event; nothing happens if there is none."""
         for row in [row for row in self.waiting if row.number == number]:
@@ -300,8 +323,7 @@ class Engine:
             self.prefill = Prefill(texts, self.model) if texts else None
         if self.prefill:
             for prefix in self.prefill.read(PREFILL_CHUNK):
-                if self.needed[prefix.tokens]:  # else cancelled meanwhile
-                    self.prefixes[prefix.tokens] = prefix
+                self.prefixes[prefix.tokens] = prefix
             if not self.prefill.texts:
                 self.prefill = None
 
@@ -312,9 +334,8 @@ class Engine:
             self._reserve(row)
             request, prefix = row.request, self.prefixes[row.prefix]
             uniforms = torch.rand(row.limit, generator=torch.Generator().manual_seed(request.seed))
-            self.decoder.fill(
-                len(self.rows), prefix, request.prompt[-1], request.temperature, request.top_k, request.top_p, uniforms
-            )
+            slot = len(self.rows)
+            self.decoder.fill(slot, prefix, request.prompt[-1], row.temperature, row.top_k, row.top_p, uniforms)
             self.rows.append(row)
             self._release(row.prefix)
 
@@ -332,6 +353,10 @@ class Engine:
             del self.needed[prefix]
             if prefix:
                 self.prefixes.pop(prefix, None)
+            if self.prefill:
+                self.prefill.drop(prefix)
+                if not self.prefill.texts:
+                    self.prefill = None
 
     def _free(self, slot: int) -> None:
         """The last row moves into the free place, so that the rows in use stay the first ones."""
