@@ -18,6 +18,7 @@ from tasks import finetune
 class Flags(finetune.Flags):
     mmlu_epochs: int = flag(1, "times through MMLU's auxiliary training questions; 0 = without")
     gsm8k_epochs: int = flag(1, "times through GSM8K's training problems; 0 = without")
+    # 0.085 bits per byte on the primer's conversations against 0.088 with 0.8, depth 4, one run each.
     init_lr_frac: float = flag(1.0, "learning rates at the start, as a share of the base's")
 
 
