@@ -378,7 +378,7 @@ def sample(
         tokens_B = _invert(probs_BV, uniform_B)
         logprobs_B = probs_BV.gather(1, tokens_B[:, None]).squeeze(1).log()
     if sampling.candidates:
-        best_BK, ids_BK = raw_BV.topk(sampling.candidates, dim=-1)  # before the cap, which changes no order
+        best_BK, ids_BK = _topk(raw_BV, sampling.candidates)  # before the cap, which changes no order
         ranks_K = torch.arange(sampling.candidates, device=raw_BV.device)
         scores_BK = (cap(best_BK) / temperature_B1).masked_fill(ranks_K >= top_k_B[:, None], -torch.inf)
         probs_BK = scores_BK.softmax(dim=-1)
@@ -397,6 +397,19 @@ def sample(
             greedy_B = cap(best_B) - cap(raw_BV).logsumexp(dim=-1)
             logprobs_B = torch.where(temperature_B > 0, logprobs_B, greedy_B)
     return tokens_B, logprobs_B if sampling.logprobs else None
+
+
+def _topk(raw_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The k largest and their ids, the lower id first among equals, which half precision has many of: topk's own order of
+    them depends on k, so that a row's text would depend on its neighbours' settings. float32 has hardly any.
+    """
+    if raw_BV.dtype == torch.float32:
+        return raw_BV.topk(k)
+    bits_BV = raw_BV.float().view(torch.int32).long()
+    order_BV = bits_BV ^ (bits_BV >> 31 & 0x7FFFFFFF)  # integers that sort like the numbers
+    ids_BK = ((order_BV << 32) - torch.arange(raw_BV.size(1), device=raw_BV.device)).topk(k).indices
+    return raw_BV.gather(1, ids_BK), ids_BK
 
 
 def _invert(probs: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
