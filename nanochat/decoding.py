@@ -66,11 +66,13 @@ class Matrix:
         """layout: "plain"; "packed", in the order in which the CPU's product reads; "int8", with a scale per row."""
         self.weights, self.dtype, self.layout = weights, dtype, layout
         self.weight = self.scale = torch.empty(0)
+        self.is_shared = False  # the weight is the model's own
         self.refresh()
 
     def refresh(self) -> None:
         """In place where a captured graph may read it."""
-        weights = [weight.detach().to(self.dtype) for weight in self.weights()]
+        sources = [weight.detach() for weight in self.weights()]
+        weights = [weight.to(self.dtype) for weight in sources]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         if self.layout == "packed":
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 0)
@@ -78,8 +80,9 @@ class Matrix:
             scale = weight.float().abs().amax(dim=1).clamp_min(1e-12) / 127
             self.scale = _renewed(self.scale, scale.to(self.dtype))
             self.weight = _renewed(self.weight, (weight.float() / scale[:, None]).round().to(torch.int8))
-        else:
-            self.weight = _renewed(self.weight, weight)
+        else:  # never into what is the model's own: if it has other tensors now, somebody keeps the old ones
+            was_shared, self.is_shared = self.is_shared, weight.data_ptr() == sources[0].data_ptr()
+            self.weight = weight if was_shared or self.is_shared else _renewed(self.weight, weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.dtype)
@@ -158,6 +161,7 @@ class Decoder:
         gains = [gain / math.sqrt(config.head_dim)] * config.n_head + [gain] * config.n_kv_head
         self.gains = torch.tensor(gains, device=model.device, dtype=self.dtype)[:, None]
         self.norm_eps = torch.tensor(NORM_EPS, device=model.device, dtype=self.dtype)
+        self.places = [p.data_ptr() for p in model.parameters()]
         self.num_slots = self.length = 0
         self.graphs: dict[tuple[int, int, Sampling], torch.cuda.CUDAGraph] = {}
 
@@ -165,6 +169,10 @@ class Decoder:
         """To be called when the model's weights have changed."""
         for matrix in self.matrices:
             matrix.refresh()
+        places = [p.data_ptr() for p in self.model.parameters()]
+        if places != self.places:  # the graphs read where the old ones were
+            self.graphs.clear()
+        self.places = places
 
     # ---- slots ----
 

@@ -198,6 +198,24 @@ def test_weights_in_the_right_dtype_are_not_copied(cast, golden_tokenizer):
         assert matrix.weight.data_ptr() == linear.weight.data_ptr()
 
 
+def test_weights_that_are_put_in_the_place_of_others(golden_tokenizer):
+    """As when an average of the weights is tried out and taken back: nothing is written into the ones set aside."""
+    model = make()
+    it = unstoppable(model, golden_tokenizer)
+    own = {name: p.data for name, p in model.named_parameters()}
+    before = {name: weight.clone() for name, weight in own.items()}
+    for p in model.parameters():
+        p.data = p.data * 1.2
+    it.refresh_weights()
+    request = greedy(prompt_of(5), logprobs=True)
+    check_against_one_pass(model, request, it.generate([request])[0])
+    for name, p in model.named_parameters():
+        assert torch.equal(own[name], before[name])
+        p.data = own[name]
+    it.refresh_weights()
+    check_against_one_pass(model, request, it.generate([request])[0])
+
+
 def test_new_weights_under_way_are_refused(golden_tokenizer):
     it = unstoppable(make(), golden_tokenizer)
     it.add(greedy([1]))
