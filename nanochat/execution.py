@@ -59,7 +59,7 @@ class Result:
 def run(program: str, check: str, function: str, timeout: float = 5.0, memory_mb: int = 512) -> Result:
     """
     Whether the `function` that the untrusted source `program` defines satisfies the trusted source `check`, which
-    defines `check(candidate)` and raises if it is not satisfied.
+    defines `check(candidate)` and raises if it is not satisfied. It may also call the function by its name.
 
     Arguments and results are plain data: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset and
     dict; other iterables arrive as an iterator. Arguments are copies. An exception that leaves the function, or a

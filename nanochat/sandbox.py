@@ -114,6 +114,7 @@ def be_checker(receiver: TextIO, sender: TextIO, protections: list[str]) -> None
     send(sender, [job["program"], job["function"]])
     tests: dict[str, Any] = {"__name__": "check"}
     exec(compile(job["check"], "<check>", "exec"), tests)
+    tests[job["function"]] = call
     tests["check"](call)
 
 

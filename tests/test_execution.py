@@ -115,6 +115,10 @@ def add(a, b):
     assert result.passed and result.output.startswith("adding 2 and 3\n"), result.output
 
 
+def test_a_check_may_call_the_function_by_its_name():
+    assert outcome(RIGHT, "def add(a, b): 'To do.'\n\ndef check(f):\n    assert add(1, f(1, 1)) == 3") == "passed"
+
+
 def test_state_is_kept_between_calls_and_exceptions_end_the_sample():
     counts = "n = 0\ndef add(a, b):\n    global n\n    n += 1\n    return n"
     assert outcome(counts, "def check(f):\n    assert [f(1, 1), f(1, b=1)] == [1, 2]") == "passed"
