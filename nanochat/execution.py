@@ -13,7 +13,7 @@ verdict is reported, whatever it exits with or prints, and a result that claims 
 What is closed off depends on the machine; `protections` names what was:
 - "… limit", "no core dumps"  processor time, memory, size and number of open files (rlimits)
 - "no processes"              neither processes nor threads (an rlimit too, which does not bind root)
-- "namespaces"                no network, no view of other processes, and all of its own die with it
+- "namespaces"                no network but sockets that are files, no way to other processes, its own die with it
 - "read-only files"           nothing can be written,
 - "own folder"                but for a small file system in memory in place of the temporary directory
 - "landlock"                  reads only the libraries of Python and the system, writes only to the temporary directory

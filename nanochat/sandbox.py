@@ -44,6 +44,7 @@ NETWORK_RIGHTS, SCOPES = 0b11, 0b11  # TCP bind and connect (version 4); signals
 BPF_LOAD, BPF_EQUAL, BPF_AT_LEAST, BPF_RETURN = 0x20, 0x15, 0x35, 0x06
 SECCOMP_MODE_FILTER, SECCOMP_ALLOW, SECCOMP_EPERM = 2, 0x7FFF0000, 0x00050001
 X32 = 0x40000000  # x86-64's second set of system calls begins here
+TO_THE_LAST = -1  # a jump of ours
 
 # What the program is refused, as the numbers of (x86-64, arm64); Linux's arch/x86/entry/syscalls/syscall_64.tbl and
 # include/uapi/asm-generic/unistd.h. A list of what to refuse and not of what to allow, because what an interpreter
@@ -69,6 +70,7 @@ REFUSED = {
     "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
     "setxattrat": (463, 463), "removexattrat": (466, 466), "file_setattr": (469, 469),
 }  # fmt: skip
+FCNTL, SET_OWNER = (72, 25), (8, 15)  # fcntl may not have another process signalled: F_SETOWN, F_SETOWN_EX
 
 
 def main() -> None:
@@ -280,18 +282,24 @@ def refuse_system_calls(libc: ctypes.CDLL) -> bool:
         return False
     column, architecture = MACHINES[os.uname().machine]
     numbers = [both[column] for both in REFUSED.values() if both[column] is not None]
-    n = len(numbers)
-    steps = [
-        (BPF_LOAD, 0, 0, 4),  # the architecture; jumps are counted from the next step, the last one refuses
-        (BPF_EQUAL, 0, n + 3, architecture),
+    steps = [  # operation, steps to skip if it holds and if not, operand; offsets are those of struct seccomp_data
+        (BPF_LOAD, 0, 0, 4),  # the architecture
+        (BPF_EQUAL, 0, TO_THE_LAST, architecture),
         (BPF_LOAD, 0, 0, 0),  # the system call's number
-        (BPF_AT_LEAST, n + 1, 0, X32),
-        *((BPF_EQUAL, n - i, 0, number) for i, number in enumerate(numbers)),
+        (BPF_AT_LEAST, TO_THE_LAST, 0, X32),
+        *((BPF_EQUAL, TO_THE_LAST, 0, number) for number in numbers),
+        (BPF_EQUAL, 0, 3, FCNTL[column]),
+        (BPF_LOAD, 0, 0, 24),  # its second argument
+        *((BPF_EQUAL, TO_THE_LAST, 0, request) for request in SET_OWNER),
         (BPF_RETURN, 0, 0, SECCOMP_ALLOW),
         (BPF_RETURN, 0, 0, SECCOMP_EPERM),
     ]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
-    program = struct.pack("HP", len(steps), ctypes.addressof(code))
+    code = b""
+    for i, (operation, *skips, operand) in enumerate(steps):
+        yes, no = (len(steps) - i - 2 if skip == TO_THE_LAST else skip for skip in skips)
+        code += struct.pack("HBBI", operation, yes, no, operand)
+    buffer = ctypes.create_string_buffer(code)
+    program = struct.pack("HP", len(steps), ctypes.addressof(buffer))
     return libc.prctl(PR_SET_SECCOMP, *longs(SECCOMP_MODE_FILTER), program) == 0
 
 

@@ -322,6 +322,9 @@ def add(a, b):
     "kill the group": "import os, signal\ndef add(a, b):\n    os.killpg(0, signal.SIGKILL)\n    return 5",
     "kill everything": "import os, signal\ndef add(a, b):\n    os.kill(-1, signal.SIGKILL)\n    return 5",
     "kill the parent": f"import os, signal\ndef add(a, b):\n    os.kill({os.getpid()}, signal.SIGTERM)\n    return 5",
+    "signals by way of a pipe": """
+import fcntl, os
+def add(a, b): return 5 + fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getpid())""",
     "change limits": "import resource as r\ndef add(a, b):\n    r.setrlimit(r.RLIMIT_CPU, (9, 9))\n    return 5",
     "lower priority of others": "import os\ndef add(a, b):\n    os.setpriority(os.PRIO_USER, 0, 19)\n    return 5",
     "new namespaces": "import ctypes\ndef add(a, b): return 5 if ctypes.CDLL(None).unshare(0x10000000) == 0 else 6",
@@ -407,12 +410,13 @@ def test_network(on, tmp_path):
 import socket
 tcp, udp, unix = {names!r}
 def add(a, b):
-    for attempt in (
+    attempts = [
         lambda: socket.create_connection(tcp, timeout=1),
         lambda: socket.socket(type=socket.SOCK_DGRAM).sendto(b"x", udp),
         lambda: socket.socket(socket.AF_UNIX).connect(unix),
         lambda: socket.socketpair(type=socket.SOCK_DGRAM)[0].connect(unix),
-    ):
+    ]
+    for attempt in attempts[:{4 if "seccomp" in on else 2}]:
         try:
             attempt()
             return 5
