@@ -396,7 +396,7 @@ WRONG = [  # what was done, script, flags, words of the error
     (nothing, chat_eval, [*CPU, "-b", "0"], "at least 1"),
     (nothing, chat_eval, [*CPU, "-x", "0"], "at least 1"),
     (nothing, chat_eval, [*CPU, "-a", "Quiz"], "there are ARC-Easy"),
-    (nothing, base_eval, [*CPU, "--eval", "bpb,core"], "there are bpb, sample"),
+    (nothing, base_eval, [*CPU, "--eval", "bpb,cor"], "there are core, bpb, sample"),
     (nothing, chat_cli, [*CPU, "-t", "-1"], "at least 0"),
     (nothing, chat_cli, [*CPU, "-p", "so " * 500], "the model reads 64 at a time"),
     (nothing, mid_train, [*SFT, "--identity-epochs", "0", "--primer-epochs", "0"], "--smoltalk-epochs 1"),
