@@ -20,7 +20,6 @@ Shapes: B trees in a batch, T columns, P of them for trunks, S keys, C width, N 
 import csv
 import io
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from nanochat.common import atomic_path
 from nanochat.core_tasks import CoreTask, Row, common_prefix, tokenize
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT, take
+from nanochat.scores import TaskScore, core_metric
 from nanochat.tokenizer import Tokenizer
 
 REFERENCES = {"GPT-2 XL (1.5B)": 0.2565}  # CORE as published with nanochat
@@ -182,30 +182,6 @@ def score(model: GPT, trees: Sequence[Tree]) -> Iterator[tuple[int, int, RowScor
 # ---- the scores ----
 
 
-@dataclass(frozen=True)
-class TaskScore:
-    label: str
-    correct: int
-    total: int
-    baseline: float
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Of the accuracy, 95 % confidence (Wilson's score interval)."""
-        z, n, p = 1.96, self.total, self.accuracy
-        centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
-
-    @property
-    def centered(self) -> float:
-        """0 for guessing, 1 for all right."""
-        return (self.accuracy - self.baseline) / (1 - self.baseline)
-
-
 @torch.inference_mode()
 def judge(
     model: GPT,
@@ -257,12 +233,6 @@ def evaluate_core(
         TaskScore(task.label, int(right.sum()), len(task), task.baseline)
         for task, right in zip(tasks, per_task, strict=True)
     ]
-
-
-def core_metric(scores: Sequence[TaskScore]) -> tuple[float, float]:
-    """CORE, the mean of the centered scores, and the half width of its 95 % interval, the tasks being independent."""
-    margins = [(score.interval[1] - score.interval[0]) / 2 / (1 - score.baseline) for score in scores]
-    return sum(score.centered for score in scores) / len(scores), math.hypot(*margins) / len(scores)
 
 
 def save_scores(path: Path, scores: Sequence[TaskScore], model: str) -> None:
