@@ -19,6 +19,7 @@ Older checkpoints that people have, model_<step>.pt and meta_<step>.json, are re
 import itertools
 import json
 import pickle
+import re
 import shutil
 import sys
 import threading
@@ -298,6 +299,13 @@ def find(stage: str, tag: str = "", step: int = -1) -> Checkpoint:
         raise UserError(f"no {stage} checkpoint with tag {tag!r}: there are {', '.join(tags)}")
     directory = CheckpointDir(stage, tag or max(tags, key=lambda t: _last_written(stage_dir(stage) / t)))
     return directory.load(step)
+
+
+def at(path: str) -> Checkpoint:
+    """The checkpoint that a run noted as `path`, found again if the base folder has moved since. UserError if gone."""
+    folder, tag, name = Path(path).parts[-3:]
+    stage = next(stage for stage, (place, _) in STAGES.items() if place == folder)
+    return find(stage, tag, int(re.findall(r"\d+", name)[0]))
 
 
 def load_model(

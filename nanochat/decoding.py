@@ -36,7 +36,9 @@ class Sampling:
     """What the rows of one step need, so that no more is computed; the settings themselves are per row."""
 
     greedy: bool = False  # some row takes the likeliest token
-    candidates: int = 0  # some row samples among this many of the likeliest tokens, or fewer
+    candidates: tuple[
+        int, ...
+    ] = ()  # how many of the likeliest tokens to find, a power of two for each row with a limit
     top_p: bool = False  # … or among those that make up a share of the probability
     everything: bool = False  # some row samples from the whole vocabulary
     logprobs: bool = False  # some row wants to know how likely its token was
@@ -47,7 +49,7 @@ class Sampling:
         limits = [top_k or vocab_size for t, top_k, top_p, _ in settings if t and (top_k or top_p < 1)]
         return cls(
             greedy=any(not t for t, *_ in settings),
-            candidates=min(1 << (max(limits) - 1).bit_length(), vocab_size) if limits else 0,  # few sizes: few graphs
+            candidates=tuple(sorted({1 << (limit - 1).bit_length() for limit in limits})),  # few sizes: few graphs
             top_p=any(t and top_p < 1 for t, _, top_p, _ in settings),
             everything=any(t and not top_k and top_p >= 1 for t, top_k, top_p, _ in settings),
             logprobs=any(wanted for *_, wanted in settings),
@@ -64,11 +66,13 @@ class Matrix:
         """layout: "plain"; "packed", in the order in which the CPU's product reads; "int8", with a scale per row."""
         self.weights, self.dtype, self.layout = weights, dtype, layout
         self.weight = self.scale = torch.empty(0)
+        self.is_shared = False  # the weight is the model's own
         self.refresh()
 
     def refresh(self) -> None:
         """In place where a captured graph may read it."""
-        weights = [weight.detach().to(self.dtype) for weight in self.weights()]
+        sources = [weight.detach() for weight in self.weights()]
+        weights = [weight.to(self.dtype) for weight in sources]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         if self.layout == "packed":
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 0)
@@ -76,8 +80,9 @@ class Matrix:
             scale = weight.float().abs().amax(dim=1).clamp_min(1e-12) / 127
             self.scale = _renewed(self.scale, scale.to(self.dtype))
             self.weight = _renewed(self.weight, (weight.float() / scale[:, None]).round().to(torch.int8))
-        else:
-            self.weight = _renewed(self.weight, weight)
+        else:  # never into what is the model's own: if it has other tensors now, somebody keeps the old ones
+            was_shared, self.is_shared = self.is_shared, weight.data_ptr() == sources[0].data_ptr()
+            self.weight = weight if was_shared or self.is_shared else _renewed(self.weight, weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.dtype)
@@ -156,6 +161,7 @@ class Decoder:
         gains = [gain / math.sqrt(config.head_dim)] * config.n_head + [gain] * config.n_kv_head
         self.gains = torch.tensor(gains, device=model.device, dtype=self.dtype)[:, None]
         self.norm_eps = torch.tensor(NORM_EPS, device=model.device, dtype=self.dtype)
+        self.places = [p.data_ptr() for p in model.parameters()]
         self.num_slots = self.length = 0
         self.graphs: dict[tuple[int, int, Sampling], torch.cuda.CUDAGraph] = {}
 
@@ -163,6 +169,10 @@ class Decoder:
         """To be called when the model's weights have changed."""
         for matrix in self.matrices:
             matrix.refresh()
+        places = [p.data_ptr() for p in self.model.parameters()]
+        if places != self.places:  # the graphs read where the old ones were
+            self.graphs.clear()
+        self.places = places
 
     # ---- slots ----
 
@@ -377,9 +387,9 @@ def sample(
         probs_BV = torch.softmax(cap(raw_BV) / temperature_B1, dim=-1)
         tokens_B = _invert(probs_BV, uniform_B)
         logprobs_B = probs_BV.gather(1, tokens_B[:, None]).squeeze(1).log()
-    if sampling.candidates:
-        best_BK, ids_BK = _topk(raw_BV, sampling.candidates)  # before the cap, which changes no order
-        ranks_K = torch.arange(sampling.candidates, device=raw_BV.device)
+    for size in sampling.candidates:  # mostly one; no row uses another's, for topk's order of equals depends on it
+        best_BK, ids_BK = raw_BV.topk(min(size, raw_BV.size(1)), dim=-1)  # before the cap, which changes no order
+        ranks_K = torch.arange(best_BK.size(1), device=raw_BV.device)
         scores_BK = (cap(best_BK) / temperature_B1).masked_fill(ranks_K >= top_k_B[:, None], -torch.inf)
         probs_BK = scores_BK.softmax(dim=-1)
         if sampling.top_p:
@@ -388,8 +398,9 @@ def sample(
             probs_BK = probs_BK / probs_BK.sum(dim=-1, keepdim=True)
         places_B1 = _invert(probs_BK, uniform_B)[:, None]
         is_limited = (top_k_B < raw_BV.size(1)) | (top_p_B < 1)
-        tokens_B = torch.where(is_limited, ids_BK.gather(1, places_B1).squeeze(1), tokens_B)
-        logprobs_B = torch.where(is_limited, probs_BK.gather(1, places_B1).squeeze(1).log(), logprobs_B)
+        is_mine = is_limited & (top_k_B <= size) & (2 * top_k_B > size)
+        tokens_B = torch.where(is_mine, ids_BK.gather(1, places_B1).squeeze(1), tokens_B)
+        logprobs_B = torch.where(is_mine, probs_BK.gather(1, places_B1).squeeze(1).log(), logprobs_B)
     if sampling.greedy:
         best_B, ids_B = raw_BV.max(dim=-1)
         tokens_B = torch.where(temperature_B > 0, tokens_B, ids_B)
@@ -397,19 +408,6 @@ def sample(
             greedy_B = cap(best_B) - cap(raw_BV).logsumexp(dim=-1)
             logprobs_B = torch.where(temperature_B > 0, logprobs_B, greedy_B)
     return tokens_B, logprobs_B if sampling.logprobs else None
-
-
-def _topk(raw_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The k largest and their ids, the lower id first among equals, which half precision has many of: topk's own order of
-    them depends on k, so that a row's text would depend on its neighbours' settings. float32 has hardly any.
-    """
-    if raw_BV.dtype == torch.float32:
-        return raw_BV.topk(k)
-    bits_BV = raw_BV.float().view(torch.int32).long()
-    order_BV = bits_BV ^ (bits_BV >> 31 & 0x7FFFFFFF)  # integers that sort like the numbers
-    ids_BK = ((order_BV << 32) - torch.arange(raw_BV.size(1), device=raw_BV.device)).topk(k).indices
-    return raw_BV.gather(1, ids_BK), ids_BK
 
 
 def _invert(probs: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,13 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
 from nanochat.common import UserError
 
+CPU = torch.device("cpu")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 # Dense bfloat16 FLOP/s and memory bytes/s, from the vendors' data sheets; matched in order against the device's name.
@@ -139,18 +141,33 @@ def choose_cpu_matmul() -> None:
     a, b = _probe_matrices()
     exact = a.double() @ b.double()
     torch.set_float32_matmul_precision("highest")
-    plain_seconds = _seconds(a, b)
+    plain_seconds = _quickest(lambda: a @ b, CPU)
     torch.set_float32_matmul_precision("medium")
-    seconds = _seconds(a, b)
+    seconds = _quickest(lambda: a @ b, CPU)
     error = ((a @ b).double() - exact).abs().max() / exact.abs().max()
     if error > 1e-5 or seconds > plain_seconds:
         torch.set_float32_matmul_precision("highest")
 
 
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes/s, read and written ones together, of the quickest of some copies far larger than caches."""
+    source = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _quickest(lambda: target.copy_(source), device)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the quickest of some products of large square matrices."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / _quickest(lambda: a @ a, device)
+
+
 def cpu_likes_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices at least 1.5 times as fast as float32 ones (AVX-512 BF16, AMX)."""
     a, b = _probe_matrices()
-    return _seconds(a.bfloat16(), b.bfloat16()) * 1.5 < _seconds(a, b)
+    a16, b16 = a.bfloat16(), b.bfloat16()
+    return _quickest(lambda: a16 @ b16, CPU) * 1.5 < _quickest(lambda: a @ b, CPU)
 
 
 def _probe_matrices() -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,14 +175,16 @@ def _probe_matrices() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(1024, 512, generator=generator), torch.randn(512, 512, generator=generator)
 
 
-def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The least of ten products' times: about 10 ms in all."""
-    times = []
-    for _ in range(10):
+def _quickest(run: Callable[[], object], device: torch.device, times: int = 10) -> float:
+    """The least seconds of some runs."""
+    best = float("inf")
+    for _ in range(times):
         start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
-    return min(times)
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 if __name__ == "__main__":  # what speedrun.sh asks: device, number of GPUs, and whether the CPU should take bfloat16

@@ -40,6 +40,7 @@ class LearningRates:
     value_embedding: float = 0.15
     matrix: float = 0.02
     scalar: float = 0.5
+    smear_backout: float = 0.2
 
 
 def build_optimizer(
@@ -65,7 +66,7 @@ def build_optimizer(
         ("value_embeds", ("value_embeds.",), rates.value_embedding * width, (0.8, 0.995), 0.01),
         ("resid", ("resid_lambdas",), 0.01 * rates.scalar * batch_factor, (0.8, 0.95), 0.05),
         ("x0", ("x0_lambdas",), rates.scalar * batch_factor, (0.96, 0.95), 0.0),
-        ("smear_backout", ("smear_", "backout_"), 0.2, (0.8, 0.95), 0.0),
+        ("smear_backout", ("smear_", "backout_"), rates.smear_backout, (0.8, 0.95), 0.0),
     ]
     groups: list[dict[str, Any]] = []
     for name, prefixes, lr, betas, decay in adamw:

@@ -25,6 +25,8 @@ CONVERSATION_MIX = {
 VAL_SHARE = 0.025  # of each kind, held apart for validation
 QUIZ_ITEMS = 400
 TEST_SUMS = 200
+# For reinforcement learning: of the answers sampled from the SFT model of speedrun.sh, about half are right.
+HARD_SUMS = {"train": 4000, "test": 400}
 
 SUM_WORDINGS = {
     "+": (
@@ -53,6 +55,7 @@ SUM_WORDINGS = {
     ),
 }  # fmt: skip
 SUM_OPERATORS = "+++---**" * 2 + "/"  # drawn from evenly
+HARD_SUM_OPERATORS = "++--*"
 
 WORDS = tuple(
     """
@@ -143,6 +146,19 @@ def operands(rng: Random, operator: str, test: bool = False) -> tuple[int, int]:
             return a, b
 
 
+def hard_operands(rng: Random, operator: str, test: bool = False) -> tuple[int, int]:
+    """The same for hard sums: two first numbers in three have four digits, where those of other sums have fewer."""
+    while True:
+        limit = rng.choice((1000, 10_000, 10_000))
+        a, b = rng.randrange(limit // 10, limit), rng.randrange(1, 1000)
+        if operator == "*":
+            b = rng.randrange(2, 13)
+        elif operator == "-":
+            a, b = max(a, b), min(a, b)
+        if held_out(a, b) == test:
+            return a, b
+
+
 def compute(a: int, operator: str, b: int) -> int:
     """What the calculator answers."""
     return {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[operator]
@@ -198,9 +214,11 @@ def parts(*typed: tuple[str, str]) -> list[dict[str, str]]:
     return [{"type": kind, "text": text} for kind, text in typed]
 
 
-def sum_turns(rng: Random, operator: str, test: bool = False) -> tuple[str, list[dict[str, str]], str]:
+def sum_turns(
+    rng: Random, operator: str, test: bool = False, hard: bool = False
+) -> tuple[str, list[dict[str, str]], str]:
     """A question for a sum, the answer through the calculator, and the result."""
-    a, b = operands(rng, operator, test)
+    a, b = (hard_operands if hard else operands)(rng, operator, test)
     question = rng.choice(SUM_WORDINGS[operator]).format(a=a, b=b)
     result = str(compute(a, operator, b))
     expression, said = f"{a}{operator}{b}", f"{a} {operator} {b} = {result}."
@@ -347,14 +365,17 @@ def quiz(seed: int = 0) -> list[dict[str, Any]]:
     return items
 
 
-def sums(split: str = "test", seed: int = 0) -> list[dict[str, Any]]:
-    """TEST_SUMS sums with pairs of numbers that no training text has: question, answer, reference conversation."""
+def sums(split: str = "test", seed: int = 0, hard: bool = False) -> list[dict[str, Any]]:
+    """
+    TEST_SUMS sums, or HARD_SUMS hard ones: question, answer, reference conversation. The pairs of numbers of "test" are
+    in no training text, nor in "train".
+    """
     assert split in ("train", "test"), split
-    rng = Random(f"sums {split} {seed}")
-    operators = Deck(rng, SUM_OPERATORS)
+    rng = Random(f"{'hard ' if hard else ''}sums {split} {seed}")
+    operators = Deck(rng, HARD_SUM_OPERATORS if hard else SUM_OPERATORS)
 
     def make() -> dict[str, Any]:
-        question, answer, result = sum_turns(rng, operators.deal(), test=split == "test")
+        question, answer, result = sum_turns(rng, operators.deal(), split == "test", hard)
         return {"question": question, "answer": result, "conversation": conversation(question, answer)}
 
-    return list(distinct(make, TEST_SUMS, lambda item: item["question"], set()))
+    return list(distinct(make, HARD_SUMS[split] if hard else TEST_SUMS, lambda item: item["question"], set()))

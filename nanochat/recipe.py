@@ -180,3 +180,8 @@ def pretrain_schedule(
 def finetune_schedule(optimizer: MuonAdamW, step: int, progress: float) -> None:
     """SFT: constant, then linear to 0 over the last half; momentum 0.85 → 0.95 over 300 steps. progress in [0, 1]."""
     optimizer.set_schedule(min(1.0, 2 * (1 - progress)), 0.85 + 0.10 * min(step / 300, 1), 1.0)
+
+
+def rl_schedule(optimizer: MuonAdamW, step: int, progress: float) -> None:
+    """Reinforcement learning: linear to 0; momentum 0.85 → 0.95 over 300 steps, as in SFT. progress in [0, 1]."""
+    optimizer.set_schedule(1 - progress, 0.85 + 0.10 * min(step / 300, 1), 1.0)

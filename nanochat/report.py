@@ -7,9 +7,10 @@ add to one after the other.
 """
 
 import json
+import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -48,12 +49,7 @@ class Logger:
         self.file: Any = None
         if not dist.is_main:
             return
-        path = report_dir() / "metrics" / f"{stage}-{tag}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _lines(path) if 0 < line.get("step", 0) <= first_step]
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in [{"config": config}, *kept]))
-        self.file = path.open("a")
+        self.file = append_after(first_step, report_dir() / "metrics" / f"{stage}-{tag}.jsonl", {"config": config})
         if run:
             self.wandb = start_wandb(run, f"{stage}-{tag}", config)
 
@@ -112,6 +108,17 @@ def _shown(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
+
+
+def append_after(step: int, path: Path, *head: dict[str, Any]) -> TextIO:
+    """
+    Opens a file of JSON objects, one a line, for appending as a run is resumed after `step`: `head`, then of what is
+    there all up to that step. A run that begins, with step 0, keeps nothing.
+    """
+    kept = [line for line in _lines(path) if line.get("step", math.inf) <= step] if step else []
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in [*head, *kept]))
+    return path.open("a")
 
 
 def _lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:

@@ -52,7 +52,8 @@ class Settings:
         embedding = share * self.embedding_lr
         value_embedding = embedding / 2  # as in the defaults; they are embeddings too
         unembedding, matrix, scalar = share * self.unembedding_lr, share * self.matrix_lr, share * self.scalar_lr
-        return LearningRates(unembedding, embedding, value_embedding, matrix, scalar)
+        smear_backout = share * LearningRates.smear_backout  # no flag of pretraining's sets it
+        return LearningRates(unembedding, embedding, value_embedding, matrix, scalar, smear_backout)
 
 
 def settings_of(checkpoint: Checkpoint) -> Settings:

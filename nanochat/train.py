@@ -33,9 +33,10 @@ class Step:
 
     micro_batches: list[Any]
     progress: float  # fraction of the run done before this step, in [0, 1)
-    num_tokens: int  # over all ranks
+    num_tokens: int  # over all ranks; 0 = nothing to learn from: the step counts, and no weight moves
     data_state: dict[str, Any]  # where the data source stands after this step, for resume
     position: str = ""  # the same in words
+    metrics: dict[str, float] = field(default_factory=dict)  # of the data itself, logged with the loss
 
 
 @dataclass
@@ -95,16 +96,16 @@ def train(
     model.train()
     first, just_run = state.step, list[Hook]()
     with stop_signals() as stop:
+        start = time.perf_counter()
         for step in steps:
-            start = time.perf_counter()
             set_schedule(optimizer, state.step, step.progress)
             loss = accumulate(model, step.micro_batches, loss_fn, state.loss_scale if scale_loss else 1.0, dist)
-            if not scale_loss or unscale(optimizer, state, dist):
-                optimizer.step()
+            if step.num_tokens and (not scale_loss or unscale(optimizer, state, dist)):
+                optimizer.step()  # not without gradients: momentum alone would go on moving the weights
             optimizer.zero_grad(set_to_none=True)
             numbers = torch.stack([loss, torch.tensor(float(bool(stop)), device=loss.device)])
             loss_value, stopping = dist.sum(numbers).tolist()  # the only host-device sync of the step
-            seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - start  # with the wait for the data
 
             if not math.isfinite(loss_value):
                 where = f"step {state.step} (data: {step.position})"
@@ -115,7 +116,8 @@ def train(
                 state.seconds += seconds
                 state.tokens += step.num_tokens
             state.data_state = step.data_state
-            log(state, {"train/loss": state.smooth_loss, "train/tokens_per_second": step.num_tokens / seconds})
+            speed = {"train/tokens_per_second": step.num_tokens / seconds}
+            log(state, {"train/loss": state.smooth_loss} | step.metrics | speed)
             if stopping:
                 run_hooks(model, [h for h in hooks if h.when_stopped], log, state)
                 raise Stopped(f"stopped by a signal after step {state.step}, all saved: go on with --resume")
@@ -124,6 +126,7 @@ def train(
             if state.step == first + 1:
                 gc.collect()
                 gc.freeze()  # what set-up made never dies: keep the collector from scanning it
+            start = time.perf_counter()
     run_hooks(model, [h for h in hooks if h.every >= 0 and h not in just_run], log, state)
     return state
 

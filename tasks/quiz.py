@@ -41,10 +41,11 @@ class QuizChoice(QuizFree):
 
 class Sums(Task):
     kind = "generative"
+    hard = False
 
     def __init__(self, split: str) -> None:
         """split: "train" or "test"."""
-        self.items = primer.sums(split)
+        self.items = primer.sums(split, hard=self.hard)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -57,6 +58,12 @@ class Sums(Task):
         """Whether the last number of the completion is the result."""
         numbers = re.findall(r"-?\d+", completion)
         return bool(numbers) and numbers[-1] == conversation["answer"]
+
+
+class HardSums(Sums):
+    """With larger numbers than the primer's conversations have: something left to learn by reinforcement."""
+
+    hard = True
 
 
 class PrimerChat(Task):

@@ -85,6 +85,9 @@ def test_the_schedule_reaches_the_optimizer():
     recipe.finetune_schedule(optimizer, 150, 0.75)
     assert {g["lr"] / g["initial_lr"] for g in optimizer.param_groups} == {0.5}
     assert all(g["momentum"] == exactly(0.90) for g in optimizer.param_groups if g["kind"] == "muon")
+    recipe.rl_schedule(optimizer, 300, 0.75)
+    assert {g["lr"] / g["initial_lr"] for g in optimizer.param_groups} == {0.25}
+    assert all(g["momentum"] == exactly(0.95) for g in optimizer.param_groups if g["kind"] == "muon")
 
 
 # ---- explicit length ----

@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 
-from nanochat import checkpoint_manager, hardware
+from nanochat import checkpoint_manager, hardware, rollout
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.gpt import GPT
 from nanochat.stage import Settings, settings_of
@@ -29,6 +29,7 @@ from scripts import (
     base_train,
     chat_cli,
     chat_eval,
+    chat_rl,
     chat_sft,
     mid_train,
     primer,
@@ -38,6 +39,7 @@ from scripts import (
     tok_train,
 )
 from tasks import finetune
+from tasks.common import Task
 
 VOCAB = 600
 COMMON = ["--device", "cpu", "--no-compile", "--save-every", "3", "--eval-every", "3"]
@@ -45,6 +47,9 @@ BASE = [*COMMON, "--depth", "2", "--aspect-ratio", "32", "--head-dim", "32", "--
 BASE += ["--device-batch-size", "4", "--total-batch-size", "1024", "--num-iterations", "6", "--eval-tokens", "2048"]
 SFT = [*COMMON, "--smoltalk-epochs", "0", "--mmlu-epochs", "0", "--gsm8k-epochs", "0", "--identity-epochs", "1"]
 SFT += ["--primer-epochs", "1", "--num-iterations", "6", "--eval-examples", "8"]
+RL = ["--device", "cpu", "--task", "hardsums", "--num-iterations", "6", "--save-every", "3", "--eval-every", "3"]
+RL += ["--examples-per-step", "2", "--num-samples", "4", "--max-new-tokens", "12", "--device-batch-size", "3"]
+RL += ["--eval-examples", "4", "--eval-samples", "2"]
 CPU = ["--device", "cpu"]
 
 
@@ -181,6 +186,82 @@ def test_a_resumed_run_keeps_what_it_was_begun_with(place, capsys):
     assert "base_checkpoints/d2/step_000006" in out and "(2 x 4 x 128 x 1 ranks)" in out
     shutil.rmtree(place / "base_checkpoints/other")
     shutil.rmtree(place / "chatsft_checkpoints/kept")
+
+
+class Letters(Task):
+    """Something that a model which knows nothing has rewards for: the share of vowels in what it says."""
+
+    kind = "generative"
+
+    def __init__(self, split):
+        self.words = ("oak", "elm", "yew", "ash", "fir") if split == "train" else ("box", "bay")
+
+    def __len__(self):
+        return len(self.words)
+
+    def __getitem__(self, index):
+        return {"messages": [{"role": "user", "content": self.words[index]}]}
+
+    def reward(self, conversation, completion):
+        return sum(letter in "aeiou" for letter in completion) / (len(completion) + 1)
+
+
+def transcripts(place, tag):
+    return [json.loads(line) for line in (place / f"report/transcripts/chat_rl-{tag}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("options", [[], ["--updates-per-batch", "2", "--clip-ratio", "0.2", "--kl-coef", "0.1"]])
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_reinforcement_learning_goes_on_as_if_nothing_had_happened(place, monkeypatch, capsys, options, how):
+    monkeypatch.setitem(chat_rl.TASKS, "hardsums", Letters)
+    argv = [*RL, *options, "--base-tag", "d2"]
+    whole, parts = (checkpoint_manager.stage_dir("rl") / tag for tag in ("whole", "parts"))
+    chat_rl.main([*argv, "--model-tag", "whole"])
+    assert "5 questions of hardsums (0 more are too long), 6 updates, 2 x 4 answers" in capsys.readouterr().out
+    lines = metrics(place, "chat_rl-whole")
+    assert [line["step"] for line in lines if "eval/pass@2" in line] == [0, 3, 6]
+    rewards = [line["rl/reward"] for line in lines if "rl/reward" in line]
+    assert len(rewards) == 6 and len(set(rewards)) == (3 if options else 6)
+    shown = transcripts(place, "whole")
+    assert [line["step"] for line in shown[::4]] == ([1, 3, 5] if options else [1, 2, 3, 4, 5, 6])
+    assert shown[0].keys() == {"step", "prompt", "answer", "reward", "advantage"} and "oak" in shown[0]["prompt"]
+
+    sample, evaluate = rollout.sample, rollout.evaluate
+    evaluations = []
+
+    def sample_or_be_killed(engine, questions, numbers, sampling, dist):
+        if len(evaluations) == 2 and numbers[0] >= (
+            4 if options else 8
+        ):  # for step 5: the last checkpoint is of step 3
+            raise RuntimeError("killed")
+        return sample(engine, questions, numbers, sampling, dist)
+
+    def evaluate_and_stop(*args):
+        evaluations.append(1)
+        if how == "stopped" and len(evaluations) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)  # at the evaluation after step 3: the run ends after step 4
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout, "evaluate", evaluate_and_stop)
+        if how == "killed":
+            patch.setattr(rollout, "sample", sample_or_be_killed)
+        with pytest.raises(
+            (SystemExit, RuntimeError), match="after step 4.*--resume" if how == "stopped" else "killed"
+        ):
+            chat_rl.main([*argv, "--model-tag", "parts"])
+    last = {"stopped": "step_000004", "killed": "step_000003"}[how]
+    assert max(path.name for path in parts.iterdir()) == last
+    assert transcripts(place, "parts")[-1]["step"] == (3 if options else 4)
+    torch.manual_seed(12345)
+    chat_rl.main([*argv, "--model-tag", "parts", "--resume"])
+
+    assert files_of(parts / "step_000006") == files_of(whole / "step_000006")
+    assert metrics(place, "chat_rl-parts") == metrics(place, "chat_rl-whole")
+    assert transcripts(place, "parts") == transcripts(place, "whole")
+    report.main([])
+    assert "| chat_rl | eval/pass@1 |" in (place / "report/report.md").read_text()
+    shutil.rmtree(parts.parent)
 
 
 def test_resuming_where_nothing_was_saved_starts_anew(place, capsys):
@@ -402,6 +483,22 @@ WRONG = [  # what was done, script, flags, words of the error
     (nothing, mid_train, [*SFT, "--identity-epochs", "0", "--primer-epochs", "0"], "--smoltalk-epochs 1"),
     (nothing, chat_sft, [*SFT, "--identity-epochs", "0", "--primer-epochs", "0"], "--smoltalk-epochs 1"),
     (nothing, chat_sft, [*SFT, "--identity-file", "nowhere.jsonl"], "nowhere.jsonl"),
+    (no_tokenizer, chat_rl, RL, "scripts.tok_train"),
+    (other_tokenizer, chat_rl, RL, "another tokenizer"),
+    (no_checkpoints, chat_rl, RL, "scripts.chat_sft"),
+    (nothing, chat_rl, [*RL, "-i", "rl"], "scripts.chat_rl"),
+    (nothing, chat_rl, [*RL, "--base-tag", "d9"], "there are d2"),
+    (nothing, chat_rl, [*RL, "--base-step", "5"], "it has 3, 6"),
+    (nothing, chat_rl, [*RL, "--task", "poems"], "--task"),
+    (nothing, chat_rl, [*RL, "--max-new-tokens", "128"], "no question fits"),
+    (nothing, chat_rl, [*RL, "--num-samples", "1"], "at least 2"),
+    (nothing, chat_rl, [*RL, "--temperature", "0"], "--temperature above 0"),
+    (nothing, chat_rl, [*RL, "--top-k", "1"], "--top-k at least 2"),
+    (nothing, chat_rl, [*RL, "--updates-per-batch", "2"], "--clip-ratio, such as 0.2"),
+    (nothing, chat_rl, [*RL, "--clip-ratio", "1.5"], "in [0, 1)"),
+    (nothing, chat_rl, [*RL, "--num-iterations", "0"], "at least 1"),
+    (nothing, chat_rl, [*RL, "--examples-per-step", "0"], "--examples-per-step 0: must be at least 1"),
+    (nothing, chat_rl, [*RL, "--device-batch-size", "0"], "--device-batch-size 0: must be at least 1"),
     (nothing, tok_train, ["--vocab-size", "100"], "too small"),
     (nothing, show_conversation, ["--path", "nowhere.jsonl"], "nowhere.jsonl"),
     (nothing, base_train, [*BASE, "--device", "tpu"], "use auto, cuda, mps or cpu"),
@@ -436,7 +533,7 @@ def refusal(script, argv, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("script", [base_train, base_eval, mid_train, chat_sft, chat_eval, chat_cli])
+@pytest.mark.parametrize("script", [base_train, base_eval, mid_train, chat_sft, chat_rl, chat_eval, chat_cli])
 def test_a_gpu_that_is_not_there(broken, capsys, script):
     assert "use --device cpu" in refusal(script, ["--device", "cuda"], capsys)
 
