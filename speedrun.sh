@@ -101,12 +101,13 @@ else
   size=(--depth 4 --head-dim 64 --max-seq-len 512 --device-batch-size 16 --total-batch-size 8192 --num-iterations 500)
 fi
 if [ "$datasets" = primer ]; then
-  sft=(--smoltalk-epochs 0 --mmlu-epochs 0 --gsm8k-epochs 0 --identity-epochs 0 --primer-epochs 3)
+  sft=(--smoltalk-epochs 0 --mmlu-epochs 0 --gsm8k-epochs 0 --simplespelling-epochs 0 --spellingbee-epochs 0
+       --identity-epochs 0 --primer-epochs 3)
   exam=(-a QuizFree,QuizChoice,Sums -m 64)
 else
   sft=()
   exam=(-a ARC-Easy,ARC-Challenge,MMLU,GSM8K)
-  [ "$device" = cuda ] || { sft+=(--num-iterations 250 --identity-epochs 10); exam+=(-x 500); }
+  [ "$device" = cuda ] || { sft+=(--num-iterations 250 --identity-epochs 10 --simplespelling-epochs 0 --spellingbee-epochs 0); exam+=(-x 500); }
 fi
 run=(${WANDB_RUN:+--run "$WANDB_RUN"})
 echo "model:   ${size[*]}"
