@@ -23,6 +23,7 @@ from nanochat.conversation import render_for_completion, spoken_text
 from nanochat.distributed import Dist
 from nanochat.engine import Completion, Engine, Request
 from nanochat.gpt import GPT
+from nanochat.scores import pass_at_k
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Step
 
@@ -127,17 +128,6 @@ def summarize(rollouts: Sequence[Rollout], num_samples: int) -> dict[str, float]
         "rl/signal": sum(any(r.advantage for r in group) for group in groups) / len(groups),
         "rl/cut": sum(r.finish != "stop" for r in rollouts) / len(rollouts),
     }
-
-
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """
-    The chance that one of k answers is right, estimated without bias from num_samples >= k of which num_correct are
-    (arXiv 2107.03374, equation 1).
-
-    >>> pass_at_k(4, 1, 2)
-    0.5
-    """
-    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
 def evaluate(engine: Engine, questions: Sequence[Question], sampling: Sampling, dist: Dist) -> dict[str, float]:

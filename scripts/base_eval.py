@@ -8,7 +8,6 @@ reading and reasoning (0 = guessing, 1 = all right).
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,12 +24,11 @@ from nanochat.engine import Engine, Request, sample_prompts
 from nanochat.flags import command, flag
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.report import save_numbers
+from nanochat.report import progress, save_numbers
 from nanochat.stage import settings_of
 from nanochat.tokenizer import Tokenizer, default_dir
 
 EVALUATIONS = ("core", "bpb", "sample")
-PROGRESS_SECONDS = 30.0  # between two lines about CORE; arbitrary
 
 
 @dataclass(frozen=True)
@@ -117,20 +115,6 @@ def core(
 def checkpoint_name(path: Path) -> str:
     """…/d12/step_000100 or …/d12/model_000100.pt → d12-000100."""
     return f"{path.parent.name}-{path.stem.split('_')[-1]}"
-
-
-def progress(total: int, dist: Dist) -> Callable[[int], None]:
-    """Says every now and then how far it is."""
-    start = last = time.monotonic()
-
-    def say(judged: int) -> None:
-        nonlocal last
-        if (now := time.monotonic()) - last > PROGRESS_SECONDS:
-            left = (total - judged) * (now - start) / judged
-            dist.print0(f"{judged:,} of {total:,} items, about {duration(left)} left")
-            last = now
-
-    return say
 
 
 def bits_per_byte(

@@ -15,6 +15,7 @@ CODE_LINE = re.compile(
 )
 TALK_LINE = re.compile(rf"^(?!{CODE_LINE.pattern})\S", re.MULTILINE)
 BLANK_LINES = re.compile(r"\A(?:[ \t]*\n)+")
+KEPT_OUTPUT = 2000  # characters; arbitrary
 
 
 class HumanEval(Task):
@@ -40,6 +41,12 @@ class HumanEval(Task):
     def is_correct(self, conversation: Conversation, completion: str) -> bool:
         """Whether the completed function passes the tests, in a sandbox. May be called from several threads."""
         return self.run(conversation, completion).passed
+
+    def judge(self, conversation: Conversation, completion: str) -> dict[str, Any]:
+        """The verdict, the end of what was printed (mostly a traceback), and the protections that were on."""
+        result = self.run(conversation, completion)
+        details = {"outcome": result.outcome, "output": result.output[-KEPT_OUTPUT:]}
+        return {"correct": result.passed, **details, "protections": result.protections}
 
     def run(self, conversation: Conversation, completion: str) -> Result:
         """The verdict with what was printed and which protections were on."""

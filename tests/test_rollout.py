@@ -21,7 +21,7 @@ from nanochat.engine import Completion, Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.muon import LearningRates, build_optimizer
 from nanochat.recipe import rl_schedule
-from nanochat.rollout import PolicyLoss, Question, Rollout, RolloutBatch, Sampling, pass_at_k
+from nanochat.rollout import PolicyLoss, Question, Rollout, RolloutBatch, Sampling
 from nanochat.train import TrainState, train
 
 CPU = Dist(torch.device("cpu"))
@@ -81,13 +81,6 @@ def test_advantages_are_rewards_less_the_mean_of_the_group(golden_tokenizer, mod
 def test_what_to_log():
     rollouts = [answer((5, 6), 1.0, 0.5, finish="stop"), answer((5,), 0.0, -0.5), *[answer((5, 6, 7), 1.0)] * 2]
     assert rollout.summarize(rollouts, 2) == {"rl/reward": 0.75, "rl/length": 2.25, "rl/signal": 0.5, "rl/cut": 0.75}
-
-
-@pytest.mark.parametrize("n", [1, 3, 5])
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n):
-    for correct, k in itertools.product(range(n + 1), range(1, n + 1)):
-        subsets = list(itertools.combinations([1] * correct + [0] * (n - correct), k))
-        assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
 def test_evaluate(golden_tokenizer, model):
