@@ -107,7 +107,10 @@ if [ "$datasets" = primer ]; then
 else
   sft=()
   exam=(-a ARC-Easy,ARC-Challenge,MMLU,GSM8K)
-  [ "$device" = cuda ] || { sft+=(--num-iterations 250 --identity-epochs 10 --simplespelling-epochs 0 --spellingbee-epochs 0); exam+=(-x 500); }
+  if [ "$device" != cuda ]; then  # 250 updates: words to spell would take up most of them
+    sft+=(--num-iterations 250 --identity-epochs 10 --simplespelling-epochs 0 --spellingbee-epochs 0)
+    exam+=(-x 500)
+  fi
 fi
 run=(${WANDB_RUN:+--run "$WANDB_RUN"})
 echo "model:   ${size[*]}"
