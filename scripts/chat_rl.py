@@ -49,7 +49,7 @@ class Flags:
     max_new_tokens: int = flag(256, "tokens of an answer at most")
     temperature: float = flag(1.0, "of sampling")
     top_k: int = flag(50, "sample among the k likeliest tokens; 0 = among all")
-    rollout_batch_size: int = flag(128, "answers sampled at a time per rank")
+    rollout_batch_size: int = flag(256, "answers sampled at a time per rank")
     device_batch_size: int = flag(16, "answers per forward and backward pass and rank")
     init_lr_frac: float = flag(0.05, "learning rates at the start, as a share of the base's")
     updates_per_batch: int = flag(1, "optimizer updates on each batch of rollouts; several need --clip-ratio")
