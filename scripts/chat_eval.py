@@ -20,7 +20,7 @@ from tasks.common import Task, limited
 from tasks.evaluate import Score, evaluate
 from tasks.gsm8k import GSM8K
 from tasks.mmlu import MMLU
-from tasks.quiz import QuizChoice, QuizFree, Sums
+from tasks.quiz import HardSums, QuizChoice, QuizFree, Sums
 
 TASKS: dict[str, Callable[[], Task]] = {
     "ARC-Easy": lambda: ARC("ARC-Easy", "test"),
@@ -30,6 +30,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "QuizChoice": QuizChoice,
     "QuizFree": QuizFree,
     "Sums": lambda: Sums("test"),
+    "HardSums": lambda: HardSums("test"),
 }
 
 
