@@ -330,20 +330,20 @@ class Engine:
     def _fill_slots(self) -> None:
         """First come, first served, as far as prompts are read and slots are free."""
         while self.waiting and len(self.rows) < self.num_rows and self.waiting[0].prefix in self.prefixes:
-            row = self.waiting.popleft()
+            row = self.waiting[0]  # until it has its slot, so that one for which memory is short can still be cancelled
             self._reserve(row)
             request, prefix = row.request, self.prefixes[row.prefix]
             uniforms = torch.rand(row.limit, generator=torch.Generator().manual_seed(request.seed))
             slot = len(self.rows)
             self.decoder.fill(slot, prefix, request.prompt[-1], row.temperature, row.top_k, row.top_p, uniforms)
-            self.rows.append(row)
+            self.rows.append(self.waiting.popleft())
             self._release(row.prefix)
 
     def _reserve(self, row: Row) -> None:
         """Room for the row: the longest text so far decides how long the slots are, the most at once how many."""
         last_read = len(row.request.prompt) + row.limit - 1
         length = min(-(-last_read // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self.model.config.sequence_len)
-        num_slots = min(self.num_rows, len(self.rows) + 1 + len(self.waiting))
+        num_slots = min(self.num_rows, len(self.rows) + len(self.waiting))
         self.decoder.reserve(num_slots, length)
 
     def _release(self, prefix: tuple[int, ...]) -> None:

@@ -27,7 +27,7 @@ from tasks.evaluate import CHATCORE, Score, evaluate
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
-from tasks.quiz import QuizChoice, QuizFree, Sums
+from tasks.quiz import HardSums, QuizChoice, QuizFree, Sums
 from tasks.spelling import SpellingBee
 
 TASKS: dict[str, Callable[[], Task]] = {
@@ -40,6 +40,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "QuizChoice": QuizChoice,
     "QuizFree": QuizFree,
     "Sums": lambda: Sums("test"),
+    "HardSums": lambda: HardSums("test"),
 }
 
 

@@ -49,7 +49,7 @@ class Flags:
     max_new_tokens: int = flag(256, "tokens of an answer at most")
     temperature: float = flag(1.0, "of sampling")
     top_k: int = flag(50, "sample among the k likeliest tokens; 0 = among all")
-    rollout_batch_size: int = flag(128, "answers sampled at a time per rank")
+    rollout_batch_size: int = flag(256, "answers sampled at a time per rank")
     device_batch_size: int = flag(16, "answers per forward and backward pass and rank")
     init_lr_frac: float = flag(0.05, "learning rates at the start, as a share of the base's")
     updates_per_batch: int = flag(1, "optimizer updates on each batch of rollouts; several need --clip-ratio")
@@ -84,7 +84,8 @@ def main(flags: Flags) -> None:
         test_questions: list[rollout.Question] = []
         if flags.eval_every >= 0:
             test = limited(TASKS[flags.task]("test"), flags.eval_examples)
-            test_questions, _ = rollout.questions_of(test, tokenizer, room)
+            test_questions, test_too_long = rollout.questions_of(test, tokenizer, room)
+            too_long += test_too_long
         num_batches = max(1, flags.num_epochs * len(questions) // flags.examples_per_step)
         num_steps = flags.num_iterations if flags.num_iterations > 0 else num_batches * flags.updates_per_batch
 
@@ -104,8 +105,8 @@ def main(flags: Flags) -> None:
         transcripts = report_dir() / "transcripts" / f"chat_rl-{tag}.jsonl"
         file = append_after(run.state.step, transcripts) if dist.is_main else None
         dist.print0(
-            f"{tag} from {begun_from}: {len(questions)} questions of {flags.task} ({too_long} more are too long), "
-            f"{num_steps} updates, {flags.examples_per_step} x {flags.num_samples} answers a batch; "
+            f"{tag} from {begun_from}: {len(questions)} questions of {flags.task}, {len(test_questions)} to test on "
+            f"({too_long} too long), {num_steps} updates, {flags.examples_per_step} x {flags.num_samples} answers; "
             f"{hardware.describe(dist.device)}, {start.dtype}"
         )
 

@@ -135,7 +135,7 @@ def test_no_more_is_computed_than_the_rows_need():
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 33])
-@pytest.mark.parametrize("layout", ["plain", "packed", "int8"])
+@pytest.mark.parametrize("layout", ["plain", "packed", "transposed", "int8"])
 def test_products_with_matrices_one_below_the_other(layout, num_rows):
     if layout == "packed" and not torch.backends.mkldnn.is_available():
         pytest.skip("packed weights need oneDNN")
@@ -162,28 +162,30 @@ def update(model):
             p.add_(torch.randn_like(p) * 0.05)
 
 
+@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize("cast", [False, True], ids=["", "cast"])
 @pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_new_weights_are_a_new_engines(dtype, int8, golden_tokenizer):
+def test_new_weights_are_a_new_engines(dtype, int8, cast, num_rows, golden_tokenizer):
     model = make(dtype=dtype)
-    requests = [greedy(prompt_of(140), logprobs=True), Request(prompt_of(5), 30, top_k=50), Request([1], 9)]
-    it = unstoppable(model, golden_tokenizer, int8=int8)
+    if cast:
+        model.cast_weights()
+    requests = [greedy(prompt_of(140), 9, logprobs=True), Request(prompt_of(5), 30, top_k=50), Request([1], 9)]
+    it = unstoppable(model, golden_tokenizer, num_rows, int8=int8)
     before = it.generate(requests)
     update(model)
     it.refresh_weights()
     after = it.generate(requests)
     assert after != before
-    assert after == unstoppable(model, golden_tokenizer, int8=int8).generate(requests)
+    assert after == unstoppable(model, golden_tokenizer, num_rows, int8=int8).generate(requests)
     if dtype == torch.float32 and not int8:
         check_against_one_pass(model, requests[0], after[0])
 
 
-@pytest.mark.parametrize("cast", [False, True], ids=["shared", "cast"])
-def test_weights_in_the_right_dtype_are_not_copied(cast, golden_tokenizer):
+@pytest.mark.parametrize("num_rows", [1, 8])
+def test_weights_that_are_being_trained_are_not_copied(num_rows, golden_tokenizer):
     model = make()
-    if cast:
-        model.cast_weights()
-    decoder = Engine(model, golden_tokenizer, num_rows=1).decoder  # packing, a copy, pays for several rows
+    decoder = Engine(model, golden_tokenizer, num_rows).decoder
     update(model)
     with torch.inference_mode():
         decoder.refresh_weights()

@@ -440,6 +440,25 @@ def test_a_stream_that_is_closed_frees_its_places(modern, golden_tokenizer, monk
     assert it.generate([greedy(prompt_of(60))])[0].tokens == naive(modern, 60)
 
 
+@pytest.mark.parametrize("method", ["reserve", "fill", "step"])
+def test_after_a_failure_the_engine_serves_the_next(modern, golden_tokenizer, monkeypatch, method):
+    it = unstoppable(modern, golden_tokenizer, num_rows=2)
+    original, calls = getattr(it.decoder, method), []
+
+    def out_of_memory_at_the_third(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+        return original(*arguments)
+
+    monkeypatch.setattr(it.decoder, method, out_of_memory_at_the_third)
+    requests = [greedy(prompt_of(length)) for length in (5, 40, 60, 150)]
+    with pytest.raises(torch.OutOfMemoryError):
+        it.generate(requests)
+    assert_nothing_left(it)
+    assert [c.tokens for c in it.generate(requests)] == [naive(modern, length) for length in (5, 40, 60, 150)]
+
+
 # ---- ends ----
 
 

@@ -220,7 +220,7 @@ def test_reinforcement_learning_goes_on_as_if_nothing_had_happened(place, monkey
     argv = [*RL, *options, "--base-tag", "d2"]
     whole, parts = (checkpoint_manager.stage_dir("rl") / tag for tag in ("whole", "parts"))
     chat_rl.main([*argv, "--model-tag", "whole"])
-    assert "5 questions of hardsums (0 more are too long), 6 updates, 2 x 4 answers" in capsys.readouterr().out
+    assert "5 questions of hardsums, 2 to test on (0 too long), 6 updates, 2 x 4 answers" in capsys.readouterr().out
     lines = metrics(place, "chat_rl-whole")
     assert [line["step"] for line in lines if "eval/pass@2" in line] == [0, 3, 6]
     rewards = [line["rl/reward"] for line in lines if "rl/reward" in line]
