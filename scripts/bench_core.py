@@ -11,10 +11,15 @@ learned from the data folder. NANOCHAT_DTYPE chooses the dtype, as everywhere.
 """
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat import checkpoint_manager, dataset, hardware
+from nanochat.common import base_dir
 from nanochat.core_eval import judge
 from nanochat.core_tasks import CoreTask, load_tasks, resolve_bundle, tokenize
 from nanochat.flags import command, flag
@@ -51,8 +57,13 @@ def main(flags: Flags) -> dict[str, float]:
     if flags.worker:
         print(json.dumps(work(flags)))
         return {}
-    runs = {name: run_worker(name, flags) for name in (TREES, ONE_AT_A_TIME)}
+    flags = replace(flags, eval_bundle=str(resolve_bundle(flags.eval_bundle)))
+    with base_folder(flags) as folder:
+        # Ours before and after, for what else the machine does changes within the minutes that the usual code takes.
+        runs = {name: run_worker(name, flags, folder) for name in (TREES, ONE_AT_A_TIME)}
+        again = run_worker(TREES, flags, folder)
     ours, usual = runs[TREES], runs[ONE_AT_A_TIME]
+    ours["seconds"] = (ours["seconds"] + again["seconds"]) / 2
     table = Table("", title=f"{len(ours['verdicts'])} items, {ours['machine']}")
     for title in ("s", "items/s", "peak memory, GiB", "right"):
         table.add_column(title, justify="right")
@@ -69,9 +80,23 @@ def main(flags: Flags) -> dict[str, float]:
     return ratios
 
 
-def run_worker(name: str, flags: Flags) -> dict[str, Any]:
+@contextmanager
+def base_folder(flags: Flags) -> Iterator[Path]:
+    """Where the workers find the tokenizer: the user's folder, or one that lasts as long as the benchmark."""
+    if flags.model_tag:
+        yield base_dir()
+        return
+    shards, _ = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
+    with tempfile.TemporaryDirectory() as folder:
+        Tokenizer.train(dataset.iterate_texts(shards), CONFIG.vocab_size).save(Path(folder) / default_dir().name)
+        yield Path(folder)
+
+
+def run_worker(name: str, flags: Flags, folder: Path) -> dict[str, Any]:
     argv = [f"--{key.replace('_', '-')}={value}" for key, value in (vars(flags) | {"worker": name}).items()]
-    done = subprocess.run([sys.executable, "-m", "scripts.bench_core", *argv], stdout=subprocess.PIPE, check=True)
+    command_line = [sys.executable, "-m", "scripts.bench_core", *argv]
+    environment = os.environ | {"NANOCHAT_BASE_DIR": str(folder)}
+    done = subprocess.run(command_line, env=environment, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -95,12 +120,9 @@ def work(flags: Flags) -> dict[str, Any]:
 
 
 def load(flags: Flags, device: torch.device) -> tuple[GPT, Tokenizer]:
-    dtype = hardware.pick_dtype(device)
+    tokenizer, dtype = Tokenizer.load(default_dir()), hardware.pick_dtype(device)
     if flags.model_tag:
-        tokenizer = Tokenizer.load(default_dir())
         return checkpoint_manager.load_model("base", flags.model_tag, -1, tokenizer, device, dtype)[0], tokenizer
-    shards, _ = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
-    tokenizer = Tokenizer.train(dataset.iterate_texts(shards), CONFIG.vocab_size)
     torch.manual_seed(0)
     model = GPT(CONFIG, device, dtype)
     for parameter in model.parameters():
