@@ -10,6 +10,7 @@ The answers to the first question of every batch are kept in <base>/report/trans
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,11 +28,13 @@ from nanochat.train import Hook, TrainState
 from tasks.common import Task, limited
 from tasks.gsm8k import GSM8K
 from tasks.quiz import HardSums, Sums
+from tasks.spelling import SpellingBee
 
 TASKS: dict[str, Callable[[str], Task]] = {  # split → a task with a reward
     "gsm8k": GSM8K,
     "sums": Sums,
     "hardsums": HardSums,
+    "spellingbee": SpellingBee,
 }
 
 
@@ -80,14 +83,16 @@ def main(flags: Flags) -> None:
         begun_from = start.saved.meta["base"] if start.saved else str(source.path)
         reference = checkpoint_manager.at(begun_from) if flags.kl_coef else None
         room = source.config.sequence_len - flags.max_new_tokens
-        questions, too_long = rollout.questions_of(TASKS[flags.task]("train"), tokenizer, room)
+        num_batches = math.ceil(flags.num_iterations / flags.updates_per_batch)
+        needed = num_batches * flags.examples_per_step if flags.num_iterations > 0 else math.inf
+        questions, too_long = rollout.questions_of(TASKS[flags.task]("train"), tokenizer, room, needed)
         test_questions: list[rollout.Question] = []
         if flags.eval_every >= 0:
             test = limited(TASKS[flags.task]("test"), flags.eval_examples)
             test_questions, test_too_long = rollout.questions_of(test, tokenizer, room)
             too_long += test_too_long
-        num_batches = max(1, flags.num_epochs * len(questions) // flags.examples_per_step)
-        num_steps = flags.num_iterations if flags.num_iterations > 0 else num_batches * flags.updates_per_batch
+        epochs = max(1, flags.num_epochs * len(questions) // flags.examples_per_step) * flags.updates_per_batch
+        num_steps = flags.num_iterations if flags.num_iterations > 0 else epochs
 
         # build
         # Before the run is restored with its random generators, as making a model draws from them.

@@ -109,6 +109,8 @@ def test_questions_that_leave_no_room_are_counted(golden_tokenizer):
     asked, too_long = rollout.questions_of(Talk(), golden_tokenizer, 12)
     assert too_long == 1
     assert [question.judge(said) for question, said in zip(asked, ("hi", "hi"), strict=True)] == [1.0, 0.0]
+    first, too_long = rollout.questions_of(Talk(), golden_tokenizer, 12, at_most=1)
+    assert [question.prompt for question in first] == [asked[0].prompt] and too_long == 0
     with pytest.raises(UserError, match="no question fits: the shortest has .*--max-new-tokens"):
         rollout.questions_of(Talk(), golden_tokenizer, 2)
 
