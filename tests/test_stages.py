@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow
@@ -22,6 +23,7 @@ from conftest import GOLDEN
 from nanochat import checkpoint_manager, hardware, rollout
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.gpt import GPT
+from nanochat.muon import LearningRates
 from nanochat.scores import core_metric
 from nanochat.stage import Settings, settings_of
 from nanochat.tokenizer import Tokenizer
@@ -147,6 +149,12 @@ def test_settings_are_found_in_older_checkpoints():
     assert settings(flags=upstream, recipe={"total_batch_size": 1024}) == Settings(8, 1024, matrix_lr=0.04)
     inherited = {"device_batch_size": -1, "total_batch_size": -1}  # as chat_sft's flags are by default
     assert settings(flags=inherited, settings={"device_batch_size": 2}) == Settings(2)
+
+
+def test_a_stage_takes_its_share_of_every_learning_rate():
+    whole, share = Settings().rates(), Settings().rates(0.05)
+    assert asdict(share) == pytest.approx({name: 0.05 * rate for name, rate in asdict(whole).items()})
+    assert whole == LearningRates()
 
 
 STAGES = [(base_train, BASE, "base", base_train), (mid_train, SFT, "mid", finetune), (chat_sft, SFT, "sft", finetune)]
