@@ -4,6 +4,7 @@
 #   bash speedrun.sh                                   # sized to this machine
 #   NANOCHAT_DATA_DIR=~/texts bash speedrun.sh         # pretrain on these parquet shards (column "text")
 #   NANOCHAT_DATASETS_DIR=~/hub bash speedrun.sh       # GSM8K, MMLU, … from a local mirror of the hub
+#   NANOCHAT_EVAL_BUNDLE=~/eval_bundle bash speedrun.sh   # CORE, from a folder of its tasks
 #   WANDB_RUN=first bash speedrun.sh                   # log to wandb
 #
 # Run it again after an interruption: finished stages are skipped, an unfinished one goes on from its checkpoint.
@@ -15,12 +16,13 @@ folder() {  # the absolute path of the folder that a variable names; ends the sc
 }
 NANOCHAT_DATA_DIR=$(folder NANOCHAT_DATA_DIR "${NANOCHAT_DATA_DIR:-}")
 NANOCHAT_DATASETS_DIR=$(folder NANOCHAT_DATASETS_DIR "${NANOCHAT_DATASETS_DIR:-}")
+NANOCHAT_EVAL_BUNDLE=$(folder NANOCHAT_EVAL_BUNDLE "${NANOCHAT_EVAL_BUNDLE:-}")
 NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 state="$NANOCHAT_BASE_DIR/speedrun"
 mkdir -p "$state" || { echo "error: cannot write to $NANOCHAT_BASE_DIR: set NANOCHAT_BASE_DIR" >&2; exit 1; }
 NANOCHAT_BASE_DIR=$(folder NANOCHAT_BASE_DIR "$NANOCHAT_BASE_DIR")
 state="$NANOCHAT_BASE_DIR/speedrun"
-export NANOCHAT_DATA_DIR NANOCHAT_DATASETS_DIR NANOCHAT_BASE_DIR
+export NANOCHAT_DATA_DIR NANOCHAT_DATASETS_DIR NANOCHAT_EVAL_BUNDLE NANOCHAT_BASE_DIR
 if command -v flock >/dev/null; then
   exec 8>"$state/lock"
   flock --nonblock 8 || { echo "error: another speedrun works in $NANOCHAT_BASE_DIR: wait for it, or set NANOCHAT_BASE_DIR" >&2; exit 1; }
@@ -101,13 +103,19 @@ else
   size=(--depth 4 --head-dim 64 --max-seq-len 512 --device-batch-size 16 --total-batch-size 8192 --num-iterations 500)
 fi
 if [ "$datasets" = primer ]; then
-  sft=(--smoltalk-epochs 0 --mmlu-epochs 0 --gsm8k-epochs 0 --identity-epochs 0 --primer-epochs 3)
+  sft=(--smoltalk-epochs 0 --mmlu-epochs 0 --gsm8k-epochs 0 --simplespelling-epochs 0 --spellingbee-epochs 0
+       --identity-epochs 0 --primer-epochs 3)
   exam=(-a QuizFree,QuizChoice,Sums -m 64)
 else
   sft=()
-  exam=(-a ARC-Easy,ARC-Challenge,MMLU,GSM8K)
-  [ "$device" = cuda ] || { sft+=(--num-iterations 250 --identity-epochs 10); exam+=(-x 500); }
+  exam=(-a ARC-Easy,ARC-Challenge,MMLU,GSM8K,HumanEval,SpellingBee)  # ChatCORE's
+  if [ "$device" != cuda ]; then  # 250 updates: words to spell would take up most of them
+    sft+=(--num-iterations 250 --identity-epochs 10 --simplespelling-epochs 0 --spellingbee-epochs 0)
+    exam+=(-x 200)
+  fi
 fi
+evals=bpb,sample
+if [ "$data" = public ] || [ -n "$NANOCHAT_EVAL_BUNDLE" ]; then evals=core,$evals; fi
 run=(${WANDB_RUN:+--run "$WANDB_RUN"})
 echo "model:   ${size[*]}"
 
@@ -137,7 +145,7 @@ esac
 stage tok_train python -m scripts.tok_train --vocab-size "$vocab"
 stage tok_eval python -m scripts.tok_eval
 stage base_train "${train[@]}" scripts.base_train "${size[@]}" --eval-tokens "$eval_tokens" "${often[@]}" $(resume base_train) "${run[@]}"
-stage base_eval "${train[@]}" scripts.base_eval -g speedrun --split-tokens "$eval_tokens"
+stage base_eval "${train[@]}" scripts.base_eval -g speedrun --eval "$evals" --max-per-task 500 --split-tokens "$eval_tokens"
 stage chat_sft "${train[@]}" scripts.chat_sft --base-tag speedrun "${sft[@]}" "${often[@]}" $(resume chat_sft) "${run[@]}"
 stage chat_eval "${train[@]}" scripts.chat_eval -i sft -g speedrun "${exam[@]}"
 

@@ -111,6 +111,11 @@ def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
+def take(x_BT: torch.Tensor, columns_BQ: torch.Tensor) -> torch.Tensor:
+    """(B, T, …) → (B, Q, …): of each row the columns named."""
+    return x_BT[torch.arange(x_BT.size(0), device=x_BT.device)[:, None], columns_BQ]
+
+
 class Linear(nn.Linear):
     """No bias; the float32 master weight is cast to the activations' dtype, so there is no autocast."""
 
@@ -136,20 +141,21 @@ class Attention(nn.Module):
         if self.has_value_embeds:
             self.ve_gate = Linear(VE_GATE_CHANNELS, config.n_kv_head)
 
-    def forward(self, x_BTC, value_embed_BTKD, cos, sin, cache: Cache | None):
+    def forward(self, x_BTC, value_embed_BTKD, cos, sin, cache: Cache | None, columns_BQ: torch.Tensor | None = None):
         B, T, _ = x_BTC.shape
-        q = self.c_q(x_BTC).view(B, T, -1, self.head_dim)
+        x_BQC, cos_Q, sin_Q = (x if columns_BQ is None else take(x, columns_BQ) for x in (x_BTC, cos, sin))
+        q = self.c_q(x_BQC).unflatten(-1, (-1, self.head_dim))
         k = self.c_k(x_BTC).view(B, T, -1, self.head_dim)
         v = self.c_v(x_BTC).view(B, T, -1, self.head_dim)
         if value_embed_BTKD is not None:
             gate_BTK = VE_GATE_SCALE * torch.sigmoid(self.ve_gate(x_BTC[..., :VE_GATE_CHANNELS]))
             v = v + gate_BTK.unsqueeze(-1) * value_embed_BTKD
-        q, k = self.gain * norm(rotate(q, cos, sin)), self.gain * norm(rotate(k, cos, sin))
+        q, k = self.gain * norm(rotate(q, cos_Q, sin_Q)), self.gain * norm(rotate(k, cos, sin))
         if cache is None:
             y = self.attend(q, k, v, self.window)
         else:
             y = cache.attend(self.layer, q, k, v, self.window)
-        return self.c_proj(y.reshape(B, T, -1))
+        return self.c_proj(y.flatten(2))
 
 
 class MLP(nn.Module):
@@ -168,8 +174,10 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, value_embed, cos, sin, cache: Cache | None):
-        x = x + self.attn(norm(x), value_embed, cos, sin, cache)
+    def forward(self, x, value_embed, cos, sin, cache: Cache | None, columns_BQ: torch.Tensor | None = None):
+        normed = norm(x)
+        x = x if columns_BQ is None else take(x, columns_BQ)
+        x = x + self.attn(normed, value_embed, cos, sin, cache, columns_BQ)
         return x + self.mlp(norm(x))
 
 
@@ -273,8 +281,13 @@ class GPT(nn.Module):
         loss = cross_entropy(hidden_NC, self.lm_head.weight, targets_N, vocab_size, LOGIT_CAP, reduction)
         return loss.view_as(targets_BT) if reduction == "none" else loss
 
-    def hidden(self, idx_BT: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        """The final normed states, (B, T, C)."""
+    def hidden(
+        self, idx_BT: torch.Tensor, cache: Cache | None = None, columns_BQ: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        The final normed states, (B, T, C). With a cache one may ask for those of some columns only, (B, Q, C): the last
+        block then computes no others, and hands cache.attend the queries of these alone.
+        """
         if cache is None:
             assert idx_BT.size(1) <= self.config.sequence_len, f"{idx_BT.size(1)} tokens do not fit the context"
             cos, sin = self.cos[: idx_BT.size(1), None], self.sin[: idx_BT.size(1), None]
@@ -293,10 +306,12 @@ class GPT(nn.Module):
             if str(i) in self.value_embeds:
                 value_embed = self.value_embeds[str(i)](idx_BT).to(x.dtype)
                 value_embed = value_embed.unflatten(-1, (self.config.n_kv_head, self.config.head_dim))
-            x = block(x, value_embed, cos, sin, cache)
+            x = block(x, value_embed, cos, sin, cache, columns_BQ if i == self.config.n_layer - 1 else None)
             if i == self.config.n_layer // 2:
                 middle = x
         if modern:
+            if columns_BQ is not None and self.config.n_layer > 2:  # else `middle` is of the last block itself
+                middle = take(middle, columns_BQ)
             x = x - self.backout_lambda.to(x.dtype) * middle
         return norm(x)
 

@@ -12,7 +12,6 @@ import torch
 
 from nanochat.common import UserError
 
-CPU = torch.device("cpu")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 # Dense bfloat16 FLOP/s and memory bytes/s, from the vendors' data sheets; matched in order against the device's name.
@@ -139,11 +138,12 @@ def choose_cpu_matmul() -> None:
     who computes in float32. So: measure speed and error.
     """
     a, b = _probe_matrices()
+    cpu = a.device
     exact = a.double() @ b.double()
     torch.set_float32_matmul_precision("highest")
-    plain_seconds = _quickest(lambda: a @ b, CPU)
+    plain_seconds = _quickest(lambda: a @ b, cpu)
     torch.set_float32_matmul_precision("medium")
-    seconds = _quickest(lambda: a @ b, CPU)
+    seconds = _quickest(lambda: a @ b, cpu)
     error = ((a @ b).double() - exact).abs().max() / exact.abs().max()
     if error > 1e-5 or seconds > plain_seconds:
         torch.set_float32_matmul_precision("highest")
@@ -166,8 +166,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def cpu_likes_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices at least 1.5 times as fast as float32 ones (AVX-512 BF16, AMX)."""
     a, b = _probe_matrices()
-    a16, b16 = a.bfloat16(), b.bfloat16()
-    return _quickest(lambda: a16 @ b16, CPU) * 1.5 < _quickest(lambda: a @ b, CPU)
+    a16, b16, cpu = a.bfloat16(), b.bfloat16(), a.device
+    return _quickest(lambda: a16 @ b16, cpu) * 1.5 < _quickest(lambda: a @ b, cpu)
 
 
 def _probe_matrices() -> tuple[torch.Tensor, torch.Tensor]:

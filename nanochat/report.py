@@ -9,6 +9,7 @@ add to one after the other.
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,6 +22,7 @@ from nanochat.hardware import gpu_peaks, peak_memory
 from nanochat.train import UNTIMED_STEPS, TrainState
 
 CONSOLE_SECONDS = 5.0  # between two lines about the loss; arbitrary
+PROGRESS_SECONDS = 30.0  # between two lines about an evaluation; arbitrary
 
 
 def report_dir() -> Path:
@@ -131,6 +133,20 @@ def _lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
+
+
+def progress(total: int, dist: Dist) -> Callable[[int], None]:
+    """A function that is told how many of `total` items are done, and every now and then says how far that is."""
+    start = last = time.monotonic()
+
+    def say(done: int) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last > PROGRESS_SECONDS:
+            left = (total - done) * (now - start) / done
+            dist.print0(f"{done:,} of {total:,} items, about {duration(left)} left")
+            last = now
+
+    return say
 
 
 def check_wandb(run: str) -> None:

@@ -14,6 +14,7 @@ Shapes: B rows, T tokens, N trained tokens of a micro-batch, V vocabulary, S tok
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from nanochat.conversation import render_for_completion, spoken_text
 from nanochat.distributed import Dist
 from nanochat.engine import Completion, Engine, Request
 from nanochat.gpt import GPT
+from nanochat.scores import pass_at_k
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Step
 
@@ -57,24 +59,27 @@ class Rollout:
     finish: str  # as Completion's
 
 
-def questions_of(task: Any, tokenizer: Tokenizer, room: int) -> tuple[list[Question], int]:
+def questions_of(task: Any, tokenizer: Tokenizer, room: int, at_most: float = math.inf) -> tuple[list[Question], int]:
     """
-    The questions of a task (tasks/common.py) whose prompts have at most `room` tokens, and how many have more.
-    UserError if all have.
+    The first questions of a task (tasks/common.py) whose prompts have at most `room` tokens, and how many had more
+    among those looked at. UserError if none fits.
     """
-    conversations = [task[i] for i in range(len(task))]
-    prompts = [render_for_completion(conversation, tokenizer) for conversation in conversations]
-    fitting = [
-        Question(prompt, lambda said, conversation=conversation: task.reward(conversation, said))  # type: ignore[misc]
-        for conversation, prompt in zip(conversations, prompts, strict=True)
-        if len(prompt) <= room
-    ]
+    fitting: list[Question] = []
+    lengths: list[int] = []
+    for i in range(len(task)):
+        if len(fitting) >= at_most:
+            break
+        conversation = task[i]
+        prompt = render_for_completion(conversation, tokenizer)
+        lengths.append(len(prompt))
+        if len(prompt) <= room:
+            fitting.append(Question(prompt, partial(task.reward, conversation)))
     if not fitting:
         raise UserError(
-            f"no question fits: the shortest has {min(map(len, prompts), default=0)} tokens, the model's context less "
+            f"no question fits: the shortest has {min(lengths, default=0)} tokens, the model's context less "
             f"--max-new-tokens leaves {room}: lower --max-new-tokens, or train a model with a longer --max-seq-len"
         )
-    return fitting, len(prompts) - len(fitting)
+    return fitting, len(lengths) - len(fitting)
 
 
 def sample(
@@ -127,17 +132,6 @@ def summarize(rollouts: Sequence[Rollout], num_samples: int) -> dict[str, float]
         "rl/signal": sum(any(r.advantage for r in group) for group in groups) / len(groups),
         "rl/cut": sum(r.finish != "stop" for r in rollouts) / len(rollouts),
     }
-
-
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """
-    The chance that one of k answers is right, estimated without bias from num_samples >= k of which num_correct are
-    (arXiv 2107.03374, equation 1).
-
-    >>> pass_at_k(4, 1, 2)
-    0.5
-    """
-    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
 def evaluate(engine: Engine, questions: Sequence[Question], sampling: Sampling, dist: Dist) -> dict[str, float]:

@@ -178,11 +178,8 @@ def plain_generate(model: GPT, prompt: list[int], B: int, num_tokens: int, tempe
         logits_BV = model.logits(model.hidden(ids_BT, cache)[:, -1])
         cache.start = cache.stop
         if temperature:
-            logits_BV = logits_BV / temperature
-            if top_k:
-                threshold_B1 = logits_BV.topk(min(top_k, logits_BV.size(1))).values[:, -1:]
-                logits_BV = logits_BV.masked_fill(logits_BV < threshold_B1, -torch.inf)
-            ids_BT = torch.multinomial(logits_BV.softmax(dim=-1), 1)
+            best_BK, ids_BK = logits_BV.topk(min(top_k or logits_BV.size(1), logits_BV.size(1)))
+            ids_BT = ids_BK.gather(1, torch.multinomial((best_BK / temperature).softmax(dim=-1), 1))
         else:
             ids_BT = logits_BV.argmax(dim=-1, keepdim=True)
         said.append(ids_BT.flatten().tolist())

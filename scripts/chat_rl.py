@@ -10,6 +10,7 @@ The answers to the first question of every batch are kept in <base>/report/trans
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,11 +28,13 @@ from nanochat.train import Hook, TrainState
 from tasks.common import Task, limited
 from tasks.gsm8k import GSM8K
 from tasks.quiz import HardSums, Sums
+from tasks.spelling import SpellingBee
 
 TASKS: dict[str, Callable[[str], Task]] = {  # split → a task with a reward
     "gsm8k": GSM8K,
     "sums": Sums,
     "hardsums": HardSums,
+    "spellingbee": SpellingBee,
 }
 
 
@@ -49,7 +52,7 @@ class Flags:
     max_new_tokens: int = flag(256, "tokens of an answer at most")
     temperature: float = flag(1.0, "of sampling")
     top_k: int = flag(50, "sample among the k likeliest tokens; 0 = among all")
-    rollout_batch_size: int = flag(128, "answers sampled at a time per rank")
+    rollout_batch_size: int = flag(256, "answers sampled at a time per rank")
     device_batch_size: int = flag(16, "answers per forward and backward pass and rank")
     init_lr_frac: float = flag(0.05, "learning rates at the start, as a share of the base's")
     updates_per_batch: int = flag(1, "optimizer updates on each batch of rollouts; several need --clip-ratio")
@@ -80,13 +83,16 @@ def main(flags: Flags) -> None:
         begun_from = start.saved.meta["base"] if start.saved else str(source.path)
         reference = checkpoint_manager.at(begun_from) if flags.kl_coef else None
         room = source.config.sequence_len - flags.max_new_tokens
-        questions, too_long = rollout.questions_of(TASKS[flags.task]("train"), tokenizer, room)
+        num_batches = math.ceil(flags.num_iterations / flags.updates_per_batch)
+        needed = num_batches * flags.examples_per_step if flags.num_iterations > 0 else math.inf
+        questions, too_long = rollout.questions_of(TASKS[flags.task]("train"), tokenizer, room, needed)
         test_questions: list[rollout.Question] = []
         if flags.eval_every >= 0:
             test = limited(TASKS[flags.task]("test"), flags.eval_examples)
-            test_questions, _ = rollout.questions_of(test, tokenizer, room)
-        num_batches = max(1, flags.num_epochs * len(questions) // flags.examples_per_step)
-        num_steps = flags.num_iterations if flags.num_iterations > 0 else num_batches * flags.updates_per_batch
+            test_questions, test_too_long = rollout.questions_of(test, tokenizer, room)
+            too_long += test_too_long
+        epochs = max(1, flags.num_epochs * len(questions) // flags.examples_per_step) * flags.updates_per_batch
+        num_steps = flags.num_iterations if flags.num_iterations > 0 else epochs
 
         # build
         # Before the run is restored with its random generators, as making a model draws from them.
@@ -104,8 +110,8 @@ def main(flags: Flags) -> None:
         transcripts = report_dir() / "transcripts" / f"chat_rl-{tag}.jsonl"
         file = append_after(run.state.step, transcripts) if dist.is_main else None
         dist.print0(
-            f"{tag} from {begun_from}: {len(questions)} questions of {flags.task} ({too_long} more are too long), "
-            f"{num_steps} updates, {flags.examples_per_step} x {flags.num_samples} answers a batch; "
+            f"{tag} from {begun_from}: {len(questions)} questions of {flags.task}, {len(test_questions)} to test on "
+            f"({too_long} too long), {num_steps} updates, {flags.examples_per_step} x {flags.num_samples} answers; "
             f"{hardware.describe(dist.device)}, {start.dtype}"
         )
 

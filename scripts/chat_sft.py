@@ -2,7 +2,8 @@
 Fine-tune a base model on conversations.
 
     python -m scripts.chat_sft                                                        # the usual mixture
-    python -m scripts.chat_sft --smoltalk-epochs 0 --mmlu-epochs 0 --gsm8k-epochs 0 --primer-epochs 2   # the primer's
+    python -m scripts.chat_sft --smoltalk-epochs 0 --mmlu-epochs 0 --gsm8k-epochs 0 \\
+        --simplespelling-epochs 0 --spellingbee-epochs 0 --primer-epochs 2            # the primer's conversations alone
     python -m scripts.chat_sft --identity-file mine.jsonl                             # with conversations of your own
     python -m scripts.chat_sft -i mid                                                 # of a model that mid_train made
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft

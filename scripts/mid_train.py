@@ -4,7 +4,8 @@ of scripts/chat_sft.py with other defaults: questions and problems once, at the 
 
     python -m scripts.mid_train                                                       # base → mid
     python -m scripts.chat_sft -i mid                                                 # mid → sft
-    python -m scripts.mid_train --smoltalk-epochs 0 --mmlu-epochs 0 --gsm8k-epochs 0 --primer-epochs 1  # the primer's
+    python -m scripts.mid_train --smoltalk-epochs 0 --mmlu-epochs 0 --gsm8k-epochs 0 \\
+        --simplespelling-epochs 0 --spellingbee-epochs 0 --primer-epochs 1            # the primer's conversations alone
     torchrun --standalone --nproc_per_node=8 -m scripts.mid_train
 """
 

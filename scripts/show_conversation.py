@@ -21,12 +21,15 @@ from tasks.gsm8k import GSM8K
 from tasks.mmlu import MMLU
 from tasks.quiz import PrimerChat
 from tasks.smoltalk import SmolTalk
+from tasks.spelling import SimpleSpelling, SpellingBee
 
-SOURCES: dict[str, Callable[[], Task]] = {
-    "primer": lambda: PrimerChat("train"),
-    "smoltalk": lambda: SmolTalk("train"),
-    "mmlu": lambda: MMLU("auxiliary_train"),
-    "gsm8k": lambda: GSM8K("train"),
+SOURCES: dict[str, Callable[[Tokenizer], Task]] = {
+    "primer": lambda tokenizer: PrimerChat("train"),
+    "smoltalk": lambda tokenizer: SmolTalk("train"),
+    "mmlu": lambda tokenizer: MMLU("auxiliary_train"),
+    "gsm8k": lambda tokenizer: GSM8K("train"),
+    "simplespelling": lambda tokenizer: SimpleSpelling("train", tokenizer=tokenizer),
+    "spellingbee": lambda tokenizer: SpellingBee("train", tokenizer=tokenizer),
 }
 
 
@@ -44,7 +47,7 @@ def main(flags: Flags) -> None:
     if flags.num < 1 or flags.max_tokens < 1:
         raise UserError("--num and --max-tokens must be at least 1")
     tokenizer = Tokenizer.load(Path(flags.tokenizer_dir) if flags.tokenizer_dir else default_dir())
-    task = CustomJSON(flags.path) if flags.path else SOURCES[flags.source]()
+    task = CustomJSON(flags.path) if flags.path else SOURCES[flags.source](tokenizer)
     console = Console()
     for i, conversation in enumerate(limited(task, flags.num)):
         ids, mask = render(conversation, tokenizer, flags.max_tokens)

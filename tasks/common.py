@@ -35,6 +35,10 @@ class Task(ABC):
     def is_correct(self, conversation: Conversation, completion: str) -> bool:
         raise TypeError(f"{type(self).__name__} has no right answers to judge by")
 
+    def judge(self, conversation: Conversation, completion: str) -> dict[str, Any]:
+        """{"correct": …} and what else explains the verdict to a person. May be called from several threads."""
+        return {"correct": self.is_correct(conversation, completion)}
+
     def reward(self, conversation: Conversation, completion: str) -> float:
         return float(self.is_correct(conversation, completion))
 
@@ -76,6 +80,9 @@ class _Limited(Task):
 
     def is_correct(self, conversation: Conversation, completion: str) -> bool:
         return self.task.is_correct(conversation, completion)
+
+    def judge(self, conversation: Conversation, completion: str) -> dict[str, Any]:
+        return self.task.judge(conversation, completion)
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         return self.task.reward(conversation, completion)

@@ -21,6 +21,7 @@ from tasks.gsm8k import GSM8K
 from tasks.mmlu import MMLU
 from tasks.quiz import PrimerChat
 from tasks.smoltalk import SmolTalk
+from tasks.spelling import SimpleSpelling, SpellingBee
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Flags:
     smoltalk_epochs: int = flag(1, "times through SmolTalk; 0 = without")
     mmlu_epochs: int = flag(3, "times through MMLU's auxiliary training questions; 0 = without")
     gsm8k_epochs: int = flag(4, "times through GSM8K's training problems; 0 = without")
+    simplespelling_epochs: int = flag(1, "times through 200,000 words to spell; 0 = without")
+    spellingbee_epochs: int = flag(1, "times through 80,000 words with letters to count; 0 = without")
     identity_epochs: int = flag(2, "times through the conversations about who the model is; 0 = without")
     identity_file: str = flag("", "JSONL of these, one array of messages a line; empty = those that come along")
     primer_epochs: int = flag(0, "times through the embedded corpus' conversations; 0 = without")
@@ -66,7 +69,7 @@ def finetune(stage: str, source_stage: str, flags: Flags) -> None:
         settings = replace(settings_of(start.saved or source), **given)
         B, T = settings.device_batch_size, source.config.sequence_len
         accumulation = accumulation_steps(settings.total_batch_size, B, T, dist.world_size)
-        train_data, val_data = mixture(flags)
+        train_data, val_data = mixture(flags, tokenizer)
 
         # build
         config = {"flags": asdict(flags), "base": begun_from, "settings": asdict(settings)}
@@ -100,12 +103,14 @@ def identity(file: str) -> Task:
     return CustomJSON(file) if file else PrimerChat("train", kinds=("who", "greeting"))
 
 
-def mixture(flags: Flags) -> tuple[TaskMixture, Task]:
+def mixture(flags: Flags, tokenizer: Tokenizer) -> tuple[TaskMixture, Task]:
     """Conversations to train on and to validate on; the latter from splits that are in no reported score."""
     sources: list[tuple[int, Any, Any]] = [
         (flags.smoltalk_epochs, lambda: SmolTalk("train"), lambda: SmolTalk("test")),
         (flags.mmlu_epochs, lambda: MMLU("auxiliary_train"), lambda: MMLU("validation")),
         (flags.gsm8k_epochs, lambda: GSM8K("train"), None),
+        (flags.simplespelling_epochs, lambda: SimpleSpelling("train", 200_000, tokenizer), None),
+        (flags.spellingbee_epochs, lambda: SpellingBee("train", 80_000, tokenizer), None),
         (flags.identity_epochs, lambda: identity(flags.identity_file), None),
         (flags.primer_epochs, lambda: PrimerChat("train"), lambda: PrimerChat("val")),
     ]

@@ -30,3 +30,9 @@ def golden_tokenizer() -> Tokenizer:
 def one_thread():
     """The tests' matrices are tiny: two threads that wait for each other took 25 times as long on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before any fixture: what a stage chose for its process (hardware.tune_process) does not reach the next test."""
+    torch.set_float32_matmul_precision("highest")

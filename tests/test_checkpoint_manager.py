@@ -22,7 +22,7 @@ from conftest import golden
 from safetensors.torch import load_file, save_file
 
 from nanochat import checkpoint_manager
-from nanochat.checkpoint_manager import FORMAT, Checkpoint, CheckpointDir, find, load_model, stage_dir
+from nanochat.checkpoint_manager import FORMAT, Checkpoint, CheckpointDir, at, find, load_model, stage_dir
 from nanochat.common import UserError
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import RowGroups, split_shards
@@ -251,6 +251,15 @@ def test_the_tag_written_last_is_the_default():
     assert find("base").tag == "d12"  # neither the largest nor the first
     with pytest.raises(UserError, match="no base checkpoint with tag 'd4': there are d12, d2, d20"):
         find("base", "d4")
+
+
+def test_a_checkpoint_that_a_run_noted_is_found_where_the_base_folder_is_now(base_dir):
+    for step in (1, 2):
+        save(step)
+    noted = f"/somewhere/else/{stage_dir('base').name}/d2/step_000001"
+    assert step_of(at(noted)) == 1
+    with pytest.raises(UserError, match="no checkpoint of step 7: it has 1, 2"):
+        at(noted.replace("1", "7"))
 
 
 def test_without_any_checkpoint_the_error_says_how_to_train_one():

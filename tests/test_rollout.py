@@ -21,7 +21,7 @@ from nanochat.engine import Completion, Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.muon import LearningRates, build_optimizer
 from nanochat.recipe import rl_schedule
-from nanochat.rollout import PolicyLoss, Question, Rollout, RolloutBatch, Sampling, pass_at_k
+from nanochat.rollout import PolicyLoss, Question, Rollout, RolloutBatch, Sampling
 from nanochat.train import TrainState, train
 
 CPU = Dist(torch.device("cpu"))
@@ -83,13 +83,6 @@ def test_what_to_log():
     assert rollout.summarize(rollouts, 2) == {"rl/reward": 0.75, "rl/length": 2.25, "rl/signal": 0.5, "rl/cut": 0.75}
 
 
-@pytest.mark.parametrize("n", [1, 3, 5])
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n):
-    for correct, k in itertools.product(range(n + 1), range(1, n + 1)):
-        subsets = list(itertools.combinations([1] * correct + [0] * (n - correct), k))
-        assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-
-
 def test_evaluate(golden_tokenizer, model):
     number = itertools.count()
     asked = [Question([1], lambda said: float(next(number) % 2 == 0)), Question([2], lambda said: 0.0)]
@@ -116,6 +109,8 @@ def test_questions_that_leave_no_room_are_counted(golden_tokenizer):
     asked, too_long = rollout.questions_of(Talk(), golden_tokenizer, 12)
     assert too_long == 1
     assert [question.judge(said) for question, said in zip(asked, ("hi", "hi"), strict=True)] == [1.0, 0.0]
+    first, too_long = rollout.questions_of(Talk(), golden_tokenizer, 12, at_most=1)
+    assert [question.prompt for question in first] == [asked[0].prompt] and too_long == 0
     with pytest.raises(UserError, match="no question fits: the shortest has .*--max-new-tokens"):
         rollout.questions_of(Talk(), golden_tokenizer, 2)
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow
@@ -22,6 +23,8 @@ from conftest import GOLDEN
 from nanochat import checkpoint_manager, hardware, rollout
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.gpt import GPT
+from nanochat.muon import LearningRates
+from nanochat.scores import core_metric
 from nanochat.stage import Settings, settings_of
 from nanochat.tokenizer import Tokenizer
 from scripts import (
@@ -40,13 +43,15 @@ from scripts import (
 )
 from tasks import finetune
 from tasks.common import Task
+from tasks.evaluate import CHATCORE
 
 VOCAB = 600
 COMMON = ["--device", "cpu", "--no-compile", "--save-every", "3", "--eval-every", "3"]
 BASE = [*COMMON, "--depth", "2", "--aspect-ratio", "32", "--head-dim", "32", "--max-seq-len", "128"]
 BASE += ["--device-batch-size", "4", "--total-batch-size", "1024", "--num-iterations", "6", "--eval-tokens", "2048"]
 SFT = [*COMMON, "--smoltalk-epochs", "0", "--mmlu-epochs", "0", "--gsm8k-epochs", "0", "--identity-epochs", "1"]
-SFT += ["--primer-epochs", "1", "--num-iterations", "6", "--eval-examples", "8"]
+SFT += ["--simplespelling-epochs", "0", "--spellingbee-epochs", "0", "--primer-epochs", "1"]
+SFT += ["--num-iterations", "6", "--eval-examples", "8"]
 RL = ["--device", "cpu", "--task", "hardsums", "--num-iterations", "6", "--save-every", "3", "--eval-every", "3"]
 RL += ["--examples-per-step", "2", "--num-samples", "4", "--max-new-tokens", "12", "--device-batch-size", "3"]
 RL += ["--eval-examples", "4", "--eval-samples", "2"]
@@ -146,6 +151,12 @@ def test_settings_are_found_in_older_checkpoints():
     assert settings(flags=inherited, settings={"device_batch_size": 2}) == Settings(2)
 
 
+def test_a_stage_takes_its_share_of_every_learning_rate():
+    whole, share = Settings().rates(), Settings().rates(0.05)
+    assert asdict(share) == pytest.approx({name: 0.05 * rate for name, rate in asdict(whole).items()})
+    assert whole == LearningRates()
+
+
 STAGES = [(base_train, BASE, "base", base_train), (mid_train, SFT, "mid", finetune), (chat_sft, SFT, "sft", finetune)]
 
 
@@ -217,7 +228,7 @@ def test_reinforcement_learning_goes_on_as_if_nothing_had_happened(place, monkey
     argv = [*RL, *options, "--base-tag", "d2"]
     whole, parts = (checkpoint_manager.stage_dir("rl") / tag for tag in ("whole", "parts"))
     chat_rl.main([*argv, "--model-tag", "whole"])
-    assert "5 questions of hardsums (0 more are too long), 6 updates, 2 x 4 answers" in capsys.readouterr().out
+    assert "5 questions of hardsums, 2 to test on (0 too long), 6 updates, 2 x 4 answers" in capsys.readouterr().out
     lines = metrics(place, "chat_rl-whole")
     assert [line["step"] for line in lines if "eval/pass@2" in line] == [0, 3, 6]
     rewards = [line["rl/reward"] for line in lines if "rl/reward" in line]
@@ -291,6 +302,27 @@ def test_chat_eval(place, capsys):
     out = capsys.readouterr().out
     assert out.count("95 % sure") == 3 and "chatsft_checkpoints/d2" in out
     assert chat_eval.main([*argv, "-i", "base"]).keys() == scores.keys()
+    assert "ChatCORE" not in out  # which is of other tasks
+    lines = (place / "report/chat_eval/sft-d2-000006-4/Sums.jsonl").read_text().splitlines()
+    assert [json.loads(line)["problem"] for line in lines] == [0, 1, 2, 3]
+
+
+def test_chat_eval_with_several_answers_to_each_question(place, capsys):
+    argv = [*CPU, "-a", "SpellingBee", "-x", "3", "-m", "8", "-t", "1", "-n", "4", "--pass-k", "1,4"]
+    score = chat_eval.main(argv)["SpellingBee"]
+    assert (score.total, score.num_samples, score.pass_at.keys()) == (3, 4, {1, 4})
+    assert "pass@4" in capsys.readouterr().out
+    numbers = json.loads((place / "report/chat_eval_sft.json").read_text())
+    assert numbers["SpellingBee (first 3), pass@4"] == score.pass_at[4]
+
+
+def test_chatcore(place, monkeypatch, capsys):
+    for name in CHATCORE:  # as if they were all like this one, which needs no dataset
+        monkeypatch.setitem(chat_eval.TASKS, name, chat_eval.TASKS["Sums"])
+    scores = chat_eval.main([*CPU, "-a", ",".join(CHATCORE), "-x", "3", "-m", "8"])
+    core, margin = core_metric([scores[name] for name in CHATCORE])
+    assert f"ChatCORE       {core:7.4f}  (± {margin:.4f}" in capsys.readouterr().out
+    assert json.loads((place / "report/chat_eval_sft.json").read_text())["ChatCORE (first 3)"] == core
 
 
 def test_one_answer_in_the_terminal(place, capsys):
@@ -330,6 +362,16 @@ def test_show_conversation(place, tmp_path, capsys):
     show_conversation.main(["--path", str(tmp_path / "mine.jsonl")])
     out = capsys.readouterr().out
     assert "<|user_start|>hi<|user_end|>" in out and "learned" in out
+    show_conversation.main(["--source", "spellingbee", "--num", "2"])
+    assert capsys.readouterr().out.count("<|python_start|>") == 2
+
+
+def test_words_to_spell_are_learned_from(place, capsys):
+    argv = [*SFT, "--primer-epochs", "0", "--identity-epochs", "0", "--simplespelling-epochs", "1"]
+    argv += ["--spellingbee-epochs", "1", "--model-tag", "spelling", "--num-iterations", "1"]
+    chat_sft.main(argv)
+    assert "280K conversations" in capsys.readouterr().out
+    shutil.rmtree(place / "chatsft_checkpoints/spelling")
 
 
 def test_conversations_of_ones_own(place, tmp_path, capsys):
@@ -477,8 +519,13 @@ WRONG = [  # what was done, script, flags, words of the error
     (nothing, chat_sft, [*SFT, "--device-batch-size", "0"], "at least 1"),
     (nothing, chat_eval, [*CPU, "-b", "0"], "at least 1"),
     (nothing, chat_eval, [*CPU, "-x", "0"], "at least 1"),
+    (nothing, chat_eval, [*CPU, "-k", "-1"], "at least 0"),
+    (nothing, chat_eval, [*CPU, "-n", "0", "-t", "1"], "at least 1"),
+    (nothing, chat_eval, [*CPU, "-n", "8"], "add --temperature"),
+    (nothing, chat_eval, [*CPU, "-n", "8", "-t", "1", "--pass-k", "1,16"], "from 1 to --num-samples, which is 8"),
+    (nothing, chat_eval, [*CPU, "-n", "8", "-t", "1", "--pass-k", "all"], "from 1 to --num-samples, which is 8"),
     (nothing, chat_eval, [*CPU, "-a", "Quiz"], "there are ARC-Easy"),
-    (nothing, base_eval, [*CPU, "--eval", "bpb,core"], "there are bpb, sample"),
+    (nothing, base_eval, [*CPU, "--eval", "bpb,cor"], "there are core, bpb, sample"),
     (nothing, chat_cli, [*CPU, "-t", "-1"], "at least 0"),
     (nothing, chat_cli, [*CPU, "-p", "so " * 500], "the model reads 64 at a time"),
     (nothing, mid_train, [*SFT, "--identity-epochs", "0", "--primer-epochs", "0"], "--smoltalk-epochs 1"),

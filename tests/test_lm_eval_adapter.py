@@ -1,0 +1,148 @@
+"""
+The lm-evaluation-harness with one of our checkpoints, on tasks of our own: its numbers are those of plain forward
+passes. Skipped where the harness is not installed.
+
+    python -m pytest tests/test_lm_eval_adapter.py
+"""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from test_tasks_guide import chat_model  # noqa: F401  a fixture
+
+lm_eval = pytest.importorskip("lm_eval", reason="pip install 'nanochat[lm-eval]'")
+
+from nanochat import lm_eval_adapter  # noqa: E402
+from nanochat.engine import Request  # noqa: E402
+
+DOCUMENTS = [
+    {"question": "What do bees make?", "choices": ["honey", "honey and wax", "milk"], "gold": 0},
+    {"question": "Two and two is", "choices": ["four", "five"], "gold": 0},
+    {"question": "The sky is", "choices": ["blue", "green", "wet", "a long way up" * 9], "gold": 0},
+]
+TASKS = {
+    "bees_choice": """
+output_type: multiple_choice
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{metric: acc}]
+""",
+    "bees_text": """
+output_type: loglikelihood_rolling
+doc_to_target: '{{question * 20}}'
+metric_list: [{metric: bits_per_byte}]
+""",
+    "bees_written": """
+output_type: generate_until
+doc_to_target: '{{choices[0]}}'
+metric_list: [{metric: exact_match}]
+generation_kwargs: {until: ['e', 'th'], max_gen_toks: 12}
+""",
+}
+DATA = """
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+doc_to_text: '{{question}}'
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Tasks for --include_path."""
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
+    for name, lines in TASKS.items():
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}{DATA.replace('FILE', str(documents))}{lines}")
+    return tmp_path
+
+
+@pytest.fixture
+def lm(chat_model):  # noqa: F811
+    model = lm_eval_adapter.NanochatLM(source="sft", model_tag="d2", device="cpu", batch_size="auto")
+    torch.manual_seed(0)
+    for parameter in model.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.engine.refresh_weights()
+    return model
+
+
+class Asked:
+    def __init__(self, *args):
+        self.args = args
+
+
+@torch.no_grad()
+def naive(lm, context, continuation):
+    """Log-probability and greediness, the prompt cut to the context from the left."""
+    tokens = [lm.tokens.bos, *lm.tokens.encode(context + continuation)]
+    start = len(lm.tokens.encode(context)) + 1
+    surplus = max(0, len(tokens) - lm.model.config.sequence_len - 1)
+    tokens, start = tokens[surplus:], max(start - surplus, 1)
+    logprobs = lm.model(torch.tensor([tokens[:-1]]))[0].log_softmax(-1)[start - 1 :]
+    targets = torch.tensor(tokens[start:])
+    return logprobs.gather(1, targets[:, None]).sum().item(), bool((logprobs.argmax(-1) == targets).all())
+
+
+def test_the_command_line(chat_model, folder, monkeypatch, capsys):  # noqa: F811
+    argv = ["--model", "nanochat", "--model_args", "source=sft,model_tag=d2", "--device", "cpu", "--batch_size", "2"]
+    argv += ["--tasks", ",".join(TASKS), "--include_path", str(folder), "--output_path", str(folder / "out")]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *argv])
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    lm_eval_adapter.main()
+    [results] = (folder / "out").rglob("results_*.json")
+    results = json.loads(results.read_text())["results"]
+    assert results.keys() == TASKS.keys()
+    assert results["bees_text"]["bits_per_byte,none"] > 1
+    assert re.search(r"bees_choice *\|", capsys.readouterr().out)
+
+
+def test_a_checkpoint_that_is_not_there_is_said_in_one_line(chat_model, folder, monkeypatch):  # noqa: F811
+    argv = ["--model", "nanochat", "--model_args", "source=sft,model_tag=d9", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *argv, "--tasks", "bees_text", "--include_path", str(folder)])
+    with pytest.raises(SystemExit, match="^error: .* there are d2"):
+        lm_eval_adapter.main()
+
+
+def test_likelihoods_are_those_of_a_plain_forward_pass(lm):
+    asked = [(d["question"], f" {choice}") for d in DOCUMENTS for choice in d["choices"]]
+    asked += [("A long context. " * 20 + "Then", " this"), ("b", "ees"), ("Two", " and two is five")]
+    found = lm.loglikelihood([Asked(*texts) for texts in asked])
+    for texts, (logprob, likeliest) in zip(asked, found, strict=True):
+        expected, is_likeliest = naive(lm, *texts)
+        assert logprob == pytest.approx(expected, abs=1e-3) and likeliest == is_likeliest, texts
+
+
+def test_without_a_context_and_greedily(lm):
+    [best] = lm.engine.generate([Request([lm.tokens.bos], 3, temperature=0.0)])
+    said = lm.tokens.decode(best.tokens)
+    [(logprob, likeliest)] = lm.loglikelihood([Asked("", said)])
+    assert likeliest == (lm.tokens.encode(said) == best.tokens)
+    assert logprob == pytest.approx(naive(lm, "", said)[0], abs=1e-3)
+
+
+def test_texts_longer_than_the_context_are_scored_whole(lm):
+    text = "Bees make honey, and the sky is blue. " * 12
+    ids, context = lm.tokens.encode(text), lm.model.config.sequence_len
+    assert len(ids) > 2 * context
+    total, read = 0.0, [lm.tokens.bos, *ids]
+    with torch.no_grad():
+        for first in range(0, len(ids), context):
+            last = min(first + context, len(ids))
+            begin = max(0, last - context) if first else 0  # the last piece reads all that it can
+            logprobs = lm.model(torch.tensor([read[begin:last]]))[0].log_softmax(-1)[first - begin :]
+            total += logprobs.gather(1, torch.tensor(ids[first:last])[:, None]).sum().item()
+    assert lm.loglikelihood_rolling([Asked(text), Asked("")]) == [pytest.approx(total, abs=1e-2), 0.0]
+
+
+def test_a_text_ends_before_the_first_stop(lm):
+    settings = {"until": [], "max_gen_toks": 16}
+    plain = lm.generate_until([Asked("The sky is", settings)])[0]
+    stop = plain[len(plain) // 2 :][:2]
+    asked = [Asked("The sky is", settings | {"until": until}) for until in ([stop], ["~~~", stop], stop)]
+    assert lm.generate_until(asked) == [plain[: plain.index(stop)]] * 3
+    sampled = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8, "top_k": 40}
+    assert len(set(lm.generate_until([Asked("The sky is " * 60, sampled)] * 8))) > 4

@@ -1,0 +1,58 @@
+"""
+README's guide to adding a task, followed to the letter in a copy of the code.
+
+    python -m pytest tests/test_tasks_guide.py
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import CheckpointDir
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.muon import LearningRates, build_optimizer
+from nanochat.train import TrainState
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def chat_model(tmp_path, monkeypatch, golden_tokenizer):
+    """A folder with a tokenizer and an untrained chat model."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    torch.manual_seed(0)
+    model = GPT.create(GPTConfig(64, golden_tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32))
+    checkpoints = CheckpointDir("sft", "d2")
+    meta = {"tokenizer": golden_tokenizer.fingerprint}
+    checkpoints.save(model, build_optimizer(model, LearningRates()), TrainState(1), meta)
+    checkpoints.wait()
+    golden_tokenizer.save(tmp_path / "base" / "tokenizer")
+
+
+def test_the_guide(tmp_path, chat_model):
+    guide = (ROOT / "README.md").read_text(encoding="utf-8").split("**A task.**")[1].split("\n\n**")[0]
+    file, lines, command = re.findall(r"```(?:python|diff|bash)\n(.*?)```", guide, re.DOTALL)
+    path = re.search(r"`(tasks/\w+\.py)`", guide)[1]
+    copy = tmp_path / "copy"
+    for folder in ("nanochat", "tasks", "scripts"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+
+    assert not (copy / path).exists()
+    (copy / path).write_text(file, encoding="utf-8")
+    new_import, new_entry = (line.removeprefix("+") for line in lines.splitlines(keepends=True))
+    script = (copy / "scripts/chat_eval.py").read_text(encoding="utf-8")
+    script, imports = re.subn(r"(?m)^(?=from tasks\.)", lambda _: new_import, script, count=1)
+    script, entries = re.subn(r"(?m)^(TASKS\b.*\{\n)", lambda match: match[0] + new_entry, script, count=1)
+    assert imports == entries == 1
+    (copy / "scripts/chat_eval.py").write_text(script, encoding="utf-8")
+
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    ran = subprocess.run(["bash", "-ec", command], cwd=copy, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert re.search(r"^Echo\b.*[/ ]3\b", ran.stdout, re.MULTILINE), ran.stdout
