@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from nanochat import hardware
+from nanochat.attention import choose
 from nanochat.checkpoint_manager import STAGES, Checkpoint, CheckpointDir
 from nanochat.common import seed_everything
 from nanochat.distributed import Dist
@@ -88,6 +89,8 @@ class Start:
         load_momentum: bool = False,  # of the source's optimizer; else it starts from zero
         seed: int = 42,  # of initial weights and sampling
         fp8: bool = False,  # matrix products of training in FP8, where fp8.check has found that this can be
+        attention: str = "auto",  # kernel, of attention.LOADERS
+        flops: float = math.inf,  # of the whole run, over all ranks: a short one is not worth compiling for
     ) -> "Run":
         """The new run, or the resumed one as it was left. Collective; tunes the process and seeds its generators."""
         dist, device, origin = self.dist, self.dist.device, self.saved or self.source
@@ -98,7 +101,10 @@ class Start:
             model = origin.build_model(device, self.dtype)
         else:
             model = GPT.create(origin, device, self.dtype)
-        compiling = compile and hardware.can_compile(device)
+        kernel_name, kernel = choose(attention, model.config.attention_shape, device, self.dtype, dist.print0)
+        model.use_attention(kernel)
+        compiling = compile and hardware.can_compile(device) and self._compiling_pays(model.config, flops)
+        dist.print0(f"computing in {self.dtype}, attention {kernel_name}, {'' if compiling else 'not '}compiled")
         optimizer = build_optimizer(model, rates, batch_factor, weight_decay, dist.rank, dist.world_size, compiling)
         state, data_states = TrainState(), list[dict[str, Any]]()
         if self.saved:
@@ -108,8 +114,15 @@ class Start:
         if fp8:
             use_fp8(model, optimizer, compiling)
         config = config | {"tokenizer": self.tokenizer.fingerprint}
-        config |= {"matmul_precision": precision, "dtype": str(self.dtype)}
+        config |= {"matmul_precision": precision, "dtype": str(self.dtype), "compiled": compiling}
         return Run(self, model, optimizer, compiling, state, data_states, config)
+
+    def _compiling_pays(self, config: GPTConfig, flops: float) -> bool:
+        """The same on all ranks, and after a break as before it."""
+        if self.saved:
+            return self.saved.meta.get("compiled", True)
+        pays = hardware.compiling_pays(self.dist.device, self.dtype, flops / self.dist.world_size, config.n_layer)
+        return self.dist.gather(pays)[0]
 
 
 def prepare(
@@ -122,11 +135,12 @@ def prepare(
     keep_last: int = -1,  # checkpoints; -1 = all
 ) -> Start:
     """UserError unless a run of this stage can begin, or with `resume` go on, with this tokenizer and model."""
-    dtype = hardware.pick_dtype(dist.device)
     if isinstance(source, Checkpoint):
         source.check_tokenizer(tokenizer)
     checkpoints = CheckpointDir(stage, tag, dist, keep_last)
     saved = checkpoints.load_newest() if resume else None
+    dtype = hardware.pick_training_dtype(dist.device, saved.meta.get("dtype", "") if saved else "")
+    dtype = dist.gather(dtype)[0]  # all ranks as the first
     if saved:
         saved.check_resumable(tokenizer, source.config if isinstance(source, Checkpoint) else source, dtype)
     return Start(stage, source, tokenizer, dist, dtype, checkpoints, saved)

@@ -67,8 +67,9 @@ def place(tmp_path_factory):
         patch.setenv("NANOCHAT_DATA_DIR", str(base_dir / "primer"))
         patch.setenv("TIKTOKEN_CACHE_DIR", str(base_dir / "nothing"))
         patch.delenv("NANOCHAT_DTYPE", raising=False)
-        # Its choice is measured, so two runs could compute differently; comparisons below are bitwise.
+        # These choices are measured, so two runs could compute differently; comparisons below are bitwise.
         patch.setattr(hardware, "choose_cpu_matmul", lambda: None)
+        patch.setattr(hardware, "cpu_likes_bfloat16", lambda: False)
         primer.main([])
         tok_train.main(["--vocab-size", str(VOCAB), "--max-chars", "300000"])
         base_train.main(BASE)
