@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from nanochat.attention import attend
 from nanochat.common import UserError
+from nanochat.loss import cross_entropy
 
 NORM_EPS = 1.1920929e-07  # float32's epsilon, whatever the dtype
 VOCAB_MULTIPLE = 64  # tables are padded to this: matrix products like round shapes, and ranks can share the rows
@@ -262,10 +263,12 @@ class GPT(nn.Module):
         Logits (B, T, V) in float32; with targets, the cross entropy in nats, targets of -1 left out: reduction "mean"
         or "sum" gives a scalar, "none" gives (B, T).
         """
-        logits = self.logits(self.hidden(idx_BT, cache))
+        hidden_BTC = self.hidden(idx_BT, cache)
         if targets_BT is None:
-            return logits
-        loss = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=-1, reduction=reduction)
+            return self.logits(hidden_BTC)
+        hidden_NC, targets_N = hidden_BTC.flatten(0, 1), targets_BT.flatten()
+        vocab_size = self.config.vocab_size
+        loss = cross_entropy(hidden_NC, self.lm_head.weight, targets_N, vocab_size, LOGIT_CAP, reduction)
         return loss.view_as(targets_BT) if reduction == "none" else loss
 
     def hidden(
