@@ -23,6 +23,7 @@ from nanochat import hardware
 from nanochat.checkpoint_manager import STAGES, Checkpoint, CheckpointDir
 from nanochat.common import seed_everything
 from nanochat.distributed import Dist
+from nanochat.fp8 import use_fp8
 from nanochat.gpt import GPT, GPTConfig, flops_per_token
 from nanochat.muon import LearningRates, MuonAdamW, build_optimizer
 from nanochat.recipe import REFERENCE_BATCH
@@ -86,6 +87,7 @@ class Start:
         compile: bool = True,  # model and optimizer, where the machine can
         load_momentum: bool = False,  # of the source's optimizer; else it starts from zero
         seed: int = 42,  # of initial weights and sampling
+        fp8: bool = False,  # matrix products of training in FP8, where fp8.check has found that this can be
     ) -> "Run":
         """The new run, or the resumed one as it was left. Collective; tunes the process and seeds its generators."""
         dist, device, origin = self.dist, self.dist.device, self.saved or self.source
@@ -103,6 +105,8 @@ class Start:
             state, data_states = self.saved.restore_run(optimizer, dist)
         elif load_momentum and isinstance(origin, Checkpoint) and not origin.restore_optimizer(optimizer):
             dist.print0(f"{origin.path} has no optimizer state: momentum starts from zero")
+        if fp8:
+            use_fp8(model, optimizer, compiling)
         config = config | {"tokenizer": self.tokenizer.fingerprint}
         config |= {"matmul_precision": precision, "dtype": str(self.dtype)}
         return Run(self, model, optimizer, compiling, state, data_states, config)

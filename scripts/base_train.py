@@ -10,7 +10,7 @@ Pretrain a base model. One dial: --depth.
 from dataclasses import asdict, dataclass
 from itertools import islice
 
-from nanochat import dataset, distributed, hardware, recipe
+from nanochat import dataset, distributed, fp8, hardware, recipe
 from nanochat.common import human
 from nanochat.dataloader import PretrainLoader, on_device, prefetch, pretrain_steps
 from nanochat.dataset import RowGroups
@@ -55,6 +55,7 @@ class Flags:
     data_dir: str = flag("", "folder of parquet shards; default $NANOCHAT_DATA_DIR, else the public shards")
     device: str = flag("auto", "cuda | mps | cpu | auto")
     compile: bool = flag(True, "torch.compile model and optimizer where the machine can")
+    fp8: bool = flag(False, "train the large matrices in FP8; evaluation stays as it is (GPUs from Ada and Hopper on)")
     seed: int = flag(42, "of the initial weights")
     run: str = flag("", "wandb run name; empty = console and metrics file only")
 
@@ -69,6 +70,8 @@ def main(flags: Flags) -> None:
         plan = plan_run(flags, tokenizer.vocab_size)
         B, T = flags.device_batch_size, flags.max_seq_len
         accumulation = recipe.accumulation_steps(plan.total_batch_size, B, T, dist.world_size)
+        if flags.fp8:
+            fp8.check(plan.model, B * T, dist.device)
         tag = flags.model_tag or f"d{flags.depth}"
         start = prepare("base", tag, plan.model, tokenizer, dist, flags.resume, flags.keep_last)
 
@@ -77,8 +80,9 @@ def main(flags: Flags) -> None:
         settings = Settings(B, plan.total_batch_size, *rates)
         config = {"flags": asdict(flags), "recipe": asdict(plan), "settings": asdict(settings)}
         run = start.build(
-            settings.rates(), plan.batch_factor, config, plan.weight_decay, flags.compile, seed=flags.seed
-        )
+            settings.rates(), plan.batch_factor, config, plan.weight_decay, flags.compile,
+            seed=flags.seed, fp8=flags.fp8,
+        )  # fmt: skip
         loader = PretrainLoader(tokenizer, RowGroups(train_shards), B, T, dist.rank, dist.world_size, run.data_states)
         data_steps = pretrain_steps(loader, accumulation, plan.num_iterations, run.state.step)
         steps = prefetch(on_device(data_steps, dist.device))
@@ -87,7 +91,7 @@ def main(flags: Flags) -> None:
             f"{tag}: {human(param_counts(plan.model)['total'])} parameters, {plan.num_iterations} updates of "
             f"{plan.total_batch_size:,} tokens ({accumulation} x {B} x {T} x {dist.world_size} ranks), "
             f"{plan.flops:.2e} FLOPs; {hardware.describe(dist.device)}, {start.dtype}"
-            f"{', compiled' if run.compiling else ''}"
+            f"{', FP8' if flags.fp8 else ''}{', compiled' if run.compiling else ''}"
         )
 
         # run

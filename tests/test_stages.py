@@ -514,6 +514,7 @@ WRONG = [  # what was done, script, flags, words of the error
     (nothing, base_train, [*BASE, "--target-param-data-ratio", "0", "--num-iterations", "-1"], "above 0"),
     (nothing, base_train, [*BASE, "--device-batch-size", "-4"], "at least 1"),
     (nothing, base_train, [*BASE, "--device-batch-size", "0"], "at least 1"),
+    (nothing, base_train, [*BASE, "--fp8"], "the device is cpu: leave out --fp8"),
     (nothing, base_eval, [*CPU, "--device-batch-size", "0"], "at least 1"),
     (nothing, chat_sft, [*SFT, "--device-batch-size", "0"], "at least 1"),
     (nothing, chat_eval, [*CPU, "-b", "0"], "at least 1"),

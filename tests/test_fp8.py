@@ -1,0 +1,248 @@
+"""
+FP8 layers against the same arithmetic in float32: quantize, dequantize, multiply. torch._scaled_mm runs on the CPU too,
+so this is the path that GPUs take; what only they can show is skipped without one.
+
+    python -m pytest tests/test_fp8.py
+"""
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+
+from nanochat import fp8, hardware
+from nanochat.common import UserError
+from nanochat.distributed import Dist
+from nanochat.fp8 import Fp8Linear, quantize, use_fp8
+from nanochat.gpt import GPT, GPTConfig, Linear
+from nanochat.muon import LearningRates, build_optimizer
+from nanochat.stage import prepare
+
+CPU = torch.device("cpu")
+HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= fp8.MIN_CAPABILITY
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_GPU, reason="no GPU that can FP8"))]
+CONFIG = GPTConfig(sequence_len=32, vocab_size=96, n_layer=2, n_head=2, n_kv_head=1, n_embd=128)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def dequantized(x, dtype):
+    scale = x.float().abs().max() / torch.finfo(dtype).max
+    return (x.float() / scale).to(dtype).float() * scale
+
+
+def make_layer(features_in, features_out, device):
+    layer = Fp8Linear(Linear(features_in, features_out).to(device))
+    fp8._cast_weight(layer.weight, layer.weight_NK, layer.weight_KN, layer.scale)
+    return layer
+
+
+def make(dtype=torch.float32, with_fp8=True, seed=0):
+    torch.manual_seed(seed)
+    model = GPT.create(CONFIG, dtype=dtype)
+    optimizer = build_optimizer(model, LearningRates(), weight_decay=0.0)
+    layers = use_fp8(model, optimizer, compile=False) if with_fp8 else []
+    return model.train(), optimizer, layers
+
+
+def batch(step=0, rows=4):
+    """Text that can be learned: each token follows from the one before."""
+    first = torch.randint(96, (rows, 1), generator=torch.Generator().manual_seed(step))
+    ids_BT = (first * 7 + 5 * torch.arange(33)) % 96
+    return ids_BT[:, :-1], ids_BT[:, 1:]
+
+
+def train(model, optimizer, first, last, rows=4):
+    losses = []
+    for step in range(first, last):
+        loss = model(*batch(step, rows))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+# ---- arithmetic ----
+
+
+@pytest.mark.parametrize("dtype, precision", [(torch.float8_e4m3fn, 2**-4), (torch.float8_e5m2, 2**-3)])
+@pytest.mark.parametrize("magnitude", [1e-20, 1.0, 1e20])
+def test_quantizing_fills_the_range(dtype, precision, magnitude):
+    x = magnitude * torch.randn(64, 64)
+    quantized, scale = quantize(x, dtype)
+    assert quantized.float().abs().max() == torch.finfo(dtype).max
+    error = (quantized.float() * scale - x).abs()
+    smallest = torch.finfo(dtype).smallest_normal * scale  # below it precision falls
+    assert (error <= precision * x.abs().clamp_min(smallest) * 1.001).all()
+
+
+def test_zeros_stay_zeros_and_what_is_not_finite_shows():
+    quantized, scale = quantize(torch.zeros(4, 4), torch.float8_e4m3fn)
+    assert (quantized.float() * scale == 0).all()
+    quantized, scale = quantize(torch.tensor([[1.0, float("inf")]]), torch.float8_e4m3fn)
+    assert not (quantized.float() * scale).isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_forward_and_backward_equal_the_reference(device, dtype, tolerance):
+    layer = make_layer(256, 144, device)
+    x = torch.randn(4, 8, 256, device=device).to(dtype).requires_grad_()
+    grad = 1e-6 * torch.randn(4, 8, 144, device=device).to(dtype)
+    y = layer(x)
+    grad_x, grad_weight = torch.autograd.grad(y, [x, layer.weight], grad)
+    assert (y.dtype, grad_x.dtype, grad_weight.dtype) == (dtype, dtype, torch.float32)
+
+    x8, weight8 = (dequantized(t.detach(), torch.float8_e4m3fn) for t in (x, layer.weight))
+    grad8 = dequantized(grad, torch.float8_e5m2)
+    expected_weight = grad8.flatten(0, 1).T @ x8.flatten(0, 1)
+    for actual, expected in ((y, x8 @ weight8.T), (grad_x, grad8 @ weight8), (grad_weight, expected_weight)):
+        assert (actual.float() - expected).norm() < tolerance * expected.norm()
+    exact = F.linear(x.float(), layer.weight)
+    assert 1e-3 < (y.float() - exact).norm() / exact.norm() < 0.06  # it is FP8, and no worse than that
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_new_model_with_zero_weights_has_finite_gradients(device):
+    layer = make_layer(128, 128, device)
+    torch.nn.init.zeros_(layer.weight)
+    fp8._cast_weight(layer.weight, layer.weight_NK, layer.weight_KN, layer.scale)
+    x = torch.randn(16, 128, device=device, requires_grad=True)
+    y = layer(x)
+    grad_x, grad_weight = torch.autograd.grad(y, [x, layer.weight], torch.ones_like(y))
+    assert (y == 0).all() and (grad_x == 0).all()
+    assert grad_weight.isfinite().all() and (grad_weight != 0).any()
+
+
+# ---- in a model ----
+
+
+def test_layers_large_enough_are_replaced_and_nothing_else_changes():
+    plain, _, _ = make(with_fp8=False)
+    model, optimizer, layers = make()
+    kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, Linear)}
+    blocks = {name for name, kind in kinds.items() if kind is Fp8Linear}
+    large = ("attn.c_q", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # c_k and c_v have 64 outputs here
+    assert blocks == {f"transformer.h.{i}.{name}" for i in (0, 1) for name in large}
+    assert len(layers) == 8
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in model.parameters()}
+
+
+def test_weights_are_cast_once_per_step_and_not_per_micro_batch(monkeypatch):
+    casts = []
+    cast_weight = fp8._cast_weight
+    monkeypatch.setattr(fp8, "_cast_weight", lambda *tensors: casts.append(1) or cast_weight(*tensors))
+    model, optimizer, layers = make()
+    assert len(casts) == len(layers)
+    for _ in range(3):
+        model(*batch()).backward()
+    assert len(casts) == len(layers)
+    optimizer.step()
+    assert len(casts) == 2 * len(layers)
+    for layer in layers:
+        copy_NK = layer.weight_NK.float() * layer.scale
+        torch.testing.assert_close(copy_NK, dequantized(layer.weight.detach(), torch.float8_e4m3fn))
+        assert torch.equal(layer.weight_KN.float().T, layer.weight_NK.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluation_is_that_of_a_model_without_fp8(dtype):
+    model, optimizer, _ = make(dtype)
+    train(model, optimizer, 0, 2)
+    plain, _, _ = make(dtype, with_fp8=False)
+    plain.load_state_dict(model.state_dict())
+    x, y = batch(9)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x, y), plain(x, y))
+        assert not torch.equal(model.train()(x, y), plain(x, y))
+
+
+def test_evaluating_between_steps_compiles_nothing_again():
+    model, optimizer, _ = make()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    fast = torch.compile(model, dynamic=False, fullgraph=True, backend=counter)
+    graphs = []
+    for step in range(4):
+        fast.train()
+        fast(*batch(step), reduction="sum").backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        fast.eval()
+        with torch.no_grad():
+            fast(*batch(step), reduction="none")
+        graphs.append(counter.frame_count)
+    assert graphs == [2, 2, 2, 2]  # one graph to train, one to evaluate
+
+
+@pytest.mark.skipif(not hardware.can_compile(CPU), reason="no C++ compiler")
+def test_compiled_without_a_break():
+    layer = make_layer(128, 144, "cpu")
+    x, grad = torch.randn(32, 128, requires_grad=True), torch.randn(32, 144)
+    results = []
+    for function in (layer, torch.compile(layer, fullgraph=True, dynamic=False)):
+        y = function(x)
+        results.append((y.detach(), *torch.autograd.grad(y, [x, layer.weight], grad)))
+    for eager, compiled in zip(*results, strict=True):
+        assert (compiled - eager).norm() < 1e-3 * eager.norm()  # another rounding of a scale can move some casts
+
+
+def test_the_loss_follows_that_of_bfloat16():
+    curves = [train(*make(torch.bfloat16, with_fp8)[:2], 0, 40, rows=8) for with_fp8 in (False, True)]
+    last = [sum(curve[-5:]) / 5 for curve in curves]
+    assert last[0] < 0.8 * curves[0][0]  # something was learned
+    assert last[1] == pytest.approx(last[0], rel=0.005)
+    assert curves[0] != curves[1]
+
+
+def test_resuming_needs_nothing_of_fp8():
+    model, optimizer, _ = make()
+    train(model, optimizer, 0, 2)
+    saved = copy.deepcopy((model.state_dict(), optimizer.full_state()))
+    expected = train(model, optimizer, 2, 4)
+
+    model, optimizer, _ = make(with_fp8=False, seed=1)
+    model.load_state_dict(saved[0])
+    optimizer.load_full_state(saved[1])
+    use_fp8(model, optimizer, compile=False)
+    assert train(model, optimizer, 2, 4) == expected
+
+
+def test_a_stage_trains_in_fp8_when_asked_to(monkeypatch, tmp_path, golden_tokenizer):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    start = prepare("base", "tag", CONFIG, golden_tokenizer, Dist(CPU))
+    for wanted in (False, True):
+        run = start.build(LearningRates(), 1.0, {}, compile=False, fp8=wanted)
+        assert any(isinstance(module, Fp8Linear) for module in run.model.modules()) is wanted
+
+
+# ---- what cannot be ----
+
+
+@pytest.mark.parametrize(
+    "capability, width, rows, part",
+    [((8, 6), 128, 64, "Old Card has 8.6"), ((9, 0), 96, 64, "this model has 96"), ((9, 0), 128, 40, "not 40")],
+)
+def test_what_cannot_train_in_fp8_is_told_why(monkeypatch, capability, width, rows, part):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
+    config = GPTConfig(n_head=1, n_kv_head=1, n_embd=width)
+    with pytest.raises(UserError, match=part) as caught:
+        fp8.check(config, rows, torch.device("cuda", 0))
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    fp8.check(CONFIG, 64, torch.device("cuda", 0))
+
+
+def test_a_cpu_is_told_so():
+    with pytest.raises(UserError, match="the device is cpu: leave out --fp8"):
+        fp8.check(CONFIG, 64, CPU)
