@@ -53,8 +53,8 @@ class _CrossEntropy(torch.autograd.Function):
         if ctx.summed:
             d_hidden_NC, d_head_VC = (gradient * grad.to(gradient.dtype) for gradient in ctx.saved_tensors)
         else:
-            vocab_size, cap = ctx.options
-            _, d_hidden_NC, d_head_VC = _chunked(*ctx.saved_tensors, vocab_size, cap, grad)
+            (hidden_NC, head_VC, targets_N), (vocab_size, cap) = ctx.saved_tensors, ctx.options
+            _, d_hidden_NC, d_head_VC = _chunked(hidden_NC, head_VC, targets_N, vocab_size, cap, grad)
         return d_hidden_NC, d_head_VC, None, None, None, None
 
 
