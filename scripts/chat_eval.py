@@ -9,6 +9,7 @@ Examine a chat model.
 Each question, answer and verdict is kept in <base>/report/chat_eval/<model>/<task>.jsonl.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,8 +107,8 @@ def check(flags: Flags) -> tuple[list[str], list[int]]:
         raise UserError("--batch-size, --max-new-tokens and --num-samples must be at least 1")
     if flags.max_problems < 1 and flags.max_problems != -1:
         raise UserError(f"--max-problems {flags.max_problems}: must be at least 1, or -1 for all")
-    if flags.temperature < 0 or flags.top_k < 0:
-        raise UserError("--temperature and --top-k must be at least 0")
+    if not 0 <= flags.temperature < math.inf or flags.top_k < 0:
+        raise UserError("--temperature and --top-k must be numbers of at least 0")
     if flags.num_samples > 1 and flags.temperature == 0:
         raise UserError(f"--num-samples {flags.num_samples}: greedy answers are all the same, add --temperature 0.8")
     pass_k = [int(k) if k.isdecimal() else 0 for k in flags.pass_k.split(",")] if flags.pass_k else []
