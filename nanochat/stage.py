@@ -90,6 +90,7 @@ class Start:
         fp8: bool = False,  # matrix products of training in FP8, where fp8.check has found that this can be
     ) -> "Run":
         """The new run, or the resumed one as it was left. Collective; tunes the process and seeds its generators."""
+        self.checkpoints.lock()
         dist, device, origin = self.dist, self.dist.device, self.saved or self.source
         precision = hardware.tune_process(device, self.saved.meta["matmul_precision"] if self.saved else "")
         precision = hardware.tune_process(device, dist.gather(precision)[0])  # all ranks as the first

@@ -75,8 +75,10 @@ def main(flags: Flags) -> dict[str, Score]:
         engine = Engine(model, tokenizer, flags.batch_size)
         settings = Request([], flags.max_new_tokens, flags.temperature, flags.top_k)
         model_name = f"{flags.source}-{checkpoint.tag}-{checkpoint.step:06d}"
-        part = f" (first {flags.max_problems})" if flags.max_problems > 0 else ""
-        folder = report_dir() / "chat_eval" / (f"{model_name}-{flags.max_problems}" if part else model_name)
+        limits = [f"first {flags.max_problems}"] if flags.max_problems > 0 else []
+        limits += [f"temperature {flags.temperature}"] if flags.temperature else []
+        part = f" ({', '.join(limits)})" if limits else ""  # so that full, greedy scores keep their place
+        folder = report_dir() / "chat_eval" / "-".join([model_name, *limits]).replace(" ", "-")
         dist.print0(f"{checkpoint.path}, {hardware.describe(dist.device)}, {dtype}")
         scores, numbers = {}, dict[str, Any](model=str(checkpoint.path))
         for name, task in tasks.items():
