@@ -1,15 +1,107 @@
 """
-Causal attention with an optional window: query t sees keys t - window … t.
+Causal attention with an optional window: query t sees keys t - window … t. One call, and the best kernel that this
+machine can run:
+
+    kernel = choose("auto", AttentionShape(…), device, dtype)    # once, when the model is built
+    y_BTHD = kernel(q_BTHD, k_BTKD, v_BTKD, window)
+
+A kernel is chosen because it ran: forward and backward, in the dtype and shape in question, with the right result.
+Nothing is downloaded; a package that is not installed is not there.
 
 Shapes: B rows, T query tokens, S key tokens, H query heads, K key/value heads (K divides H), D head size.
 """
 
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
+from nanochat.common import UserError
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+# Forward (q, k, v, window) → output (B, T, H, D), and the softmax's sums or their logarithm (B, H, T) in float32;
+# backward (grad, q, k, v, output, sums, window) → gradients of q, k, v.
+ForwardBackward = tuple[Callable[..., tuple[torch.Tensor, ...]], Callable[..., tuple[torch.Tensor, ...]]]
+
+BLOCK = 128  # queries at a time on the CPU; the windows are multiples of it
+CACHED_SCORES = 2**18  # of a block, on the CPU: 512 KiB in bfloat16, half of a usual second-level cache
+MAX_ERROR = 0.02  # of a kernel in the norm; bfloat16 kernels are 0.002 to 0.006 off float32
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What a model will ask of its attention kernel."""
+
+    num_tokens: int  # T
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    head_dim: int  # D
+    windows: tuple[int, ...]  # of all layers
+
+
+def choose(
+    name: str, shape: AttentionShape, device: torch.device, dtype: torch.dtype, tell: Callable[[str], None] = print
+) -> tuple[str, Kernel]:
+    """
+    The kernel of that name, or for "auto" the first that works here of those listed below, fastest first; and its name.
+    Kernels that are installed but do not work are told about. UserError if the one named does not work.
+    """
+    if name != "auto" and name not in LOADERS:
+        raise UserError(f"--attention {name}: unknown, use auto, {', '.join(LOADERS)}")
+    for candidate in _candidates(device, dtype) if name == "auto" else (name,):
+        try:
+            kernel = LOADERS[candidate]()
+        except ImportError as error:
+            if name != "auto":
+                raise UserError(f"--attention {name}: its package is not installed ({error}); use auto") from error
+            continue
+        try:
+            probe(kernel, shape, device, dtype)
+        except Exception as error:  # noqa: BLE001  foreign code raises what it likes; all of it means: not this kernel
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            if name != "auto":
+                raise UserError(f"--attention {name} does not work here ({reason}); use auto") from error
+            tell(f"attention: {candidate} passed over, it does not work here ({reason})")
+            continue
+        return candidate, kernel
+    raise AssertionError("the last candidate always works")
+
+
+def _candidates(device: torch.device, dtype: torch.dtype) -> Sequence[str]:
+    if device.type == "cuda":
+        return "fa3", "fa4", "fa2", "flash", "flex", "banded", "sdpa"
+    # Blocks live from the products of oneDNN: bfloat16, or float32 where hardware.choose_cpu_matmul found it fast.
+    fast = dtype == torch.bfloat16 or (dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium")
+    return ("blocks", "banded") if device.type == "cpu" and fast else ("banded",)
+
+
+def probe(kernel: Kernel, shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> None:
+    """Runs a kernel forward and backward on one row of text. Raises what it raises; ValueError if a result is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    T, H, K, D = shape.num_tokens, shape.num_heads, shape.num_kv_heads, shape.head_dim
+    q, k, v, grad = (torch.randn(1, T, heads, D, generator=generator).to(device, dtype) for heads in (H, K, K, H))
+    q, k = F.rms_norm(q, (D,)), F.rms_norm(k, (D,))
+    for window in sorted(set(shape.windows)):
+        results = []
+        for attention, compute_dtype in ((kernel, dtype), (attend, torch.float32)):
+            q_, k_, v_ = (x.detach().to(compute_dtype).requires_grad_() for x in (q, k, v))
+            output = attention(q_, k_, v_, window)
+            results.append((output, *torch.autograd.grad(output, (q_, k_, v_), grad.to(output.dtype))))
+        for what, result, expected in zip(("output", "q's", "k's", "v's"), *results, strict=True):
+            error = ((result.float() - expected).norm() / expected.norm()).item()
+            if not error < MAX_ERROR:  # NaN included
+                what = what if what == "output" else f"{what} gradient"
+                raise ValueError(f"window {window} of {T} tokens: the {what} is wrong by {error:.2g} in the norm")
+
+
+# ---- torch's own attention ----
+
 
 def attend(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
-    """A whole sequence to itself, as in training and in the first chunk of a prefill. Returns (B, T, H, D)."""
+    """A whole sequence to itself, on any device, in any dtype ("banded"). Returns (B, T, H, D)."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
     num_tokens = q.size(2)
     if window >= num_tokens - 1:
@@ -24,6 +116,16 @@ def attend(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, win
         keys = slice(first_key, stop)
         outputs.append(_sdpa(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], mask=mask))
     return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def attend_masked(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
+    """The same the simple way ("sdpa"): windows as a mask of T x T. Returns (B, T, H, D)."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
+    num_tokens = q.size(2)
+    if window >= num_tokens - 1:
+        return _sdpa(q, k, v, is_causal=True).transpose(1, 2)
+    mask = band_mask(torch.arange(num_tokens, device=q.device), 0, num_tokens, window)
+    return _sdpa(q, k, v, mask=mask).transpose(1, 2)
 
 
 def attend_cached(
@@ -44,3 +146,212 @@ def _sdpa(q, k, v, mask: torch.Tensor | None = None, is_causal: bool = False) ->
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1)
     )
+
+
+def attend_flash(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
+    """
+    The FlashAttention-2 in torch's wheel ("flash"), for CUDA GPUs of capability 8.0 and 16 bits. SDPA does not give it
+    windows; the operator under SDPA takes them, has a backward and is known to torch.compile. Returns (B, T, H, D).
+    """
+    T, left = q_BTHD.size(1), window if window < q_BTHD.size(1) - 1 else -1
+    return torch.ops.aten._flash_attention_forward(
+        q_BTHD, k_BTKD, v_BTKD, None, None, T, T, 0.0, True, False, window_size_left=left, window_size_right=0
+    )[0]
+
+
+def load_flex() -> Kernel:
+    """FlexAttention: windows at the cost of what they see, on GPUs that Triton knows. On a CPU it has no backward."""
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    masks: dict[tuple[int, int], BlockMask] = {}  # by T and window; the probe makes those that training needs
+
+    def attend(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
+        T = q.size(2)
+        if (T, window) not in masks:
+            sees = lambda b, h, i, j: (i >= j) & (i - j <= window)  # noqa: E731  as create_block_mask wants it
+            masks[T, window] = create_block_mask(sees, None, None, T, T, device=str(q.device))
+        y = compiled(q, k, v, block_mask=masks[T, window], enable_gqa=q.size(1) != k.size(1))
+        return y.transpose(1, 2)
+
+    return attend
+
+
+# ---- the flash-attn packages: https://github.com/Dao-AILab/flash-attention ----
+
+
+def load_fa2() -> Kernel:
+    """flash-attn 2.7 and newer, whose operators torch.compile knows."""
+    from flash_attn import flash_attn_func
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        return flash_attn_func(q, k, v, causal=True, window_size=(window if window < q.size(1) - 1 else -1, 0))
+
+    return attend
+
+
+def _fa3_functions() -> ForwardBackward:
+    import flash_attn_interface as fa3
+
+    def forward(q, k, v, window):
+        left = window if window < q.size(1) - 1 else -1
+        return fa3.flash_attn_func(q, k, v, causal=True, window_size=(left, 0), return_attn_probs=True)[:2]
+
+    def backward(grad, q, k, v, output, sums, window):
+        left = window if window < q.size(1) - 1 else -1
+        grads = tuple(torch.empty_like(x) for x in (q, k, v))
+        scale, no_varlen = q.size(-1) ** -0.5, [None] * 6
+        fa3._flash_attn_backward(grad, q, k, v, output, sums, *no_varlen, *grads, scale, True, left, 0)
+        return grads
+
+    return forward, backward
+
+
+def _fa4_functions() -> ForwardBackward:
+    from flash_attn.cute import interface as fa4
+
+    def forward(q, k, v, window):
+        left = window if window < q.size(1) - 1 else None
+        return fa4.flash_attn_func(q, k, v, causal=True, window_size=(left, None), return_lse=True)[:2]
+
+    def backward(grad, q, k, v, output, sums, window):
+        left = window if window < q.size(1) - 1 else None
+        return fa4._flash_attn_bwd(q, k, v, output, grad, sums, causal=True, window_size_left=left)
+
+    return forward, backward
+
+
+def as_operator(name: str, functions: ForwardBackward) -> Kernel:
+    """
+    A kernel into which torch.compile cannot look, or should not: as operators of torch, which a graph holds as they
+    are. Inputs are made contiguous, outputs must be.
+    """
+    run_forward, run_backward = functions
+
+    @torch.library.custom_op(f"nanochat::{name}", mutates_args=())
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+        output, sums = run_forward(q, k, v, window)
+        return output, sums
+
+    @torch.library.custom_op(f"nanochat::{name}_backward", mutates_args=())
+    def backward(
+        grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor,
+        sums: torch.Tensor, window: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        dq, dk, dv = run_backward(grad, q, k, v, output, sums, window)
+        return dq, dk, dv
+
+    @forward.register_fake
+    def _(q, k, v, window):
+        B, T, H, _ = q.shape
+        return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+
+    @backward.register_fake
+    def _(grad, q, k, v, output, sums, window):
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        *qkv, ctx.window = inputs
+        ctx.save_for_backward(*qkv, *output)
+
+    def differentiate(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *backward(grad.contiguous(), *ctx.saved_tensors, ctx.window), None
+
+    forward.register_autograd(differentiate, setup_context=save)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        return forward(q.contiguous(), k.contiguous(), v.contiguous(), window)[0]
+
+    return attend
+
+
+# ---- the CPU's ----
+
+
+def blocks_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> tuple[torch.Tensor, ...]:
+    """
+    Plain matrix products: text by text and block of queries by block, against the keys that the block sees, all of it
+    small enough for the cache ("blocks"). Forward and backward, in processor time: in bfloat16 1.5-1.7 times as fast as
+    "banded", 1.15 times with full windows at T 2048; in float32 1.3-1.6 times, there 0.86. It stays an operator when
+    the model is compiled: its loop would unroll into more code than the rest (135 s of compiling for 4 layers instead
+    of 58), which ran no faster.
+
+    The softmax takes no maximum off the scores, so these must stay below 80 or exp overflows: normed queries and keys
+    cannot reach gain² · sqrt(D), which is 16 for D = 128. Not for float16, whose range is too small.
+    """
+    if q.dtype == torch.float16:
+        raise TypeError("float16 cannot hold exp(scores)")
+    B, T, H, D = q.shape
+    output, sums_BHT = q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+    blocks = _blocks(q, window)
+    for b, heads, kv_heads in _groups_of_heads(q, k, window):
+        group = H // k.size(2)
+        q_HTD = _heads(q[b, :, heads] * D**-0.5)
+        k_HTD, v_HTD = _heads(k[b, :, kv_heads], group), _heads(v[b, :, kv_heads], group)
+        for queries, keys, sees in blocks:
+            weights = torch.bmm(q_HTD[:, queries], k_HTD[:, keys].mT).exp_().mul_(sees)
+            sums = sums_BHT[b, heads, queries] = weights.sum(dim=-1, dtype=torch.float32)
+            output[b, queries, heads] = (torch.bmm(weights, v_HTD[:, keys]) / sums.unsqueeze(-1)).transpose(0, 1)
+    return output, sums_BHT
+
+
+def blocks_backward(grad, q, k, v, output, sums_BHT, window: int) -> tuple[torch.Tensor, ...]:
+    """The weights again, not yet divided by their sums: the gradient of the output is, which is smaller."""
+    D, group = q.size(-1), q.size(2) // k.size(2)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    blocks = _blocks(q, window)
+    for b, heads, kv_heads in _groups_of_heads(q, k, window):
+        q_HTD = _heads(q[b, :, heads] * D**-0.5)
+        k_HTD, v_HTD = _heads(k[b, :, kv_heads], group), _heads(v[b, :, kv_heads], group)
+        scaled_THD = grad[b, :, heads].float() / sums_BHT[b, heads].T.unsqueeze(-1)
+        grad_HTD = _heads(scaled_THD.to(q.dtype))
+        dot_HT1 = _heads((scaled_THD * output[b, :, heads]).sum(dim=-1, keepdim=True).to(q.dtype))  # of softmax's own
+        dk_HTD, dv_HTD = torch.zeros_like(k_HTD, dtype=torch.float32), torch.zeros_like(v_HTD, dtype=torch.float32)
+        for queries, keys, sees in blocks:
+            weights = torch.bmm(q_HTD[:, queries], k_HTD[:, keys].mT).exp_().mul_(sees)
+            dv_HTD[:, keys] += torch.bmm(weights.mT, grad_HTD[:, queries])
+            dscores = torch.bmm(grad_HTD[:, queries], v_HTD[:, keys].mT).sub_(dot_HT1[:, queries]).mul_(weights)
+            dk_HTD[:, keys] += torch.bmm(dscores.mT, q_HTD[:, queries])
+            dq[b, queries, heads] = torch.bmm(dscores, k_HTD[:, keys]).mul_(D**-0.5).transpose(0, 1)
+        for total, d_HTD in ((dk, dk_HTD), (dv, dv_HTD)):
+            total[b, :, kv_heads] = d_HTD.unflatten(0, (-1, group)).sum(dim=1).transpose(0, 1)
+    return dq, dk, dv
+
+
+def _groups_of_heads(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, window: int) -> Iterator[tuple[int, slice, slice]]:
+    """Text, query heads and key/value heads, as many at a time as the cache holds the scores of."""
+    B, T, H, _ = q_BTHD.shape
+    num_kv_heads, group = k_BTKD.size(2), H // k_BTKD.size(2)
+    step = max(1, CACHED_SCORES // (BLOCK * min(T, window + BLOCK) * group))
+    for b in range(B):
+        for first in range(0, num_kv_heads, step):
+            stop = min(first + step, num_kv_heads)
+            yield b, slice(first * group, stop * group), slice(first, stop)
+
+
+def _heads(x_TKD: torch.Tensor, group: int = 1) -> torch.Tensor:
+    """Head by head, each key/value head once for every query head of its group: (H, T, D)."""
+    return x_TKD.transpose(0, 1).repeat_interleave(group, dim=0).contiguous()
+
+
+def _blocks(q_BTHD: torch.Tensor, window: int) -> list[tuple[slice, slice, torch.Tensor]]:
+    """Queries; the keys that any of them sees, from a multiple of the block on; 1 where one sees the other, else 0."""
+    blocks, num_tokens = [], q_BTHD.size(1)
+    for start in range(0, num_tokens, BLOCK):
+        stop, first_key = min(start + BLOCK, num_tokens), max(start - window, 0) // BLOCK * BLOCK
+        sees = band_mask(torch.arange(start, stop), first_key, stop, window)
+        blocks.append((slice(start, stop), slice(first_key, stop), sees.to(q_BTHD)))
+    return blocks
+
+
+LOADERS: dict[str, Callable[[], Kernel]] = {  # an ImportError says that the package is not installed
+    "fa3": functools.cache(lambda: as_operator("fa3", _fa3_functions())),
+    "fa4": functools.cache(lambda: as_operator("fa4", _fa4_functions())),
+    "fa2": load_fa2,
+    "flash": lambda: attend_flash,
+    "flex": load_flex,
+    "blocks": functools.cache(lambda: as_operator("blocks", (blocks_forward, blocks_backward))),
+    "banded": lambda: attend,
+    "sdpa": lambda: attend_masked,
+}

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.attention import attend
+from nanochat.attention import AttentionShape, Kernel, attend
 from nanochat.common import UserError
 from nanochat.loss import cross_entropy
 
@@ -70,6 +70,10 @@ class GPTConfig:
         pattern = "L" if self.vintage == "classic" else self.window_pattern
         sizes = {"S": min(short, self.sequence_len), "L": self.sequence_len}
         return [sizes[pattern[i % len(pattern)]] for i in range(self.n_layer - 1)] + [self.sequence_len]
+
+    @property
+    def attention_shape(self) -> AttentionShape:
+        return AttentionShape(self.sequence_len, self.n_head, self.n_kv_head, self.head_dim, tuple(self.windows))
 
     @property
     def layers_with_value_embeds(self) -> list[int]:
@@ -126,6 +130,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer, self.window, self.head_dim = layer, config.windows[layer], config.head_dim
+        self.attend: Kernel = attend
         self.gain = 1.0 if config.vintage == "classic" else QK_GAIN
         kv_width = config.n_kv_head * config.head_dim
         self.c_q = Linear(config.n_embd, config.n_embd)
@@ -147,7 +152,7 @@ class Attention(nn.Module):
             v = v + gate_BTK.unsqueeze(-1) * value_embed_BTKD
         q, k = self.gain * norm(rotate(q, cos_Q, sin_Q)), self.gain * norm(rotate(k, cos, sin))
         if cache is None:
-            y = attend(q, k, v, self.window)
+            y = self.attend(q, k, v, self.window)
         else:
             y = cache.attend(self.layer, q, k, v, self.window)
         return self.c_proj(y.flatten(2))
@@ -222,6 +227,11 @@ class GPT(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.cos.device
+
+    def use_attention(self, kernel: Kernel) -> None:
+        """For whole sequences, in place of the one that runs anywhere (attention.py: choose)."""
+        for block in cast(Iterable[Block], self.transformer.h):
+            block.attn.attend = kernel
 
     @torch.no_grad()
     def init_weights(self) -> None:

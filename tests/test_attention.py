@@ -1,15 +1,30 @@
 """
-Attention against the textbook formula, written out with one loop per head: windows, grouped heads, a cache.
+Attention against the textbook formula, written out with one loop per head: windows, grouped heads, a cache; every
+kernel that runs here, stand-ins for the packages that do not, and how one of them is chosen.
 
     python -m pytest tests/test_attention.py
 """
 
 import math
+import sys
+import types
 
 import pytest
 import torch
 
-from nanochat.attention import attend, attend_cached, band_mask
+from nanochat import attention
+from nanochat.attention import (
+    LOADERS,
+    AttentionShape,
+    attend,
+    attend_cached,
+    attend_masked,
+    band_mask,
+    choose,
+    probe,
+)
+from nanochat.common import UserError
+from nanochat.gpt import GPT, GPTConfig
 
 
 def naive_attention(q_BTHD, k_BSKD, v_BSKD, sees_BTS):
@@ -33,6 +48,10 @@ def random_heads(num_tokens, num_heads, num_kv_heads, head_dim=8, rows=2):
     torch.manual_seed(0)
     shapes = [(rows, num_tokens, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
     return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def rms_norm(x):
+    return torch.nn.functional.rms_norm(x, (x.size(-1),))
 
 
 @pytest.mark.parametrize("num_heads, num_kv_heads", [(2, 2), (4, 2), (3, 1)])
@@ -74,3 +93,234 @@ def test_attend_cached_gives_the_last_rows_of_the_whole(num_heads, num_kv_heads)
         mask_B1TS = band_mask(positions_BT, 0, 23, window=7).unsqueeze(1)
         cached = attend_cached(q[:, -new_tokens:], k, v, mask_B1TS)
         torch.testing.assert_close(cached, attend(q, k, v, 7)[:, -new_tokens:], rtol=1e-5, atol=1e-5)
+
+
+# ---- the kernels ----
+
+
+def window_shape(num_tokens=200, num_heads=4, num_kv_heads=2, head_dim=16, windows=(128, 200)):
+    return AttentionShape(num_tokens, num_heads, num_kv_heads, head_dim, windows)
+
+
+def close(kernel, qkv, window, tolerance):
+    """Output and gradients against the textbook's in float32, in the norm."""
+    grad = torch.randn(qkv[0].shape, generator=torch.Generator().manual_seed(1))
+    expected_inputs = [x.detach().float().requires_grad_() for x in qkv]
+    expected = naive_attention(*expected_inputs, naive_window(qkv[0].size(1), window))
+    expected = [expected, *torch.autograd.grad(expected, expected_inputs, grad)]
+    output = kernel(*qkv, window)
+    found = [output, *torch.autograd.grad(output, qkv, grad.to(output.dtype))]
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == qkv[0].dtype
+        assert (a.float() - b).norm() <= tolerance * max(b.norm(), grad.norm())  # some gradients are exactly 0
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("num_heads, num_kv_heads", [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize("num_tokens, window", [(1, 4), (128, 128), (300, 128), (300, 7), (257, 0), (300, 299)])
+def test_blocks_equal_a_masked_softmax(num_tokens, window, num_heads, num_kv_heads, dtype, tolerance):
+    q, k, v = random_heads(num_tokens, num_heads, num_kv_heads, head_dim=16)
+    qkv = [x.detach().to(dtype).requires_grad_() for x in (1.2 * rms_norm(q), 1.2 * rms_norm(k), v)]
+    close(LOADERS["blocks"](), qkv, window, tolerance)
+
+
+def test_blocks_hold_the_largest_scores_that_normed_heads_can_have():
+    q = torch.ones(1, 130, 1, 128) * 1.2
+    v = torch.randn(1, 130, 1, 128)
+    mean = v.cumsum(dim=1) / torch.arange(1, 131)[:, None, None]  # all keys are alike
+    torch.testing.assert_close(LOADERS["blocks"]()(q, q, v, 130), mean, rtol=1e-4, atol=1e-5)
+
+
+def test_the_simple_way_equals_a_masked_softmax():
+    for window in (5, 60):
+        close(LOADERS["sdpa"](), random_heads(61, 4, 2), window, 1e-5)
+
+
+def test_flex_attention_forward():
+    kernel = LOADERS["flex"]()
+    q, k, v = (x.detach() for x in random_heads(64, 2, 1, head_dim=16))
+    torch.testing.assert_close(kernel(q, k, v, 9), naive_attention(q, k, v, naive_window(64, 9)), rtol=1e-4, atol=1e-5)
+
+
+def scores_and_lse(q, k, window):
+    """(B, H, T, S) and (B, H, T), for keys of all query heads."""
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / q.size(-1) ** 0.5
+    scores = scores.masked_fill(~naive_window(q.size(1), window)[:, None], -math.inf)
+    return scores, scores.logsumexp(-1)
+
+
+class StandIn(types.ModuleType):
+    """In the place of a package with CUDA kernels: the same functions, which compute with SDPA."""
+
+    def __init__(self, name, wrong_by=0.0):
+        super().__init__(name)
+        self.wrong_by, self.calls = wrong_by, []
+
+    def forward(self, q, k, v, window):
+        assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
+        window = q.size(1) if window in (None, -1) else window
+        self.calls.append(("forward", window))
+        _, lse = scores_and_lse(q, k.repeat_interleave(q.size(2) // k.size(2), 2), window)
+        return attend(q, k, v, window).contiguous() * (1 + self.wrong_by), lse
+
+    def backward(self, grad, q, k, v, output, lse, window):
+        assert grad.is_contiguous()
+        window = q.size(1) if window in (None, -1) else window
+        self.calls.append(("backward", window))
+        group = q.size(2) // k.size(2)
+        keys, values = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+        p = (scores_and_lse(q, keys, window)[0] - lse[..., None]).exp()
+        dp = torch.einsum("bthd,bshd->bhts", grad, values)
+        ds = p * (dp - (grad * output).sum(-1).mT[..., None]) / q.size(-1) ** 0.5
+        dk, dv = torch.einsum("bhts,bthd->bshd", ds, q), torch.einsum("bhts,bthd->bshd", p, grad)
+        dk, dv = (x.unflatten(2, (-1, group)).sum(3).contiguous() for x in (dk, dv))
+        return torch.einsum("bhts,bshd->bthd", ds, keys).contiguous(), dk, dv
+
+
+class FA3(StandIn):
+    def flash_attn_func(self, q, k, v, causal=False, window_size=(-1, -1), return_attn_probs=False):
+        assert causal and window_size[1] == 0 and return_attn_probs
+        return self.forward(q, k, v, window_size[0])
+
+    def _flash_attn_backward(
+        self, dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+        window_size_left=-1, window_size_right=-1,
+    ):  # fmt: skip
+        assert is_causal and window_size_right == 0 and softmax_scale == q.size(-1) ** -0.5
+        assert (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k) == (None,) * 6
+        for buffer, grad in zip((dq, dk, dv), self.backward(dout, q, k, v, out, softmax_lse, window_size_left)):  # noqa: B905
+            buffer.copy_(grad)
+
+
+class FA4(StandIn):
+    def flash_attn_func(self, q, k, v, causal=False, window_size=(None, None), return_lse=False):
+        assert causal and window_size[1] is None and return_lse
+        return self.forward(q, k, v, window_size[0])
+
+    def _flash_attn_bwd(self, q, k, v, out, dout, lse, causal=False, window_size_left=None):
+        assert causal
+        return self.backward(dout, q, k, v, out, lse, window_size_left)
+
+
+class FA2(StandIn):
+    def flash_attn_func(self, q, k, v, causal=False, window_size=(-1, -1)):
+        assert causal and window_size[1] == 0
+        return attend(q, k, v, q.size(1) if window_size[0] == -1 else window_size[0])
+
+
+def stand_in(monkeypatch, name, **options):
+    """Installs one; its operators are made anew."""
+    module = {"fa2": FA2, "fa3": FA3, "fa4": FA4}[name](name, **options)
+    if name == "fa3":
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    elif name == "fa2":
+        monkeypatch.setitem(sys.modules, "flash_attn", module)
+    else:
+        cute = types.ModuleType("flash_attn.cute")
+        cute.interface = module
+        for path, part in (("", types.ModuleType("flash_attn")), (".cute", cute), (".cute.interface", module)):
+            monkeypatch.setitem(sys.modules, f"flash_attn{path}", part)
+    if name != "fa2":
+        LOADERS[name].cache_clear()
+    return module
+
+
+@pytest.mark.parametrize("name", ["fa2", "fa3", "fa4"])
+def test_the_packages_are_called_as_they_want_to_be(monkeypatch, name):
+    module = stand_in(monkeypatch, name)
+    kernel = LOADERS[name]()
+    for window in (5, 36, 37, 99):
+        close(kernel, random_heads(37, 4, 2), window, 1e-5)
+    if name != "fa2":
+        assert module.calls == [(way, w) for w in (5, 37, 37, 37) for way in ("forward", "backward")]
+
+
+@pytest.mark.parametrize("name", ["fa3", "fa4", "blocks"])
+def test_operators_are_sound_and_compile_into_one_graph(monkeypatch, name):
+    if name != "blocks":
+        stand_in(monkeypatch, name)
+    kernel, qkv = LOADERS[name](), random_heads(40, 4, 2)
+    torch.library.opcheck(getattr(torch.ops.nanochat, name).default, (*qkv, 7))
+    compiled = torch.compile(lambda *x: kernel(*x, 7).sin(), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(*qkv).sum(), qkv), torch.autograd.grad(kernel(*qkv, 7).sin().sum(), qkv)
+    )
+
+
+# ---- the choice ----
+
+
+def chosen(name="auto", device="cpu", dtype=torch.float32, **shape):
+    said = []
+    found, kernel = choose(name, window_shape(**shape), torch.device(device), dtype, said.append)
+    return found, kernel, said
+
+
+def test_a_cpu_takes_blocks_where_onednn_multiplies(monkeypatch):
+    assert chosen(dtype=torch.bfloat16)[::2] == ("blocks", [])
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    assert chosen()[::2] == ("banded", [])
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    assert chosen()[::2] == ("blocks", [])
+    assert chosen(dtype=torch.float16)[::2] == ("banded", [])
+
+
+def test_what_does_not_work_is_passed_over_with_a_line(monkeypatch):
+    order = ("fa3", "fa2", "sdpa")
+    monkeypatch.setattr(attention, "_candidates", lambda device, dtype: order)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # not installed: nobody need know
+    stand_in(monkeypatch, "fa3", wrong_by=0.1)
+    name, kernel, said = chosen()
+    assert (name, kernel) == ("sdpa", attend_masked)
+    assert len(said) == 1 and "fa3 passed over" in said[0] and "output is wrong by 0.1" in said[0]
+
+    module = stand_in(monkeypatch, "fa3")
+    module.forward = lambda *_: (_ for _ in ()).throw(RuntimeError("CUDA error:\nno kernel image"))
+    name, _, said = chosen()
+    assert name == "sdpa" and said == [
+        "attention: fa3 passed over, it does not work here (RuntimeError: CUDA error: no kernel image)"
+    ]
+    stand_in(monkeypatch, "fa3")
+    assert chosen()[::2] == ("fa3", [])
+
+
+def test_a_kernel_that_is_asked_for_must_work(monkeypatch):
+    assert chosen("sdpa")[0] == "sdpa"
+    with pytest.raises(UserError, match="--attention best: unknown.*fa3.*banded"):
+        chosen("best")
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(UserError, match="--attention fa2: its package is not installed"):
+        chosen("fa2")
+    with pytest.raises(UserError, match="--attention blocks does not work here .*float16"):
+        chosen("blocks", dtype=torch.float16)
+    with pytest.raises(UserError, match="--attention flash does not work here"):
+        chosen("flash")
+
+
+def test_a_model_trains_with_the_kernel_it_was_given():
+    config = GPTConfig(160, 50, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, window_pattern="S")
+    torch.manual_seed(0)
+    model = GPT.create(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    idx_BT = torch.randint(50, (2, 160))
+    results = []
+    for name in ("banded", "blocks"):
+        model.use_attention(choose(name, config.attention_shape, torch.device("cpu"), torch.float32)[1])
+        loss = model(idx_BT, idx_BT)
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", ["fa3", "fa4", "fa2", "flash", "flex", "banded", "sdpa"])
+def test_on_a_gpu_every_kernel_that_is_installed_works_compiled(name):
+    device = torch.device("cuda")
+    try:
+        kernel = LOADERS[name]()
+    except ImportError as error:
+        pytest.skip(f"not installed: {error}")
+    probe(kernel, AttentionShape(1024, 4, 2, 128, (256, 1024)), device, torch.bfloat16)
+    compiled = torch.compile(lambda *x: kernel(*x), dynamic=False, fullgraph=True)
+    probe(compiled, AttentionShape(1024, 4, 2, 128, (256, 1024)), device, torch.bfloat16)

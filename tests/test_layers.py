@@ -27,7 +27,12 @@ DEFINITIONS = (
     ast.AnnAssign,
 )
 ENVIRONMENT = {"sys.argv", "os.environ", "os.getenv", "open", "torch.device", "torch.cuda.is_available", "base_dir"}
-PACKAGE_OF = {"PIL": "pillow", "yaml": "pyyaml", "flash_attn": "flash-attn"}  # where module and package differ
+PACKAGE_OF = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "flash_attn": "flash-attn",
+    "flash_attn_interface": "flash-attn-3",
+}  # where module and package differ
 
 MODULES = {
     path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
