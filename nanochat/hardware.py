@@ -103,13 +103,17 @@ def peak_memory(device: torch.device) -> int:
 def tune_process(device: torch.device, matmul_precision: str = "") -> str:
     """
     Process-wide settings for training. On CUDA: TF32 for what is left in float32. On the CPU: the faster of two float32
-    matrix products, and a malloc that keeps the pages it has. Returns the precision chosen; a resumed run passes it in
-    again, for two measurements may differ and with them the last bits of every loss.
+    matrix products, a malloc that keeps the pages it has, and sums in a fixed order. Returns the precision chosen; a
+    resumed run passes it in again, for two measurements may differ and with them the last bits of every loss.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     elif device.type == "cpu":
         keep_freed_pages()
+        # Else compiled code adds up the gradients of embedding tables in whatever order two threads come by, so that no
+        # run could be repeated, or resumed, to the bit.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         if matmul_precision:
             torch.set_float32_matmul_precision(matmul_precision)
         else:

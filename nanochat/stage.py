@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from nanochat import hardware
+from nanochat.attention import choose
 from nanochat.checkpoint_manager import STAGES, Checkpoint, CheckpointDir
 from nanochat.common import seed_everything
 from nanochat.distributed import Dist
@@ -87,6 +88,7 @@ class Start:
         compile: bool = True,  # model and optimizer, where the machine can
         load_momentum: bool = False,  # of the source's optimizer; else it starts from zero
         seed: int = 42,  # of initial weights and sampling
+        attention: str = "banded",  # kernel for whole sequences: "auto", or one of attention.LOADERS
         fp8: bool = False,  # matrix products of training in FP8, where fp8.check has found that this can be
     ) -> "Run":
         """The new run, or the resumed one as it was left. Collective; tunes the process and seeds its generators."""
@@ -99,6 +101,9 @@ class Start:
             model = origin.build_model(device, self.dtype)
         else:
             model = GPT.create(origin, device, self.dtype)
+        kernel_name, kernel = choose(attention, model.config.attention_shape, device, self.dtype, dist.print0)
+        model.use_attention(kernel)
+        dist.print0(f"attention: {kernel_name}")
         compiling = compile and hardware.can_compile(device)
         optimizer = build_optimizer(model, rates, batch_factor, weight_decay, dist.rank, dist.world_size, compiling)
         state, data_states = TrainState(), list[dict[str, Any]]()

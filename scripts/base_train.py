@@ -10,7 +10,7 @@ Pretrain a base model. One dial: --depth.
 from dataclasses import asdict, dataclass
 from itertools import islice
 
-from nanochat import dataset, distributed, fp8, hardware, recipe
+from nanochat import attention, dataset, distributed, fp8, hardware, recipe
 from nanochat.common import human
 from nanochat.dataloader import PretrainLoader, on_device, prefetch, pretrain_steps
 from nanochat.dataset import RowGroups
@@ -55,6 +55,9 @@ class Flags:
     data_dir: str = flag("", "folder of parquet shards; default $NANOCHAT_DATA_DIR, else the public shards")
     device: str = flag("auto", "cuda | mps | cpu | auto")
     compile: bool = flag(True, "torch.compile model and optimizer where the machine can")
+    attention: str = flag(
+        "banded", f"kernel: auto (the fastest that is found to work here) | {' | '.join(attention.LOADERS)}"
+    )
     fp8: bool = flag(False, "train the large matrices in FP8; evaluation stays as it is (GPUs from Ada and Hopper on)")
     seed: int = flag(42, "of the initial weights")
     run: str = flag("", "wandb run name; empty = console and metrics file only")
@@ -81,7 +84,7 @@ def main(flags: Flags) -> None:
         config = {"flags": asdict(flags), "recipe": asdict(plan), "settings": asdict(settings)}
         run = start.build(
             settings.rates(), plan.batch_factor, config, plan.weight_decay, flags.compile,
-            seed=flags.seed, fp8=flags.fp8,
+            seed=flags.seed, attention=flags.attention, fp8=flags.fp8,
         )  # fmt: skip
         loader = PretrainLoader(tokenizer, RowGroups(train_shards), B, T, dist.rank, dist.world_size, run.data_states)
         data_steps = pretrain_steps(loader, accumulation, plan.num_iterations, run.state.step)
