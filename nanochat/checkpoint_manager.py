@@ -26,7 +26,7 @@ import threading
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -148,6 +148,21 @@ class CheckpointDir:
         self.good = "no checkpoint"  # this run's newest, in words
         self.writer: threading.Thread | None = None
         self.error: Exception | None = None
+        self.lock_file: IO[str] | None = None
+
+    def lock(self) -> None:
+        """One run at a time works under a tag. UserError if another one does; held until this one is over."""
+        if not self.dist.is_main:
+            return
+        import fcntl  # not on Windows
+
+        file = self.path.parent.parent / "locks" / f"{self.path.parent.name}-{self.tag}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.lock_file = file.open("w")
+        try:
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run works on {self.path}: wait for it, or give this one a --model-tag") from None
 
     def save(self, model: GPT, optimizer: MuonAdamW, state: TrainState, meta: dict[str, Any]) -> None:
         """Collective. Returns once everything is copied to host memory; `wait` says whether it reached the disk."""
@@ -200,6 +215,8 @@ class CheckpointDir:
         if kind is None or issubclass(kind, Stopped):
             self.wait()
         self._join()
+        if self.lock_file:
+            self.lock_file.close()
         if self.error:
             print(f"warning: no checkpoint could be written to {self.path}: {self.error}", file=sys.stderr, flush=True)
 

@@ -1,5 +1,6 @@
 """What every part needs: where files live, errors a user can act on, files that are whole or absent, formatting."""
 
+import errno
 import os
 import random
 import shutil
@@ -43,6 +44,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         fsync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:  # write() does not name its file
+            error.filename = str(path)
+        raise
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)

@@ -92,25 +92,32 @@ def download_bundle(url: str, path: Path) -> None:
 
 def load_tasks(bundle: Path, max_per_task: int = -1) -> list[CoreTask]:
     """
-    The tasks of core.yaml, their rows shuffled and cut to max_per_task (-1 = all). UserError if a file or a field is
-    missing, or a task has too few rows for its few-shot examples.
+    The tasks of core.yaml, their rows shuffled and cut to max_per_task (-1 = all). UserError if a file cannot be read,
+    a field is missing, or a task has too few rows for its few-shot examples; OSError if a file is missing.
     """
     import yaml
 
-    with (bundle / "eval_meta_data.csv").open(encoding="utf-8", newline="") as file:
-        baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
+    try:
+        with (bundle / "eval_meta_data.csv").open(encoding="utf-8", newline="") as file:
+            baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
+        entries = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
+        described = [(e["label"], e["icl_task_type"], e["num_fewshot"][0], e["dataset_uri"], e) for e in entries]
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{bundle}: core.yaml or eval_meta_data.csv is damaged ({error}): fetch the bundle anew"
+        ) from error
     tasks = []
-    for entry in yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]:
-        label, kind, num_fewshot = entry["label"], entry["icl_task_type"], entry["num_fewshot"][0]
+    for label, kind, num_fewshot, file_name, entry in described:
         if kind not in FIELDS or label not in baselines:
             raise UserError(f"{bundle}: {label} is of an unknown kind or has no baseline: fetch the bundle anew")
-        rows = read_rows(bundle / "eval_data" / entry["dataset_uri"], FIELDS[kind])
+        rows = read_rows(bundle / "eval_data" / file_name, FIELDS[kind])
         random.Random(SHUFFLE_SEED).shuffle(rows)
         rows = rows if max_per_task < 0 else rows[:max_per_task]
         if len(rows) <= num_fewshot:
+            remedy = "raise --max-per-task" if len(rows) == max_per_task else "fetch the bundle anew"
             raise UserError(
                 f"{label} shows {num_fewshot} other items before each, so it needs {num_fewshot + 1} items "
-                f"and has {len(rows)}: raise --max-per-task"
+                f"and has {len(rows)}: {remedy}"
             )
         delimiter = entry.get("continuation_delimiter", " ")
         tasks.append(CoreTask(label, kind, num_fewshot, delimiter, baselines[label], rows))
@@ -118,8 +125,11 @@ def load_tasks(bundle: Path, max_per_task: int = -1) -> list[CoreTask]:
 
 
 def read_rows(path: Path, fields: set[str]) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file if line.strip()]
+    try:
+        with path.open(encoding="utf-8") as file:
+            rows = [dict(json.loads(line)) for line in file if line.strip()]
+    except (ValueError, TypeError) as error:  # no UTF-8, no JSON, no object
+        raise UserError(f"{path} is damaged ({error}): fetch the bundle anew") from error
     if missing := next((fields - row.keys() for row in rows if fields - row.keys()), None):
         raise UserError(f"{path}: a row lacks {', '.join(sorted(missing))}: fetch the bundle anew")
     return rows

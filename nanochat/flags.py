@@ -51,7 +51,10 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
 
 
 def command(main: Callable[[Any], T]) -> Callable[..., T]:
-    """Turns main(flags) into main(argv=None), which parses; what the user can put right ends as one line, code 1."""
+    """
+    Turns main(flags) into main(argv=None), which parses. What the user can put right, and what the user interrupts,
+    ends as one line, code 1.
+    """
     cls = next(iter(get_type_hints(main).values()))
 
     @functools.wraps(main)
@@ -61,6 +64,8 @@ def command(main: Callable[[Any], T]) -> Callable[..., T]:
             return main(flags)
         except (UserError, OSError) as error:  # OSErrors name their file: no permission, no space left
             raise SystemExit(f"error: {' '.join(str(error).split())}") from error
+        except KeyboardInterrupt as interrupt:
+            raise SystemExit("interrupted") from interrupt
 
     return run
 

@@ -97,7 +97,7 @@ def main() -> None:
         be_checker(receiver, sender, protections)
         os.kill(program, signal.SIGKILL)
         os.waitpid(program, 0)
-        print("passed")
+        print("passed", file=sys.__stdout__)
 
 
 def be_checker(receiver: TextIO, sender: TextIO, protections: list[str]) -> None:
@@ -112,6 +112,7 @@ def be_checker(receiver: TextIO, sender: TextIO, protections: list[str]) -> None
             os._exit(1)
 
     print(json.dumps(protections + receive(receiver)))
+    sys.stdout = sys.stderr  # what the check prints is no part of the report
     job = json.load(sys.stdin)
     send(sender, [job["program"], job["function"]])
     tests: dict[str, Any] = {"__name__": "check"}

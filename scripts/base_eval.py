@@ -55,6 +55,8 @@ def main(flags: Flags) -> dict[str, float]:
     for name in ("device_batch_size", "max_per_task"):
         if (value := getattr(flags, name)) < 1 and value != -1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1, or -1")
+    if flags.split_tokens < 1:
+        raise UserError(f"--split-tokens {flags.split_tokens}: must be at least 1")
     with distributed.init(flags.device) as dist:
         tokenizer = Tokenizer.load(default_dir())
         dtype = hardware.pick_dtype(dist.device)

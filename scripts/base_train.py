@@ -55,7 +55,9 @@ class Flags:
     data_dir: str = flag("", "folder of parquet shards; default $NANOCHAT_DATA_DIR, else the public shards")
     device: str = flag("auto", "cuda | mps | cpu | auto")
     compile: bool = flag(True, "torch.compile model and optimizer where the machine can")
-    attention: str = flag("auto", f"attention kernel: auto | {' | '.join(attention.LOADERS)}")
+    attention: str = flag(
+        "auto", f"kernel: auto (the fastest that is found to work here) | {' | '.join(attention.LOADERS)}"
+    )
     fp8: bool = flag(False, "train the large matrices in FP8; evaluation stays as it is (GPUs from Ada and Hopper on)")
     seed: int = flag(42, "of the initial weights")
     run: str = flag("", "wandb run name; empty = console and metrics file only")

@@ -9,6 +9,7 @@ Examine a chat model.
 Each question, answer and verdict is kept in <base>/report/chat_eval/<model>/<task>.jsonl.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,8 +75,10 @@ def main(flags: Flags) -> dict[str, Score]:
         engine = Engine(model, tokenizer, flags.batch_size)
         settings = Request([], flags.max_new_tokens, flags.temperature, flags.top_k)
         model_name = f"{flags.source}-{checkpoint.tag}-{checkpoint.step:06d}"
-        part = f" (first {flags.max_problems})" if flags.max_problems > 0 else ""
-        folder = report_dir() / "chat_eval" / (f"{model_name}-{flags.max_problems}" if part else model_name)
+        limits = [f"first {flags.max_problems}"] if flags.max_problems > 0 else []
+        limits += [f"temperature {flags.temperature}"] if flags.temperature else []
+        part = f" ({', '.join(limits)})" if limits else ""  # so that full, greedy scores keep their place
+        folder = report_dir() / "chat_eval" / "-".join([model_name, *limits]).replace(" ", "-")
         dist.print0(f"{checkpoint.path}, {hardware.describe(dist.device)}, {dtype}")
         scores, numbers = {}, dict[str, Any](model=str(checkpoint.path))
         for name, task in tasks.items():
@@ -106,8 +109,8 @@ def check(flags: Flags) -> tuple[list[str], list[int]]:
         raise UserError("--batch-size, --max-new-tokens and --num-samples must be at least 1")
     if flags.max_problems < 1 and flags.max_problems != -1:
         raise UserError(f"--max-problems {flags.max_problems}: must be at least 1, or -1 for all")
-    if flags.temperature < 0 or flags.top_k < 0:
-        raise UserError("--temperature and --top-k must be at least 0")
+    if not 0 <= flags.temperature < math.inf or flags.top_k < 0:
+        raise UserError("--temperature and --top-k must be numbers of at least 0")
     if flags.num_samples > 1 and flags.temperature == 0:
         raise UserError(f"--num-samples {flags.num_samples}: greedy answers are all the same, add --temperature 0.8")
     pass_k = [int(k) if k.isdecimal() else 0 for k in flags.pass_k.split(",")] if flags.pass_k else []

@@ -160,11 +160,11 @@ def check(flags: Flags) -> None:
         raise UserError(f"--num-iterations {flags.num_iterations}: must be at least 1, or -1 to follow from the epochs")
     if flags.num_samples < 2:
         raise UserError(f"--num-samples {flags.num_samples}: answers are compared with each other, so at least 2")
-    if flags.temperature <= 0 or flags.top_k < 0 or flags.top_k == 1:
+    if not 0 < flags.temperature < math.inf or flags.top_k < 0 or flags.top_k == 1:
         raise UserError(
             "answers that are all alike teach nothing: --temperature above 0, --top-k at least 2, or 0 = all"
         )
-    if not 0 <= flags.clip_ratio < 1 or flags.kl_coef < 0 or flags.init_lr_frac <= 0:
+    if not (0 <= flags.clip_ratio < 1 and 0 <= flags.kl_coef < math.inf and 0 < flags.init_lr_frac < math.inf):
         raise UserError("--clip-ratio must be in [0, 1), --kl-coef at least 0, --init-lr-frac above 0")
     if flags.updates_per_batch > 1 and not flags.clip_ratio:
         raise UserError("several updates on a batch need a bound on how far they go: give --clip-ratio, such as 0.2")

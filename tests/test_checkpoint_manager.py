@@ -524,3 +524,13 @@ def test_a_run_goes_on_in_the_dtype_it_was_begun_in(golden_tokenizer):
     checkpoint.check_resumable(golden_tokenizer, checkpoint.config, torch.bfloat16)
     with pytest.raises(UserError, match="NANOCHAT_DTYPE=bfloat16"):
         checkpoint.check_resumable(golden_tokenizer, checkpoint.config, torch.float32)
+
+
+def test_one_run_at_a_time_works_under_a_tag(base_dir):
+    first, second, other = CheckpointDir("sft", "d2"), CheckpointDir("sft", "d2"), CheckpointDir("base", "d2")
+    with first:
+        first.lock()
+        other.lock()
+        with pytest.raises(UserError, match="another run works on .*chatsft_checkpoints/d2: .*--model-tag"):
+            second.lock()
+    second.lock()  # the first one is over

@@ -300,7 +300,23 @@ def no_baseline(bundle):
     (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\n")
 
 
-@pytest.mark.parametrize("spoil, words", [(lines_lack_gold, "lacks gold"), (no_baseline, "has no baseline")])
+def line_cut_short(bundle):
+    (bundle / "eval_data/some/schema.jsonl").write_text('{"context_options": ["a"], "contin')
+
+
+def empty_list(bundle):
+    (bundle / "core.yaml").write_text("")
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lines_lack_gold, "lacks gold"),
+        (no_baseline, "has no baseline"),
+        (line_cut_short, "damaged.*fetch the bundle anew"),
+        (empty_list, "damaged.*fetch the bundle anew"),
+    ],
+)
 def test_a_bundle_that_lacks_something(bundle, spoil, words):
     spoil(bundle)
     with pytest.raises(UserError, match=words):

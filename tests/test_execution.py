@@ -163,6 +163,11 @@ def test_output_is_kept_as_far_as_it_goes():
     assert result.passed and result.output == ("caf\ufffd" * 50_000)[:OUTPUT_BYTES]
 
 
+def test_what_the_check_prints_is_output_and_no_verdict():
+    result = run("def f(x): return x", "def check(f):\n    print('hello')\n    assert f(1) == 1", "f")
+    assert result.passed and result.output == "hello\n"
+
+
 def test_the_deadline():
     for program in ("import time; time.sleep(1000)", "while True: pass", "def add(a, b):\n    while True: pass"):
         assert outcome(program, timeout=1.0) == "timed out"

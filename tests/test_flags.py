@@ -99,3 +99,12 @@ def test_a_flag_without_a_default_is_required(capsys):
     with pytest.raises(SystemExit) as caught:
         parse(Required, [])
     assert caught.value.code == 2 and "--prompt" in capsys.readouterr().err
+
+
+def test_an_interruption_is_one_line():
+    @command
+    def endless(flags: Flags) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="^interrupted$"):
+        endless([])

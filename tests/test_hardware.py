@@ -120,3 +120,9 @@ def test_the_chosen_matmul_is_exact_enough():
         assert error.abs().max() < 1e-4  # bfloat16 products would be off by 0.1
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_training_on_a_cpu_can_be_repeated_to_the_bit():
+    hardware.tune_process(torch.device("cpu"), "highest")
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory  # which would only take time

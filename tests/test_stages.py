@@ -304,7 +304,7 @@ def test_chat_eval(place, capsys):
     assert out.count("95 % sure") == 3 and "chatsft_checkpoints/d2" in out
     assert chat_eval.main([*argv, "-i", "base"]).keys() == scores.keys()
     assert "ChatCORE" not in out  # which is of other tasks
-    lines = (place / "report/chat_eval/sft-d2-000006-4/Sums.jsonl").read_text().splitlines()
+    lines = (place / "report/chat_eval/sft-d2-000006-first-4/Sums.jsonl").read_text().splitlines()
     assert [json.loads(line)["problem"] for line in lines] == [0, 1, 2, 3]
 
 
@@ -314,7 +314,7 @@ def test_chat_eval_with_several_answers_to_each_question(place, capsys):
     assert (score.total, score.num_samples, score.pass_at.keys()) == (3, 4, {1, 4})
     assert "pass@4" in capsys.readouterr().out
     numbers = json.loads((place / "report/chat_eval_sft.json").read_text())
-    assert numbers["SpellingBee (first 3), pass@4"] == score.pass_at[4]
+    assert numbers["SpellingBee (first 3, temperature 1.0), pass@4"] == score.pass_at[4]
 
 
 def test_chatcore(place, monkeypatch, capsys):
