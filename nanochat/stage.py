@@ -88,9 +88,8 @@ class Start:
         compile: bool = True,  # model and optimizer, where the machine can
         load_momentum: bool = False,  # of the source's optimizer; else it starts from zero
         seed: int = 42,  # of initial weights and sampling
-        attention: str = "banded",  # kernel for whole sequences: "auto", or one of attention.LOADERS
+        attention: str = "auto",  # kernel for whole sequences: the fastest that works here, or one of attention.LOADERS
         fp8: bool = False,  # matrix products of training in FP8, where fp8.check has found that this can be
-        attention: str = "auto",  # kernel, of attention.LOADERS
         flops: float = math.inf,  # of the whole run, over all ranks: a short one is not worth compiling for
     ) -> "Run":
         """The new run, or the resumed one as it was left. Collective; tunes the process and seeds its generators."""
