@@ -12,7 +12,7 @@ Shapes: B rows, T query tokens, S key tokens, H query heads, K key/value heads (
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,8 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 ForwardBackward = tuple[Callable[..., tuple[torch.Tensor, ...]], Callable[..., tuple[torch.Tensor, ...]]]
 
 BLOCK = 128  # queries at a time on the CPU; the windows are multiples of it
-CACHED_SCORES = 2**18  # of a block, on the CPU: 512 KiB in bfloat16, half of a usual second-level cache
+CACHED_SCORES = 2**21  # of a block, on the CPU: 4 MiB in bfloat16
+KEPT_WEIGHTS = 2**24  # of a layer, on the CPU: 32 MiB in bfloat16; beyond that the backward pass computes them again
 MAX_ERROR = 0.02  # of a kernel in the norm; bfloat16 kernels are 0.002 to 0.006 off float32
 
 
@@ -269,84 +270,131 @@ def as_operator(name: str, functions: ForwardBackward) -> Kernel:
 # ---- the CPU's ----
 
 
-def blocks_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> tuple[torch.Tensor, ...]:
+def load_blocks() -> Kernel:
     """
     Plain matrix products: a block of queries against the keys that it sees, for as many heads at a time as the cache
-    holds the scores of ("blocks"). Forward and backward, in processor time, it is 1.6-1.8 times as fast as "banded" in
-    bfloat16, 1.2 times with full windows at T 2048; in float32 1.3-1.6 times, there 0.89. It stays an operator when the
-    model is compiled: its loop would unroll into more code than the rest (135 s of compiling for 4 layers instead of
-    58), which ran no faster.
+    holds the scores of ("blocks"). The softmax takes no maximum off the scores, so these must stay below 80 or exp
+    overflows: normed queries and keys cannot reach gain² · sqrt(D), which is 16 for D = 128. Not for float16, whose
+    range is too small.
 
-    The softmax takes no maximum off the scores, so these must stay below 80 or exp overflows: normed queries and keys
-    cannot reach gain² · sqrt(D), which is 16 for D = 128. Not for float16, whose range is too small.
+    The loop stays an operator when the model is compiled: unrolled it would be more code than the rest (135 s of
+    compiling for 4 layers instead of 58), which ran no faster. All that lies around it is left to the compiler.
     """
-    if q.dtype == torch.float16:
-        raise TypeError("float16 cannot hold exp(scores)")
-    B, T, H, D = q.shape
-    output, sums_NT1 = q.new_empty(q.shape), q.new_empty((B * H, T, 1), dtype=torch.float32)
-    q_NTD, k_NTD, v_NTD = _heads(q * D**-0.5), _heads(k, H), _heads(v, H)
-    for queries, keys, sees in _blocks(q, window):
-        q_NtD, k_NSD, v_NSD = (x.contiguous() for x in (q_NTD[:, queries], k_NTD[:, keys], v_NTD[:, keys]))
-        y_NtD = torch.empty_like(q_NtD)
-        for heads in _cached(q_NtD, k_NSD):
-            weights = torch.bmm(q_NtD[heads], k_NSD[heads].mT).exp_().mul_(sees)
-            sums_NT1[heads, queries] = weights.sum(dim=-1, keepdim=True, dtype=torch.float32)
-            torch.bmm(weights, v_NSD[heads], out=y_NtD[heads])
-        output[:, queries] = _texts(y_NtD / sums_NT1[:, queries], B)
-    return output, sums_NT1.view(B, H, T)
+
+    @torch.library.custom_op("nanochat::blocks", mutates_args=())
+    def forward(
+        q_NTD: torch.Tensor, k_NTD: torch.Tensor, v_NTD: torch.Tensor, window: int, keep: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return blocks_forward(q_NTD, k_NTD, v_NTD, window, keep)
+
+    @torch.library.custom_op("nanochat::blocks_backward", mutates_args=())
+    def backward(
+        dy_NTD: torch.Tensor, dsums_NT1: torch.Tensor, q_NTD: torch.Tensor, k_NTD: torch.Tensor, v_NTD: torch.Tensor,
+        kept: torch.Tensor, window: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        return blocks_backward(dy_NTD, dsums_NT1, q_NTD, k_NTD, v_NTD, kept, window)
+
+    @forward.register_fake
+    def _(q_NTD, k_NTD, v_NTD, window, keep):
+        sums_NT1 = q_NTD.new_empty((*q_NTD.shape[:2], 1), dtype=torch.float32)
+        return torch.empty_like(q_NTD), sums_NT1, q_NTD.new_empty(_num_weights(q_NTD, window) if keep else 0)
+
+    @backward.register_fake
+    def _(dy_NTD, dsums_NT1, q_NTD, k_NTD, v_NTD, kept, window):
+        return torch.empty_like(q_NTD), torch.empty_like(k_NTD), torch.empty_like(v_NTD)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        *qkv, ctx.window, _ = inputs
+        ctx.save_for_backward(*qkv, output[2])
+
+    def differentiate(ctx: Any, dy: torch.Tensor, dsums: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+        return *backward(dy.contiguous(), dsums.contiguous(), *ctx.saved_tensors, ctx.window), None, None
+
+    forward.register_autograd(differentiate, setup_context=save)
+
+    def attend(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
+        if q_BTHD.dtype == torch.float16:
+            raise TypeError("float16 cannot hold exp(scores)")
+        (B, _, H, D), group = q_BTHD.shape, q_BTHD.size(2) // k_BTKD.size(2)
+        q_BHTD, k_BKTD, v_BKTD = (x.transpose(1, 2) for x in (q_BTHD * D**-0.5, k_BTKD, v_BTKD))
+        k_BHTD, v_BHTD = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k_BKTD, v_BKTD))
+        q_NTD, k_NTD, v_NTD = (x.contiguous().flatten(0, 1) for x in (q_BHTD, k_BHTD, v_BHTD))
+        keep = torch.is_grad_enabled() and _num_weights(q_NTD, window) <= KEPT_WEIGHTS
+        y_NTD, sums_NT1, _ = forward(q_NTD, k_NTD, v_NTD, window, keep)
+        return (y_NTD / sums_NT1).to(q_BTHD.dtype).unflatten(0, (B, H)).transpose(1, 2)
+
+    return attend
 
 
-def blocks_backward(grad, q, k, v, output, sums_BHT, window: int) -> tuple[torch.Tensor, ...]:
-    """The weights again, not yet divided by their sums: the gradient of the output is, which is smaller."""
-    B, T, H, D = q.shape
-    q_NTD, k_NTD, v_NTD = _heads(q * D**-0.5), _heads(k, H), _heads(v, H)
-    scaled = grad / sums_BHT.mT.unsqueeze(-1)  # float32, as the sums are
-    grad_NTD, dot_NT1 = _heads(scaled.to(q.dtype)), _heads((scaled * output).sum(dim=-1, keepdim=True).to(q.dtype))
-    dq, dk_NTD, dv_NTD = q.new_empty(q.shape), *(torch.zeros_like(x, dtype=torch.float32) for x in (k_NTD, v_NTD))
-    for queries, keys, sees in _blocks(q, window):
-        q_NtD, grad_NtD, dot_Nt1 = (x[:, queries].contiguous() for x in (q_NTD, grad_NTD, dot_NT1))
-        k_NSD, v_NSD = k_NTD[:, keys].contiguous(), v_NTD[:, keys].contiguous()
-        dq_NtD, dk_NSD, dv_NSD = torch.empty_like(q_NtD), torch.empty_like(k_NSD), torch.empty_like(v_NSD)
-        for heads in _cached(q_NtD, k_NSD):
-            weights = torch.bmm(q_NtD[heads], k_NSD[heads].mT).exp_().mul_(sees)
-            torch.bmm(weights.mT, grad_NtD[heads], out=dv_NSD[heads])
-            dscores = torch.bmm(grad_NtD[heads], v_NSD[heads].mT).sub_(dot_Nt1[heads]).mul_(weights)
-            torch.bmm(dscores, k_NSD[heads], out=dq_NtD[heads])
-            torch.bmm(dscores.mT, q_NtD[heads], out=dk_NSD[heads])
-        dq[:, queries] = _texts(dq_NtD, B) * D**-0.5
-        dk_NTD[:, keys] += dk_NSD
-        dv_NTD[:, keys] += dv_NSD
-    group = H // k.size(2)
-    dk, dv = (_texts(x.unflatten(0, (-1, group)).sum(dim=1), B).to(k.dtype).contiguous() for x in (dk_NTD, dv_NTD))
-    return dq, dk, dv
+def blocks_forward(q_NTD, k_NTD, v_NTD, window: int, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    N heads of all texts, queries scaled. Returns what has still to be divided, exp(scores) @ v (N, T, D), and by what,
+    the sums of the weights exp(scores) (N, T, 1) in float32; and the weights block by block, or nothing, in 1-D.
+    """
+    y_NTD, sums_NT1 = torch.empty_like(q_NTD), q_NTD.new_empty((*q_NTD.shape[:2], 1), dtype=torch.float32)
+    kept = q_NTD.new_empty(_num_weights(q_NTD, window) if keep else 0)
+    for heads, queries, keys, sees, place in _blocks(q_NTD, window):
+        q_nqD, k_nkD, v_nkD = _contiguous(q_NTD[heads, queries], k_NTD[heads, keys], v_NTD[heads, keys])
+        weights_nqk = _weights(q_nqD, k_nkD, sees, kept[place] if keep else None)
+        sums_NT1[heads, queries] = weights_nqk.sum(dim=-1, keepdim=True, dtype=torch.float32)
+        y_NTD[heads, queries] = torch.bmm(weights_nqk, v_nkD)
+    return y_NTD, sums_NT1, kept
 
 
-def _heads(x_BTKD: torch.Tensor, num_heads: int = 0) -> torch.Tensor:
-    """(B, T, K, D) → (B · K, T, D), or with key/value heads for every query head, (B · H, T, D)."""
-    group = num_heads // x_BTKD.size(2) if num_heads else 1
-    x_BKTD = x_BTKD.transpose(1, 2)
-    return (x_BKTD.repeat_interleave(group, dim=1) if group > 1 else x_BKTD).flatten(0, 1)
+def blocks_backward(
+    dy_NTD, dsums_NT1, q_NTD, k_NTD, v_NTD, kept, window: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v. Weights that were not kept are computed again."""
+    dq_NTD, dsums_NT1 = torch.empty_like(q_NTD), dsums_NT1.to(q_NTD.dtype)
+    dk_NTD, dv_NTD = (torch.zeros_like(x, dtype=torch.float32) for x in (k_NTD, v_NTD))
+    for heads, queries, keys, sees, place in _blocks(q_NTD, window):
+        q_nqD, dy_nqD = _contiguous(q_NTD[heads, queries], dy_NTD[heads, queries])
+        k_nkD, v_nkD = _contiguous(k_NTD[heads, keys], v_NTD[heads, keys])
+        shape = (q_nqD.size(0), q_nqD.size(1), k_nkD.size(1))
+        weights_nqk = kept[place].view(shape) if kept.numel() else _weights(q_nqD, k_nkD, sees)
+        dv_NTD[heads, keys] += torch.bmm(weights_nqk.mT, dy_nqD)
+        dscores_nqk = torch.bmm(dy_nqD, v_nkD.mT).add_(dsums_NT1[heads, queries]).mul_(weights_nqk)
+        dq_NTD[heads, queries] = torch.bmm(dscores_nqk, k_nkD)
+        dk_NTD[heads, keys] += torch.bmm(dscores_nqk.mT, q_nqD)
+    return dq_NTD, dk_NTD.to(k_NTD.dtype), dv_NTD.to(v_NTD.dtype)
 
 
-def _texts(x_NTD: torch.Tensor, B: int) -> torch.Tensor:
-    """(B · H, T, D) → (B, T, H, D)."""
-    return x_NTD.unflatten(0, (B, -1)).transpose(1, 2)
+def _weights(q_nqD: torch.Tensor, k_nkD: torch.Tensor, sees: torch.Tensor, out: torch.Tensor | None = None):
+    if out is not None:
+        out = out.view(q_nqD.size(0), q_nqD.size(1), k_nkD.size(1))
+    return torch.bmm(q_nqD, k_nkD.mT, out=out).exp_().mul_(sees)
 
 
-def _blocks(q_BTHD: torch.Tensor, window: int) -> list[tuple[slice, slice, torch.Tensor]]:
-    """Queries; the keys that any of them sees, from a multiple of the block on; 1 where one sees the other, else 0."""
-    blocks, num_tokens = [], q_BTHD.size(1)
-    for start in range(0, num_tokens, BLOCK):
-        stop, first_key = min(start + BLOCK, num_tokens), max(start - window, 0) // BLOCK * BLOCK
-        sees = band_mask(torch.arange(start, stop), first_key, stop, window)
-        blocks.append((slice(start, stop), slice(first_key, stop), sees.to(q_BTHD)))
-    return blocks
+def _contiguous(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
+    return (x.contiguous() for x in tensors)
 
 
-def _cached(q_NtD: torch.Tensor, k_NSD: torch.Tensor) -> list[slice]:
-    """The heads in groups."""
-    num_heads, step = q_NtD.size(0), max(1, CACHED_SCORES // (q_NtD.size(1) * k_NSD.size(1)))
-    return [slice(first, first + step) for first in range(0, num_heads, step)]
+def _blocks(q_NTD: torch.Tensor, window: int) -> Iterator[tuple[slice, slice, slice, torch.Tensor, slice]]:
+    """
+    Some heads; some queries; the keys that any of these sees, from a multiple of the block on; 1 where one sees the
+    other, else 0; the place of their weights among all.
+    """
+    (N, T, _), place = q_NTD.shape, 0
+    for queries, keys in _ranges(T, window):
+        sees = band_mask(torch.arange(queries.start, queries.stop), keys.start, keys.stop, window).to(q_NTD.dtype)
+        step = max(1, CACHED_SCORES // sees.numel())
+        for first in range(0, N, step):
+            heads = slice(first, min(first + step, N))
+            stop = place + (heads.stop - first) * sees.numel()
+            yield heads, queries, keys, sees, slice(place, stop)
+            place = stop
+
+
+def _ranges(num_tokens: int, window: int) -> list[tuple[slice, slice]]:
+    starts = range(0, num_tokens, BLOCK)
+    stops = [min(start + BLOCK, num_tokens) for start in starts]
+    first_keys = [max(start - window, 0) // BLOCK * BLOCK for start in starts]
+    return [(slice(a, b), slice(k, b)) for a, b, k in zip(starts, stops, first_keys, strict=True)]
+
+
+def _num_weights(q_NTD: torch.Tensor, window: int) -> int:
+    N, T, _ = q_NTD.shape
+    return N * sum((q.stop - q.start) * (k.stop - k.start) for q, k in _ranges(T, window))
 
 
 LOADERS: dict[str, Callable[[], Kernel]] = {  # an ImportError says that the package is not installed
@@ -355,7 +403,7 @@ LOADERS: dict[str, Callable[[], Kernel]] = {  # an ImportError says that the pac
     "fa2": load_fa2,
     "flash": lambda: attend_flash,
     "flex": load_flex,
-    "blocks": functools.cache(lambda: as_operator("blocks", (blocks_forward, blocks_backward))),
+    "blocks": functools.cache(load_blocks),
     "banded": lambda: attend,
     "sdpa": lambda: attend_masked,
 }

@@ -1,6 +1,7 @@
 """For benchmarks: processes that take turns, each with its own memory and compiled code; and a stop watch."""
 
 import multiprocessing
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +19,7 @@ class Worker:
     """
 
     def __init__(self, work: Callable[..., None], *arguments: Any):
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as runs/setup.sh does, for whoever measures without it
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
         context.Process(target=work, args=(other, *arguments), daemon=True).start()

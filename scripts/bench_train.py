@@ -11,6 +11,7 @@ tokens/s over the plain code's, and likewise the time to the end of the first st
 """
 
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -148,6 +149,7 @@ def work(
     connection: Any, started: float, make_side: Callable[..., Side], flags: Flags, config: GPTConfig, folder: Path,
     shards: Sequence[Path],
 ) -> None:  # fmt: skip
+    os.environ["NANOCHAT_BASE_DIR"] = str(folder)  # for the lock of the run
     device, tokenizer = hardware.pick_device(flags.device), Tokenizer.load(folder)
     B, T = flags.device_batch_size, flags.max_seq_len
     loader = PretrainLoader(tokenizer, dataset.RowGroups(shards), B, T)
