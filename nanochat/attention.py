@@ -12,6 +12,7 @@ Shapes: B rows, T query tokens, S key tokens, H query heads, K key/value heads (
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -272,10 +273,10 @@ def as_operator(name: str, functions: ForwardBackward) -> Kernel:
 
 def load_blocks() -> Kernel:
     """
-    Plain matrix products: a block of queries against the keys that it sees, for as many heads at a time as the cache
-    holds the scores of ("blocks"). The softmax takes no maximum off the scores, so these must stay below 80 or exp
-    overflows: normed queries and keys cannot reach gain² · sqrt(D), which is 16 for D = 128. Not for float16, whose
-    range is too small.
+    Plain matrix products: a block of queries against the blocks of keys that it sees, for as many heads at a time as
+    the cache holds the scores of ("blocks"). The softmax takes no maximum off the scores, so these must stay below 80
+    or exp overflows: normed queries and keys cannot reach gain² · sqrt(D), which is 16 for D = 128. Not for float16,
+    whose range is too small.
 
     The loop stays an operator when the model is compiled: unrolled it would be more code than the rest (135 s of
     compiling for 4 layers instead of 58), which ran no faster. All that lies around it is left to the compiler.
@@ -283,25 +284,25 @@ def load_blocks() -> Kernel:
 
     @torch.library.custom_op("nanochat::blocks", mutates_args=())
     def forward(
-        q_NTD: torch.Tensor, k_NTD: torch.Tensor, v_NTD: torch.Tensor, window: int, keep: bool
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, keep: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return blocks_forward(q_NTD, k_NTD, v_NTD, window, keep)
+        return blocks_forward(q, k, v, window, keep)
 
     @torch.library.custom_op("nanochat::blocks_backward", mutates_args=())
     def backward(
-        dy_NTD: torch.Tensor, dsums_NT1: torch.Tensor, q_NTD: torch.Tensor, k_NTD: torch.Tensor, v_NTD: torch.Tensor,
+        dy: torch.Tensor, dsums: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         kept: torch.Tensor, window: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-        return blocks_backward(dy_NTD, dsums_NT1, q_NTD, k_NTD, v_NTD, kept, window)
+        return blocks_backward(dy, dsums, q, k, v, kept, window)
 
     @forward.register_fake
-    def _(q_NTD, k_NTD, v_NTD, window, keep):
-        sums_NT1 = q_NTD.new_empty((*q_NTD.shape[:2], 1), dtype=torch.float32)
-        return torch.empty_like(q_NTD), sums_NT1, q_NTD.new_empty(_num_weights(q_NTD, window) if keep else 0)
+    def _(q, k, v, window, keep):
+        sums = q.new_empty((*q.shape[:3], 1), dtype=torch.float32)
+        return torch.empty_like(q), sums, q.new_empty(_num_weights(q, window) if keep else 0)
 
     @backward.register_fake
-    def _(dy_NTD, dsums_NT1, q_NTD, k_NTD, v_NTD, kept, window):
-        return torch.empty_like(q_NTD), torch.empty_like(k_NTD), torch.empty_like(v_NTD)
+    def _(dy, dsums, q, k, v, kept, window):
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         *qkv, ctx.window, _ = inputs
@@ -315,86 +316,93 @@ def load_blocks() -> Kernel:
     def attend(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
         if q_BTHD.dtype == torch.float16:
             raise TypeError("float16 cannot hold exp(scores)")
-        (B, _, H, D), group = q_BTHD.shape, q_BTHD.size(2) // k_BTKD.size(2)
-        q_BHTD, k_BKTD, v_BKTD = (x.transpose(1, 2) for x in (q_BTHD * D**-0.5, k_BTKD, v_BTKD))
-        k_BHTD, v_BHTD = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k_BKTD, v_BKTD))
-        q_NTD, k_NTD, v_NTD = (x.contiguous().flatten(0, 1) for x in (q_BHTD, k_BHTD, v_BHTD))
-        keep = torch.is_grad_enabled() and _num_weights(q_NTD, window) <= KEPT_WEIGHTS
-        y_NTD, sums_NT1, _ = forward(q_NTD, k_NTD, v_NTD, window, keep)
-        return (y_NTD / sums_NT1).to(q_BTHD.dtype).unflatten(0, (B, H)).transpose(1, 2)
+        B, T, H, D = q_BTHD.shape
+        q = _in_blocks(q_BTHD * D**-0.5, H)
+        keep = torch.is_grad_enabled() and _num_weights(q, window) <= KEPT_WEIGHTS
+        y, sums, _ = forward(q, _in_blocks(k_BTKD, H), _in_blocks(v_BTKD, H), window, keep)
+        y_mBHtD = (y / sums).to(q_BTHD.dtype).unflatten(1, (B, H))
+        return y_mBHtD.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
 
     return attend
 
 
-def blocks_forward(q_NTD, k_NTD, v_NTD, window: int, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def blocks_forward(q, k, v, window: int, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    N heads of all texts, queries scaled. Returns what has still to be divided, exp(scores) @ v (N, T, D), and by what,
-    the sums of the weights exp(scores) (N, T, 1) in float32; and the weights block by block, or nothing, in 1-D.
+    Of m blocks with t tokens of N heads of all texts, (m, N, t, D), the queries scaled. Returns what has still to be
+    divided, exp(scores) @ v (m, N, t, D), and by what, the sums of the weights exp(scores) (m, N, t, 1) in float32; and
+    the weights one after the other, or none.
     """
-    y_NTD, sums_NT1 = torch.empty_like(q_NTD), q_NTD.new_empty((*q_NTD.shape[:2], 1), dtype=torch.float32)
-    kept = q_NTD.new_empty(_num_weights(q_NTD, window) if keep else 0)
-    for heads, queries, keys, sees, place in _blocks(q_NTD, window):
-        q_nqD, k_nkD, v_nkD = _contiguous(q_NTD[heads, queries], k_NTD[heads, keys], v_NTD[heads, keys])
-        weights_nqk = _weights(q_nqD, k_nkD, sees, kept[place] if keep else None)
-        sums_NT1[heads, queries] = weights_nqk.sum(dim=-1, keepdim=True, dtype=torch.float32)
-        y_NTD[heads, queries] = torch.bmm(weights_nqk, v_nkD)
-    return y_NTD, sums_NT1, kept
+    y, sums = torch.empty_like(q), q.new_empty((*q.shape[:3], 1), dtype=torch.float32)
+    kept = q.new_empty(_num_weights(q, window) if keep else 0)
+    for i, keys, heads, sees, place in _blocks(q, window):
+        weights = _weights(q[i, heads], _joined(k[keys, heads]), sees, kept[place] if keep else None)
+        torch.sum(weights, dim=-1, keepdim=True, dtype=torch.float32, out=sums[i, heads])
+        torch.bmm(weights, _joined(v[keys, heads]), out=y[i, heads])
+    return y, sums, kept
 
 
-def blocks_backward(
-    dy_NTD, dsums_NT1, q_NTD, k_NTD, v_NTD, kept, window: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def blocks_backward(dy, dsums, q, k, v, kept, window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v. Weights that were not kept are computed again."""
-    dq_NTD, dsums_NT1 = torch.empty_like(q_NTD), dsums_NT1.to(q_NTD.dtype)
-    dk_NTD, dv_NTD = (torch.zeros_like(x, dtype=torch.float32) for x in (k_NTD, v_NTD))
-    for heads, queries, keys, sees, place in _blocks(q_NTD, window):
-        q_nqD, dy_nqD = _contiguous(q_NTD[heads, queries], dy_NTD[heads, queries])
-        k_nkD, v_nkD = _contiguous(k_NTD[heads, keys], v_NTD[heads, keys])
-        shape = (q_nqD.size(0), q_nqD.size(1), k_nkD.size(1))
-        weights_nqk = kept[place].view(shape) if kept.numel() else _weights(q_nqD, k_nkD, sees)
-        dv_NTD[heads, keys] += torch.bmm(weights_nqk.mT, dy_nqD)
-        dscores_nqk = torch.bmm(dy_nqD, v_nkD.mT).add_(dsums_NT1[heads, queries]).mul_(weights_nqk)
-        dq_NTD[heads, queries] = torch.bmm(dscores_nqk, k_nkD)
-        dk_NTD[heads, keys] += torch.bmm(dscores_nqk.mT, q_nqD)
-    return dq_NTD, dk_NTD.to(k_NTD.dtype), dv_NTD.to(v_NTD.dtype)
+    dq, dsums = torch.empty_like(q), dsums.to(q.dtype)
+    dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+    for i, keys, heads, sees, place in _blocks(q, window):
+        q_ntD, dy_ntD, k_nsD, v_nsD = q[i, heads], dy[i, heads], _joined(k[keys, heads]), _joined(v[keys, heads])
+        if kept.numel():
+            weights = kept[place].view(q_ntD.size(0), *sees.shape)
+        else:
+            weights = _weights(q_ntD, k_nsD, sees)
+        dv[keys, heads] += _parted(torch.bmm(weights.mT, dy_ntD))
+        dscores = torch.bmm(dy_ntD, v_nsD.mT).add_(dsums[i, heads]).mul_(weights)
+        torch.bmm(dscores, k_nsD, out=dq[i, heads])
+        dk[keys, heads] += _parted(torch.bmm(dscores.mT, q_ntD))
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _weights(q_nqD: torch.Tensor, k_nkD: torch.Tensor, sees: torch.Tensor, out: torch.Tensor | None = None):
-    if out is not None:
-        out = out.view(q_nqD.size(0), q_nqD.size(1), k_nkD.size(1))
-    return torch.bmm(q_nqD, k_nkD.mT, out=out).exp_().mul_(sees)
+def _weights(q_ntD: torch.Tensor, k_nsD: torch.Tensor, sees: torch.Tensor, place: torch.Tensor | None = None):
+    out = None if place is None else place.view(q_ntD.size(0), *sees.shape)
+    return torch.bmm(q_ntD, k_nsD.mT, out=out).exp_().mul_(sees)
 
 
-def _contiguous(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
-    return (x.contiguous() for x in tensors)
+def _in_blocks(x_BTKD: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """(m, B · H, t, D), filled up with zeros that nobody sees; key/value heads once for each of their query heads."""
+    group = num_heads // x_BTKD.size(2)
+    x_BTHD = x_BTKD.repeat_interleave(group, dim=2) if group > 1 else x_BTKD
+    if missing := -x_BTHD.size(1) % BLOCK:
+        x_BTHD = F.pad(x_BTHD, (0, 0, 0, 0, 0, missing))
+    return x_BTHD.unflatten(1, (-1, BLOCK)).permute(1, 0, 3, 2, 4).contiguous().flatten(1, 2)
 
 
-def _blocks(q_NTD: torch.Tensor, window: int) -> Iterator[tuple[slice, slice, slice, torch.Tensor, slice]]:
+def _joined(x_mntD: torch.Tensor) -> torch.Tensor:
+    """Blocks side by side: (n, m · t, D)."""
+    return x_mntD.transpose(0, 1).flatten(1, 2).contiguous()
+
+
+def _parted(x_nsD: torch.Tensor) -> torch.Tensor:
+    return x_nsD.unflatten(1, (-1, BLOCK)).transpose(0, 1)
+
+
+def _blocks(q_mNtD: torch.Tensor, window: int) -> Iterator[tuple[int, slice, slice, torch.Tensor, slice]]:
     """
-    Some heads; some queries; the keys that any of these sees, from a multiple of the block on; 1 where one sees the
-    other, else 0; the place of their weights among all.
+    A block of queries; the blocks of keys that any of these sees; some heads; 1 where a query sees a key, else 0; the
+    place of their weights among all.
     """
-    (N, T, _), place = q_NTD.shape, 0
-    for queries, keys in _ranges(T, window):
-        sees = band_mask(torch.arange(queries.start, queries.stop), keys.start, keys.stop, window).to(q_NTD.dtype)
-        step = max(1, CACHED_SCORES // sees.numel())
-        for first in range(0, N, step):
-            heads = slice(first, min(first + step, N))
-            stop = place + (heads.stop - first) * sees.numel()
-            yield heads, queries, keys, sees, slice(place, stop)
-            place = stop
+    num_heads, place = q_mNtD.size(1), 0
+    for i in range(q_mNtD.size(0)):
+        first = max(i * BLOCK - window, 0) // BLOCK
+        start, stop = i * BLOCK, (i + 1) * BLOCK
+        sees = band_mask(torch.arange(start, stop), first * BLOCK, stop, window).to(q_mNtD.dtype)
+        num_groups = math.ceil(num_heads * sees.numel() / CACHED_SCORES)
+        step = math.ceil(num_heads / num_groups)
+        for head in range(0, num_heads, step):
+            heads = slice(head, min(head + step, num_heads))
+            end = place + (heads.stop - head) * sees.numel()
+            yield i, slice(first, i + 1), heads, sees, slice(place, end)
+            place = end
 
 
-def _ranges(num_tokens: int, window: int) -> list[tuple[slice, slice]]:
-    starts = range(0, num_tokens, BLOCK)
-    stops = [min(start + BLOCK, num_tokens) for start in starts]
-    first_keys = [max(start - window, 0) // BLOCK * BLOCK for start in starts]
-    return [(slice(a, b), slice(k, b)) for a, b, k in zip(starts, stops, first_keys, strict=True)]
-
-
-def _num_weights(q_NTD: torch.Tensor, window: int) -> int:
-    N, T, _ = q_NTD.shape
-    return N * sum((q.stop - q.start) * (k.stop - k.start) for q, k in _ranges(T, window))
+def _num_weights(q_mNtD: torch.Tensor, window: int) -> int:
+    m, N, t, _ = q_mNtD.shape
+    return N * t * t * sum(i + 1 - max(i * t - window, 0) // t for i in range(m))
 
 
 LOADERS: dict[str, Callable[[], Kernel]] = {  # an ImportError says that the package is not installed

@@ -34,7 +34,7 @@ from nanochat.distributed import Dist
 from nanochat.flags import command, flag
 from nanochat.gpt import GPT, LOGIT_CAP, GPTConfig, flops_per_token
 from nanochat.loss import cross_entropy
-from nanochat.muon import MuonAdamW, build_optimizer
+from nanochat.muon import MuonAdamW, adamw_update, build_optimizer
 from nanochat.stage import Settings, Start
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Step, token_loss
@@ -135,6 +135,9 @@ def plain(flags: Flags, config: GPTConfig, device: torch.device, tokenizer: Toke
     for group in build_optimizer(model, settings.rates(), settings.batch_factor).param_groups:
         groups += [group | {"names": [n], "params": [p]} for n, p in zip(group["names"], group["params"], strict=True)]
 
+    optimizer = MuonAdamW(groups, 0, 1, False, model.dtype)
+    optimizer.adamw_update = adamw_update
+
     def loss_alone(hidden_BTC: torch.Tensor, y_BT: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model.logits(hidden_BTC).flatten(0, 1), y_BT.flatten(), reduction="sum")
 
@@ -142,7 +145,7 @@ def plain(flags: Flags, config: GPTConfig, device: torch.device, tokenizer: Toke
         return loss_alone(model.hidden(x_BT), y_BT) / num_targets
 
     fast = torch.compile(loss, dynamic=False) if flags.compile else loss
-    return Side(model, steps, MuonAdamW(groups, 0, 1, False, model.dtype), lambda batch: fast(*batch), loss_alone)
+    return Side(model, steps, optimizer, lambda batch: fast(*batch), loss_alone)
 
 
 def work(
