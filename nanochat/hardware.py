@@ -6,7 +6,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -166,13 +166,14 @@ def choose_cpu_matmul() -> None:
     who computes in float32. So: measure speed and error.
     """
     a, b = _probe_matrices()
-    cpu = a.device
     exact = a.double() @ b.double()
-    torch.set_float32_matmul_precision("highest")
-    plain_seconds = _quickest(lambda: a @ b, cpu)
-    torch.set_float32_matmul_precision("medium")
-    seconds = _quickest(lambda: a @ b, cpu)
-    error = ((a @ b).double() - exact).abs().max() / exact.abs().max()
+
+    def multiply(precision: str) -> torch.Tensor:
+        torch.set_float32_matmul_precision(precision)
+        return a @ b
+
+    plain_seconds, seconds = _quickest((lambda: multiply("highest"), lambda: multiply("medium")), a.device)
+    error = (multiply("medium").double() - exact).abs().max() / exact.abs().max()
     if error > 1e-5 or seconds > plain_seconds:
         torch.set_float32_matmul_precision("highest")
 
@@ -181,21 +182,22 @@ def copy_bandwidth(device: torch.device) -> float:
     """Bytes/s, read and written ones together, of the quickest of some copies far larger than caches."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _quickest(lambda: target.copy_(source), device)
+    return 2 * source.nbytes / _quickest([lambda: target.copy_(source)], device)[0]
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the quickest of some products of large square matrices."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.ones(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / _quickest(lambda: a @ a, device)
+    return 2 * size**3 / _quickest([lambda: a @ a], device)[0]
 
 
 def cpu_likes_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices at least 1.5 times as fast as float32 ones (AVX-512 BF16, AMX)."""
     a, b = _probe_matrices()
-    a16, b16, cpu = a.bfloat16(), b.bfloat16(), a.device
-    return _quickest(lambda: a16 @ b16, cpu) * 1.5 < _quickest(lambda: a @ b, cpu)
+    a16, b16 = a.bfloat16(), b.bfloat16()
+    seconds16, seconds32 = _quickest((lambda: a16 @ b16, lambda: a @ b), a.device)
+    return seconds16 * 1.5 < seconds32
 
 
 def _probe_matrices() -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,15 +205,17 @@ def _probe_matrices() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(1024, 512, generator=generator), torch.randn(512, 512, generator=generator)
 
 
-def _quickest(run: Callable[[], object], device: torch.device, times: int = 10) -> float:
-    """The least seconds of some runs."""
-    best = float("inf")
-    for _ in range(times):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
+def _quickest(runs: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """The least seconds of each: they take turns, for 0.2 s at least, so that what else the machine does hits all."""
+    best, num_turns, started = [float("inf")] * len(runs), 0, time.perf_counter()
+    while num_turns < 10 or time.perf_counter() - started < 0.2:
+        for i, run in enumerate(runs):
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            best[i] = min(best[i], time.perf_counter() - start)
+        num_turns += 1
     return best
 
 

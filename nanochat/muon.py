@@ -97,8 +97,10 @@ class MuonAdamW(torch.optim.Optimizer):
         self.num_steps = 0
         # On a CPU compiling the updates costs 20 s and saves 15 ms a step (depth 4, width 256).
         self.compiles = compile and groups[0]["params"][0].is_cuda
-        self.adamw_update: Callable = torch.compile(adamw_update, dynamic=False) if self.compiles else fused_adamw_update
-        self.muon_update: Callable = torch.compile(muon_update, dynamic=False) if self.compiles else muon_update
+        self.adamw_update: Callable = fused_adamw_update
+        self.muon_update: Callable = muon_update
+        if self.compiles:
+            self.adamw_update, self.muon_update = (torch.compile(f, dynamic=False) for f in (adamw_update, muon_update))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -264,11 +266,10 @@ def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, decay, beta1, beta2, step) ->
 
 
 def fused_adamw_update(p, grad, exp_avg, exp_avg_sq, lr, decay, beta1, beta2, step) -> None:
-    """The same by torch's one loop, where updates are not compiled: a fifth of the time on a CPU (3.8 against 20 ms)."""
+    """The same by torch's own loop, for updates that are not compiled: a fifth of the time on a CPU (3.8 / 20 ms)."""
     options = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": decay, "eps": ADAM_EPS}
     steps = [torch.tensor(float(step), device=p.device)]
-    tensors = ([p], [grad], [exp_avg], [exp_avg_sq], [], steps)
-    torch._fused_adamw_(*tensors, **options, amsgrad=False, maximize=False)
+    torch._fused_adamw_([p], [grad], [exp_avg], [exp_avg_sq], [], steps, **options, amsgrad=False, maximize=False)
 
 
 def muon_update(p, grad, momentum_buffer, second_moment, lr, decay, momentum, beta2, dtype: torch.dtype) -> None:

@@ -67,6 +67,12 @@ def settings_of(checkpoint: Checkpoint) -> Settings:
     return Settings(**{f.name: known[f.name] for f in fields(Settings) if f.name in known})
 
 
+def changed_flags(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """In words, for a run that goes on: what may well be meant, but should not go unnoticed."""
+    changes = [f"{k} {before[k]} → {now[k]}" for k in before if k in now and k != "resume" and before[k] != now[k]]
+    return f"going on with other flags: {', '.join(changes)}" if changes else "going on with the same flags"
+
+
 @dataclass(frozen=True)
 class Start:
     """A run of a stage, checked and not yet built."""
@@ -109,6 +115,7 @@ class Start:
         optimizer = build_optimizer(model, rates, batch_factor, weight_decay, dist.rank, dist.world_size, compiling)
         state, data_states = TrainState(), list[dict[str, Any]]()
         if self.saved:
+            dist.print0(changed_flags(self.saved.meta.get("flags", {}), config["flags"]))
             state, data_states = self.saved.restore_run(optimizer, dist)
         elif load_momentum and isinstance(origin, Checkpoint) and not origin.restore_optimizer(optimizer):
             dist.print0(f"{origin.path} has no optimizer state: momentum starts from zero")
