@@ -12,6 +12,7 @@ Shapes: B rows, T query tokens, S key tokens, H query heads, K key/value heads (
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,8 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 ForwardBackward = tuple[Callable[..., tuple[torch.Tensor, ...]], Callable[..., tuple[torch.Tensor, ...]]]
 
 BLOCK = 128  # queries at a time on the CPU; the windows are multiples of it
-CACHED_SCORES = 2**18  # of a block, on the CPU: 512 KiB in bfloat16, half of a usual second-level cache
+CACHED_SCORES = 2**21  # of a block, on the CPU: 4 MiB in bfloat16
+KEPT_WEIGHTS = 2**24  # of a layer, on the CPU: 32 MiB in bfloat16; beyond that the backward pass computes them again
 MAX_ERROR = 0.02  # of a kernel in the norm; bfloat16 kernels are 0.002 to 0.006 off float32
 
 
@@ -269,80 +271,138 @@ def as_operator(name: str, functions: ForwardBackward) -> Kernel:
 # ---- the CPU's ----
 
 
-def blocks_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> tuple[torch.Tensor, ...]:
+def load_blocks() -> Kernel:
     """
-    Plain matrix products: text by text and block of queries by block, against the keys that the block sees, all of it
-    small enough for the cache ("blocks"). Forward and backward, in processor time: in bfloat16 1.5-1.7 times as fast as
-    "banded", 1.15 times with full windows at T 2048; in float32 1.3-1.6 times, there 0.86. It stays an operator when
-    the model is compiled: its loop would unroll into more code than the rest (135 s of compiling for 4 layers instead
-    of 58), which ran no faster.
+    Plain matrix products: a block of queries against the blocks of keys that it sees, for as many heads at a time as
+    the cache holds the scores of ("blocks"). The softmax takes no maximum off the scores, so these must stay below 80
+    or exp overflows: normed queries and keys cannot reach gain² · sqrt(D), which is 16 for D = 128. Not for float16,
+    whose range is too small.
 
-    The softmax takes no maximum off the scores, so these must stay below 80 or exp overflows: normed queries and keys
-    cannot reach gain² · sqrt(D), which is 16 for D = 128. Not for float16, whose range is too small.
+    The loop stays an operator when the model is compiled: unrolled it would be more code than the rest (135 s of
+    compiling for 4 layers instead of 58), which ran no faster. All that lies around it is left to the compiler.
     """
-    if q.dtype == torch.float16:
-        raise TypeError("float16 cannot hold exp(scores)")
-    B, T, H, D = q.shape
-    output, sums_BHT = q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
-    blocks = _blocks(q, window)
-    for b, heads, kv_heads in _groups_of_heads(q, k, window):
-        group = H // k.size(2)
-        q_HTD = _heads(q[b, :, heads] * D**-0.5)
-        k_HTD, v_HTD = _heads(k[b, :, kv_heads], group), _heads(v[b, :, kv_heads], group)
-        for queries, keys, sees in blocks:
-            weights = torch.bmm(q_HTD[:, queries], k_HTD[:, keys].mT).exp_().mul_(sees)
-            sums = sums_BHT[b, heads, queries] = weights.sum(dim=-1, dtype=torch.float32)
-            output[b, queries, heads] = (torch.bmm(weights, v_HTD[:, keys]) / sums.unsqueeze(-1)).transpose(0, 1)
-    return output, sums_BHT
+
+    @torch.library.custom_op("nanochat::blocks", mutates_args=())
+    def forward(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, keep: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return blocks_forward(q, k, v, window, keep)
+
+    @torch.library.custom_op("nanochat::blocks_backward", mutates_args=())
+    def backward(
+        dy: torch.Tensor, dsums: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        kept: torch.Tensor, window: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        return blocks_backward(dy, dsums, q, k, v, kept, window)
+
+    @forward.register_fake
+    def _(q, k, v, window, keep):
+        sums = q.new_empty((*q.shape[:3], 1), dtype=torch.float32)
+        return torch.empty_like(q), sums, q.new_empty(_num_weights(q, window) if keep else 0)
+
+    @backward.register_fake
+    def _(dy, dsums, q, k, v, kept, window):
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        *qkv, ctx.window, _ = inputs
+        ctx.save_for_backward(*qkv, output[2])
+
+    def differentiate(ctx: Any, dy: torch.Tensor, dsums: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+        return *backward(dy.contiguous(), dsums.contiguous(), *ctx.saved_tensors, ctx.window), None, None
+
+    forward.register_autograd(differentiate, setup_context=save)
+
+    def attend(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
+        if q_BTHD.dtype == torch.float16:
+            raise TypeError("float16 cannot hold exp(scores)")
+        B, T, H, D = q_BTHD.shape
+        q = _in_blocks(q_BTHD * D**-0.5, H)
+        keep = torch.is_grad_enabled() and _num_weights(q, window) <= KEPT_WEIGHTS
+        y, sums, _ = forward(q, _in_blocks(k_BTKD, H), _in_blocks(v_BTKD, H), window, keep)
+        y_mBHtD = (y / sums).to(q_BTHD.dtype).unflatten(1, (B, H))
+        return y_mBHtD.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
+
+    return attend
 
 
-def blocks_backward(grad, q, k, v, output, sums_BHT, window: int) -> tuple[torch.Tensor, ...]:
-    """The weights again, not yet divided by their sums: the gradient of the output is, which is smaller."""
-    D, group = q.size(-1), q.size(2) // k.size(2)
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    blocks = _blocks(q, window)
-    for b, heads, kv_heads in _groups_of_heads(q, k, window):
-        q_HTD = _heads(q[b, :, heads] * D**-0.5)
-        k_HTD, v_HTD = _heads(k[b, :, kv_heads], group), _heads(v[b, :, kv_heads], group)
-        scaled_THD = grad[b, :, heads].float() / sums_BHT[b, heads].T.unsqueeze(-1)
-        grad_HTD = _heads(scaled_THD.to(q.dtype))
-        dot_HT1 = _heads((scaled_THD * output[b, :, heads]).sum(dim=-1, keepdim=True).to(q.dtype))  # of softmax's own
-        dk_HTD, dv_HTD = torch.zeros_like(k_HTD, dtype=torch.float32), torch.zeros_like(v_HTD, dtype=torch.float32)
-        for queries, keys, sees in blocks:
-            weights = torch.bmm(q_HTD[:, queries], k_HTD[:, keys].mT).exp_().mul_(sees)
-            dv_HTD[:, keys] += torch.bmm(weights.mT, grad_HTD[:, queries])
-            dscores = torch.bmm(grad_HTD[:, queries], v_HTD[:, keys].mT).sub_(dot_HT1[:, queries]).mul_(weights)
-            dk_HTD[:, keys] += torch.bmm(dscores.mT, q_HTD[:, queries])
-            dq[b, queries, heads] = torch.bmm(dscores, k_HTD[:, keys]).mul_(D**-0.5).transpose(0, 1)
-        for total, d_HTD in ((dk, dk_HTD), (dv, dv_HTD)):
-            total[b, :, kv_heads] = d_HTD.unflatten(0, (-1, group)).sum(dim=1).transpose(0, 1)
-    return dq, dk, dv
+def blocks_forward(q, k, v, window: int, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Of m blocks with t tokens of N heads of all texts, (m, N, t, D), the queries scaled. Returns what has still to be
+    divided, exp(scores) @ v (m, N, t, D), and by what, the sums of the weights exp(scores) (m, N, t, 1) in float32; and
+    the weights one after the other, or none.
+    """
+    y, sums = torch.empty_like(q), q.new_empty((*q.shape[:3], 1), dtype=torch.float32)
+    kept = q.new_empty(_num_weights(q, window) if keep else 0)
+    for i, keys, heads, sees, place in _blocks(q, window):
+        weights = _weights(q[i, heads], _joined(k[keys, heads]), sees, kept[place] if keep else None)
+        torch.sum(weights, dim=-1, keepdim=True, dtype=torch.float32, out=sums[i, heads])
+        torch.bmm(weights, _joined(v[keys, heads]), out=y[i, heads])
+    return y, sums, kept
 
 
-def _groups_of_heads(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, window: int) -> Iterator[tuple[int, slice, slice]]:
-    """Text, query heads and key/value heads, as many at a time as the cache holds the scores of."""
-    B, T, H, _ = q_BTHD.shape
-    num_kv_heads, group = k_BTKD.size(2), H // k_BTKD.size(2)
-    step = max(1, CACHED_SCORES // (BLOCK * min(T, window + BLOCK) * group))
-    for b in range(B):
-        for first in range(0, num_kv_heads, step):
-            stop = min(first + step, num_kv_heads)
-            yield b, slice(first * group, stop * group), slice(first, stop)
+def blocks_backward(dy, dsums, q, k, v, kept, window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v. Weights that were not kept are computed again."""
+    dq, dsums = torch.empty_like(q), dsums.to(q.dtype)
+    dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+    for i, keys, heads, sees, place in _blocks(q, window):
+        q_ntD, dy_ntD, k_nsD, v_nsD = q[i, heads], dy[i, heads], _joined(k[keys, heads]), _joined(v[keys, heads])
+        if kept.numel():
+            weights = kept[place].view(q_ntD.size(0), *sees.shape)
+        else:
+            weights = _weights(q_ntD, k_nsD, sees)
+        dv[keys, heads] += _parted(torch.bmm(weights.mT, dy_ntD))
+        dscores = torch.bmm(dy_ntD, v_nsD.mT).add_(dsums[i, heads]).mul_(weights)
+        torch.bmm(dscores, k_nsD, out=dq[i, heads])
+        dk[keys, heads] += _parted(torch.bmm(dscores.mT, q_ntD))
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _heads(x_TKD: torch.Tensor, group: int = 1) -> torch.Tensor:
-    """Head by head, each key/value head once for every query head of its group: (H, T, D)."""
-    return x_TKD.transpose(0, 1).repeat_interleave(group, dim=0).contiguous()
+def _weights(q_ntD: torch.Tensor, k_nsD: torch.Tensor, sees: torch.Tensor, place: torch.Tensor | None = None):
+    out = None if place is None else place.view(q_ntD.size(0), *sees.shape)
+    return torch.bmm(q_ntD, k_nsD.mT, out=out).exp_().mul_(sees)
 
 
-def _blocks(q_BTHD: torch.Tensor, window: int) -> list[tuple[slice, slice, torch.Tensor]]:
-    """Queries; the keys that any of them sees, from a multiple of the block on; 1 where one sees the other, else 0."""
-    blocks, num_tokens = [], q_BTHD.size(1)
-    for start in range(0, num_tokens, BLOCK):
-        stop, first_key = min(start + BLOCK, num_tokens), max(start - window, 0) // BLOCK * BLOCK
-        sees = band_mask(torch.arange(start, stop), first_key, stop, window)
-        blocks.append((slice(start, stop), slice(first_key, stop), sees.to(q_BTHD)))
-    return blocks
+def _in_blocks(x_BTKD: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """(m, B · H, t, D), filled up with zeros that nobody sees; key/value heads once for each of their query heads."""
+    group = num_heads // x_BTKD.size(2)
+    x_BTHD = x_BTKD.repeat_interleave(group, dim=2) if group > 1 else x_BTKD
+    if missing := -x_BTHD.size(1) % BLOCK:
+        x_BTHD = F.pad(x_BTHD, (0, 0, 0, 0, 0, missing))
+    return x_BTHD.unflatten(1, (-1, BLOCK)).permute(1, 0, 3, 2, 4).contiguous().flatten(1, 2)
+
+
+def _joined(x_mntD: torch.Tensor) -> torch.Tensor:
+    """Blocks side by side: (n, m · t, D)."""
+    return x_mntD.transpose(0, 1).flatten(1, 2).contiguous()
+
+
+def _parted(x_nsD: torch.Tensor) -> torch.Tensor:
+    return x_nsD.unflatten(1, (-1, BLOCK)).transpose(0, 1)
+
+
+def _blocks(q_mNtD: torch.Tensor, window: int) -> Iterator[tuple[int, slice, slice, torch.Tensor, slice]]:
+    """
+    A block of queries; the blocks of keys that any of these sees; some heads; 1 where a query sees a key, else 0; the
+    place of their weights among all.
+    """
+    num_heads, place = q_mNtD.size(1), 0
+    for i in range(q_mNtD.size(0)):
+        first = max(i * BLOCK - window, 0) // BLOCK
+        start, stop = i * BLOCK, (i + 1) * BLOCK
+        sees = band_mask(torch.arange(start, stop), first * BLOCK, stop, window).to(q_mNtD.dtype)
+        num_groups = math.ceil(num_heads * sees.numel() / CACHED_SCORES)
+        step = math.ceil(num_heads / num_groups)
+        for head in range(0, num_heads, step):
+            heads = slice(head, min(head + step, num_heads))
+            end = place + (heads.stop - head) * sees.numel()
+            yield i, slice(first, i + 1), heads, sees, slice(place, end)
+            place = end
+
+
+def _num_weights(q_mNtD: torch.Tensor, window: int) -> int:
+    m, N, t, _ = q_mNtD.shape
+    return N * t * t * sum(i + 1 - max(i * t - window, 0) // t for i in range(m))
 
 
 LOADERS: dict[str, Callable[[], Kernel]] = {  # an ImportError says that the package is not installed
@@ -351,7 +411,7 @@ LOADERS: dict[str, Callable[[], Kernel]] = {  # an ImportError says that the pac
     "fa2": load_fa2,
     "flash": lambda: attend_flash,
     "flex": load_flex,
-    "blocks": functools.cache(lambda: as_operator("blocks", (blocks_forward, blocks_backward))),
+    "blocks": functools.cache(load_blocks),
     "banded": lambda: attend,
     "sdpa": lambda: attend_masked,
 }

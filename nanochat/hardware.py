@@ -6,7 +6,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -67,11 +67,35 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
+def pick_training_dtype(device: torch.device, begun: str = "") -> torch.dtype:
+    """
+    The same, but a CPU that multiplies bfloat16 much faster trains in it: weights, optimizer, softmax and loss are in
+    float32 all the same. That is measured, so a run goes on in the dtype in which it was `begun` ("torch.bfloat16").
+    """
+    dtype = pick_dtype(device)
+    if device.type != "cpu" or os.environ.get("NANOCHAT_DTYPE"):
+        return dtype
+    if begun:
+        return DTYPES[begun.removeprefix("torch.")]
+    return torch.bfloat16 if cpu_likes_bfloat16() else dtype
+
+
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile can work: it needs a C++ compiler on the CPU and Triton's hardware (7.0) on CUDA."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (7, 0)
     return device.type == "cpu" and any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+
+
+def compiling_pays(device: torch.device, dtype: torch.dtype, flops: float, num_layers: int) -> bool:
+    """
+    Whether a training run of so many FLOPs takes longer than compiling saves. On a GPU it always does. On a CPU, at
+    depth 4 and width 256: eager code reaches about half the rate of the matrix products, compiled code 1.5 times that,
+    and compiling takes 8 s a layer on two cores.
+    """
+    if device.type != "cpu":
+        return True
+    return flops / matmul_rate(device, dtype) * 2 * (1 - 1 / 1.5) > 8 * num_layers
 
 
 def gpu_peaks(device: torch.device) -> tuple[float, float] | None:
@@ -103,7 +127,7 @@ def peak_memory(device: torch.device) -> int:
 def tune_process(device: torch.device, matmul_precision: str = "") -> str:
     """
     Process-wide settings for training. On CUDA: TF32 for what is left in float32. On the CPU: the faster of two float32
-    matrix products, a malloc that keeps the pages it has, and sums in a fixed order. Returns the precision chosen; a
+    matrix products, a malloc that keeps the pages it has, sums in a fixed order. Returns the precision chosen; a
     resumed run passes it in again, for two measurements may differ and with them the last bits of every loss.
     """
     if device.type == "cuda":
@@ -111,7 +135,7 @@ def tune_process(device: torch.device, matmul_precision: str = "") -> str:
     elif device.type == "cpu":
         keep_freed_pages()
         # Else compiled code adds up the gradients of embedding tables in whatever order two threads come by, so that no
-        # run could be repeated, or resumed, to the bit.
+        # run could be repeated or resumed to the bit. It is no slower: those additions wait for each other.
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         if matmul_precision:
@@ -142,13 +166,14 @@ def choose_cpu_matmul() -> None:
     who computes in float32. So: measure speed and error.
     """
     a, b = _probe_matrices()
-    cpu = a.device
     exact = a.double() @ b.double()
-    torch.set_float32_matmul_precision("highest")
-    plain_seconds = _quickest(lambda: a @ b, cpu)
-    torch.set_float32_matmul_precision("medium")
-    seconds = _quickest(lambda: a @ b, cpu)
-    error = ((a @ b).double() - exact).abs().max() / exact.abs().max()
+
+    def multiply(precision: str) -> torch.Tensor:
+        torch.set_float32_matmul_precision(precision)
+        return a @ b
+
+    plain_seconds, seconds = _quickest((lambda: multiply("highest"), lambda: multiply("medium")), a.device)
+    error = (multiply("medium").double() - exact).abs().max() / exact.abs().max()
     if error > 1e-5 or seconds > plain_seconds:
         torch.set_float32_matmul_precision("highest")
 
@@ -157,21 +182,22 @@ def copy_bandwidth(device: torch.device) -> float:
     """Bytes/s, read and written ones together, of the quickest of some copies far larger than caches."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _quickest(lambda: target.copy_(source), device)
+    return 2 * source.nbytes / _quickest([lambda: target.copy_(source)], device)[0]
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the quickest of some products of large square matrices."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.ones(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / _quickest(lambda: a @ a, device)
+    return 2 * size**3 / _quickest([lambda: a @ a], device)[0]
 
 
 def cpu_likes_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices at least 1.5 times as fast as float32 ones (AVX-512 BF16, AMX)."""
     a, b = _probe_matrices()
-    a16, b16, cpu = a.bfloat16(), b.bfloat16(), a.device
-    return _quickest(lambda: a16 @ b16, cpu) * 1.5 < _quickest(lambda: a @ b, cpu)
+    a16, b16 = a.bfloat16(), b.bfloat16()
+    seconds16, seconds32 = _quickest((lambda: a16 @ b16, lambda: a @ b), a.device)
+    return seconds16 * 1.5 < seconds32
 
 
 def _probe_matrices() -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,15 +205,17 @@ def _probe_matrices() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(1024, 512, generator=generator), torch.randn(512, 512, generator=generator)
 
 
-def _quickest(run: Callable[[], object], device: torch.device, times: int = 10) -> float:
-    """The least seconds of some runs."""
-    best = float("inf")
-    for _ in range(times):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
+def _quickest(runs: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """The least seconds of each: they take turns, for 0.2 s at least, so that what else the machine does hits all."""
+    best, num_turns, started = [float("inf")] * len(runs), 0, time.perf_counter()
+    while num_turns < 10 or time.perf_counter() - started < 0.2:
+        for i, run in enumerate(runs):
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            best[i] = min(best[i], time.perf_counter() - start)
+        num_turns += 1
     return best
 
 

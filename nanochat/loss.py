@@ -62,22 +62,27 @@ def _chunked(hidden_NC, head_VC, targets_N, vocab_size, cap, weights_N=None):
     """Losses (N,); with weights (N,) also the gradients of the weighted sum: by hidden_NC and by head_VC."""
     N, dtype, cast_VC = hidden_NC.size(0), hidden_NC.dtype, head_VC.to(hidden_NC.dtype)
     rows = math.ceil(max(CHUNK_LOGITS / head_VC.size(0), N / MAX_CHUNKS))
-    losses, d_hidden = [], []
+    ids_V, losses, d_hidden = torch.arange(vocab_size, device=hidden_NC.device), [], []
     d_head_VC = torch.zeros_like(head_VC if weights_N is not None else head_VC[:0])
     for start in range(0, N, rows):
         chunk = slice(start, start + rows)
         h_nC, y_n1 = hidden_NC[chunk], targets_N[chunk, None]
         counts_n1, y_n1 = y_n1 >= 0, y_n1.clamp_min(0)
-        tanh_nV = (F.linear(h_nC, cast_VC)[:, :vocab_size].float() / cap).tanh_()
+        tanh_nV = _tanh(F.linear(h_nC, cast_VC)[:, :vocab_size].float() / cap)
         exp_nV = (cap * tanh_nV).exp_()  # bounded, so no maximum need be subtracted first
         sum_n1, tanh_n1 = exp_nV.sum(dim=1, keepdim=True), tanh_nV.gather(1, y_n1)
         losses.append(((sum_n1.log() - cap * tanh_n1) * counts_n1).squeeze(1))
         if weights_N is None:
             continue
         weights_n1 = weights_N[chunk, None] * counts_n1
-        d_nV = exp_nV.mul_(weights_n1 / sum_n1).mul_(tanh_nV.square_().neg_().add_(1)).to(dtype)
-        p_n1 = (cap * tanh_n1).exp() / sum_n1
-        d_nV.scatter_(1, y_n1, (weights_n1 * (p_n1 - 1) * (1 - tanh_n1.square())).to(dtype))
+        p_nV = exp_nV.mul_(1 / sum_n1)
+        error_nV = torch.where(ids_V == y_n1, p_nV - 1, p_nV)  # scatter_ would have the compiler copy the whole chunk
+        d_nV = error_nV.mul_(weights_n1).mul_(tanh_nV.square_().neg_().add_(1)).to(dtype)
         d_hidden.append(d_nV @ cast_VC[:vocab_size])
         d_head_VC[:vocab_size] += d_nV.T @ h_nC
     return (torch.cat(losses),) if weights_N is None else (torch.cat(losses), torch.cat(d_hidden), d_head_VC)
+
+
+def _tanh(x: torch.Tensor) -> torch.Tensor:
+    """By one exp, to 1e-7 absolute: compiled for a CPU torch.tanh is 4 times as long (6 ms against 1.4 for 2^23)."""
+    return 1 - 2 / ((2 * x).exp_() + 1)

@@ -97,8 +97,10 @@ class MuonAdamW(torch.optim.Optimizer):
         self.num_steps = 0
         # On a CPU compiling the updates costs 20 s and saves 15 ms a step (depth 4, width 256).
         self.compiles = compile and groups[0]["params"][0].is_cuda
-        self.adamw_update: Callable = torch.compile(adamw_update, dynamic=False) if self.compiles else adamw_update
-        self.muon_update: Callable = torch.compile(muon_update, dynamic=False) if self.compiles else muon_update
+        self.adamw_update: Callable = fused_adamw_update
+        self.muon_update: Callable = muon_update
+        if self.compiles:
+            self.adamw_update, self.muon_update = (torch.compile(f, dynamic=False) for f in (adamw_update, muon_update))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -263,6 +265,13 @@ def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, decay, beta1, beta2, step) ->
     p.sub_(lr / (1 - beta1**step) * exp_avg / root)
 
 
+def fused_adamw_update(p, grad, exp_avg, exp_avg_sq, lr, decay, beta1, beta2, step) -> None:
+    """The same by torch's own loop, for updates that are not compiled: a fifth of the time on a CPU (3.8 / 20 ms)."""
+    options = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": decay, "eps": ADAM_EPS}
+    steps = [torch.tensor(float(step), device=p.device)]
+    torch._fused_adamw_([p], [grad], [exp_avg], [exp_avg_sq], [], steps, **options, amsgrad=False, maximize=False)
+
+
 def muon_update(p, grad, momentum_buffer, second_moment, lr, decay, momentum, beta2, dtype: torch.dtype) -> None:
     """
     Muon on a stack of matrices (N, rows, columns), in place. Nesterov momentum, rows brought to one norm (arXiv
@@ -292,5 +301,6 @@ def orthogonalize(g: torch.Tensor) -> torch.Tensor:
     x = x.mT if tall else x
     for a, b, c in POLAR_COEFFICIENTS:
         A = x @ x.mT
-        x = a * x + (b * A + c * (A @ A)) @ x
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # not b * A + c * (A @ A): a rounding less, a fifth faster on a CPU
+        x = torch.baddbmm(x, B, x, beta=a)
     return x.mT if tall else x

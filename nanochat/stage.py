@@ -67,6 +67,12 @@ def settings_of(checkpoint: Checkpoint) -> Settings:
     return Settings(**{f.name: known[f.name] for f in fields(Settings) if f.name in known})
 
 
+def changed_flags(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """In words, for a run that goes on: what may well be meant, but should not go unnoticed."""
+    changes = [f"{k} {before[k]} → {now[k]}" for k in before if k in now and k != "resume" and before[k] != now[k]]
+    return f"going on with other flags: {', '.join(changes)}" if changes else "going on with the same flags"
+
+
 @dataclass(frozen=True)
 class Start:
     """A run of a stage, checked and not yet built."""
@@ -88,8 +94,9 @@ class Start:
         compile: bool = True,  # model and optimizer, where the machine can
         load_momentum: bool = False,  # of the source's optimizer; else it starts from zero
         seed: int = 42,  # of initial weights and sampling
-        attention: str = "banded",  # kernel for whole sequences: "auto", or one of attention.LOADERS
+        attention: str = "auto",  # kernel for whole sequences: the fastest that works here, or one of attention.LOADERS
         fp8: bool = False,  # matrix products of training in FP8, where fp8.check has found that this can be
+        flops: float = math.inf,  # of the whole run, over all ranks: a short one is not worth compiling for
     ) -> "Run":
         """The new run, or the resumed one as it was left. Collective; tunes the process and seeds its generators."""
         self.checkpoints.lock()
@@ -103,19 +110,27 @@ class Start:
             model = GPT.create(origin, device, self.dtype)
         kernel_name, kernel = choose(attention, model.config.attention_shape, device, self.dtype, dist.print0)
         model.use_attention(kernel)
-        dist.print0(f"attention: {kernel_name}")
-        compiling = compile and hardware.can_compile(device)
+        compiling = compile and hardware.can_compile(device) and self._compiling_pays(model.config, flops)
+        dist.print0(f"computing in {self.dtype}, attention {kernel_name}, {'' if compiling else 'not '}compiled")
         optimizer = build_optimizer(model, rates, batch_factor, weight_decay, dist.rank, dist.world_size, compiling)
         state, data_states = TrainState(), list[dict[str, Any]]()
         if self.saved:
+            dist.print0(changed_flags(self.saved.meta.get("flags", {}), config["flags"]))
             state, data_states = self.saved.restore_run(optimizer, dist)
         elif load_momentum and isinstance(origin, Checkpoint) and not origin.restore_optimizer(optimizer):
             dist.print0(f"{origin.path} has no optimizer state: momentum starts from zero")
         if fp8:
             use_fp8(model, optimizer, compiling)
         config = config | {"tokenizer": self.tokenizer.fingerprint}
-        config |= {"matmul_precision": precision, "dtype": str(self.dtype)}
+        config |= {"matmul_precision": precision, "dtype": str(self.dtype), "compiled": compiling}
         return Run(self, model, optimizer, compiling, state, data_states, config)
+
+    def _compiling_pays(self, config: GPTConfig, flops: float) -> bool:
+        """The same on all ranks, and after a break as before it."""
+        if self.saved:
+            return self.saved.meta.get("compiled", True)
+        pays = hardware.compiling_pays(self.dist.device, self.dtype, flops / self.dist.world_size, config.n_layer)
+        return self.dist.gather(pays)[0]
 
 
 def prepare(
@@ -128,11 +143,12 @@ def prepare(
     keep_last: int = -1,  # checkpoints; -1 = all
 ) -> Start:
     """UserError unless a run of this stage can begin, or with `resume` go on, with this tokenizer and model."""
-    dtype = hardware.pick_dtype(dist.device)
     if isinstance(source, Checkpoint):
         source.check_tokenizer(tokenizer)
     checkpoints = CheckpointDir(stage, tag, dist, keep_last)
     saved = checkpoints.load_newest() if resume else None
+    dtype = hardware.pick_training_dtype(dist.device, saved.meta.get("dtype", "") if saved else "")
+    dtype = dist.gather(dtype)[0]  # all ranks as the first
     if saved:
         saved.check_resumable(tokenizer, source.config if isinstance(source, Checkpoint) else source, dtype)
     return Start(stage, source, tokenizer, dist, dtype, checkpoints, saved)

@@ -52,6 +52,7 @@ else
 fi
 source .venv/bin/activate
 
-# Threads that wait asleep, not spinning. With one other busy process on two cores a training step is about six times as
-# fast (2,900 against 490 tokens/s, depth 4, eager); alone perhaps a tenth slower (14,400 against 16,100, one pair of runs).
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+# Threads that wait spin for 40 µs, then sleep. On two cores (depth 4, compiled, tokens/s, medians): alone 7,800, always
+# asleep (OMP_WAIT_POLICY=PASSIVE) 7,500, as OpenMP would have it 7,300; beside another busy process 4,100, 4,400, and
+# 2,700 already with ten times the spinning.
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-3000}"

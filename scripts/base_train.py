@@ -56,7 +56,7 @@ class Flags:
     device: str = flag("auto", "cuda | mps | cpu | auto")
     compile: bool = flag(True, "torch.compile model and optimizer where the machine can")
     attention: str = flag(
-        "banded", f"kernel: auto (the fastest that is found to work here) | {' | '.join(attention.LOADERS)}"
+        "auto", f"kernel: auto (the fastest that is found to work here) | {' | '.join(attention.LOADERS)}"
     )
     fp8: bool = flag(False, "train the large matrices in FP8; evaluation stays as it is (GPUs from Ada and Hopper on)")
     seed: int = flag(42, "of the initial weights")
@@ -84,7 +84,7 @@ def main(flags: Flags) -> None:
         config = {"flags": asdict(flags), "recipe": asdict(plan), "settings": asdict(settings)}
         run = start.build(
             settings.rates(), plan.batch_factor, config, plan.weight_decay, flags.compile,
-            seed=flags.seed, attention=flags.attention, fp8=flags.fp8,
+            seed=flags.seed, fp8=flags.fp8, attention=flags.attention, flops=plan.flops,
         )  # fmt: skip
         loader = PretrainLoader(tokenizer, RowGroups(train_shards), B, T, dist.rank, dist.world_size, run.data_states)
         data_steps = pretrain_steps(loader, accumulation, plan.num_iterations, run.state.step)
@@ -93,8 +93,7 @@ def main(flags: Flags) -> None:
         dist.print0(
             f"{tag}: {human(param_counts(plan.model)['total'])} parameters, {plan.num_iterations} updates of "
             f"{plan.total_batch_size:,} tokens ({accumulation} x {B} x {T} x {dist.world_size} ranks), "
-            f"{plan.flops:.2e} FLOPs; {hardware.describe(dist.device)}, {start.dtype}"
-            f"{', FP8' if flags.fp8 else ''}{', compiled' if run.compiling else ''}"
+            f"{plan.flops:.2e} FLOPs; {hardware.describe(dist.device)}{', FP8' if flags.fp8 else ''}"
         )
 
         # run

@@ -36,3 +36,4 @@ def one_thread():
 def pytest_runtest_setup(item):
     """Before any fixture: what a stage chose for its process (hardware.tune_process) does not reach the next test."""
     torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(False)

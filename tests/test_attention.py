@@ -124,6 +124,18 @@ def test_blocks_equal_a_masked_softmax(num_tokens, window, num_heads, num_kv_hea
     close(LOADERS["blocks"](), qkv, window, tolerance)
 
 
+def test_blocks_that_keep_no_weights_and_take_few_heads_at_a_time_give_the_same(monkeypatch):
+    qkv, grad = random_heads(300, 4, 2), torch.randn(2, 300, 4, 8)
+    results = []
+    for kept, cached in ((2**24, 2**21), (0, 2**21), (2**24, 3 * 128 * 256), (0, 1)):
+        monkeypatch.setattr(attention, "KEPT_WEIGHTS", kept)
+        monkeypatch.setattr(attention, "CACHED_SCORES", cached)
+        output = LOADERS["blocks"]()(*qkv, 128)
+        results.append([output, *torch.autograd.grad(output, qkv, grad)])
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
+
+
 def test_blocks_hold_the_largest_scores_that_normed_heads_can_have():
     q = torch.ones(1, 130, 1, 128) * 1.2
     v = torch.randn(1, 130, 1, 128)
@@ -241,7 +253,12 @@ def test_operators_are_sound_and_compile_into_one_graph(monkeypatch, name):
     if name != "blocks":
         stand_in(monkeypatch, name)
     kernel, qkv = LOADERS[name](), random_heads(40, 4, 2)
-    torch.library.opcheck(getattr(torch.ops.nanochat, name).default, (*qkv, 7))
+    if name == "blocks":  # whose operator is one of heads
+        heads = [torch.randn(2, 6, 128, 8, requires_grad=True) for _ in range(3)]
+        for keep in (True, False):
+            torch.library.opcheck(torch.ops.nanochat.blocks.default, (*heads, 7, keep))
+    else:
+        torch.library.opcheck(getattr(torch.ops.nanochat, name).default, (*qkv, 7))
     compiled = torch.compile(lambda *x: kernel(*x, 7).sin(), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(
         torch.autograd.grad(compiled(*qkv).sum(), qkv), torch.autograd.grad(kernel(*qkv, 7).sin().sum(), qkv)

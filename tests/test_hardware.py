@@ -50,6 +50,28 @@ def test_the_dtype_follows_the_device_unless_told(monkeypatch):
         assert hardware.pick_dtype(CPU) == dtype
 
 
+def test_a_cpu_trains_in_what_it_multiplies_faster_and_goes_on_in_what_it_began(monkeypatch):
+    monkeypatch.delenv("NANOCHAT_DTYPE", raising=False)
+    for likes, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(hardware, "cpu_likes_bfloat16", lambda likes=likes: likes)
+        assert hardware.pick_training_dtype(CPU) == dtype
+        assert hardware.pick_training_dtype(CPU, "torch.float32") == torch.float32
+        assert hardware.pick_training_dtype(CPU, "torch.bfloat16") == torch.bfloat16
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float16")
+    assert hardware.pick_training_dtype(CPU, "torch.float32") == torch.float16  # check_resumable then refuses
+    monkeypatch.delenv("NANOCHAT_DTYPE")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert hardware.pick_training_dtype(torch.device("cuda", 0), "torch.float32") == torch.bfloat16
+
+
+def test_compiling_pays_in_long_runs_only(monkeypatch):
+    monkeypatch.setattr(hardware, "matmul_rate", lambda device, dtype: 500e9)
+    step_flops = 0.28e12  # of 8,192 tokens at depth 4, width 256
+    pays = [hardware.compiling_pays(CPU, torch.float32, steps * step_flops, 4) for steps in (20, 227)]
+    assert pays == [False, True]
+    assert hardware.compiling_pays(torch.device("cuda", 0), torch.float32, 0.0, 4)
+
+
 def test_an_unknown_dtype_is_a_user_error(monkeypatch):
     monkeypatch.setenv("NANOCHAT_DTYPE", "int8")
     with pytest.raises(UserError, match="NANOCHAT_DTYPE=int8.*bfloat16"):

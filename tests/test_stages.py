@@ -12,6 +12,7 @@ import shutil
 import signal
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pyarrow
@@ -67,8 +68,9 @@ def place(tmp_path_factory):
         patch.setenv("NANOCHAT_DATA_DIR", str(base_dir / "primer"))
         patch.setenv("TIKTOKEN_CACHE_DIR", str(base_dir / "nothing"))
         patch.delenv("NANOCHAT_DTYPE", raising=False)
-        # Its choice is measured, so two runs could compute differently; comparisons below are bitwise.
+        # These choices are measured, so two runs could compute differently; comparisons below are bitwise.
         patch.setattr(hardware, "choose_cpu_matmul", lambda: None)
+        patch.setattr(hardware, "cpu_likes_bfloat16", lambda: False)
         primer.main([])
         tok_train.main(["--vocab-size", str(VOCAB), "--max-chars", "300000"])
         base_train.main(BASE)
@@ -90,6 +92,28 @@ def files_of(folder):
 
 
 # ---- the stages in order ----
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def test_nothing_is_compiled_again(place, monkeypatch, device):
+    """Six updates of two micro-batches, validations, checkpoints, samples: one graph, on a GPU another to validate."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count, fullgraph=True))
+    monkeypatch.setattr(hardware, "can_compile", lambda device: True)
+    monkeypatch.setattr(hardware, "compiling_pays", lambda *_: True)
+    base_train.main([*BASE, "--compile", "--device", device, "--model-tag", "compiled"])
+    models = [graph for graph in graphs if "nanochat::blocks" in graph.code or "scaled_dot_product" in graph.code]
+    assert len(models) == (1 if device == "cpu" else 2)
+    if device == "cpu":
+        assert len(graphs) == 1 and metrics(place, "base_train-compiled") == metrics(place, "base_train-d2")
+    shutil.rmtree(place / "base_checkpoints/compiled")  # other tests name all that there are
 
 
 def test_the_tokenizer(place, capsys):
