@@ -177,7 +177,10 @@ class Asker:
 
 
 def to_conversation(messages: list[Message]) -> dict[str, Any]:
-    """As the protocol has it: only the assistant's content may be parts. ApiError beyond the limits."""
+    """
+    As the protocol has it: only the assistant's content may be parts, and OpenAI's "developer" is the system. ApiError
+    beyond the limits.
+    """
     texts = [m.content if isinstance(m.content, str) else "".join(p.text for p in m.content) for m in messages]
     for i, text in enumerate(texts):
         if len(text) > MAX_CHARACTERS:
@@ -187,7 +190,7 @@ def to_conversation(messages: list[Message]) -> dict[str, Any]:
         raise ApiError(400, f"the messages have {total} characters: {MAX_ALL_CHARACTERS} are allowed", "messages")
     conversation: list[dict[str, Any]] = []
     for i, (message, text) in enumerate(zip(messages, texts, strict=True)):
-        role, content = message.role, message.content
+        role, content = "system" if message.role == "developer" else message.role, message.content
         if isinstance(content, str):
             conversation.append({"role": role, "content": content})
         elif role == "assistant":
