@@ -65,7 +65,8 @@ def main(flags: Flags) -> None:
     origins = [origin.strip() for origin in flags.cors_origin.split(",") if origin.strip()]
     app = create_app(service, defaults, api_key, origins)
     host = f"[{flags.host}]" if ":" in flags.host else flags.host  # IPv6
-    print(f"http://{host}:{listener.getsockname()[1]}, {len(devices)} x {hardware.describe(devices[0])}. Ctrl-C ends.", flush=True)
+    address = f"http://{host}:{listener.getsockname()[1]}"
+    print(f"{address}, {len(devices)} x {hardware.describe(devices[0])}. Ctrl-C ends.", flush=True)
     if not api_key and not is_loopback(flags.host):
         print("warning: whoever reaches this address may use the model: set NANOCHAT_API_KEY", flush=True)
     config = uvicorn.Config(
