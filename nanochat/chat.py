@@ -4,6 +4,8 @@ import json
 import math
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,7 @@ class Chat:
             with atomic_path(path) as temporary:
                 temporary.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"/save {name}: {error.strerror}") from error
+            raise UserError(f"/save: {error}") from error
         return path
 
 
@@ -90,17 +92,15 @@ def as_markdown(message: Mapping[str, Any]) -> str:
     if message["role"] == "user":
         return f"**You:** {message['content']}"
     parts = ((part["type"], part["text"]) for part in message["content"])
-    return f"**nanochat:** {''.join(with_calls(parts, '`', '`'))}"
+    return f"**nanochat:** {''.join(with_calls(parts, quote='`'))}"
 
 
-def with_calls(pieces: Iterable[tuple[str, str]], start: str, end: str) -> Iterator[str]:
-    """The text of an answer, with its tool calls set apart: [12*13 → 156]."""
-    marks = {"python": start, "python_output": " → ", "text": f"{end} "}
-    before = "text"
-    for kind, piece in pieces:
-        if piece and kind != before:
-            yield marks[kind]
-            before = kind
-        yield piece
-    if before != "text":
-        yield end
+def with_calls(pieces: Iterable[tuple[str, str]], quote: str = "") -> Iterator[str]:
+    """The text of an answer, with each tool call set apart, and quoted: [12*13 → 156]."""
+    said = (piece for piece in pieces if piece[1])
+    for is_call, part in groupby(said, key=lambda piece: piece[0] != "text"):
+        if is_call:
+            steps = ["".join(text for _, text in step) for _, step in groupby(part, key=itemgetter(0))]
+            yield f"{quote}[{' → '.join(steps)}]{quote} "
+        else:
+            yield from (text for _, text in part)

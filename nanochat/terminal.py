@@ -68,7 +68,7 @@ class LineEditor:
         self.readline = readline
         if can_redraw(console):
             self.prompt = "\001\x1b[1m\002You:\001\x1b[0m\002 "  # \001 and \002 enclose what takes no room on the line
-        readline.parse_and_bind("set enable-bracketed-paste on")
+            readline.parse_and_bind("set enable-bracketed-paste on")
         readline.set_auto_history(False)  # it would keep the lines of a pasted text apart
         for text in self._remembered():
             readline.add_history(text)

@@ -120,9 +120,9 @@ def respond(chat: Chat, text: str, console: Console) -> None:
 
 def show_answer(chat: Chat, pieces: Generator[tuple[str, str]], console: Console) -> None:
     """Streams an answer until it ends or Ctrl-C stops it, and says what the user would not see otherwise."""
-    start, end = "``" if can_redraw(console) else "[]"
+    quote = "`" if can_redraw(console) else ""  # as code, in Markdown
     with closing(pieces), interruptible() as stop:
-        show(with_calls(until(stop, pieces), start, end), console)
+        show(with_calls(until(stop, pieces), quote), console)
     notes = {
         "stopped": stop.is_set(),
         f"cut at {chat.settings.max_tokens} tokens: --max-tokens allows more": chat.completion.finish == "length",
