@@ -25,8 +25,11 @@ MIN_WIDTH = 20  # columns; Markdown's tables and lists lose text in fewer than a
 DRAWING_SHARE = 0.2  # of the time at most, however long the answer is; arbitrary
 
 # What a model writes may not steer the terminal: ESC becomes the picture "␛", and so on; C1 controls have no pictures.
-CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
-CONTROLS |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
+CONTROLS = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"},
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
 
 # No backgrounds: they would be black on a light screen.
 THEME = Theme({"markdown.code": "cyan", **{f"markdown.h{level}": "bold" for level in range(1, 7)}})
