@@ -2,26 +2,38 @@
 Chat with a model in the terminal.
 
     python -m scripts.chat_cli                                          # the newest fine-tuned model
-    python -m scripts.chat_cli -p "What is the capital of France?"      # one answer, for scripts
     python -m scripts.chat_cli -i rl -t 0.6
+    python -m scripts.chat_cli -p "What is the capital of France?"      # one answer, for scripts
+    python -m scripts.chat_cli -p - < question.txt > answer.txt
 
-In the chat: `clear` starts a new conversation, `quit` ends; Ctrl-C stops an answer.
+In the chat, /help lists the commands; Ctrl-C stops an answer, Ctrl-D ends.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+import io
+import math
+import sys
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
 
 from rich.console import Console
 
 from nanochat import checkpoint_manager, hardware
-from nanochat.common import UserError
-from nanochat.conversation import PartReader, read_parts, render_to_fit
+from nanochat.chat import Chat, with_calls
+from nanochat.common import UserError, base_dir
 from nanochat.engine import Engine, Request
 from nanochat.flags import command, flag
+from nanochat.terminal import LineEditor, can_redraw, interruptible, make_console, printable, show
 from nanochat.tokenizer import Tokenizer, default_dir
 
-STYLES = {"text": "", "python": "cyan", "python_output": "magenta"}
+HELP = """\
+/retry            answer the last question anew, with another seed
+/temperature [x]  show the temperature of sampling, or set it; 0 = greedy
+/save FILE        keep the conversation, as messages (.json) or to be read (.md)
+/clear, clear     begin a new conversation
+/quit, quit       end, as exit and Ctrl-D do
+Ctrl-C stops an answer; the arrow keys bring back what was asked."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class Flags:
     source: str = flag("sft", "stage of the model", short="-i", choices=("base", "mid", "sft", "rl"))
     model_tag: str = flag("", "name of the checkpoints; default the one written last", short="-g")
     step: int = flag(-1, "step of the checkpoint; -1 = the newest", short="-s")
-    prompt: str = flag("", "answer this and end; the answer alone goes to standard output", short="-p")
+    prompt: str = flag("", "answer this, - for standard input, and end; prints the answer alone", short="-p")
     temperature: float = flag(0.6, "of sampling; 0 = greedy", short="-t")
     top_k: int = flag(50, "sample among the k likeliest tokens; 0 = among all", short="-k")
     max_tokens: int = flag(512, "tokens of an answer", short="-m")
@@ -39,8 +51,14 @@ class Flags:
 
 @command
 def main(flags: Flags) -> None:
-    if flags.temperature < 0 or flags.top_k < 0 or flags.max_tokens < 1:
+    if not 0 <= flags.temperature < math.inf or flags.top_k < 0 or flags.max_tokens < 1:
         raise UserError("--temperature and --top-k must be at least 0, --max-tokens at least 1")
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what the encoding lacks is no reason to end
+    prompt = sys.stdin.read().strip() if flags.prompt == "-" else flags.prompt
+    if flags.prompt == "-" and not prompt:
+        raise UserError("-p -: there is no question on standard input")
     device = hardware.pick_device(flags.device)
     tokenizer = Tokenizer.load(default_dir())
     model, checkpoint = checkpoint_manager.load_model(
@@ -48,85 +66,79 @@ def main(flags: Flags) -> None:
     )
     settings = Request([], flags.max_tokens, flags.temperature, flags.top_k, seed=flags.seed)
     chat = Chat(Engine(model, tokenizer, num_rows=1), settings)
-    if flags.prompt:
-        print("".join(text for kind, text in chat.answer(flags.prompt) if kind == "text").strip())
+    if prompt:
+        print(printable("".join(piece for kind, piece in chat.answer(prompt) if kind == "text").strip()))
         return
-    console = Console(highlight=False)
-    console.print(f"{checkpoint.path}, {hardware.describe(device)}. `clear` for a new conversation, `quit` to end.")
-    talk(chat, console)
+    console = make_console()
+    console.print(f"{checkpoint.path}, {hardware.describe(device)}. /help lists the commands.")
+    talk(chat, console, LineEditor(console, base_dir() / "chat_history.jsonl"))
 
 
-class Chat:
-    """One conversation with the model, in messages."""
-
-    def __init__(self, engine: Engine, settings: Request):
-        self.engine, self.settings = engine, settings
-        self.messages: list[dict[str, Any]] = []
-        self.dropped = 0  # old messages left out of the last prompt
-
-    def answer(self, text: str) -> Iterator[tuple[str, str]]:
-        """Streams the reply as (kind of part, text); what was said by then is kept if the caller stops early."""
-        self.messages.append({"role": "user", "content": text})
-        prompt = self.prompt()
-        reader, tokens = PartReader(self.engine.tokenizer), []
-        try:
-            for _, token, _ in self.engine.stream([replace(self.settings, prompt=prompt)]):
-                if token is not None:
-                    tokens.append(token)
-                    kind, piece = reader.read(token)
-                    if piece:
-                        yield kind, piece
-        finally:
-            self.messages.append({"role": "assistant", "content": read_parts(tokens, self.engine.tokenizer)})
-
-    def prompt(self) -> list[int]:
-        """The conversation's tokens; the oldest turns are dropped for good until half the context is free for more."""
-        engine = self.engine
-        context, max_tokens = engine.model.config.sequence_len, self.settings.max_tokens
-        try:
-            ids, self.dropped = render_to_fit({"messages": self.messages}, engine.tokenizer, context, max_tokens)
-        except UserError:
-            self.messages.pop()
-            raise
-        self.messages = self.messages[self.dropped :]
-        return ids
-
-
-def with_brackets(pieces: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Sets tool calls apart: [12*13 → 156]."""
-    marks = {"python": "[", "python_output": " → "}
-    before = "text"
-    for kind, piece in pieces:
-        if kind != before:
-            yield before, marks.get(kind, "] ")
-            before = kind
-        yield kind, piece
-
-
-def talk(chat: Chat, console: Console) -> None:
+def talk(chat: Chat, console: Console, editor: LineEditor) -> None:
     """Asks and answers until the user quits."""
     while True:
+        console.print()
         try:
-            text = console.input("\n[bold]You:[/bold] ").strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        if text in ("quit", "exit"):
-            return
-        if text == "clear":
-            chat.messages = []
-            console.print("A new conversation.")
-        elif text:
-            try:
-                console.print("[bold]nanochat:[/bold] ", end="")
-                for kind, piece in with_brackets(chat.answer(text)):
-                    console.print(piece, end="", style=STYLES[kind], markup=False, soft_wrap=True)
-            except KeyboardInterrupt:
-                console.print(" …", end="")
-            except UserError as error:
-                console.print(f"{error}", style="red", markup=False, end="")
+            text = editor.read()
+        except EOFError:
             console.print()
-            if chat.dropped:
-                console.print(f"(the context was full: the oldest {chat.dropped} messages were dropped)", style="dim")
+            return
+        except KeyboardInterrupt:
+            console.print("\n(quit or Ctrl-D ends)", style="dim")
+            continue
+        if text in ("/quit", "quit", "exit"):
+            return
+        try:
+            respond(chat, text, console)
+        except UserError as error:
+            console.print(f"{error}", style="red")
+
+
+def respond(chat: Chat, text: str, console: Console) -> None:
+    """Answers a question, or obeys a command."""
+    match text.split(maxsplit=1):
+        case []:
+            pass
+        case ["/help"]:
+            console.print(HELP)
+        case ["/clear"] | ["clear"]:
+            chat.clear()
+            console.print("A new conversation.")
+        case ["/retry"]:
+            show_answer(chat, chat.retry(), console)
+        case ["/save", *name]:
+            console.print(f"Saved: {chat.save(''.join(name))}")
+        case ["/temperature", *number]:
+            if number:
+                chat.set_temperature(number[0])
+            console.print(f"temperature {chat.settings.temperature:g}")
+        case [word, *_] if word.startswith("/"):
+            raise UserError(f"{word}: not a command here, /help lists them")
+        case _:
+            show_answer(chat, chat.answer(text), console)
+
+
+def show_answer(chat: Chat, pieces: Generator[tuple[str, str]], console: Console) -> None:
+    """Streams an answer until it ends or Ctrl-C stops it, and says what the user would not see otherwise."""
+    quote = "`" if can_redraw(console) else ""  # as code, in Markdown
+    with closing(pieces), interruptible() as stop:
+        show(with_calls(until(stop, pieces), quote), console)
+    notes = {
+        "stopped": stop.is_set(),
+        f"cut at {chat.settings.max_tokens} tokens: --max-tokens allows more": chat.completion.finish == "length",
+        "cut: the context is full": chat.completion.finish == "context",
+        f"the context was full: the oldest {chat.dropped} messages were dropped": chat.dropped > 0,
+    }
+    for note, applies in notes.items():
+        if applies:
+            console.print(f"({note})", style="dim")
+
+
+def until(stop: threading.Event, pieces: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    for piece in pieces:
+        yield piece
+        if stop.is_set():
+            return
 
 
 if __name__ == "__main__":
