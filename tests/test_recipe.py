@@ -82,6 +82,11 @@ def test_the_schedule_reaches_the_optimizer():
         if group["kind"] == "muon":
             assert group["momentum"] == exactly(0.85 + 0.12 * 75 / 400)
             assert group["decay"] == exactly(0.5 * recipe.decay_multiplier(75, 100))
+    recipe.pretrain_schedule(optimizer, 0, 100, warmup_steps=10, warmdown_ratio=0.5, final_frac=0.0)
+    resting = {g["name"] for g in optimizer.param_groups if not g["lr"]}
+    assert resting == {"resid", "x0", "smear_backout"}  # their first gradients are rounding errors
+    recipe.pretrain_schedule(optimizer, 1, 100, warmup_steps=10, warmdown_ratio=0.5, final_frac=0.0)
+    assert all(g["lr"] == exactly(g["initial_lr"] * 0.2) for g in optimizer.param_groups)
     recipe.finetune_schedule(optimizer, 150, 0.75)
     assert {g["lr"] / g["initial_lr"] for g in optimizer.param_groups} == {0.5}
     assert all(g["momentum"] == exactly(0.90) for g in optimizer.param_groups if g["kind"] == "muon")
