@@ -38,7 +38,7 @@ from nanochat.muon import MuonAdamW, adamw_update, build_optimizer
 from nanochat.stage import Settings, Start
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Step, token_loss
-from nanochat.turns import Laps, Worker
+from nanochat.turns import Laps, Worker, time_passes
 
 PARTS = ("data", "forward", "loss", "backward", "optimizer")
 
@@ -92,8 +92,8 @@ def main(flags: Flags) -> dict[str, float]:
         result |= {f"share of {part}": seconds[part] / sum(seconds[p] for p in PARTS) for part in PARTS}
     table = Table("", *results)
     for key in results["nanochat"]:
-        share = key.startswith("share") or key == "MFU"
-        table.add_row(key, *(f"{result[key]:.1%}" if share else human(result[key]) for result in results.values()))
+        show = "{:.1%}".format if key.startswith("share") or key == "MFU" else human
+        table.add_row(key, *(show(result[key]) for result in results.values()))
     Console().print(table)
     fast, slow = results["nanochat"], results.get("plain", results["nanochat"])
     ratios = {key: round(slow[key] / fast[key], 3) for key in ("seconds to first step", "bytes of memory")}
@@ -134,7 +134,6 @@ def plain(flags: Flags, config: GPTConfig, device: torch.device, tokenizer: Toke
     groups = []
     for group in build_optimizer(model, settings.rates(), settings.batch_factor).param_groups:
         groups += [group | {"names": [n], "params": [p]} for n, p in zip(group["names"], group["params"], strict=True)]
-
     optimizer = MuonAdamW(groups, 0, 1, False, model.dtype)
     optimizer.adamw_update = adamw_update
 
@@ -169,9 +168,8 @@ def work(
         train(side, 1, laps)  # with a wait after each part
         laps.seconds["all"] = whole.seconds["all"] / num_steps
         connection.send(laps.seconds)
-    peaks, memory = hardware.gpu_peaks(device), hardware.peak_memory(device)
-    peak_flops = peaks[0] if peaks else hardware.matmul_rate(device, side.model.dtype)
-    report |= {"bytes of memory": memory, "FLOP/s": peak_flops}
+    peaks = hardware.gpu_peaks(device) or (hardware.matmul_rate(device, side.model.dtype),)
+    report |= {"bytes of memory": hardware.peak_memory(device), "FLOP/s": peaks[0]}
     connection.send(report | measure_loss(side, flags.compile))
 
 
@@ -191,17 +189,11 @@ def train(side: Side, num_steps: int, lap: Callable[[str], None]) -> None:
 def measure_loss(side: Side, compile: bool) -> dict[str, float]:
     """Seconds of an update that forward and backward pass spend from the hidden states on."""
     loss_alone = torch.compile(side.loss_alone, dynamic=False) if compile else side.loss_alone
-    batches, model, runs = next(side.steps).micro_batches, side.model, []
-    for _ in range(4):
-        y_BT = batches[0][1]
-        hidden_BTC = torch.randn(*y_BT.shape, model.config.n_embd, device=y_BT.device, dtype=model.dtype)
-        laps = Laps(y_BT.device)
-        loss = loss_alone(hidden_BTC.requires_grad_(), y_BT)
-        laps("forward")
-        loss.backward()
-        laps("backward")
-        runs.append(laps.seconds)
-    return {part: statistics.median(run[part] for run in runs[1:]) * len(batches) for part in ("forward", "backward")}
+    batches = next(side.steps).micro_batches
+    y_BT, shape = batches[0][1], (*batches[0][1].shape, side.model.config.n_embd)
+    hidden_BTC = torch.randn(shape, device=y_BT.device, dtype=side.model.dtype, requires_grad=True)
+    passes = time_passes(lambda: loss_alone(hidden_BTC, y_BT), y_BT.device)
+    return {part: seconds * len(batches) for part, seconds in passes.items()}
 
 
 if __name__ == "__main__":
