@@ -311,10 +311,12 @@ def test_conversations_are_kept_renamed_and_deleted(page):
     expect(said(page)).to_contain_text("156")
     page.reload()
     expect(said(page)).to_contain_text("156")
+    page.get_by_role("link", name=SUM).hover()
     page.get_by_label(f"Rename “{SUM}”").click()
     page.get_by_label("Title").fill("<b>Sums</b>")
     page.keyboard.press("Enter")
     assert titles(page) == ["<b>Sums</b>", WHO]
+    page.get_by_role("link", name="<b>Sums</b>").hover()
     page.get_by_role("button", name="Delete “<b>Sums</b>”").click()
     page.get_by_role("button", name="Keep").click()
     assert len(stored(page)) == 2
