@@ -15,6 +15,7 @@ The conversation protocol: messages → token ids and loss mask. Training, chat,
 import codecs
 import itertools
 import string
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,6 +100,30 @@ def render_for_completion(conversation: Mapping[str, Any], tokenizer: Tokenizer)
         messages = messages[:-1]
     ids, _ = render({"messages": messages}, tokenizer)
     return [*ids, tokenizer.special("<|assistant_start|>")]
+
+
+def render_to_fit(
+    conversation: Mapping[str, Any], tokenizer: Tokenizer, context: int, max_tokens: int
+) -> tuple[list[int], int]:
+    """
+    render_for_completion, and how many of the oldest messages were left out so that a context of so many tokens has
+    room for max_tokens of reply, or is half empty. The system message stays. UserError if the last question alone is
+    too long for that.
+    """
+    validate(conversation)
+    messages, room = list(conversation["messages"]), context - min(max_tokens, context // 2)
+    if messages[-1]["role"] == "assistant":
+        messages.pop()
+    start = 1 if messages[0]["role"] == "system" else 0
+
+    def ids_without(dropped: int) -> list[int]:
+        return render_for_completion({"messages": messages[:start] + messages[start + dropped :]}, tokenizer)
+
+    drops = range(0, len(messages) - start, 2)  # a question goes with its answer
+    fitting = drops[bisect_left(drops, True, key=lambda dropped: len(ids_without(dropped)) <= room) :]
+    if not fitting:
+        raise UserError(f"the message has {len(ids_without(drops[-1]))} tokens: the model reads {room} at a time")
+    return ids_without(fitting[0]), fitting[0]
 
 
 def _turns(conversation: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from nanochat import checkpoint_manager, hardware
 from nanochat.common import UserError
-from nanochat.conversation import PartReader, read_parts, render_for_completion
+from nanochat.conversation import PartReader, read_parts, render_to_fit
 from nanochat.engine import Engine, Request
 from nanochat.flags import command, flag
 from nanochat.tokenizer import Tokenizer, default_dir
@@ -81,18 +81,15 @@ class Chat:
 
     def prompt(self) -> list[int]:
         """The conversation's tokens; the oldest turns are dropped for good until half the context is free for more."""
-        context = self.engine.model.config.sequence_len
-        room = context - min(self.settings.max_tokens, context // 2)
-        self.dropped = 0
-        while True:
-            ids = render_for_completion({"messages": self.messages}, self.engine.tokenizer)
-            if len(ids) <= room:
-                return ids
-            if len(self.messages) == 1:
-                self.messages.pop()
-                raise UserError(f"the message has {len(ids)} tokens: the model reads {room} at a time")
-            self.messages = self.messages[2:]  # a question and its answer
-            self.dropped += 2
+        engine = self.engine
+        context, max_tokens = engine.model.config.sequence_len, self.settings.max_tokens
+        try:
+            ids, self.dropped = render_to_fit({"messages": self.messages}, engine.tokenizer, context, max_tokens)
+        except UserError:
+            self.messages.pop()
+            raise
+        self.messages = self.messages[self.dropped :]
+        return ids
 
 
 def with_brackets(pieces: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:

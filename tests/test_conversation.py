@@ -11,7 +11,14 @@ import pytest
 from conftest import GOLDEN
 
 from nanochat.common import UserError
-from nanochat.conversation import colour_view, multiple_choice, render, render_for_completion, validate
+from nanochat.conversation import (
+    colour_view,
+    multiple_choice,
+    render,
+    render_for_completion,
+    render_to_fit,
+    validate,
+)
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -59,6 +66,26 @@ def test_completion_after_a_user_message_and_after_a_reply_are_the_same(golden_t
     ids = render_for_completion(conversation(SYSTEM, USER), golden_tokenizer)
     assert ids == render_for_completion(conversation(SYSTEM, USER, ASSISTANT), golden_tokenizer)
     assert ids[-1] == golden_tokenizer.special("<|assistant_start|>")
+
+
+@pytest.mark.parametrize("system", [[], [SYSTEM]])
+@pytest.mark.parametrize("reply", [[], [ASSISTANT]])  # one at the end is to be said anew
+def test_the_oldest_turns_make_room_for_the_reply(golden_tokenizer, system, reply):
+    turns = [message for i in range(9) for message in ({"role": "user", "content": f"{i} hi " * i}, ASSISTANT)]
+
+    def ids(dropped):
+        return render_for_completion(conversation(*system, *turns[dropped:]), golden_tokenizer)
+
+    messages = conversation(*system, *turns[:-1], *reply)
+    for dropped in range(0, 18, 2):
+        fitting = len(ids(dropped)) + 20
+        assert render_to_fit(messages, golden_tokenizer, fitting, 20) == (ids(dropped), dropped)
+        if dropped < 16:
+            assert render_to_fit(messages, golden_tokenizer, fitting - 1, 20) == (ids(dropped + 2), dropped + 2)
+    context = 2 * len(ids(16))
+    assert render_to_fit(messages, golden_tokenizer, context, 10**6)[1] == 16  # half of the context is the question's
+    with pytest.raises(UserError, match=f"the message has {context // 2} tokens: the model reads {context // 2 - 1} "):
+        render_to_fit(messages, golden_tokenizer, context - 2, 10**6)
 
 
 def test_markers_in_user_text_stay_text(golden_tokenizer):
