@@ -1,9 +1,10 @@
 """
-What OpenAI's clients say and expect to hear: bodies of requests, answers in one piece or as events, errors.
+What OpenAI's clients say and expect to hear: bodies of requests, answers in one piece or as events.
 
 The fields and their shapes: https://platform.openai.com/docs/api-reference
 """
 
+import itertools
 import json
 import time
 import uuid
@@ -16,10 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from nanochat.conversation import PartReader
 from nanochat.serving import Piece, Stream
 from nanochat.tokenizer import Tokenizer
+from nanochat.web import ApiError, event
 
-MAX_MESSAGES, MAX_CHARACTERS, MAX_ALL_CHARACTERS = 500, 8_000, 32_000
-MAX_TOKENS, MAX_TOP_K, MAX_TEMPERATURE = 4096, 200, 2.0
-MAX_ANSWERS = 16  # to one call, n times the number of prompts; arbitrary
+MAX_MESSAGES, MAX_TOKENS, MAX_TOP_K, MAX_TEMPERATURE = 500, 4096, 200, 2.0
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 200  # OpenAI's; arbitrary
 
 # What we cannot do, and the values with which it would change nothing. Names that are in no list change nothing.
@@ -43,21 +43,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "suffix": (None, ""),
 }
-
-
-class ApiError(Exception):
-    """A status and one line; `param` is the field it is about."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
-
-    def body(self) -> dict[str, Any]:
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
-            self.status, "invalid_request_error" if self.status < 500 else "server_error"
-        )
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 class Part(BaseModel):
@@ -90,7 +75,7 @@ class StreamOptions(BaseModel):
 class OpenAISettings(Settings):
     model_config = ConfigDict(strict=True, extra="allow")
     top_p: float | None = Field(None, gt=0, le=1)
-    n: int | None = Field(None, ge=1, le=MAX_ANSWERS)
+    n: int | None = Field(None, ge=1)
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -114,15 +99,23 @@ class ChatBody(OpenAISettings):
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     logprobs: bool | None = None
 
+    @property
+    def wants_logprobs(self) -> bool:
+        return bool(self.logprobs)
+
 
 class CompletionBody(OpenAISettings):
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: Literal[0] | None = None  # how many alternatives to tell of, besides the token itself
 
     @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None
+
+    @property
     def prompts(self) -> list[str | list[int]]:
-        is_one = isinstance(self.prompt, str) or (bool(self.prompt) and isinstance(self.prompt[0], int))
-        return [self.prompt] if is_one else self.prompt  # type: ignore[list-item, return-value]
+        is_many = self.prompt and isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return self.prompt if is_many else [self.prompt]  # type: ignore[list-item, return-value]
 
 
 class Choice:
@@ -183,7 +176,6 @@ class Reply:
         self.body, self.stream, self.prompt_tokens = body, stream, prompts
         self.is_chat = isinstance(body, ChatBody)
         self.choices = [Choice(tokenizer, body.stops) for _ in stream.jobs]
-        self.tells_logprobs = body.logprobs is not None and body.logprobs is not False
         prefix, kind = ("chatcmpl", "chat.completion") if self.is_chat else ("cmpl", "text_completion")
         self.head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
@@ -242,12 +234,12 @@ class Reply:
 
     def _logprobs(self, entries: list[dict[str, Any]], start: int) -> dict[str, Any] | None:
         """start: characters before these tokens."""
-        if not self.tells_logprobs:
+        if not self.body.wants_logprobs:
             return None
         if self.is_chat:
             return {"content": entries, "refusal": None}
         tokens = [entry["token"] for entry in entries]
-        offsets = [start + sum(map(len, tokens[:i])) for i in range(len(tokens))]
+        offsets = list(itertools.accumulate(map(len, tokens[:-1]), initial=start))[: len(tokens)]
         logprobs = [entry["logprob"] for entry in entries]
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": offsets}
 
@@ -258,12 +250,3 @@ class Reply:
             "completion_tokens": said,
             "total_tokens": self.prompt_tokens + said,
         }
-
-
-def to_json(data: Any) -> bytes:
-    """ASCII, so that no text, however broken, fails on its way."""
-    return json.dumps(data, separators=(",", ":")).encode()
-
-
-def event(data: Any) -> bytes:
-    return b"data: " + to_json(data) + b"\n\n"

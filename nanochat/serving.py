@@ -252,6 +252,7 @@ class Worker(threading.Thread):
                 return
             except Exception as error:  # noqa: BLE001  whatever it is, its users are told, and others served
                 traceback.print_exc()
+                self.state = "loading"
                 self.queue.open(self.number, 0)
                 self._fail(
                     Failed(f"the engine failed ({type(error).__name__}): try again, perhaps with a shorter text")

@@ -29,6 +29,8 @@ from nanochat.server import Defaults, create_app
 from nanochat.serving import Model, Service, Stream
 from nanochat.tokenizer import Tokenizer, default_dir
 
+READ_SECONDS = 60  # that a client may leave what it is sent unread; arbitrary
+
 
 @dataclass(frozen=True)
 class Flags:
@@ -93,6 +95,8 @@ def listen(host: str, port: int) -> socket.socket:
         )[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # also just after another server
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # who takes nothing in for so long is gone
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, READ_SECONDS * 1000)
         listener.bind(address)
         listener.listen(2048)
     except OSError as error:
@@ -159,9 +163,9 @@ class Server(uvicorn.Server):
         self.service, self.seconds = service, seconds
         self.stopping: asyncio.Task[None] | None = None
 
-    async def main_loop(self) -> None:
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self.loop = asyncio.get_running_loop()
-        await super().main_loop()
+        await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.service.is_stopping:

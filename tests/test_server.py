@@ -1,0 +1,621 @@
+"""
+The web chat over real connections: the page's endpoint, OpenAI's client, bad requests, clients that leave, a full
+queue, and how the program begins and ends.
+
+    python -m pytest tests/test_server.py
+"""
+
+import contextlib
+import json
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+import torch
+import uvicorn
+from conftest import GOLDEN
+
+from nanochat import server, web
+from nanochat.engine import Engine, Request
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.server import Defaults, create_app
+from nanochat.serving import Model, Service
+
+CONTEXT, V = 256, 1024
+HELLO = [{"role": "user", "content": "hello"}]
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def page(tmp_path_factory):
+    """A page of our own, with a script."""
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "ui.html").write_text("<!doctype html><title>nanochat</title><script>let a = 1;</script>")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "__file__", str(folder / "server.py"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(CONTEXT, V, n_layer=2, n_head=2, n_kv_head=1, n_embd=32))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+class Scripted(Engine):
+    """A real engine, but what is sampled is written down; each step may wait for leave."""
+
+    def __init__(self, model, tokenizer, num_rows, script):
+        super().__init__(model, tokenizer, num_rows)
+        self.script, self.leave = script, None
+        self.decoder.step = self.say
+
+    def say(self, num_slots, *_):
+        if self.leave:
+            assert self.leave.acquire(timeout=20)
+        return [self.script[sum(row.completion.sampled)] for row in self.rows[:num_slots]], [-0.5] * num_slots
+
+
+def unstoppable(model, tokenizer, num_rows):
+    """Random weights say special tokens too: here they end nothing."""
+    engine = Engine(model, tokenizer, num_rows)
+    engine.stop_tokens = set()
+    return engine
+
+
+@contextlib.contextmanager
+def serving(service, max_tokens=8, **options):
+    """The server in a thread of its own; yields its address."""
+    app = create_app(service, Defaults(max_tokens=max_tokens), **options)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
+    it, listener = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=it.run, args=[[listener]])
+    thread.start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    try:
+        until(lambda: it.started and service.status != "loading")
+        yield url
+    finally:
+        it.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def until(is_true, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def service(tiny, golden_tokenizer):
+    made = [lambda: unstoppable(tiny, golden_tokenizer, 4)]
+    return Service({name: Model(golden_tokenizer, tiny.config, made, 100, 1.5e9) for name in ("sft", "rl")})
+
+
+@pytest.fixture(scope="module")
+def url(service):
+    with serving(service) as address:
+        yield address
+
+
+@pytest.fixture
+def client(url):
+    with openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def scripted(tiny, tokenizer, tokens, num_rows=1, queue_size=2, gated=False, **options):
+    """Yields (address, service, engine): every answer is these tokens, and then the end token again and again."""
+    engine = Scripted(tiny, tokenizer, num_rows, [*tokens, *[tokenizer.special("<|assistant_end|>")] * 9])
+    service = Service({"sft": Model(tokenizer, tiny.config, [lambda: engine], queue_size)})
+    with serving(service, max_tokens=100, **options) as address:
+        engine.leave = threading.Semaphore(0) if gated else None
+        try:
+            yield address, service, engine
+        finally:
+            if gated:
+                engine.leave.release(10**6)
+
+
+def events(response):
+    """The data of server-sent events; "[DONE]" as it is."""
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    return [line[6:] if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
+
+
+def ask(url, messages=HELLO, path="/chat/completions", headers=None, **body):
+    return httpx.post(url + path, json={"messages": messages, **body}, headers=headers, timeout=30)
+
+
+def said(response):
+    return "".join(event.get("token", "") for event in events(response))
+
+
+# ---- the page's endpoint ----
+
+
+def test_the_stream_is_what_the_engine_says(url, tiny, golden_tokenizer):
+    response = ask(url, temperature=0)
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["cache-control"] == "no-store" and response.headers["x-accel-buffering"] == "no"
+    *tokens, end = events(response)
+    assert end["done"] and (end["finish_reason"], end["tokens"], end["dropped"]) == ("length", 8, 0)
+    special = golden_tokenizer.special
+    prompt = [special("<|bos|>"), special("<|user_start|>"), *golden_tokenizer.encode("hello")]
+    prompt += [special("<|user_end|>"), special("<|assistant_start|>")]
+    assert end["prompt_tokens"] == len(prompt)
+    (completion,) = unstoppable(tiny, golden_tokenizer, 1).generate([Request(prompt, 8, temperature=0.0)])
+    expected = golden_tokenizer.decode([token for token in completion.tokens if token < golden_tokenizer.bos])
+    spoken = "".join(event["token"] for event in tokens)
+    assert spoken and spoken == expected[: len(spoken)] and set(expected[len(spoken) :]) <= {"�"}  # whole characters
+    assert all(event["gpu"] == 0 for event in tokens)
+
+
+def test_users_at_the_same_time_hear_what_they_hear_alone(url):
+    questions = [[{"role": "user", "content": f"{i} " * (1 + 7 * i % 40)}] for i in range(12)]
+    alone = [events(ask(url, question, temperature=0, max_tokens=30)) for question in questions]
+    with ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(lambda question: events(ask(url, question, temperature=0, max_tokens=30)), questions))
+    assert together == alone and len({str(answer) for answer in alone}) > 6
+
+
+def test_seeds_models_and_defaults(url, service):
+    assert said(ask(url, seed=1)) == said(ask(url, seed=1, temperature=0.6, top_k=50, max_tokens=8, model="sft"))
+    assert said(ask(url, seed=1)) == said(ask(url, seed=1, model="rl", temperature=None))
+    assert len({said(ask(url, seed=seed)) for seed in range(5)} | {said(ask(url)), said(ask(url))}) > 4
+
+
+def test_tool_calls_are_set_apart_and_can_be_sent_back(tiny, golden_tokenizer):
+    encode, special = golden_tokenizer.encode, golden_tokenizer.special
+    script = [*encode("So: "), special("<|python_start|>"), *encode("12*13"), special("<|python_end|>"), *encode("né")]
+    with scripted(tiny, golden_tokenizer, script) as (url, service, engine):
+        *tokens, end = events(ask(url))
+        parts = []
+        for event in tokens:
+            if not parts or parts[-1]["type"] != event.get("part", "text"):
+                parts.append({"type": event.get("part", "text"), "text": ""})
+            parts[-1]["text"] += event["token"]
+        expected = [("text", "So: "), ("python", "12*13"), ("python_output", "156"), ("text", "né")]
+        assert [(part["type"], part["text"]) for part in parts] == expected
+        assert end["finish_reason"] == "stop"
+        again = [*HELLO, {"role": "assistant", "content": parts}, {"role": "user", "content": "and?"}]
+        prompt_tokens = events(ask(url, again))[-1]["prompt_tokens"]
+        assert prompt_tokens == end["prompt_tokens"] + end["tokens"] + 1 + len(encode("and?")) + 3
+        whole = ask(url, path="/v1/chat/completions").json()
+        assert whole["choices"][0]["message"]["content"] == "So: né"  # the calculator's part is our own work
+        assert whole["usage"]["completion_tokens"] == end["tokens"]
+
+
+def test_old_turns_make_room(url):
+    turns = [{"role": role, "content": f"{i} " * 20} for i in range(9) for role in ("user", "assistant")][:-1]
+    end = events(ask(url, turns))[-1]
+    assert end["dropped"] > 0 and end["prompt_tokens"] <= CONTEXT - 8
+    response = ask(url, turns, "/v1/chat/completions")
+    assert response.headers["x-dropped-messages"] == str(end["dropped"])
+    assert response.json()["usage"]["prompt_tokens"] == end["prompt_tokens"]
+    assert events(ask(url, max_tokens=4096))[-1]["finish_reason"] == "context"
+
+
+# ---- OpenAI's client ----
+
+
+def chat(client, **options):
+    return client.chat.completions.create(**{"model": "sft", "messages": HELLO, "max_tokens": 8, **options})
+
+
+def test_a_chat_in_one_piece_and_streamed(client, url):
+    whole = chat(client, temperature=0, n=2)
+    assert [(c.index, c.finish_reason, c.message.role) for c in whole.choices] == [
+        (0, "length", "assistant"),
+        (1, "length", "assistant"),
+    ]
+    assert whole.choices[0].message.content == whole.choices[1].message.content == said(ask(url, temperature=0)) != ""
+    assert whole.model == "sft" and whole.object == "chat.completion" and whole.id.startswith("chatcmpl-")
+    usage = whole.usage
+    assert (usage.completion_tokens, usage.total_tokens) == (16, usage.prompt_tokens + 16)
+    chunks = list(chat(client, temperature=0, n=2, stream=True, stream_options={"include_usage": True}))
+    assert chunks.pop().usage == usage
+    assert all(chunk.usage is None and chunk.id == chunks[0].id for chunk in chunks)
+    for i in range(2):
+        mine = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == i]
+        assert mine[0].delta.role == "assistant" and mine[-1].finish_reason == "length"
+        assert "".join(c.delta.content or "" for c in mine) == whole.choices[i].message.content
+        assert not any(c.finish_reason for c in mine[:-1])
+
+
+def test_seeds_and_n(client):
+    def texts(**options):
+        return [choice.message.content for choice in chat(client, **options).choices]
+
+    four = texts(seed=7, n=4)
+    assert len(set(four)) > 2 and four == texts(seed=7, n=4)
+    assert texts(seed=7) == four[:1] and texts(seed=8) == four[1:2]  # each answer's seed is one more
+    assert texts(seed=7, top_p=1e-6) == texts(temperature=0)
+    assert texts(seed=7, extra_body={"top_k": 1}) == texts(temperature=0)
+
+
+def test_logprobs(client, tiny, golden_tokenizer):
+    content = chat(client, logprobs=True, top_logprobs=0, seed=3).choices[0].logprobs.content
+    assert content and all(token.logprob < 0 and not token.top_logprobs for token in content)
+    whole = chat(client, seed=3).choices[0]
+    assert whole.logprobs is None
+    spoken = b"".join(bytes(token.bytes) for token in content).decode(errors="ignore")
+    assert spoken.startswith(whole.message.content.replace("�", "")[:3])
+    completion = client.completions.create(model="sft", prompt="a b", max_tokens=4, temperature=0, logprobs=0)
+    logprobs = completion.choices[0].logprobs
+    ids = [golden_tokenizer.bos, *golden_tokenizer.encode("a b")]
+    (expected,) = unstoppable(tiny, golden_tokenizer, 1).generate([Request(ids, 4, temperature=0.0, logprobs=True)])
+    ordinary = [p for token, p in zip(expected.tokens, expected.logprobs, strict=True) if token < golden_tokenizer.bos]
+    assert logprobs.token_logprobs == pytest.approx(ordinary[: len(logprobs.tokens)], abs=1e-5)
+    assert logprobs.text_offset[0] == 0 and len(logprobs.text_offset) == len(logprobs.tokens)
+
+
+def test_completions_take_texts_and_tokens(client, golden_tokenizer):
+    ids = [[golden_tokenizer.bos, *golden_tokenizer.encode(text)] for text in ("one", "two")]
+
+    def texts(prompt, **options):
+        reply = client.completions.create(model="rl", prompt=prompt, temperature=0, max_tokens=6, **options)
+        assert [choice.index for choice in reply.choices] == list(range(len(reply.choices)))
+        return [choice.text for choice in reply.choices]
+
+    assert texts(["one", "two"]) == texts(ids) == texts("one") + texts(ids[1])
+    assert texts(["one", "two"], n=2) == [text for text in texts(ids) for _ in range(2)]
+    stream = client.completions.create(model="rl", prompt="one", temperature=0, max_tokens=6, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == texts("one")[0]
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == ["sft", "rl"]
+    assert client.models.retrieve("rl").created == 1_500_000_000
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt': there are sft, rl"):
+        client.models.retrieve("gpt")
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt': there are sft, rl"):
+        chat(client, model="gpt")
+
+
+@pytest.mark.parametrize(
+    "stop, expected",
+    [
+        ("END", "one two EN três "),
+        (["nothing", "três"], "one two EN "),
+        (" two EN t", "one"),
+        ("zzz", "one two EN três END four"),
+        ("four!", "one two EN três END four"),  # its beginning is told when it is sure not to be it
+        (["END four", "tr"], "one two EN "),
+        (None, "one two EN três END four"),
+    ],
+)
+def test_nothing_of_a_stop_string_is_told(tiny, golden_tokenizer, stop, expected):
+    script = [golden_tokenizer.tokens.index(bytes([byte])) for byte in "one two EN três END four".encode()]
+    with scripted(tiny, golden_tokenizer, script) as (url, service, engine):
+        body = {"stop": stop, "logprobs": True}
+        whole = ask(url, path="/v1/chat/completions", **body).json()
+        choice = whole["choices"][0]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (expected, "stop")
+        *chunks, done = events(ask(url, path="/v1/chat/completions", stream=True, **body))
+        deltas = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+        assert "".join(deltas) == expected and done == "[DONE]"
+        streamed = [t for c in chunks for t in (c["choices"][0]["logprobs"] or {"content": []})["content"]]
+        for tokens in (choice["logprobs"]["content"], streamed):
+            assert b"".join(bytes(token["bytes"]) for token in tokens).decode() == expected
+        until(lambda: not service.stats()["running"] and service.stats()["answers"]["stop"] == 2)
+
+
+# ---- what is refused ----
+
+
+def deep(levels):
+    return '{"messages": ' + "[" * levels + "]" * levels + "}"
+
+
+LONG = [{"role": "user", "content": "a" * 8001}]
+MANY = [{"role": "user", "content": "a" * 7000}, {"role": "assistant", "content": "b"}] * 5
+
+
+@pytest.mark.parametrize(
+    "path, body, complaint",
+    [
+        ("native", "", "must be a JSON object"),
+        ("native", "{", "not JSON: .* at character 1"),
+        ("native", "[]", "must be a JSON object"),
+        ("native", "{}", "messages: Field required"),
+        ("native", deep(100_000), "parsing the body"),
+        ("native", {"messages": []}, "at least 1"),
+        ("native", {"messages": HELLO, "temprature": 1}, "temprature: Extra inputs"),
+        ("native", {"messages": HELLO, "temperature": 2.1}, "temperature: .*less than or equal to 2"),
+        ("native", {"messages": HELLO, "temperature": float("nan")}, "temperature: "),
+        ("native", {"messages": HELLO, "temperature": "hot"}, "temperature: .*valid number"),
+        ("native", {"messages": HELLO, "top_k": 201}, "top_k: .*less than or equal to 200"),
+        ("native", {"messages": HELLO, "max_tokens": 0}, "max_tokens: .*greater than or equal to 1"),
+        ("native", {"messages": HELLO, "max_tokens": 4097}, "max_tokens: .*less than or equal to 4096"),
+        ("native", {"messages": HELLO, "seed": 2**63}, "seed: "),
+        ("native", '{"messages": [{"role": "user", "content": "hi"}], "seed": 1' + "0" * 5000 + "}", "body"),
+        ("native", {"messages": [{"role": "user"}]}, "messages.0.content: Field required"),
+        ("native", {"messages": [{"role": "tool", "content": "hi"}]}, "message 0: expected role 'user', found 'tool'"),
+        ("native", {"messages": HELLO * 2}, "message 1: expected role 'assistant', found 'user'"),
+        ("native", {"messages": HELLO * 501}, "at most 500"),
+        ("native", {"messages": LONG}, "message 0 has 8001 characters: 8000 are allowed"),
+        ("native", {"messages": MANY}, "35005 characters: 32000 are allowed"),
+        ("native", {"messages": [{"role": "user", "content": "hi " * 300}]}, "the model reads 248 at a time"),
+        ("native", {"messages": [*HELLO, {"role": "assistant", "content": [{"type": "x", "text": ""}]}]}, "part 0"),
+        ("chat", {"messages": HELLO, "tools": [{"type": "function"}]}, r"tools: this server knows only null or \[\]"),
+        ("chat", {"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format"),
+        ("chat", {"messages": HELLO, "frequency_penalty": 0.5}, "frequency_penalty: .*null or 0"),
+        ("chat", {"messages": HELLO, "logprobs": True, "top_logprobs": 2}, "top_logprobs: .*null or 0"),
+        ("chat", {"messages": HELLO, "n": 17}, "16 are allowed"),
+        ("chat", {"messages": HELLO, "n": 10**30}, "16 are allowed"),
+        ("chat", {"messages": HELLO, "stop": ["a"] * 5}, "stop: up to 4"),
+        ("chat", {"messages": HELLO, "stop": ""}, "stop: .*1 to 200"),
+        ("chat", {"messages": HELLO, "top_p": 0}, "top_p: .*greater than 0"),
+        ("chat", {"messages": HELLO, "stream": "yes"}, "stream: .*boolean"),
+        ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+        ("chat", {"messages": [{"role": "user", "content": [{"type": "x", "text": ""}]}]}, "parts must be text"),
+        ("text", {}, "prompt: Field required"),
+        ("text", {"prompt": []}, "the prompt is empty"),
+        ("text", {"prompt": [[]]}, "the prompt is empty"),
+        ("text", {"prompt": [0, V]}, f"the model knows 0 to {V - 1}"),
+        ("text", {"prompt": ["a"] * 17}, "1 x 17 answers"),
+        ("text", {"prompt": "a " * 300}, "the model reads at most 256"),
+        ("text", {"prompt": "a" * 32001}, "32000 are allowed"),
+        ("text", {"prompt": "a", "logprobs": 3}, "logprobs"),
+        ("text", {"prompt": "a", "echo": True}, "echo: .*null or false"),
+        ("text", {"prompt": ["a", 1]}, "prompt"),
+    ],
+)
+def test_bad_requests_are_told_what_is_wrong(url, service, path, body, complaint):
+    path = {"native": "/chat/completions", "chat": "/v1/chat/completions", "text": "/v1/completions"}[path]
+    content = body if isinstance(body, str) else json.dumps(body)
+    response = httpx.post(url + path, content=content, headers=JSON)
+    error = response.json()["error"]
+    assert response.status_code == 400, error
+    assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert re.search(complaint, error["message"]), error
+    assert "\n" not in error["message"] and len(error["message"]) < 400
+
+
+@pytest.mark.parametrize(
+    "method, path, options, status, complaint",
+    [
+        ("GET", "/nothing", {}, 404, "nothing at this address"),
+        ("GET", "/v1/chat/completions", {}, 405, "other methods"),
+        ("DELETE", "/", {}, 405, "other methods"),
+        ("POST", "/chat/completions", {"content": "{}", "headers": {"Content-Type": "text/plain"}}, 400, "JSON object"),
+        ("POST", "/chat/completions", {"content": b" " * (web.MAX_BODY + 1)}, 413, "larger than 1048576 bytes"),
+        ("POST", "/nothing", {"content": iter([b" " * 2**20, b" "])}, 413, "larger than 1048576 bytes"),
+        (
+            "POST",
+            "/v1/completions",
+            {"content": b'{"prompt": "a", "model": "\\ud800"}', "headers": JSON},
+            404,
+            "no model",
+        ),
+        ("POST", "/chat/completions", {"json": {"messages": HELLO, "model": "no"}}, 404, "there are sft, rl"),
+    ],
+)
+def test_errors_have_one_form(url, method, path, options, status, complaint):
+    response = httpx.request(method, url + path, **options)
+    assert response.status_code == status and complaint in response.json()["error"]["message"]
+    assert (status == 405) == ("allow" in response.headers)
+
+
+def test_a_body_that_is_declared_too_large_is_not_waited_for(url):
+    with connection(url) as sock:
+        sock.sendall(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9999999\r\n\r\n")
+        assert sock.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_body_that_does_not_come_is_not_waited_for_long(url, monkeypatch):
+    monkeypatch.setattr(web, "BODY_SECONDS", 0.1)
+    with connection(url) as sock:
+        sock.sendall(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        assert sock.recv(100).startswith(b"HTTP/1.1 408 ")
+
+
+def test_half_a_character_is_read_as_the_sign_for_that(url):
+    bodies = [post({"messages": [{"role": "user", "content": text}], "temperature": 0}) for text in ("\ud800", "�")]
+    answers = [
+        httpx.post(url + "/chat/completions", content=body.split(b"\r\n\r\n")[1], headers=JSON) for body in bodies
+    ]
+    assert said(answers[0]) == said(answers[1]) != ""
+
+
+def test_what_changes_nothing_is_accepted(client):
+    harmless = {"user": "me", "metadata": {"a": "b"}, "store": False, "parallel_tool_calls": True, "tools": []}
+    harmless |= {"presence_penalty": 0, "logit_bias": {}, "response_format": {"type": "text"}, "tool_choice": "none"}
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    system = {"role": "developer", "content": "be brief"}
+    plain = chat(client, temperature=0).choices[0].message.content
+    assert chat(client, temperature=0, **harmless).choices[0].message.content == plain
+    assert (
+        chat(client, messages=[{"role": "user", "content": parts}], temperature=0).choices[0].message.content == plain
+    )
+    briefly = chat(client, messages=[system, *HELLO], temperature=0)
+    joined = chat(client, messages=[{"role": "user", "content": "be brief\n\nhello"}], temperature=0)
+    assert briefly.choices[0].message == joined.choices[0].message
+
+
+def test_a_fuzzer_finds_no_fault(url):
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    schema = schemathesis.openapi.from_url(url + "/openapi.json")
+    for operation in schema.get_all_operations():
+
+        @settings(
+            max_examples=25,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=operation.ok().as_strategy())
+        def fuzz(case):
+            response = case.call()
+            assert response.status_code < 500, response.text
+
+        fuzz()
+
+
+# ---- keys, other sites, the page, numbers ----
+
+
+def test_an_api_key(service, golden_tokenizer, tiny):
+    with scripted(tiny, golden_tokenizer, [1, 2], api_key="s3cret ü") as (url, service, engine):
+        for path in ("/", "/health"):
+            assert httpx.get(url + path).status_code == 200
+        for path in ("/stats", "/metrics", "/v1/models", "/openapi.json", "/nothing"):
+            assert httpx.get(url + path).status_code == 401
+        assert ask(url).json()["error"]["message"].startswith("an API key is needed")
+        for key in (b"s3cret", b"Bearer s3cret", b"Bearer", b"bearer \xff", b"Basic s3cret"):
+            response = ask(url, headers={b"Authorization": key})
+            assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer"
+        assert "wrong" in response.json()["error"]["message"]
+        assert ask(url, headers={b"Authorization": "Bearer s3cret ü".encode()}).status_code == 200
+
+
+def test_other_sites_are_let_in_only_when_named(url, tiny, golden_tokenizer):
+    asking = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    response = httpx.options(url + "/chat/completions", headers=asking)
+    assert response.status_code == 405 and not [name for name in response.headers if "access-control" in name]
+    with scripted(tiny, golden_tokenizer, [1], cors_origins=["https://a.example"], api_key="key") as (url, *_):
+        allowed = "access-control-allow-origin"
+        assert httpx.options(url + "/chat/completions", headers=asking).headers[allowed] == "https://a.example"
+        assert ask(url, headers={"Origin": "https://a.example"}).headers[allowed] == "https://a.example"  # a 401 too
+        assert allowed not in ask(url, headers={"Origin": "https://b.example"}).headers
+
+
+def test_the_page_runs_no_script_but_its_own(url):
+    response = httpx.get(url)
+    assert response.status_code == 200 and "<title>nanochat" in response.text
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'; script-src 'sha256-" in policy and "connect-src 'self'" in policy
+    assert response.headers["x-content-type-options"] == "nosniff"
+
+
+def test_numbers(url, service):
+    before = httpx.get(url + "/stats").json()
+    ask(url, temperature=0)
+    after = httpx.get(url + "/stats").json()
+    assert after["answers"]["length"] == before["answers"]["length"] + 1
+    assert after["tokens"] == before["tokens"] + 8 and after["prompt_tokens"] > before["prompt_tokens"]
+    assert (after["slots"], after["waiting"], len(after["devices"])) == (8, 0, 2)
+    assert httpx.get(url + "/health").json() == {"status": "ok", "ready": True}
+    lines = httpx.get(url + "/metrics").text.splitlines()
+    assert f'nanochat_tokens_total{{model="sft",gpu="0"}} {after["devices"][0]["tokens"]}' in lines
+    names = {line.split()[2] for line in lines if line.startswith("# TYPE ")}
+    assert names == {re.split(r"[ {]", line)[0] for line in lines if not line.startswith("#")}
+    assert all(re.fullmatch(r'[a-z_]+(\{[a-z]+="\w+"(,[a-z]+="\w+")*\})? [\d.e+]+', li) for li in lines if li[0] != "#")
+
+
+# ---- places and who has them ----
+
+
+@contextlib.contextmanager
+def connection(url):
+    with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=20) as sock:
+        yield sock
+
+
+def post(body, path="/chat/completions", headers=""):
+    data = json.dumps({"messages": HELLO, **body}).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{headers}"
+    return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
+
+
+@pytest.mark.parametrize("abruptly", [False, True])
+@pytest.mark.parametrize("path, stream", [("/chat/completions", {}), ("/v1/chat/completions", {"stream": False})])
+def test_a_client_that_leaves_frees_its_slot_and_its_place(tiny, golden_tokenizer, path, stream, abruptly):
+    with scripted(tiny, golden_tokenizer, [65] * 90, gated=True) as (url, service, engine):
+        with connection(url) as first, connection(url) as second:
+            first.sendall(post(stream, path))
+            until(lambda: service.stats()["running"] == 1)
+            engine.leave.release(3)
+            second.sendall(post(stream, path))
+            until(lambda: service.stats()["waiting"] == 1)
+            if abruptly:  # a reset
+                first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                second.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            second.close()
+            until(lambda: service.stats()["waiting"] == 0)
+            first.close()
+        until(lambda: service.stats()["answers"]["cancelled"] == 2)
+        engine.leave.release(1)  # the step that it is at
+        until(lambda: service.stats()["running"] == 0 and not engine.is_busy)
+        assert not service.streams and not service.models["sft"].queue.running
+        engine.leave.release(1000)
+        assert ask(url).status_code == 200
+
+
+def test_a_full_queue(tiny, golden_tokenizer):
+    with scripted(tiny, golden_tokenizer, [65] * 5, queue_size=2, gated=True) as (url, service, engine):
+        with ThreadPoolExecutor(3) as pool:
+            served = [pool.submit(ask, url, temperature=0) for _ in range(3)]
+            until(lambda: (service.stats()["running"], service.stats()["waiting"]) == (1, 2))
+            refused = [ask(url), ask(url, path="/v1/chat/completions", stream=True)]
+            too_many = ask(url, path="/v1/chat/completions", n=4)
+            engine.leave.release(1000)
+            assert len({said(response.result()) for response in served}) == 1
+        for response in refused:
+            assert response.status_code == 429 and int(response.headers["retry-after"]) > 0
+            assert "all 1 slots and 2 places in the queue are taken" in response.json()["error"]["message"]
+        assert too_many.status_code == 400 and "room for 3" in too_many.json()["error"]["message"]
+        until(lambda: service.stats()["answers"] == service.stats()["answers"] | {"stop": 3, "refused": 2})
+
+
+def test_who_asks_a_lot_does_not_keep_others_from_it(tiny, golden_tokenizer):
+    def ask_as(address):
+        return ask(url, headers={"X-Forwarded-For": address}).status_code  # as a proxy on this machine says it
+
+    order = []
+    with scripted(tiny, golden_tokenizer, [65] * 5, queue_size=6, gated=True) as (url, service, engine):
+        service.log = lambda stream: order.append(stream.client)
+        with ThreadPoolExecutor(9) as pool:
+            many, few = [], []
+            for i in range(7):  # one runs, six wait: the queue is full
+                many.append(pool.submit(ask_as, "10.0.0.1"))
+                until(lambda i=i: service.stats()["running"] + service.stats()["waiting"] == i + 1)
+            for i in range(2):
+                few.append(pool.submit(ask_as, "10.0.0.2"))
+                until(lambda i=i: len(order) == i + 1)
+            engine.leave.release(1000)
+        assert [asked.result() for asked in many] == [200] * 5 + [429] * 2  # its newest made room for the other's
+        assert [asked.result() for asked in few] == [200] * 2
+    assert order == ["10.0.0.1"] * 2 + ["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.1", "10.0.0.2", *["10.0.0.1"] * 2]
+
+
+def test_an_engine_that_fails(tiny, golden_tokenizer, capfd):
+    with scripted(tiny, golden_tokenizer, [65] * 90, num_rows=2, gated=True) as (url, service, engine):
+        with ThreadPoolExecutor(1) as pool:
+            streamed = pool.submit(ask, url)
+            until(lambda: service.stats()["running"] == 1)
+            engine.leave.release(3)
+            until(lambda: service.stats()["tokens"] == 3)
+            service.workers[0].make_engine = lambda: Scripted(tiny, golden_tokenizer, 2, engine.script)
+            engine.script = None
+            engine.leave.release(1)
+            *tokens, last = events(streamed.result())
+        assert len(tokens) == 3 and last["error"].startswith("the engine failed (TypeError): try again")
+        until(lambda: service.status == "ok")
+        assert events(ask(url))[-1]["done"] and service.stats()["answers"]["failed"] == 1
+        service.workers[0].make_engine = None  # for good
+        service.workers[0].engine.script = None
+        response = ask(url, path="/v1/chat/completions")
+        assert response.status_code == 500 and "the engine failed" in response.json()["error"]["message"]
+        until(lambda: service.status == "failed")
+        assert httpx.get(url + "/health").status_code == 503 and ask(url).status_code == 503
+    assert "TypeError" in capfd.readouterr().err
