@@ -12,7 +12,6 @@ the same machine needs (37 µs of a CPU per event; httpx 106).
 
 import asyncio
 import json
-import math
 import socket
 import statistics
 import struct
@@ -148,14 +147,14 @@ class Crowd:
 
 
 def summary(answers: Sequence[Answer], seconds: float) -> dict[str, float]:
-    """What those who had their answers had of it in all these seconds; times in seconds, NaN if there is nobody."""
+    """What those who had their answers had of it in all these seconds; times in seconds, 0 if there is nobody."""
     complete = [answer for answer in answers if answer.is_complete]
-    firsts = sorted(answer.first for answer in complete) or [math.nan]
-    equal = [answer.seconds for answer in complete if answer.end["finish_reason"] == "length"] or [math.nan]
+    firsts = sorted(answer.first for answer in complete) or [0.0]
+    equal = [answer.seconds for answer in complete if answer.end["finish_reason"] == "length"]
     return {
         "tokens/s": sum(answer.end["tokens"] for answer in complete) / seconds,
         "first token": firsts[len(firsts) // 2],
         "first of 99%": firsts[len(firsts) * 99 // 100],
-        "first to last": statistics.median([answer.seconds - answer.first for answer in complete] or [math.nan]),
-        "fairness": min(equal) / max(equal),  # of those who had as many tokens as they asked for
+        "first to last": statistics.median([answer.seconds - answer.first for answer in complete] or [0.0]),
+        "fairness": min(equal) / max(equal) if equal else 0.0,  # of those with as many tokens as they asked for
     }
