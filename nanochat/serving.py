@@ -27,6 +27,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import Tokenizer
 
 RATE_SECONDS = 60  # tokens/s are those of so long
+JOIN_SECONDS = 10  # that an engine may take for its last step; arbitrary
 
 # What becomes of an answer: an end token or stop string, max_tokens, the context full; the client went away, the engine
 # failed, or there was no room.
@@ -343,7 +344,7 @@ class Service:
         self.streams: set[Stream] = set()
         self.outcomes: Counter[str] = Counter({key: 0 for key in OUTCOMES})
         self.prompt_tokens = 0
-        self.is_stopping = False
+        self.is_stopping, self.deadline = False, math.inf  # of those still served then, on the monotonic clock
         self.begun = time.monotonic()
 
     @property
@@ -389,12 +390,12 @@ class Service:
             self.log(stream)
 
     async def stop(self, seconds: float) -> None:
-        """Takes nothing new, turns away what waits, and lets the rest end for so many seconds."""
+        """Takes nothing new, turns away what waits, and lets the rest end for so many seconds, or until `deadline`."""
         self.is_stopping = True
         for model in self.models.values():
             fail(model.queue.clear(), Unavailable("the server stops"))
-        deadline = time.monotonic() + seconds
-        while self.streams and time.monotonic() < deadline:
+        self.deadline = min(self.deadline, time.monotonic() + seconds)
+        while self.streams and time.monotonic() < self.deadline:
             await asyncio.sleep(0.05)
         for stream in self.streams:
             stream.fail(Failed("the server stops: this is as far as the answer came"))
@@ -407,7 +408,7 @@ class Service:
             model.queue.close()
         for worker in self.workers:
             if worker.is_alive():
-                worker.join()
+                worker.join(JOIN_SECONDS)
 
     def stats(self) -> dict:
         """Counts since the start, and how it stands now."""

@@ -169,7 +169,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.service.is_stopping:
-            self.should_exit = self.force_exit = True
+            self.service.deadline = 0
         else:
             self.service.is_stopping = True
             self.loop.call_soon_threadsafe(self._begin_to_stop)

@@ -8,9 +8,10 @@ queue, and how the program begins and ends.
 import contextlib
 import json
 import re
-import shutil
+import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +24,15 @@ import uvicorn
 from conftest import GOLDEN
 
 from nanochat import server, web
+from nanochat.checkpoint_manager import CheckpointDir
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.muon import LearningRates, build_optimizer
 from nanochat.server import Defaults, create_app
 from nanochat.serving import Model, Service
+from nanochat.tokenizer import Tokenizer
+from nanochat.train import TrainState
+from scripts import chat_web
 
 CONTEXT, V = 256, 1024
 HELLO = [{"role": "user", "content": "hello"}]
@@ -605,7 +611,7 @@ def test_an_engine_that_fails(tiny, golden_tokenizer, capfd):
             until(lambda: service.stats()["running"] == 1)
             engine.leave.release(3)
             until(lambda: service.stats()["tokens"] == 3)
-            service.workers[0].make_engine = lambda: Scripted(tiny, golden_tokenizer, 2, engine.script)
+            service.workers[0].make_engine = lambda script=engine.script: Scripted(tiny, golden_tokenizer, 2, script)
             engine.script = None
             engine.leave.release(1)
             *tokens, last = events(streamed.result())
@@ -619,3 +625,111 @@ def test_an_engine_that_fails(tiny, golden_tokenizer, capfd):
         until(lambda: service.status == "failed")
         assert httpx.get(url + "/health").status_code == 503 and ask(url).status_code == 503
     assert "TypeError" in capfd.readouterr().err
+
+
+# ---- the program ----
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny):
+    """A base folder with a tokenizer and a model that never ends by itself, as two stages."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = Tokenizer.load(GOLDEN / "tokenizer")
+    tokenizer.save(folder / "tokenizer")
+    torch.manual_seed(0)
+    model = GPT.create(GPTConfig(2048, V, n_layer=2, n_head=2, n_kv_head=1, n_embd=32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        for stage in ("sft", "rl"):
+            with CheckpointDir(stage, "tiny") as directory:
+                optimizer = build_optimizer(model, LearningRates())
+                directory.save(model, optimizer, TrainState(1), {"tokenizer": tokenizer.fingerprint})
+        yield folder
+
+
+@contextlib.contextmanager
+def program(place, *flags):
+    """chat_web in a process of its own; yields it and its address once it is ready."""
+    command = [sys.executable, "-m", "scripts.chat_web", "--device", "cpu", "--port", "0", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            lines = []
+            while not (found := re.search(r"http://[\d.]+:\d+", "".join(lines))):
+                lines.append(process.stdout.readline())
+                assert lines[-1], "".join(lines)
+            process.output = "".join(lines)
+            until(lambda: httpx.get(found[0] + "/health").status_code == 200)
+            yield process, found[0]
+        finally:
+            process.kill()
+
+
+def test_the_program_lets_answers_end(place):
+    """curl hears an answer to its end after SIGTERM; who comes later is sent away; the log has no word of it."""
+    with program(place, "-i", "sft,rl") as (process, url):
+        body = json.dumps({"messages": [{"role": "user", "content": "swordfish"}], "max_tokens": 600, "temperature": 0})
+        curl = ["curl", "-sN", "--noproxy", "*", url + "/chat/completions", "-H", "Content-Type: application/json"]
+        with subprocess.Popen([*curl, "-d", body], stdout=subprocess.PIPE, text=True) as asking:
+            heard = asking.stdout.readline()
+            process.send_signal(signal.SIGTERM)
+            until(lambda: httpx.get(url + "/health").json() == {"status": "stopping", "ready": False})
+            late = ask(url)
+            heard += asking.stdout.read()
+        assert late.status_code == 503 and int(late.headers["retry-after"]) > 0
+        assert json.loads(heard.strip().split("\n\n")[-1][6:])["tokens"] == 600
+        assert process.wait(20) == 0
+        log = process.output + process.stdout.read()
+    assert "answers under way may end" in log and "tokens, first after" in log and "error" not in log.lower()
+    assert "swordfish" not in log and json.loads(heard.split("\n")[0][6:])["token"] not in log.split("stopping")[1]
+
+
+def test_a_second_signal_ends_it_at_once_and_the_log_may_have_the_text(place):
+    with program(place, "--log-text", "-m", "4") as (process, url):
+        assert said(ask(url, [{"role": "user", "content": "sword\nfish"}]))
+        with connection(url) as sock:
+            sock.sendall(post({"max_tokens": 4096, "temperature": 0}))
+            assert sock.recv(10)
+            process.send_signal(signal.SIGINT)
+            until(lambda: httpx.get(url + "/health").status_code == 503)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 0
+            told = b"".join(iter(lambda: sock.recv(2**16), b""))
+        assert b"the server stops" in told
+        log = process.stdout.read()
+    assert "<|user_start|>sword\\nfish<|user_end|>" in log and "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (["-t", "3"], "--temperature must be 0 to 2"),
+        (["-m", "0"], "--max-tokens 1 to 4096"),
+        (["--num-rows", "0"], "--num-rows must be at least 1"),
+        (["--shutdown-seconds", "nan"], "--shutdown-seconds at least 0"),
+        (["--port", "70000"], "--port"),
+        (["--port", "TAKEN"], "port .* choose another --host or --port"),
+        (["--host", "192.0.2.1"], "192.0.2.1 port .* choose another --host or --port"),
+        (["-i", "sft,sft"], "name each stage once"),
+        (["-i", "sft,raw"], "unknown stage 'raw'"),
+        (["-i", "mid"], "no checkpoint in .* scripts.mid_train"),
+        (["-g", "other"], "there are tiny"),
+        (["-s", "7"], "no checkpoint of step 7"),
+    ],
+)
+def test_what_the_program_cannot_do_it_says_in_a_line(place, monkeypatch, flags, complaint):
+    monkeypatch.setattr(chat_web.checkpoint_manager, "load_model", None)  # nothing is loaded before
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        flags = [port if flag == "TAKEN" else flag for flag in flags]
+        with pytest.raises(SystemExit, match=complaint) as exit:
+            chat_web.main(["--device", "cpu", *([] if "--port" in flags else ["--port", "0"]), *flags])
+    assert str(exit.value).startswith("error: ") and "\n" not in str(exit.value)
+
+
+@pytest.mark.parametrize("host, is_open", [("127.0.0.1", False), ("0.0.0.0", True)])
+@pytest.mark.parametrize("key", ["", "key"])
+def test_whoever_may_come_in_is_warned_of(place, monkeypatch, capsys, host, is_open, key):
+    monkeypatch.setattr(chat_web.Server, "run", lambda self, sockets: sockets[0].close())
+    monkeypatch.setenv("NANOCHAT_API_KEY", key)
+    chat_web.main(["--device", "cpu", "--port", "0", "--host", host])
+    assert ("warning: " in capsys.readouterr().out) == (is_open and not key)
