@@ -10,7 +10,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -44,6 +44,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
 }
 
+FIRST = Field(fail_fast=True)  # of a list's wrong items, the first is enough to tell
+Tokens = Annotated[list[int], FIRST]
+
 
 class Part(BaseModel):
     model_config = ConfigDict(strict=True)
@@ -54,7 +57,7 @@ class Part(BaseModel):
 class Message(BaseModel):
     model_config = ConfigDict(strict=True)
     role: str
-    content: str | list[Part]
+    content: str | Annotated[list[Part], FIRST]
 
 
 class Settings(BaseModel):
@@ -76,7 +79,7 @@ class OpenAISettings(Settings):
     model_config = ConfigDict(strict=True, extra="allow")
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1)
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], FIRST] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -95,7 +98,7 @@ class OpenAISettings(Settings):
 
 
 class ChatBody(OpenAISettings):
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Annotated[list[Message], FIRST] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     logprobs: bool | None = None
 
@@ -105,7 +108,7 @@ class ChatBody(OpenAISettings):
 
 
 class CompletionBody(OpenAISettings):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Tokens | Annotated[list[str], FIRST] | Annotated[list[Tokens], FIRST]
     logprobs: Literal[0] | None = None  # how many alternatives to tell of, besides the token itself
 
     @property

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
@@ -24,7 +24,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from nanochat import engine
 from nanochat.conversation import PartReader, render_to_fit
-from nanochat.openai_api import MAX_MESSAGES, ChatBody, CompletionBody, Message, Reply, Settings
+from nanochat.openai_api import FIRST, MAX_MESSAGES, ChatBody, CompletionBody, Message, Reply, Settings
 from nanochat.serving import Model, Service, Stream
 from nanochat.tokenizer import Tokenizer
 from nanochat.web import JSON, ApiError, EventStream, Gate, add_error_handlers, event
@@ -43,8 +43,14 @@ class Defaults:
 
 
 class NativeBody(Settings):
-    model_config = ConfigDict(strict=True, extra="forbid")
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    model_config = ConfigDict(strict=True, extra="allow")
+    messages: Annotated[list[Message], FIRST] = Field(min_length=1, max_length=MAX_MESSAGES)
+
+    def check(self) -> None:
+        """ApiError for a field that there is not: a wrong name, most likely."""
+        for name in self.model_extra or {}:
+            known = ", ".join(type(self).model_fields)
+            raise ApiError(400, f"{name[:100]}: there is no such field, there are {known}", name[:100])
 
 
 def create_app(service: Service, defaults: Defaults, api_key: str = "", cors_origins: Sequence[str] = ()) -> FastAPI:
@@ -56,7 +62,7 @@ def create_app(service: Service, defaults: Defaults, api_key: str = "", cors_ori
         yield
         service.close()
 
-    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.add_middleware(Gate, api_key=api_key)
     if cors_origins:
         app.add_middleware(
@@ -205,6 +211,7 @@ def to_conversation(messages: list[Message]) -> dict[str, Any]:
 def _add_native(app: FastAPI, asker: Asker) -> None:
     @app.post("/chat/completions")
     async def native(body: NativeBody, request: Request) -> Response:
+        body.check()
         prompt, dropped = asker.chat_prompt(body)
         stream = asker.submit(request, body, [prompt])
         end = {"done": True, "prompt_tokens": len(prompt), "dropped": dropped}

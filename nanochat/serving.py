@@ -108,7 +108,7 @@ class Stream:
         self.error = error
         self.wake.set()
 
-    def end(self, index: int, finish: str = "cancelled") -> None:
+    def end(self, index: int, finish: str) -> None:
         """Enough of this answer: its slot, or its place in the queue, is free at the next step."""
         job = self.jobs[index]
         if not job.finish:
@@ -117,13 +117,10 @@ class Stream:
 
     def close(self) -> None:
         """Ends what has not ended, and writes it all down. A second time, nothing."""
+        finish = "refused" if isinstance(self.error, Unavailable) else "failed" if self.error else "cancelled"
         for job in self.jobs:
-            self.end(job.index, "cancelled" if self.error is None else "refused" if self._is_refused else "failed")
+            self.end(job.index, finish)
         self.service.forget(self)
-
-    @property
-    def _is_refused(self) -> bool:
-        return isinstance(self.error, Unavailable)
 
 
 def fail(jobs: Iterable[Job], error: Exception) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ MAX_BODY = 2**20  # bytes
 BODY_SECONDS = 30  # that a client may take to send it; arbitrary
 RETRY_SECONDS = 5  # after which to try again; arbitrary
 OPEN_PATHS = ("/", "/health")  # need no key
+TYPE_NAME = re.compile(r"\W|^str$")  # in the place of an error: which of several types it could not be
 NO_STORE = {"Cache-Control": "no-store"}
 
 
@@ -118,7 +120,8 @@ class Gate:
             await error.response()(scope, receive, send)
         else:
             if body is not None:
-                await self._run(scope, body, receive, send)
+                method = scope["method"].replace("HEAD", "GET")  # without the answer's body, which uvicorn leaves out
+                await self._run({**scope, "method": method}, body, receive, send)
 
     def _check_key(self, scope: Scope) -> None:
         if not self.api_key or scope["path"] in OPEN_PATHS:
@@ -181,19 +184,28 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _http_error(error: HTTPException) -> ApiError:
-    lines = {404: "there is nothing at this address", 405: "this address knows other methods"}
+    lines = {
+        400: "the body cannot be read as JSON",
+        404: "there is nothing at this address",
+        405: "this address knows other methods",
+    }
     api_error = ApiError(error.status_code, lines.get(error.status_code, str(error.detail)))
     api_error.headers |= error.headers or {}
     return api_error
 
 
 def _invalid(error: RequestValidationError) -> ApiError:
-    """What is wrong with the first wrong field. One that may have several types has a complaint of each."""
+    """What is wrong with the first wrong field. One that may be of several types has a complaint of each of them."""
     errors = error.errors()
     where = errors[0]["loc"]
     if errors[0]["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {errors[0]['ctx']['error']} at character {where[-1]}")
     if len(where) < 2:
         return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
-    lines = [".".join(map(str, e["loc"][1:])) + ": " + e["msg"] for e in errors if e["loc"][1] == where[1]]
+    complaints: dict[str, list[str]] = {}  # by place
+    for e in errors:
+        if e["loc"][1] == where[1]:
+            place = ".".join(str(part) for part in e["loc"][1:] if not TYPE_NAME.search(str(part)))
+            complaints.setdefault(place, []).append(e["msg"])
+    lines = [f"{place}: {', or: '.join(dict.fromkeys(complaints[place]))}" for place in complaints]
     return ApiError(400, "; ".join(lines[:3]), str(where[1]))

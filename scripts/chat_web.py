@@ -13,6 +13,7 @@ import ipaddress
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
@@ -63,8 +64,8 @@ def main(flags: Flags) -> None:
     defaults = Defaults(flags.temperature, flags.top_k, flags.max_tokens)
     origins = [origin.strip() for origin in flags.cors_origin.split(",") if origin.strip()]
     app = create_app(service, defaults, api_key, origins)
-    address = f"http://{flags.host}:{listener.getsockname()[1]}"
-    print(f"{address}, {len(devices)} x {hardware.describe(devices[0])}. Ctrl-C ends.", flush=True)
+    host = f"[{flags.host}]" if ":" in flags.host else flags.host  # IPv6
+    print(f"http://{host}:{listener.getsockname()[1]}, {len(devices)} x {hardware.describe(devices[0])}. Ctrl-C ends.", flush=True)
     if not api_key and not is_loopback(flags.host):
         print("warning: whoever reaches this address may use the model: set NANOCHAT_API_KEY", flush=True)
     config = uvicorn.Config(
@@ -131,7 +132,7 @@ def load_models(flags: Flags, devices: list[torch.device]) -> dict[str, Model]:
     return models
 
 
-def engine_maker(model: GPT, tokenizer: Tokenizer, num_rows: int):
+def engine_maker(model: GPT, tokenizer: Tokenizer, num_rows: int) -> Callable[[], Engine]:
     def make() -> Engine:
         if model.device.type == "cuda":
             torch.cuda.set_device(model.device)  # of this thread: captured graphs run on the current one
