@@ -122,9 +122,10 @@ class Crowd:
 
         return await asyncio.gather(*(client(i) for i in range(num_clients)))
 
-    async def mixed(self, num_users: int, num_leaving: int) -> list[Answer]:
-        staying, leaving = await asyncio.gather(self.together(num_users), self.leaving(num_leaving))
-        return staying + leaving
+    async def mixed(self, num_users: int, num_clients: int) -> list[Answer]:
+        """Some stay while others leave; then come many."""
+        both = await asyncio.gather(self.together(len(self.questions)), self.leaving(num_clients))
+        return [*both[0], *both[1], *await self.together(num_users)]
 
     # ---- what is due ----
 

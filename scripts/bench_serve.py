@@ -14,7 +14,6 @@ long answers the time of the first to be complete over the last's.
 import asyncio
 import itertools
 import json
-import math
 import os
 import random
 import resource
@@ -118,15 +117,15 @@ class Load:
             await self.measure("together", crowd.together(flags.users))
             await self.measure("crowd", crowd.together(flags.crowd), may_refuse=True)
             await self.measure("vanish", crowd.leaving(flags.vanish), may_refuse=True)
-        start = time.monotonic()
-        for minute in range(1, math.ceil(flags.minutes) + 1):
-            first = len(self.results.setdefault("mix", []))
-            while time.monotonic() < start + 60 * min(minute, flags.minutes):
-                await self.measure("mix", crowd.mixed(flags.crowd, flags.vanish), may_refuse=True)
-            done = self.results["mix"][first:]
-            total = {name: sum(result[name] for result in done) for name in OUTCOMES}
-            middle = {name: f"{value:.4g}" for name, value in median(done).items() if name not in OUTCOMES}
-            print(f"minute {minute}: {total} {middle}".translate({ord(c): None for c in "{}'"}), flush=True)
+        start, told = time.monotonic(), 0  # rounds
+        while (minutes := (time.monotonic() - start) / 60) < flags.minutes:
+            await self.measure("mix", crowd.mixed(flags.crowd, flags.vanish), may_refuse=True)
+            recent = self.results["mix"][told:]
+            if (time.monotonic() - start) // 60 > minutes // 1:
+                total = {name: sum(result[name] for result in recent) for name in OUTCOMES}
+                told += len(recent)
+                numbers = (f"{name} {value:.4g}," for name, value in (median(recent) | total).items())
+                print(f"after {minutes:.1f} minutes:", *numbers, flush=True)
         await self.measure("alone", crowd.one_by_one())
         for kind in ("vanish", "mix"):
             memory = [result["memory"] for result in self.results.get(kind, [])]

@@ -160,7 +160,7 @@ def test_the_benchmark(capsys):
     crowd = results["crowd"]
     assert crowd["answered"] >= 8 and crowd["refused"] > 0 and crowd["answered"] + crowd["refused"] == 40
     assert sum(results["vanish"][name] for name in ("answered", "refused", "left")) == 16
-    assert sum(results["mix"][name] for name in ("answered", "refused", "left")) == 56
+    assert sum(results["mix"][name] for name in ("answered", "refused", "left")) == 64
 
 
 def test_bad_flags_end_in_one_line():
