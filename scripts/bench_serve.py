@@ -5,10 +5,10 @@ The web chat under load: the real server in a process of its own, spoken to over
     python -m scripts.bench serve -i sft --minutes 30      # a trained one; then a mix of all for half an hour
 
 alone: one user after another, greedily; what they are told is what everybody is to be told. together: so many at once.
-crowd: more than the queue holds. vanish: clients that leave. Whatever goes wrong is printed, and the exit code is then
-1. `ratios`: throughput, tokens/s of users together over one user's; first token, the time from an answer's first token
-to its last (a turn in the queue) over that in which 99% of users together have their first one; fairness, of equally
-long answers the time of the first to be complete over the last's.
+crowd: more than the queue holds. vanish: clients that leave. What goes wrong is printed, and the exit code is then 1.
+`ratios`: throughput, tokens/s together over alone; first token, seconds from the first token of an answer to its last
+(a turn in the queue) over those in which 99% of `together` have their first; fairness, of equally long answers the
+quickest's seconds over the slowest's.
 """
 
 import asyncio
@@ -83,11 +83,13 @@ def main(flags: Flags) -> dict[str, float]:
     for name in medians["alone"]:
         table.add_row(name, *(human(result[name]) for result in medians.values()))
     Console().print(table)
-    problems, together = load.crowd.problems, medians["together"]
+    problems, alone, together = load.crowd.problems, medians["alone"], medians["together"]
     for problem, times in problems.items():
         print(f"{times} x {problem}")
+    if not alone["answered"] * together["answered"]:
+        raise UserError("the server answers nobody: see above")
     ratios = {
-        "throughput": round(together["tokens/s"] / medians["alone"]["tokens/s"], 2),
+        "throughput": round(together["tokens/s"] / alone["tokens/s"], 2),
         "first token": round(together["first to last"] / together["first of 99%"], 2),
         "fairness": round(together["fairness"], 2),
     }
@@ -145,10 +147,10 @@ class Load:
     async def settle(self, kind: str) -> int:
         """Waits until nobody is served any more; returns the server's resident bytes."""
         for _ in range(10 * SETTLE_SECONDS):
+            await asyncio.sleep(0.1)
             stats = get(self.crowd.port, "/stats")
             if not stats["running"] + stats["waiting"]:
                 break
-            await asyncio.sleep(0.1)
         else:
             self.crowd.problems[f"after {kind}: {stats['running']} running, {stats['waiting']} waiting"] += 1
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * resource.getpagesize()
@@ -158,8 +160,7 @@ def save_fresh_model(folder: Path) -> None:
     """A model that talks nonsense, which yet depends on every token before it; its tokens are whole characters."""
     words = ("".join(letters) for n in (2, 3) for letters in itertools.product(string.ascii_lowercase, repeat=n))
     tokens = [bytes([byte]) for byte in range(NUM_BYTES)] + [word.encode() for word in words]
-    ranks = {token: rank for rank, token in enumerate(tokens[: VOCAB_SIZE - len(SPECIAL_TOKENS)])}
-    tokenizer = Tokenizer(SPLIT_PATTERN, ranks)
+    tokenizer = Tokenizer(SPLIT_PATTERN, zip(tokens, range(VOCAB_SIZE - len(SPECIAL_TOKENS)), strict=False))
     tokenizer.save(folder / default_dir().name)
     torch.manual_seed(0)
     model = GPT.create(model_config(DEPTH, VOCAB_SIZE, head_dim=64))
