@@ -16,12 +16,13 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanochat.common import UserError
 from nanochat.serving import Busy, Failed, Stream, Unavailable
 
 MAX_BODY = 2**20  # bytes
-BODY_SECONDS = 30  # that a client may take to send it; arbitrary
+HEAD_SECONDS, BODY_SECONDS = 10, 30  # that a client may take to send them; arbitrary
 RETRY_SECONDS = 5  # after which to try again; arbitrary
 OPEN_PATHS = ("/", "/health")  # need no key
 TYPE_NAME = re.compile(r"\W|^str$")  # in the place of an error: which of several types it could not be
@@ -95,6 +96,38 @@ class EventStream(Response):
             except (Failed, Unavailable) as error:
                 await write(event({"error": str(error)}))
             await write(b"", more_body=False)
+
+
+class Connection(H11Protocol):
+    """
+    Uvicorn's, which waits for ever for the rest of a request's head and, while it answers, takes in as many further
+    requests as a client sends: 3 million made it grow by 100 MB. Here both have bounds.
+    """
+
+    timer: asyncio.TimerHandle | None = None  # while a head is due
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._time_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._time_head()
+        if len(self.conn.trailing_data[0]) > MAX_BODY:
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.timer:
+            self.timer.cancel()
+        super().connection_lost(exc)
+
+    def _time_head(self) -> None:
+        is_due = not self.cycle or self.cycle.response_complete
+        if is_due and not self.timer:
+            self.timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        elif self.timer and not is_due:
+            self.timer.cancel()
+            self.timer = None
 
 
 class Gate:

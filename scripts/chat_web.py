@@ -29,6 +29,7 @@ from nanochat.gpt import GPT
 from nanochat.server import Defaults, create_app
 from nanochat.serving import Model, Service, Stream
 from nanochat.tokenizer import Tokenizer, default_dir
+from nanochat.web import Connection
 
 READ_SECONDS = 60  # that a client may leave what it is sent unread; arbitrary
 
@@ -70,7 +71,7 @@ def main(flags: Flags) -> None:
     if not api_key and not is_loopback(flags.host):
         print("warning: whoever reaches this address may use the model: set NANOCHAT_API_KEY", flush=True)
     config = uvicorn.Config(
-        app, http="h11", ws="none", access_log=False, log_level="warning", server_header=False,
+        app, http=Connection, ws="none", access_log=False, log_level="warning", server_header=False,
         timeout_graceful_shutdown=1,
     )  # fmt: skip
     Server(config, service, flags.shutdown_seconds).run([listener])

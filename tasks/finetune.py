@@ -2,6 +2,7 @@
 The stages that train on conversations: mid_train and chat_sft are this, with their own name, source and defaults.
 """
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from nanochat import checkpoint_manager, distributed, hardware
 from nanochat.common import UserError, human
 from nanochat.dataloader import conversation_steps, on_device, prefetch
 from nanochat.flags import flag
+from nanochat.gpt import flops_per_token
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.recipe import accumulation_steps, finetune_schedule
 from nanochat.report import check_wandb
@@ -74,7 +76,9 @@ def finetune(stage: str, source_stage: str, flags: Flags) -> None:
         # build
         config = {"flags": asdict(flags), "base": begun_from, "settings": asdict(settings)}
         rates = settings.rates(flags.init_lr_frac)
-        run = start.build(rates, settings.batch_factor, config, 0.0, flags.compile, flags.load_optimizer)
+        num_tokens = flags.num_iterations * settings.total_batch_size if flags.num_iterations > 0 else math.inf
+        flops = num_tokens * flops_per_token(source.config)  # of one pass nobody knows before it is rendered
+        run = start.build(rates, settings.batch_factor, config, 0.0, flags.compile, flags.load_optimizer, flops=flops)
         shape = (tokenizer, B, T, accumulation, dist.rank, dist.world_size)
         data_steps = conversation_steps(train_data, *shape, flags.num_iterations, (run.data_states or [None])[0])
         steps = prefetch(on_device(data_steps, dist.device))

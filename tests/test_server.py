@@ -84,7 +84,7 @@ def unstoppable(model, tokenizer, num_rows):
 def serving(service, max_tokens=8, **options):
     """The server in a thread of its own; yields its address."""
     app = create_app(service, Defaults(max_tokens=max_tokens), **options)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(app, http=web.Connection, log_level="warning", timeout_graceful_shutdown=2)
     it, listener = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=it.run, args=[[listener]])
     thread.start()
@@ -433,6 +433,24 @@ def test_a_body_that_does_not_come_is_not_waited_for_long(url, monkeypatch):
     with connection(url) as sock:
         sock.sendall(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
         assert sock.recv(100).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"])
+def test_a_head_that_does_not_end_is_not_waited_for_long(url, monkeypatch, before):
+    monkeypatch.setattr(web, "HEAD_SECONDS", 0.2)
+    with connection(url) as sock:
+        sock.sendall(before)
+        while before and b"ready" not in sock.recv(1000):
+            pass
+        sock.sendall(b"GET /health HTTP/1.1\r\n")
+        assert sock.recv(100) == b""
+
+
+def test_who_asks_on_and_on_and_listens_to_nothing_is_hung_up_on(url):
+    with connection(url) as sock, pytest.raises(ConnectionError):
+        sock.settimeout(20)
+        while True:
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 10_000)
 
 
 def test_half_a_character_is_read_as_the_sign_for_that(url):
