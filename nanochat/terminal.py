@@ -87,7 +87,7 @@ class LineEditor:
 
     @contextmanager
     def _history_if_possible(self) -> Iterator[Path]:
-        """That it cannot be read or written, in a folder of somebody else's or on a full disk, ends it, not the chat."""
+        """Where it cannot be read or written, as in another user's folder, that ends it and not the chat."""
         try:
             yield self.history
         except OSError as error:
