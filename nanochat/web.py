@@ -161,8 +161,8 @@ class Gate:
 
     def _check_host(self, scope: Scope) -> None:
         """
-        A site can make its own name lead to this machine, and then its scripts are to the browser as good as our page
-        (https://en.wikipedia.org/wiki/DNS_rebinding). But not an address.
+        A site can make its own name, though no address, lead to this machine; then a browser takes its scripts for our
+        page's (https://en.wikipedia.org/wiki/DNS_rebinding). ApiError for a name that is not ours.
         """
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
         name = ""
@@ -170,7 +170,7 @@ class Gate:
             name = urlsplit(f"//{host}").hostname or ""
             ipaddress.ip_address(name)
         except ValueError as error:
-            if self.hosts and name not in self.hosts:
+            if self.hosts and host and name not in self.hosts:
                 allowed = f"call it by an address or as {', '.join(self.hosts)}, or give it an API key"
                 raise ApiError(403, f"this server does not know the name {host[:100]!r}: {allowed}") from error
 

@@ -577,7 +577,7 @@ def connection(url):
 
 def post(body, path="/chat/completions", headers=""):
     data = json.dumps({"messages": HELLO, **body}).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{headers}"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{headers}"
     return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
