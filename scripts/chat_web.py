@@ -58,17 +58,16 @@ class Flags:
 @command
 def main(flags: Flags) -> None:
     api_key = flags.api_key or os.environ.get("NANOCHAT_API_KEY", "")
-    check(flags, api_key)
+    origins = [origin.strip() for origin in flags.cors_origin.split(",") if origin.strip()]
+    check(flags, api_key, origins)
     listener = listen(flags.host, flags.port)
     device = hardware.pick_device(flags.device)
     num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     devices = [torch.device("cuda", i) for i in range(num_gpus)] or [device]
     service = Service(load_models(flags, devices), lambda stream: print(line(stream, flags.log_text), flush=True))
-    defaults = Defaults(flags.temperature, flags.top_k, flags.max_tokens)
-    origins = [origin.strip() for origin in flags.cors_origin.split(",") if origin.strip()]
     is_private = is_loopback(flags.host) and not api_key and "*" not in origins
     hosts = ["localhost", *(urlsplit(origin).hostname or "" for origin in origins)] if is_private else []
-    app = create_app(service, defaults, api_key, origins, hosts)
+    app = create_app(service, Defaults(flags.temperature, flags.top_k, flags.max_tokens), api_key, origins, hosts)
     host = f"[{flags.host}]" if ":" in flags.host else flags.host  # IPv6
     address = f"http://{host}:{listener.getsockname()[1]}"
     print(f"{address}, {len(devices)} x {hardware.describe(devices[0])}. Ctrl-C ends.", flush=True)
@@ -81,7 +80,7 @@ def main(flags: Flags) -> None:
     Server(config, service, flags.shutdown_seconds).run([listener])
 
 
-def check(flags: Flags, api_key: str) -> None:
+def check(flags: Flags, api_key: str, origins: list[str]) -> None:
     """UserError for flags that make no sense."""
     is_within = 0 <= flags.temperature <= MAX_TEMPERATURE and 0 <= flags.top_k <= MAX_TOP_K
     if not is_within or not 1 <= flags.max_tokens <= MAX_TOKENS:
@@ -89,6 +88,8 @@ def check(flags: Flags, api_key: str) -> None:
         raise UserError(f"{limits}, --max-tokens 1 to {MAX_TOKENS}")
     if not all("!" <= character <= "~" for character in api_key):
         raise UserError("the API key must be of ASCII letters, digits and signs, for browsers to send it")
+    if not all(origin == "*" or ("://" in origin and origin.count("/") == 2) for origin in origins):
+        raise UserError(f"--cors-origin {flags.cors_origin}: name sites as https://chat.example, without a path, or *")
     if flags.num_rows < 1 or flags.queue < 0 or not flags.shutdown_seconds >= 0:
         raise UserError("--num-rows must be at least 1, --queue and --shutdown-seconds at least 0")
     if not 0 <= flags.port < 65536:

@@ -750,6 +750,8 @@ def test_a_second_signal_ends_it_at_once_and_the_log_may_have_the_text(place):
         (["--host", "192.0.2.1"], "192.0.2.1 port .* choose another --host or --port"),
         (["-i", "sft,sft"], "name each stage once"),
         (["--api-key", "schlüssel"], "API key must be of ASCII"),
+        (["--cors-origin", "https://a.example,b.example"], "name sites as https://chat.example"),
+        (["--cors-origin", "https://a.example/"], "without a path"),
         (["-i", "sft,raw"], "unknown stage 'raw'"),
         (["-i", "mid"], "no checkpoint in .* scripts.mid_train"),
         (["-g", "other"], "there are tiny"),
