@@ -68,7 +68,10 @@ class Chat:
 
     def save(self, name: str) -> Path:
         """Writes the conversation to a new file. UserError if that cannot be."""
-        path = Path(name).expanduser()
+        try:
+            path = Path(name).expanduser()
+        except RuntimeError as error:
+            raise UserError(f"/save {name}: there is no such user") from error
         if not self.messages:
             raise UserError("/save: nothing has been said yet")
         if path.suffix not in (".json", ".md"):

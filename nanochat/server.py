@@ -53,7 +53,13 @@ class NativeBody(Settings):
             raise ApiError(400, f"{name[:100]}: there is no such field, there are {known}", name[:100])
 
 
-def create_app(service: Service, defaults: Defaults, api_key: str = "", cors_origins: Sequence[str] = ()) -> FastAPI:
+def create_app(
+    service: Service,
+    defaults: Defaults,
+    api_key: str = "",
+    cors_origins: Sequence[str] = (),
+    hosts: Sequence[str] = (),  # names that it may be called by, besides addresses; none = any
+) -> FastAPI:
     """The app, which starts and ends the service's threads with itself. OSError if the page is not there."""
 
     @asynccontextmanager
@@ -63,7 +69,7 @@ def create_app(service: Service, defaults: Defaults, api_key: str = "", cors_ori
         service.close()
 
     app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
-    app.add_middleware(Gate, api_key=api_key)
+    app.add_middleware(Gate, api_key=api_key, hosts=hosts)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,

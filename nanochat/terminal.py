@@ -60,7 +60,7 @@ class LineEditor:
     """
 
     def __init__(self, console: Console, history: Path):
-        self.history, self.readline = history, None
+        self.console, self.history, self.keeps_history, self.readline = console, history, True, None
         self.prompt = "You: " if sys.stdin.isatty() else ""
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             return
@@ -81,26 +81,38 @@ class LineEditor:
         text = input(self.prompt).strip()
         if text and self.readline:
             self.readline.add_history(text)
-            self._remember(text)
+            if self.keeps_history:
+                self._remember(text)
         return text
 
+    @contextmanager
+    def _history_if_possible(self) -> Iterator[Path]:
+        """Where it cannot be read or written, as in another user's folder, that ends it and not the chat."""
+        try:
+            yield self.history
+        except OSError as error:
+            self.keeps_history = False
+            self.console.print(f"(no history of what is asked: {error})", style="dim")
+
     def _remembered(self) -> list[str]:
-        if not self.history.exists():
-            return []
-        texts = []
-        for line in self.history.read_text(encoding="utf-8", errors="replace").splitlines()[-MAX_HISTORY:]:
-            try:
-                texts.append(str(json.loads(line)))
-            except json.JSONDecodeError:  # half a line, of a disk that was full
-                continue
+        texts: list[str] = []
+        with self._history_if_possible() as history:
+            if not history.exists():
+                return texts
+            for line in history.read_text(encoding="utf-8", errors="replace").splitlines()[-MAX_HISTORY:]:
+                try:
+                    texts.append(str(json.loads(line)))
+                except json.JSONDecodeError:  # half a line, of a disk that was full
+                    continue
         return texts
 
     def _remember(self, text: str) -> None:
         """A line more in a file that only the user can read: several chats may write to it."""
-        self.history.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.history, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(json.dumps(text) + "\n")
+        with self._history_if_possible() as history:
+            history.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(history, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(json.dumps(text) + "\n")
 
 
 @contextmanager

@@ -6,10 +6,12 @@ every request comes through.
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -132,18 +134,19 @@ class Connection(H11Protocol):
 
 class Gate:
     """
-    Around the app: asks for the key, reads the body as far as is allowed, and lets go of a request whose client has
-    left, wherever in the app it is.
+    Around the app: asks for the key, minds by what name it is called, reads the body as far as is allowed, and lets go
+    of a request whose client has left, wherever in the app it is.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str):
-        self.app, self.api_key = app, api_key.encode()
+    def __init__(self, app: ASGIApp, api_key: str, hosts: Sequence[str]):
+        self.app, self.api_key, self.hosts = app, api_key.encode(), hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         try:
+            self._check_host(scope)
             self._check_key(scope)
             body = await asyncio.wait_for(_read_body(scope, receive), BODY_SECONDS)
         except asyncio.TimeoutError:
@@ -155,6 +158,21 @@ class Gate:
             if body is not None:
                 method = scope["method"].replace("HEAD", "GET")  # without the answer's body, which uvicorn leaves out
                 await self._run({**scope, "method": method}, body, receive, send)
+
+    def _check_host(self, scope: Scope) -> None:
+        """
+        A site can make its own name, though no address, lead to this machine; then a browser takes its scripts for our
+        page's (https://en.wikipedia.org/wiki/DNS_rebinding). ApiError for a name that is not ours.
+        """
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        name = ""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            ipaddress.ip_address(name)
+        except ValueError as error:
+            if self.hosts and host and name not in self.hosts:
+                allowed = f"call it by an address or as {', '.join(self.hosts)}, or give it an API key"
+                raise ApiError(403, f"this server does not know the name {host[:100]!r}: {allowed}") from error
 
     def _check_key(self, scope: Scope) -> None:
         if not self.api_key or scope["path"] in OPEN_PATHS:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
+from urllib.parse import urlsplit
 
 import torch
 import uvicorn
@@ -26,6 +27,7 @@ from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.flags import command, flag
 from nanochat.gpt import GPT
+from nanochat.openai_api import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K
 from nanochat.server import Defaults, create_app
 from nanochat.serving import Model, Service, Stream
 from nanochat.tokenizer import Tokenizer, default_dir
@@ -55,16 +57,17 @@ class Flags:
 
 @command
 def main(flags: Flags) -> None:
-    check(flags)
     api_key = flags.api_key or os.environ.get("NANOCHAT_API_KEY", "")
+    origins = [origin.strip() for origin in flags.cors_origin.split(",") if origin.strip()]
+    check(flags, api_key, origins)
     listener = listen(flags.host, flags.port)
     device = hardware.pick_device(flags.device)
     num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     devices = [torch.device("cuda", i) for i in range(num_gpus)] or [device]
     service = Service(load_models(flags, devices), lambda stream: print(line(stream, flags.log_text), flush=True))
-    defaults = Defaults(flags.temperature, flags.top_k, flags.max_tokens)
-    origins = [origin.strip() for origin in flags.cors_origin.split(",") if origin.strip()]
-    app = create_app(service, defaults, api_key, origins)
+    is_private = is_loopback(flags.host) and not api_key and "*" not in origins
+    hosts = ["localhost", *(urlsplit(origin).hostname or "" for origin in origins)] if is_private else []
+    app = create_app(service, Defaults(flags.temperature, flags.top_k, flags.max_tokens), api_key, origins, hosts)
     host = f"[{flags.host}]" if ":" in flags.host else flags.host  # IPv6
     address = f"http://{host}:{listener.getsockname()[1]}"
     print(f"{address}, {len(devices)} x {hardware.describe(devices[0])}. Ctrl-C ends.", flush=True)
@@ -77,10 +80,16 @@ def main(flags: Flags) -> None:
     Server(config, service, flags.shutdown_seconds).run([listener])
 
 
-def check(flags: Flags) -> None:
+def check(flags: Flags, api_key: str, origins: list[str]) -> None:
     """UserError for flags that make no sense."""
-    if not 0 <= flags.temperature <= 2 or not 0 <= flags.top_k <= 200 or not 1 <= flags.max_tokens <= 4096:
-        raise UserError("--temperature must be 0 to 2, --top-k 0 to 200, --max-tokens 1 to 4096")
+    is_within = 0 <= flags.temperature <= MAX_TEMPERATURE and 0 <= flags.top_k <= MAX_TOP_K
+    if not is_within or not 1 <= flags.max_tokens <= MAX_TOKENS:
+        limits = f"--temperature must be 0 to {MAX_TEMPERATURE:g}, --top-k 0 to {MAX_TOP_K}"
+        raise UserError(f"{limits}, --max-tokens 1 to {MAX_TOKENS}")
+    if not all("!" <= character <= "~" for character in api_key):
+        raise UserError("the API key must be of ASCII letters, digits and signs, for browsers to send it")
+    if not all(origin == "*" or ("://" in origin and origin.count("/") == 2) for origin in origins):
+        raise UserError(f"--cors-origin {flags.cors_origin}: name sites as https://chat.example, without a path, or *")
     if flags.num_rows < 1 or flags.queue < 0 or not flags.shutdown_seconds >= 0:
         raise UserError("--num-rows must be at least 1, --queue and --shutdown-seconds at least 0")
     if not 0 <= flags.port < 65536:
@@ -149,7 +158,8 @@ def line(stream: Stream, with_text: bool) -> str:
     said = sum(len(job.tokens) for job in stream.jobs)
     ends = ",".join(job.finish for job in stream.jobs)
     first = f"first after {stream.first - stream.start:.2f} s, " if stream.first else ""
-    text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {stream.client} {stream.model} "
+    client = stream.client.encode("unicode_escape").decode()  # a proxy, or who acts as one, may say anything
+    text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {client} {stream.model} "
     text += f"{len(stream.jobs[0].request.prompt)} → {said} tokens, {first}{now - stream.start:.2f} s, {ends}"
     if with_text:
         decode = stream.service.models[stream.model].tokenizer.decode

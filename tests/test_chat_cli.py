@@ -177,6 +177,13 @@ def test_an_evening_in_the_terminal(tmp_path):
         chat.type("\x1b[A" * 8).wait("What is 12 times 13?")  # remembered from the other evening
         assert chat.end("\x15quit\r") == 0
 
+    history.unlink()
+    history.mkdir()
+    with Terminal(tmp_path, [[0, "fine"]], columns=100) as chat:  # nor is it needed
+        assert any("no history" in line for line in chat.lines)
+        chat.ask("How are you?")
+        assert "fine" in chat.lines and chat.end("\x04") == 0
+
 
 @pytest.mark.skipif("GNU" not in str(readline.__doc__), reason="needs GNU readline")
 def test_pasted_lines_are_one_message(tmp_path):
@@ -357,6 +364,7 @@ def test_what_cannot_be_saved(tokenizer, tmp_path):
         "": "ends in .json",
         str(tmp_path / "chat.txt"): "ends in .json",
         str(mine): "such a file already",
+        "~nobody-has-this-name/chat.md": "no such user",
         str(mine / "chat.md"): "File exists: .*/mine.md'",
         str(tmp_path / ("x" * 300 + ".md")): "File name too long",
     }.items():

@@ -527,6 +527,15 @@ def test_other_sites_are_let_in_only_when_named(url, tiny, golden_tokenizer):
         assert allowed not in ask(url, headers={"Origin": "https://b.example"}).headers
 
 
+def test_other_sites_cannot_pass_for_this_one(tiny, golden_tokenizer):
+    with scripted(tiny, golden_tokenizer, [1] * 9, hosts=["localhost", "chat.example"]) as (url, *_):
+        for host in ("localhost:8000", "LOCALHOST", "127.0.0.1", "10.1.2.3:80", "[::1]:8000", "chat.example"):
+            assert ask(url, headers={"Host": host}).status_code == 200
+        for host in ("evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "[x", "a@evil.example"):
+            response = ask(url, headers={"Host": host})
+            assert response.status_code == 403 and "or as localhost, chat.example" in response.text
+
+
 def test_head_is_get_without_the_body(url):
     for path in ("/", "/health"):
         head, get = httpx.head(url + path), httpx.get(url + path)
@@ -568,7 +577,7 @@ def connection(url):
 
 def post(body, path="/chat/completions", headers=""):
     data = json.dumps({"messages": HELLO, **body}).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{headers}"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{headers}"
     return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
@@ -740,6 +749,9 @@ def test_a_second_signal_ends_it_at_once_and_the_log_may_have_the_text(place):
         (["--port", "TAKEN"], "port .* choose another --host or --port"),
         (["--host", "192.0.2.1"], "192.0.2.1 port .* choose another --host or --port"),
         (["-i", "sft,sft"], "name each stage once"),
+        (["--api-key", "schlüssel"], "API key must be of ASCII"),
+        (["--cors-origin", "https://a.example,b.example"], "name sites as https://chat.example"),
+        (["--cors-origin", "https://a.example/"], "without a path"),
         (["-i", "sft,raw"], "unknown stage 'raw'"),
         (["-i", "mid"], "no checkpoint in .* scripts.mid_train"),
         (["-g", "other"], "there are tiny"),
