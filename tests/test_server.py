@@ -404,8 +404,8 @@ def test_bad_requests_are_told_what_is_wrong(url, service, path, body, complaint
         ("DELETE", "/", {}, 405, "other methods"),
         ("GET", "/v1/models/", {}, 404, "nothing at this address"),
         ("POST", "/chat/completions", {"content": "{}", "headers": {"Content-Type": "text/plain"}}, 400, "JSON object"),
-        ("POST", "/chat/completions", {"content": b" " * (web.MAX_BODY + 1)}, 413, "larger than 1048576 bytes"),
-        ("POST", "/nothing", {"content": iter([b" " * 2**20, b" "])}, 413, "larger than 1048576 bytes"),
+        ("POST", "/chat/completions", {"content": b" " * (web.MAX_BODY + 1)}, 413, "larger than 524288 bytes"),
+        ("POST", "/nothing", {"content": iter([b" " * 2**20, b" "])}, 413, "larger than 524288 bytes"),
         (
             "POST",
             "/v1/completions",
