@@ -111,6 +111,8 @@ class Start:
         kernel_name, kernel = choose(attention, model.config.attention_shape, device, self.dtype, dist.print0)
         model.use_attention(kernel)
         compiling = compile and hardware.can_compile(device) and self._compiling_pays(model.config, flops)
+        if compiling:
+            hardware.ready_compiler(device)
         dist.print0(f"computing in {self.dtype}, attention {kernel_name}, {'' if compiling else 'not '}compiled")
         optimizer = build_optimizer(model, rates, batch_factor, weight_decay, dist.rank, dist.world_size, compiling)
         state, data_states = TrainState(), list[dict[str, Any]]()
