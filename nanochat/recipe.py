@@ -178,7 +178,7 @@ def pretrain_schedule(
     for group in optimizer.param_groups if step == 0 else ():
         # At first every block is the identity, and a norm follows: the scalars of the residual stream have no gradient
         # but rounding errors near 1e-11, of which Adam would make steps of full length. Without this, two kernels that
-        # agree to 1e-7 part by 5 % in the loss within 50 steps; with it, they agree to 3e-6.
+        # agree to 1e-7 part by 5.7 % in the loss within 50 steps (depth 4, 8,192 tokens a step); with it, by 0.07 %.
         if group["name"] in ("resid", "x0", "smear_backout"):
             group["lr"] = 0.0
 
