@@ -82,15 +82,7 @@ def main(flags: Flags) -> None:
         start = prepare("rl", tag, source, tokenizer, dist, flags.resume, flags.keep_last)
         begun_from = start.saved.meta["base"] if start.saved else str(source.path)
         reference = checkpoint_manager.at(begun_from) if flags.kl_coef else None
-        room = source.config.sequence_len - flags.max_new_tokens
-        num_batches = math.ceil(flags.num_iterations / flags.updates_per_batch)
-        needed = num_batches * flags.examples_per_step if flags.num_iterations > 0 else math.inf
-        questions, too_long = rollout.questions_of(TASKS[flags.task]("train"), tokenizer, room, needed)
-        test_questions: list[rollout.Question] = []
-        if flags.eval_every >= 0:
-            test = limited(TASKS[flags.task]("test"), flags.eval_examples)
-            test_questions, test_too_long = rollout.questions_of(test, tokenizer, room)
-            too_long += test_too_long
+        questions, test_questions, too_long = read_questions(flags, tokenizer, source.config.sequence_len)
         epochs = max(1, flags.num_epochs * len(questions) // flags.examples_per_step) * flags.updates_per_batch
         num_steps = flags.num_iterations if flags.num_iterations > 0 else epochs
 
@@ -122,10 +114,7 @@ def main(flags: Flags) -> None:
             batch = [questions[number % len(questions)] for number in numbers]
             rollouts = rollout.sample(engine, batch, numbers, sampling, dist)
             if file:
-                for r in rollouts[: flags.num_samples]:
-                    said = {"prompt": tokenizer.decode(r.prompt), "answer": tokenizer.decode(r.answer)}
-                    line = {"step": step} | said | {"reward": r.reward, "advantage": r.advantage}
-                    file.write(json.dumps(line) + "\n")
+                file.writelines(transcript(r, step, tokenizer) for r in rollouts[: flags.num_samples])
                 file.flush()
             return rollouts
 
@@ -168,6 +157,27 @@ def check(flags: Flags) -> None:
         raise UserError("--clip-ratio must be in [0, 1), --kl-coef at least 0, --init-lr-frac above 0")
     if flags.updates_per_batch > 1 and not flags.clip_ratio:
         raise UserError("several updates on a batch need a bound on how far they go: give --clip-ratio, such as 0.2")
+
+
+def read_questions(
+    flags: Flags, tokenizer: Tokenizer, context: int
+) -> tuple[list[rollout.Question], list[rollout.Question], int]:
+    """To train on, as many as the run takes, and to test on; and how many were left out as too long."""
+    room = context - flags.max_new_tokens
+    num_batches = math.ceil(flags.num_iterations / flags.updates_per_batch)
+    needed = num_batches * flags.examples_per_step if flags.num_iterations > 0 else math.inf
+    questions, too_long = rollout.questions_of(TASKS[flags.task]("train"), tokenizer, room, needed)
+    if flags.eval_every < 0:
+        return questions, [], too_long
+    test = limited(TASKS[flags.task]("test"), flags.eval_examples)
+    test_questions, test_too_long = rollout.questions_of(test, tokenizer, room)
+    return questions, test_questions, too_long + test_too_long
+
+
+def transcript(r: Rollout, step: int, tokenizer: Tokenizer) -> str:
+    """A line of JSON for a person to read."""
+    said = {"prompt": tokenizer.decode(r.prompt), "answer": tokenizer.decode(r.answer)}
+    return json.dumps({"step": step} | said | {"reward": r.reward, "advantage": r.advantage}) + "\n"
 
 
 if __name__ == "__main__":
