@@ -16,9 +16,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanochat.cli import command, flag
 from nanochat.common import UserError, base_dir
 from nanochat.download import fetch_all
-from nanochat.flags import command, flag
 
 PUBLIC_REPO = "karpathy/climbmix-400b-shuffle"  # https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle
 PUBLIC_FOLDER = "base_data_climbmix"

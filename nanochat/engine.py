@@ -21,7 +21,7 @@ import torch
 
 from nanochat.attention import attend, attend_cached, band_mask
 from nanochat.common import UserError
-from nanochat.decoding import Decoder, Prefix, Sampling
+from nanochat.decoder import Decoder, Prefix, Sampling
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import ToolUse

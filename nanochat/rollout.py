@@ -24,7 +24,6 @@ from nanochat.conversation import render_for_completion, spoken_text
 from nanochat.distributed import Dist
 from nanochat.engine import Completion, Engine, Request
 from nanochat.gpt import GPT
-from nanochat.scores import pass_at_k
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Step
 
@@ -276,3 +275,14 @@ def rollout_steps(
         data_state = {"step": step, "next": next_question, "updates_left": updates_left, "rollouts": kept}
         metrics = summarize(rollouts, len(rollouts) // questions_per_batch)
         yield Step(micro_batches, progress, num_tokens, data_state, f"questions up to {next_question}", metrics)
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """
+    The chance that one of k answers is right, estimated without bias from num_samples >= k of which num_correct are
+    (arXiv 2107.03374, equation 1).
+
+    >>> pass_at_k(4, 1, 2)
+    0.5
+    """
+    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)

@@ -25,14 +25,14 @@ from nanochat.common import UserError, atomic_path, base_dir
 
 # Their ids follow the ordinary vocabulary in this order. In text they are plain characters: encode() never gives one.
 SPECIAL_TOKENS = (
-    "<|bos|>",              # begins every document and every conversation
+    "<|bos|>",  # begins every document and every conversation
     "<|user_start|>",
     "<|user_end|>",
     "<|assistant_start|>",
     "<|assistant_end|>",
-    "<|python_start|>",     # the assistant calls the calculator
+    "<|python_start|>",  # the assistant calls the calculator
     "<|python_end|>",
-    "<|output_start|>",     # what the calculator answers
+    "<|output_start|>",  # what the calculator answers
     "<|output_end|>",
 )
 

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from nanochat.tokenizer import Tokenizer
 
 # Arbitrary, far above what a person would type, far below what would keep the machine busy.
-MAX_LENGTH = 300       # characters of an expression
-MAX_DEPTH = 100        # nested operations
-MAX_VALUE = 10**30     # of every intermediate result
-FLOAT_DIGITS = 12      # significant digits shown: hides binary rounding, 0.07 * 100 is 7 and not 7.000000000000001
+MAX_LENGTH = 300  # characters of an expression
+MAX_DEPTH = 100  # nested operations
+MAX_VALUE = 10**30  # of every intermediate result
+FLOAT_DIGITS = 12  # significant digits shown: hides binary rounding, 0.07 * 100 is 7 and not 7.000000000000001
 
 OPERATORS: dict[type, Callable[..., int | float]] = {
     ast.Add: operator.add,

@@ -20,7 +20,7 @@ for budget in ${BUDGETS:-1e18 3e18 1e19 3e19}; do
 done
 python - <<'P'
 import json
-from nanochat.report import report_dir
+from nanochat.logging import report_dir
 
 print("FLOPs\tdepth\ttokens\tbits per byte")
 rows = []

@@ -14,18 +14,18 @@ from pathlib import Path
 
 from nanochat import checkpoint_manager, dataset, distributed, hardware
 from nanochat.checkpoint_manager import Checkpoint
+from nanochat.cli import command, flag
 from nanochat.common import UserError, base_dir, duration
-from nanochat.core_eval import REFERENCES, core_metric, evaluate_core, save_scores
-from nanochat.core_tasks import CoreTask, load_tasks, resolve_bundle
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import RowGroups
 from nanochat.distributed import Dist
 from nanochat.engine import Engine, Request, sample_prompts
-from nanochat.flags import command, flag
+from nanochat.eval.bpb import evaluate_bpb
+from nanochat.eval.core import REFERENCES, core_metric, evaluate_core, save_scores
+from nanochat.eval.core_tasks import CoreTask, load_tasks, resolve_bundle
 from nanochat.gpt import GPT
-from nanochat.loss_eval import evaluate_bpb
-from nanochat.report import progress, save_numbers
-from nanochat.stage import settings_of
+from nanochat.logging import progress, save_numbers
+from nanochat.run import settings_of
 from nanochat.tokenizer import Tokenizer, default_dir
 
 EVALUATIONS = ("core", "bpb", "sample")

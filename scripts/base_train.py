@@ -11,16 +11,16 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 
 from nanochat import attention, dataset, distributed, fp8, hardware, recipe
+from nanochat.cli import command, flag
 from nanochat.common import human
 from nanochat.dataloader import PretrainLoader, on_device, prefetch, pretrain_steps
 from nanochat.dataset import RowGroups
 from nanochat.engine import Engine, sample_prompts
-from nanochat.flags import command, flag
+from nanochat.eval.bpb import evaluate_bpb
 from nanochat.gpt import param_counts
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.logging import check_wandb
 from nanochat.muon import MuonAdamW
-from nanochat.report import check_wandb
-from nanochat.stage import Settings, prepare
+from nanochat.run import Settings, prepare
 from nanochat.tokenizer import Tokenizer, default_dir
 from nanochat.train import Hook, TrainState, token_loss
 

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from nanochat import checkpoint_manager, hardware
-from nanochat.chat import Chat, with_calls
+from nanochat.chat.session import Chat, with_calls
+from nanochat.chat.terminal import LineEditor, can_redraw, interruptible, make_console, printable, show
+from nanochat.cli import command, flag
 from nanochat.common import UserError, base_dir
 from nanochat.engine import Engine, Request
-from nanochat.flags import command, flag
-from nanochat.terminal import LineEditor, can_redraw, interruptible, make_console, printable, show
 from nanochat.tokenizer import Tokenizer, default_dir
 
 HELP = """\

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanochat import checkpoint_manager, distributed, hardware
+from nanochat.cli import command, flag
 from nanochat.common import UserError, duration
 from nanochat.engine import Engine, Request
-from nanochat.flags import command, flag
-from nanochat.report import progress, report_dir, save_numbers
-from nanochat.scores import core_metric
+from nanochat.eval.metrics import core_metric
+from nanochat.logging import progress, report_dir, save_numbers
 from nanochat.tokenizer import Tokenizer, default_dir
 from tasks.arc import ARC
 from tasks.common import Task, limited

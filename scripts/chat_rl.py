@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from nanochat import checkpoint_manager, distributed, hardware, rollout
+from nanochat.cli import command, flag
 from nanochat.common import UserError
 from nanochat.engine import Engine
-from nanochat.flags import command, flag
+from nanochat.logging import append_after, check_wandb, report_dir
 from nanochat.recipe import rl_schedule
-from nanochat.report import append_after, check_wandb, report_dir
 from nanochat.rollout import PolicyLoss, Rollout, Sampling
-from nanochat.stage import prepare, settings_of
+from nanochat.run import prepare, settings_of
 from nanochat.tokenizer import Tokenizer, default_dir
 from nanochat.train import Hook, TrainState
 from tasks.common import Task, limited

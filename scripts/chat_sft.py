@@ -11,7 +11,7 @@ Fine-tune a base model on conversations.
 
 from dataclasses import dataclass
 
-from nanochat.flags import command, flag
+from nanochat.cli import command, flag
 from tasks import finetune
 
 

@@ -23,15 +23,15 @@ import uvicorn
 
 from nanochat import checkpoint_manager, hardware
 from nanochat.checkpoint_manager import STAGES
+from nanochat.cli import command, flag
 from nanochat.common import UserError
 from nanochat.engine import Engine
-from nanochat.flags import command, flag
 from nanochat.gpt import GPT
-from nanochat.openai_api import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K
-from nanochat.server import Defaults, create_app
-from nanochat.serving import Model, Service, Stream
+from nanochat.serve.app import Defaults, create_app
+from nanochat.serve.http import Connection
+from nanochat.serve.openai import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K
+from nanochat.serve.scheduler import Model, Service, Stream
 from nanochat.tokenizer import Tokenizer, default_dir
-from nanochat.web import Connection
 
 READ_SECONDS = 60  # that a client may leave what it is sent unread; arbitrary
 

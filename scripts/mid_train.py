@@ -11,7 +11,7 @@ of scripts/chat_sft.py with other defaults: questions and problems once, at the 
 
 from dataclasses import dataclass
 
-from nanochat.flags import command, flag
+from nanochat.cli import command, flag
 from tasks import finetune
 
 

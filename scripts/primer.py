@@ -8,9 +8,9 @@ Write the embedded corpus as ordinary pretraining shards: a child's encyclopaedi
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat import primer
+from nanochat.cli import command, flag
 from nanochat.common import base_dir
-from nanochat.flags import command, flag
+from nanochat.primer import documents as primer
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ Print the final numbers of all stages that have run, and write them to <base>/re
 
 from dataclasses import dataclass
 
-from nanochat.flags import command
-from nanochat.report import print_summary
+from nanochat.cli import command
+from nanochat.logging import print_summary
 
 STAGES = ("tok_train", "base_train", "base_eval", "mid_train", "chat_sft", "chat_rl")
 CHAT_EVALS = tuple(f"chat_eval_{stage}" for stage in ("base", "mid", "sft", "rl"))

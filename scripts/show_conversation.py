@@ -11,9 +11,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from nanochat.cli import command, flag
 from nanochat.common import UserError
 from nanochat.conversation import colour_view, render
-from nanochat.flags import command, flag
 from nanochat.tokenizer import Tokenizer, default_dir
 from tasks.common import Task, limited
 from tasks.customjson import CustomJSON

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat import dataset
+from nanochat.cli import command, flag
 from nanochat.common import UserError
-from nanochat.flags import command, flag
 from nanochat.tokenizer import Tokenizer, bytes_per_token, default_dir
 
 OTHERS = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}  # name → tiktoken's name for it

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from nanochat import dataset
+from nanochat.cli import command, flag
 from nanochat.common import duration, human
-from nanochat.flags import command, flag
-from nanochat.report import save_numbers
+from nanochat.logging import save_numbers
 from nanochat.tokenizer import Tokenizer, bytes_per_token, default_dir
 
 NUM_SAMPLES = 200  # validation documents for the check at the end (arbitrary)

@@ -28,12 +28,13 @@ import torch.nn.functional as F
 from nanochat.attention import attend, attend_cached, band_mask
 from nanochat.common import atomic_path
 from nanochat.conversation import render_for_completion, spoken_text
-from nanochat.core_eval import BATCH_COLUMNS
-from nanochat.decoding import cap
+from nanochat.decoder import cap
 from nanochat.distributed import Dist
 from nanochat.engine import Completion, Engine, Request
+from nanochat.eval.core import BATCH_COLUMNS
+from nanochat.eval.metrics import TaskScore
 from nanochat.gpt import GPT
-from nanochat.scores import TaskScore, pass_at_k
+from nanochat.rollout import pass_at_k
 from tasks.common import Task
 
 # The tasks of ChatCORE and what guessing gets there.

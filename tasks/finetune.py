@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nanochat import checkpoint_manager, distributed, hardware
+from nanochat.cli import flag
 from nanochat.common import UserError, human
 from nanochat.dataloader import conversation_steps, on_device, prefetch
-from nanochat.flags import flag
+from nanochat.eval.bpb import evaluate_bpb
 from nanochat.gpt import flops_per_token
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.logging import check_wandb
 from nanochat.recipe import accumulation_steps, finetune_schedule
-from nanochat.report import check_wandb
-from nanochat.stage import prepare, settings_of
+from nanochat.run import prepare, settings_of
 from nanochat.tokenizer import Tokenizer, default_dir
 from nanochat.train import Hook, TrainState, token_loss
 from tasks.common import Task, TaskMixture, limited

@@ -4,7 +4,7 @@ import re
 import textwrap
 from typing import Any
 
-from nanochat.execution import Result, run
+from nanochat.sandbox.parent import Result, run
 from tasks import hub
 from tasks.common import SEED, Conversation, Task
 

@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from nanochat import primer
-from nanochat.primer_wordings import names
+from nanochat.primer import documents as primer
+from nanochat.primer.wordings import names
 from tasks.common import Conversation, Task
 
 

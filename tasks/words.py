@@ -6,7 +6,7 @@ from pathlib import Path
 from zlib import crc32
 
 from nanochat.common import UserError
-from nanochat.primer_chat import WORDS, all_facts
+from nanochat.primer.conversations import WORDS, all_facts
 from nanochat.tokenizer import Tokenizer
 
 WORD = re.compile(r"[a-z]{3,20}")

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 from conftest import GOLDEN
 
-from nanochat.chat import Chat
+from nanochat.chat.session import Chat
+from nanochat.chat.terminal import LineEditor, make_console
 from nanochat.conversation import render
 from nanochat.engine import Completion, Request
-from nanochat.terminal import LineEditor, make_console
 from nanochat.tokenizer import Tokenizer
 from scripts.chat_cli import talk
 

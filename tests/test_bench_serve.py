@@ -9,8 +9,8 @@ import json
 
 import pytest
 
-from nanochat.crowd import Crowd, summary
-from scripts import bench_serve
+from scripts.bench import serve as bench_serve
+from scripts.bench.load_client import Crowd, summary
 
 QUESTIONS = [f"question {i}" for i in range(6)]
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"

@@ -11,12 +11,14 @@ from itertools import islice
 import pytest
 import torch
 
-from nanochat import attention, dataset, primer, recipe
+from nanochat import attention, dataset, recipe
 from nanochat.dataloader import PretrainLoader, pretrain_steps
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.muon import build_optimizer
+from nanochat.primer import documents as primer
 from nanochat.tokenizer import Tokenizer
-from scripts import bench, bench_train
+from scripts import bench
+from scripts.bench import train as bench_train
 
 TINY = ["train", "--device", "cpu", "--depth", "1", "--head-dim", "32", "--vocab-size", "300", "--max-seq-len", "64"]
 TINY += ["--device-batch-size", "2", "--total-batch-size", "256", "--no-compile", "--rounds", "1", "--steps", "1"]

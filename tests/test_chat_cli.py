@@ -29,8 +29,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from scripted_chat import ScriptedEngine
 
-from nanochat import terminal
-from nanochat.chat import Chat, with_calls
+from nanochat.chat import terminal
+from nanochat.chat.session import Chat, with_calls
 from nanochat.common import UserError
 from nanochat.engine import Request
 from scripts import chat_cli

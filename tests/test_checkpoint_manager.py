@@ -27,8 +27,8 @@ from nanochat.common import UserError
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import RowGroups, split_shards
 from nanochat.distributed import Dist
+from nanochat.eval.bpb import evaluate_bpb
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss_eval import evaluate_bpb
 from nanochat.muon import LearningRates, build_optimizer
 from nanochat.train import Stopped, TrainState
 

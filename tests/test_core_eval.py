@@ -20,13 +20,25 @@ import torch.nn.functional as F
 from conftest import GOLDEN, golden
 from file_server import running
 
-from nanochat import core_eval, core_tasks
 from nanochat.common import UserError
-from nanochat.core_eval import TaskScore, batches, core_metric, evaluate_core, grow, judge, save_scores, score
-from nanochat.core_tasks import CoreTask, Row, common_prefix, cut, load_tasks, locate, render, resolve_bundle, tokenize
 from nanochat.distributed import Dist
+from nanochat.eval import core as core_eval
+from nanochat.eval import core_tasks
+from nanochat.eval.core import TaskScore, batches, core_metric, evaluate_core, grow, judge, save_scores, score
+from nanochat.eval.core_tasks import (
+    CoreTask,
+    Row,
+    common_prefix,
+    cut,
+    load_tasks,
+    locate,
+    render,
+    resolve_bundle,
+    tokenize,
+)
 from nanochat.gpt import GPT, GPTConfig
-from scripts import base_eval, bench_core
+from scripts import base_eval
+from scripts.bench import core as bench_core
 
 CPU = Dist(torch.device("cpu"))
 WORDS = "the cat sat on a mat and saw one old dog run by it in the sun while 12 birds sang of 345 ways home".split()

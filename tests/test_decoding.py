@@ -20,7 +20,7 @@ from test_engine import (
     unstoppable,
 )
 
-from nanochat.decoding import Matrix, Sampling, cap, sample
+from nanochat.decoder import Matrix, Sampling, cap, sample
 from nanochat.engine import Engine, Request, Row
 from nanochat.gpt import GPTConfig
 from nanochat.tools import ToolUse

@@ -17,8 +17,9 @@ import torch
 from nanochat.conversation import render_for_completion
 from nanochat.distributed import Dist
 from nanochat.engine import Engine, Request
+from nanochat.eval.metrics import wilson
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.scores import pass_at_k, wilson
+from nanochat.rollout import pass_at_k
 from tasks import evaluate as module
 from tasks.common import Task, limited
 from tasks.evaluate import batches, choose, evaluate, fit, last_states, write

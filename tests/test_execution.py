@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import execution
-from nanochat.execution import OUTPUT_BYTES, run
-from nanochat.sandbox import MACHINES, MAX_FILE, REFUSED, pack, unpack
+from nanochat.sandbox import parent as execution
+from nanochat.sandbox.child import MACHINES, MAX_FILE, REFUSED, pack, unpack
+from nanochat.sandbox.parent import OUTPUT_BYTES, run
 
 CHECK = "def check(candidate):\n    assert candidate(2, 3) == 5\n"
 RIGHT = "def add(a, b):\n    return a + b\n"
@@ -436,7 +436,7 @@ def add(a, b):
 def test_a_killed_evaluator_leaves_no_process(tmp_path):
     if sys.platform != "linux":
         pytest.skip("no /proc here")
-    code = "from nanochat.execution import run\nrun('import time; time.sleep(1000)', '', 'add', timeout=1)"
+    code = "from nanochat.sandbox.parent import run\nrun('import time; time.sleep(1000)', '', 'add', timeout=1)"
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=execution.INSIDE.parent.parent, env=environment

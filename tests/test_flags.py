@@ -8,8 +8,8 @@ from dataclasses import MISSING, dataclass
 
 import pytest
 
+from nanochat.cli import command, flag, parse
 from nanochat.common import UserError
-from nanochat.flags import command, flag, parse
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from nanochat.distributed import Dist
 from nanochat.fp8 import Fp8Linear, quantize, use_fp8
 from nanochat.gpt import GPT, GPTConfig, Linear
 from nanochat.muon import LearningRates, build_optimizer
-from nanochat.stage import prepare
+from nanochat.run import prepare
 
 CPU = torch.device("cpu")
 HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= fp8.MIN_CAPABILITY

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from nanochat.distributed import Dist
+from nanochat.eval.bpb import evaluate_bpb
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss_eval import evaluate_bpb
 
 CPU = Dist(torch.device("cpu"))
 V, B, T = 40, 3, 16

@@ -378,7 +378,7 @@ def test_a_storage_that_is_full_or_makes_no_sense(page):
     page.reload()
     expect(page.locator("#banner")).to_contain_text("1 stored conversation could not be read")
     expect(said(page)).to_have_text("I am nanochat.")
-    page.evaluate("localStorage['nanochat.settings'] = '{\"gone\": 1, \"top_k\": \"x\", \"max_tokens\": 77}'")
+    page.evaluate('localStorage[\'nanochat.settings\'] = \'{"gone": 1, "top_k": "x", "max_tokens": 77}\'')
     page.reload()
     page.get_by_role("button", name="Settings").click()
     expect(page.get_by_label("Top-k")).to_have_value("50")

@@ -10,10 +10,10 @@ from random import Random
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import primer
-from nanochat.primer_chat import CONVERSATION_MIX, all_facts, ask_choice, held_out
-from nanochat.primer_facts import COUNTRIES, OPPOSITES, entries, fact_table, number_words
-from nanochat.primer_wordings import HELD_FRAMES, TRAIN_FRAMES, names, relations, sentence, with_choices
+from nanochat.primer import documents as primer
+from nanochat.primer.conversations import CONVERSATION_MIX, all_facts, ask_choice, held_out
+from nanochat.primer.facts import COUNTRIES, OPPOSITES, entries, fact_table, number_words
+from nanochat.primer.wordings import HELD_FRAMES, TRAIN_FRAMES, names, relations, sentence, with_choices
 from tasks.quiz import PrimerChat, QuizChoice, QuizFree, Sums
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}

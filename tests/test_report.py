@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanochat import report
+from nanochat import logging as report
 from nanochat.common import UserError
 from nanochat.distributed import Dist
-from nanochat.report import Logger, print_summary, report_dir, save_numbers, start_wandb
+from nanochat.logging import Logger, print_summary, report_dir, save_numbers, start_wandb
 from nanochat.train import TrainState
 
 CPU = Dist(torch.device("cpu"))

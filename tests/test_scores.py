@@ -10,7 +10,8 @@ import random
 import pytest
 import torch
 
-from nanochat.scores import core_metric, pass_at_k
+from nanochat.eval.metrics import core_metric
+from nanochat.rollout import pass_at_k
 from tasks.evaluate import CHATCORE, Score
 
 

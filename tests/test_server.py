@@ -24,13 +24,14 @@ import torch
 import uvicorn
 from conftest import GOLDEN
 
-from nanochat import server, web
 from nanochat.checkpoint_manager import CheckpointDir
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.muon import LearningRates, build_optimizer
-from nanochat.server import Defaults, create_app
-from nanochat.serving import Model, Service
+from nanochat.serve import app as server
+from nanochat.serve import http as web
+from nanochat.serve.app import Defaults, create_app
+from nanochat.serve.scheduler import Model, Service
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import TrainState
 from scripts import chat_web
@@ -46,7 +47,7 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     (folder / "ui.html").write_text("<!doctype html><title>nanochat</title><script>let a = 1;</script>")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server, "__file__", str(folder / "server.py"))
+        patch.setattr(server, "__file__", str(folder / "app.py"))
         yield
 
 

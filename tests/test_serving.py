@@ -14,7 +14,7 @@ import torch
 from nanochat.common import UserError
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.serving import Busy, FairQueue, Job, Model, Service, Unavailable
+from nanochat.serve.scheduler import Busy, FairQueue, Job, Model, Service, Unavailable
 
 
 def job(client):

@@ -23,10 +23,10 @@ from conftest import GOLDEN
 
 from nanochat import checkpoint_manager, hardware, rollout
 from nanochat.checkpoint_manager import Checkpoint
+from nanochat.eval.metrics import core_metric
 from nanochat.gpt import GPT
 from nanochat.muon import LearningRates
-from nanochat.scores import core_metric
-from nanochat.stage import Settings, settings_of
+from nanochat.run import Settings, settings_of
 from nanochat.tokenizer import Tokenizer
 from scripts import (
     base_eval,

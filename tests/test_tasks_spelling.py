@@ -13,7 +13,7 @@ import pytest
 
 from nanochat.common import UserError
 from nanochat.conversation import render
-from nanochat.primer_chat import WORDS
+from nanochat.primer.conversations import WORDS
 from nanochat.tools import calculate
 from tasks.common import limited
 from tasks.spelling import QUOTES, WORDINGS, SimpleSpelling, SpellingBee, casually, spell, tally

@@ -44,7 +44,7 @@ from nanochat.tools import MAX_DEPTH, MAX_LENGTH, ToolUse, calculate
         ("'abc'.count('z')", "0"),
         ("('word'.count('w') + 1) * 2", "4"),
         ("'naïve 水水'.count('水')", "2"),
-        ("\"it's\".count(\"'\")", "1"),
+        ('"it\'s".count("\'")', "1"),
         ("+".join(["1"] * MAX_DEPTH), str(MAX_DEPTH)),
     ],
 )

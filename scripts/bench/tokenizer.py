@@ -3,7 +3,7 @@ Training and encoding with our rustbpe, the published wheel, Hugging Face's toke
 Each runs in a process of its own, in turns; what is not installed is left out with a word.
 
     pip install --no-deps --target /tmp/published rustbpe==0.1.0
-    python -m scripts.bench tokenizer --published-dir /tmp/published        # = python -m scripts.bench_tokenizer …
+    python -m scripts.bench tokenizer --published-dir /tmp/published        # = python -m scripts.bench.tokenizer …
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat import dataset
-from nanochat.flags import command, flag
+from nanochat.cli import command, flag
 from nanochat.tokenizer import SPLIT_PATTERN
 
 BATCH = 128  # documents, as in the data loader
@@ -86,7 +86,7 @@ def run_worker(name: str, flags: Flags) -> dict[str, float]:
         environment["PYTHONPATH"] = os.pathsep.join([flags.published_dir, environment.get("PYTHONPATH", "")])
     argv = [f"--{key.replace('_', '-')}={value}" for key, value in (vars(flags) | {"worker": name}).items()]
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.bench_tokenizer", *argv], env=environment, stdout=subprocess.PIPE, check=True
+        [sys.executable, "-m", "scripts.bench.tokenizer", *argv], env=environment, stdout=subprocess.PIPE, check=True
     )
     return json.loads(done.stdout.splitlines()[-1])
 

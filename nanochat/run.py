@@ -26,9 +26,9 @@ from nanochat.common import seed_everything
 from nanochat.distributed import Dist
 from nanochat.fp8 import use_fp8
 from nanochat.gpt import GPT, GPTConfig, flops_per_token
+from nanochat.logging import Logger
 from nanochat.muon import LearningRates, MuonAdamW, build_optimizer
 from nanochat.recipe import REFERENCE_BATCH
-from nanochat.report import Logger
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Hook, Step, TrainState, train
 

@@ -3,7 +3,7 @@ CORE as base_eval computes it beside the usual code: one item at a time, its pro
 logits of every token, and a process as Python starts it. Each runs in a process of its own, on the same sample of all
 22 tasks, and must come to the same verdicts.
 
-    python -m scripts.bench core --eval-bundle ~/eval_bundle --data-dir ~/texts   # = python -m scripts.bench_core …
+    python -m scripts.bench core --eval-bundle ~/eval_bundle --data-dir ~/texts   # = python -m scripts.bench.core …
     python -m scripts.bench core --model-tag d12                                  # a model that was trained
 
 Without a model tag the model is a new one (depth 4, width 256, 2,048 tokens of context) with a vocabulary of 8,192
@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat import checkpoint_manager, dataset, hardware
+from nanochat.cli import command, flag
 from nanochat.common import base_dir
-from nanochat.core_eval import judge
-from nanochat.core_tasks import CoreTask, load_tasks, resolve_bundle, tokenize
-from nanochat.flags import command, flag
+from nanochat.eval.core import judge
+from nanochat.eval.core_tasks import CoreTask, load_tasks, resolve_bundle, tokenize
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer, default_dir
 
@@ -94,7 +94,7 @@ def base_folder(flags: Flags) -> Iterator[Path]:
 
 def run_worker(name: str, flags: Flags, folder: Path) -> dict[str, Any]:
     argv = [f"--{key.replace('_', '-')}={value}" for key, value in (vars(flags) | {"worker": name}).items()]
-    command_line = [sys.executable, "-m", "scripts.bench_core", *argv]
+    command_line = [sys.executable, "-m", "scripts.bench.core", *argv]
     environment = os.environ | {"NANOCHAT_BASE_DIR": str(folder)}
     done = subprocess.run(command_line, env=environment, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.splitlines()[-1])

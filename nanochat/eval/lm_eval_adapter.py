@@ -3,8 +3,8 @@ Checkpoints as a model of the lm-evaluation-harness (https://github.com/Eleuther
 package: pip install -c constraints.txt -e '.[lm-eval]'. Importing this module registers the model "nanochat"; run as a
 command it is the harness' own command line.
 
-    python -m nanochat.lm_eval_adapter --model nanochat --model_args source=base,model_tag=d12 --tasks lambada_openai
-    python -m nanochat.lm_eval_adapter --model nanochat --model_args source=sft --tasks gsm8k --batch_size 32
+    python -m nanochat.eval.lm_eval_adapter --model nanochat --model_args source=base --tasks lambada_openai
+    python -m nanochat.eval.lm_eval_adapter --model nanochat --model_args source=sft --tasks gsm8k --batch_size 32
 
 model_args are source (base, mid, sft, rl), model_tag and step, as in the scripts. Prompts are plain text after a bos,
 for chat models too: their own protocol is what scripts/chat_eval.py speaks. Likelihoods come from CORE's code: requests
@@ -27,9 +27,9 @@ from rich.progress import Progress
 
 from nanochat import checkpoint_manager, hardware
 from nanochat.common import UserError
-from nanochat.core_eval import BATCH_COLUMNS, batches, grow, score
-from nanochat.core_tasks import Row, cut
 from nanochat.engine import Engine, Request
+from nanochat.eval.core import BATCH_COLUMNS, batches, grow, score
+from nanochat.eval.core_tasks import Row, cut
 from nanochat.tokenizer import Tokenizer, default_dir
 
 AUTO_BATCH = 32  # texts written at a time with --batch_size auto; arbitrary

@@ -30,10 +30,10 @@ import torch.nn.functional as F
 
 from nanochat.attention import attend, attend_cached
 from nanochat.common import atomic_path
-from nanochat.core_tasks import CoreTask, Row, common_prefix, tokenize
 from nanochat.distributed import Dist
+from nanochat.eval.core_tasks import CoreTask, Row, common_prefix, tokenize
+from nanochat.eval.metrics import TaskScore, core_metric
 from nanochat.gpt import GPT, take
-from nanochat.scores import TaskScore, core_metric
 from nanochat.tokenizer import Tokenizer
 
 REFERENCES = {"GPT-2 XL (1.5B)": 0.2565}  # CORE as published with nanochat

@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 
 from nanochat.common import atomic_path
-from nanochat.primer_chat import (
+from nanochat.primer.conversations import (
     CONVERSATION_MIX,
     GREETINGS,
     SUM_OPERATORS,
@@ -30,8 +30,8 @@ from nanochat.primer_chat import (
     quiz,
     sums,
 )
-from nanochat.primer_facts import CAST, Fact, number_words
-from nanochat.primer_wordings import Relation, sentence
+from nanochat.primer.facts import CAST, Fact, number_words
+from nanochat.primer.wordings import Relation, sentence
 
 __all__ = ["CONVERSATION_MIX", "DOCUMENT_MIX", "conversations", "documents", "quiz", "sums", "write_shards"]
 

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanochat.common import UserError
-from nanochat.serving import Busy, Failed, Stream, Unavailable
+from nanochat.serve.scheduler import Busy, Failed, Stream, Unavailable
 
 MAX_BODY = 2**19  # bytes; the longest legal request, 32,000 characters as six of ASCII each, is 190 KB
 HEAD_SECONDS, BODY_SECONDS = 10, 30  # that a client may take to send them; arbitrary

@@ -3,7 +3,7 @@ Training beside the straightforward way to write it: the same model and data, bu
 boolean masks for windows, all logits at once, an update per tensor, batches made when they are needed; compiled too.
 Each has a process of its own, and they take turns.
 
-    python -m scripts.bench train                                             # = python -m scripts.bench_train
+    python -m scripts.bench train                                             # = python -m scripts.bench.train
     python -m scripts.bench train --depth 24 --head-dim 128 --max-seq-len 2048 --total-batch-size 524288 --no-plain
 
 Utilization (MFU) is of the GPU's data sheet, or of what this machine was measured to multiply in that dtype. `ratios`:
@@ -26,19 +26,20 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from nanochat import attention, dataset, hardware, primer, recipe
+from nanochat import attention, dataset, hardware, recipe
 from nanochat.checkpoint_manager import CheckpointDir
+from nanochat.cli import command, flag
 from nanochat.common import UserError, human
 from nanochat.dataloader import PretrainLoader, on_device, prefetch, pretrain_steps
 from nanochat.distributed import Dist
-from nanochat.flags import command, flag
 from nanochat.gpt import GPT, LOGIT_CAP, GPTConfig, flops_per_token
 from nanochat.loss import cross_entropy
 from nanochat.muon import MuonAdamW, adamw_update, build_optimizer
-from nanochat.stage import Settings, Start
+from nanochat.primer import documents as primer
+from nanochat.run import Settings, Start
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Step, token_loss
-from nanochat.turns import Laps, Worker, time_passes
+from scripts.bench.harness import Laps, Worker, time_passes
 
 PARTS = ("data", "forward", "loss", "backward", "optimizer")
 

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from nanochat.conversation import PartReader
-from nanochat.serving import Piece, Stream
+from nanochat.serve.http import ApiError, event
+from nanochat.serve.scheduler import Piece, Stream
 from nanochat.tokenizer import Tokenizer
-from nanochat.web import ApiError, event
 
 MAX_MESSAGES, MAX_TOKENS, MAX_TOP_K, MAX_TEMPERATURE = 500, 4096, 200, 2.0
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 200  # OpenAI's; arbitrary

@@ -3,7 +3,7 @@ Reinforcement learning's rollouts: all questions of a batch at once, as chat_rl 
 time and one answer at a time. The plain ways are straightforward code on the trained model itself: a prompt is read
 once for all its answers, and rows go on until the last one has ended.
 
-    python -m scripts.bench rollout                             # = python -m scripts.bench_rollout; the SFT model
+    python -m scripts.bench rollout                             # = python -m scripts.bench.rollout; the SFT model
     python -m scripts.bench rollout --fresh-depth 4             # random weights: answers as long as they may be
     NANOCHAT_DTYPE=bfloat16 python -m scripts.bench rollout
 
@@ -24,10 +24,10 @@ from rich.table import Table
 
 from nanochat import checkpoint_manager, hardware, rollout
 from nanochat.attention import attend
+from nanochat.cli import command, flag
 from nanochat.common import UserError
 from nanochat.distributed import Dist
 from nanochat.engine import Engine
-from nanochat.flags import command, flag
 from nanochat.gpt import GPT
 from nanochat.recipe import model_config
 from nanochat.rollout import Question, Sampling

@@ -41,7 +41,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-INSIDE = Path(__file__).with_name("sandbox.py")
+INSIDE = Path(__file__).with_name("child.py")
 OUTPUT_BYTES = 1 << 16  # of what was printed, kept for a person to look at; arbitrary
 
 

@@ -1,7 +1,7 @@
 """
 The web chat under load: the real server in a process of its own, spoken to over loopback, every answer compared.
 
-    python -m scripts.bench serve                          # a fresh model; = python -m scripts.bench_serve …
+    python -m scripts.bench serve                          # a fresh model; = python -m scripts.bench.serve …
     python -m scripts.bench serve -i sft --minutes 30      # a trained one; then a mix of all for half an hour
 
 alone: one user after another, greedily; what they are told is what everybody is to be told. together: so many at once.
@@ -34,15 +34,15 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat.checkpoint_manager import STAGES, CheckpointDir
+from nanochat.cli import command, flag
 from nanochat.common import UserError, base_dir, human
-from nanochat.crowd import HOST, OUTCOMES, Answer, Crowd, get, summary
-from nanochat.flags import command, flag
 from nanochat.gpt import GPT
 from nanochat.muon import LearningRates, build_optimizer
-from nanochat.primer import quiz
+from nanochat.primer.documents import quiz
 from nanochat.recipe import model_config
 from nanochat.tokenizer import NUM_BYTES, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, default_dir
 from nanochat.train import TrainState
+from scripts.bench.load_client import HOST, OUTCOMES, Answer, Crowd, get, summary
 
 DEPTH, VOCAB_SIZE = 4, 8192  # of a fresh model, which has 256 channels; arbitrary
 START_SECONDS = 300  # until the server must be ready; arbitrary

@@ -10,8 +10,8 @@ from random import Random
 from typing import Any, TypeVar
 from zlib import crc32
 
-from nanochat.primer_facts import ANIMALS, Fact, entries
-from nanochat.primer_wordings import UNCLEAR, Relation, names, relations, sentence, with_choices
+from nanochat.primer.facts import ANIMALS, Fact, entries
+from nanochat.primer.wordings import UNCLEAR, Relation, names, relations, sentence, with_choices
 
 T = TypeVar("T")
 

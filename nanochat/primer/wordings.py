@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from random import Random
 
-from nanochat.primer_facts import COLOUR_NAMES, PLANETS, SMALL_NUMBERS, Fact, fact_table, plural
+from nanochat.primer.facts import COLOUR_NAMES, PLANETS, SMALL_NUMBERS, Fact, fact_table, plural
 
 TRAIN_FRAMES = (
     "what is {}?", "what is {}?", "tell me {}.", "name {}.", "please tell me {}.", "do you know {}?", "give me {}.",

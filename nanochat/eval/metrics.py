@@ -44,14 +44,3 @@ def core_metric(scores: Sequence[TaskScore]) -> tuple[float, float]:
     """
     margins = [(score.interval[1] - score.interval[0]) / 2 / (1 - score.baseline) for score in scores]
     return sum(score.centered for score in scores) / len(scores), math.hypot(*margins) / len(scores)
-
-
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """
-    The chance that one of k answers is right, estimated without bias from num_samples >= k of which num_correct are
-    (arXiv 2107.03374, equation 1).
-
-    >>> pass_at_k(4, 1, 2)
-    0.5
-    """
-    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)

@@ -24,10 +24,10 @@ from starlette.middleware.cors import CORSMiddleware
 
 from nanochat import engine
 from nanochat.conversation import PartReader, render_to_fit
-from nanochat.openai_api import FIRST, MAX_MESSAGES, ChatBody, CompletionBody, Message, Reply, Settings
-from nanochat.serving import Model, Service, Stream
+from nanochat.serve.http import JSON, ApiError, EventStream, Gate, add_error_handlers, event
+from nanochat.serve.openai import FIRST, MAX_MESSAGES, ChatBody, CompletionBody, Message, Reply, Settings
+from nanochat.serve.scheduler import Model, Service, Stream
 from nanochat.tokenizer import Tokenizer
-from nanochat.web import JSON, ApiError, EventStream, Gate, add_error_handlers, event
 
 MAX_CHARACTERS, MAX_ALL_CHARACTERS = 8_000, 32_000  # of a message, of all that is sent
 MAX_ANSWERS = 16  # to one call: n times the number of prompts; arbitrary

@@ -2,7 +2,7 @@
 Generation with the engine beside a straightforward implementation: the same model and settings, a cache of keys and
 values, one text a row, every row from the first to the last step.
 
-    python -m scripts.bench infer --depth 4 --head-dim 64 --vocab-size 8192          # = python -m scripts.bench_infer …
+    python -m scripts.bench infer --depth 4 --head-dim 64 --vocab-size 8192          # = python -m scripts.bench.infer …
     python -m scripts.bench infer -i sft --batch-sizes 1,64,256 --int8               # a trained model
 
 Utilisation compares the decode steps with what this machine was measured to copy and to multiply. `ratios` has each
@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat import checkpoint_manager, hardware
+from nanochat.cli import command, flag
 from nanochat.common import UserError, human
 from nanochat.engine import Engine, Request
-from nanochat.flags import command, flag
 from nanochat.gpt import GPT, decode_flops, kv_bytes_read, matmul_weights
 from nanochat.recipe import model_config
 from nanochat.tokenizer import Tokenizer, default_dir
