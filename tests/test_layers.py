@@ -17,7 +17,7 @@ LAYERS = (
     "nanochat",
     "tasks",
     "scripts",
-)  # from the bottom: each may import itself and what is below; scripts may share code
+)  # from the bottom: each may import itself and what is below
 IMPORTABLE = {"nanochat": {"nanochat"}, "tasks": {"nanochat", "tasks"}, "scripts": {"nanochat", "tasks", "scripts"}}
 MAY_SEE_FROM_THE_CORE = {"kernels"}  # of nanochat's sub-packages
 TOUCH_TORCH_DISTRIBUTED = {"nanochat/distributed.py", "nanochat/muon.py"}
