@@ -105,9 +105,13 @@ def test_golden_modern_bits_per_byte(base_dir, golden_tokenizer):
 
 
 def test_golden_classic_logits(base_dir, golden_tokenizer):
-    expected = torch.load(legacy(base_dir, "classic") / "expected.pt", weights_only=True)
+    folder = legacy(base_dir, "classic")
+    expected = torch.load(folder / "expected.pt", weights_only=True)
+    meta_file = min(folder.glob("meta_*.json"))
+    config = json.loads(meta_file.read_text())["model_config"]
     model, _ = load_model("base", "", -1, golden_tokenizer, CPU, torch.float32)
-    assert model.config.vintage == "classic" and model.config.windows == [256] * 4
+    assert model.config.vintage == "classic"
+    assert model.config.windows == [config["sequence_len"]] * config["n_layer"]
     with torch.no_grad():
         torch.testing.assert_close(model(expected["x"]), expected["logits"], rtol=0, atol=1e-4)
 

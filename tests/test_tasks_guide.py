@@ -1,5 +1,5 @@
 """
-README's guide to adding a task, followed to the letter in a copy of the code.
+README's guide to adding a task, followed step by step in a copy of the code.
 
     python -m pytest tests/test_tasks_guide.py
 """
@@ -12,30 +12,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from nanochat.checkpoint_manager import CheckpointDir
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.muon import LearningRates, build_optimizer
-from nanochat.train import TrainState
+from factories import save_checkpoint, tiny_gpt
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def chat_model(tmp_path, monkeypatch, golden_tokenizer):
-    """A folder with a tokenizer and an untrained chat model."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    torch.manual_seed(0)
-    model = GPT.create(GPTConfig(64, golden_tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32))
-    checkpoints = CheckpointDir("sft", "d2")
-    meta = {"tokenizer": golden_tokenizer.fingerprint}
-    checkpoints.save(model, build_optimizer(model, LearningRates()), TrainState(1), meta)
-    checkpoints.wait()
-    golden_tokenizer.save(tmp_path / "base" / "tokenizer")
+def chat_model(base_dir, golden_tokenizer):
+    """Saves a tokenizer and an untrained chat model."""
+    save_checkpoint(tiny_gpt(initial=True), "sft", "d2", tokenizer=golden_tokenizer)
 
 
-def test_the_guide(tmp_path, chat_model):
+def test_guide_to_adding_a_task_works_as_written(tmp_path, chat_model):
     guide = (ROOT / "README.md").read_text(encoding="utf-8").split("**A task.**")[1].split("\n\n**")[0]
     file, lines, command = re.findall(r"```(?:python|diff|bash)\n(.*?)```", guide, re.DOTALL)
     path = re.search(r"`(tasks/\w+\.py)`", guide)[1]
