@@ -1,9 +1,11 @@
 """
-Measures a part of nanochat beside what it replaces or competes with: a table, and last a line of JSON with `ratios`
-(name → how many times better than the baseline).
+Benchmarks: measure a part of nanochat against what it replaces or competes with.
 
     python -m scripts.bench tokenizer               # one of the modules beside this one
     python -m scripts.bench tokenizer --help        # its flags
+
+Each prints a table and, as its last line, an object of JSON whose `ratios` tell how many times better nanochat is than
+each baseline.
 """
 
 import importlib

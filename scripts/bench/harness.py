@@ -1,55 +1,88 @@
-"""For benchmarks: processes that take turns, each with its own memory and compiled code; and a stop watch."""
+"""
+What the benchmarks share: alternating runs, processes to run them in, medians, the table and the last line.
 
+A benchmark compares nanochat with a baseline. Both run in turn several times, so that whatever else the machine does
+slows both of them, and the medians are compared. Where memory, start-up time or compiled code matter, each side has
+its own process.
+
+    runs = alternate({"nanochat": lambda: timed(ours), "baseline": lambda: timed(plain)}, rounds=5)
+    seconds = {name: statistics.median(results) for name, results in runs.items()}
+    print_table("matrix products", {name: {"seconds": f"{value:.2f}"} for name, value in seconds.items()})
+    return report("matmul", {"speed": seconds["baseline"] / seconds["nanochat"]}, seconds=seconds)
+"""
+
+import json
 import multiprocessing
 import os
+import platform
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from nanochat.common import UserError
 
+T = TypeVar("T")
 
-class Worker:
+
+# ---- flags ----
+
+
+def require_positive(flags: Any, *names: str) -> None:
+    """UserError unless each of these flags is at least 1."""
+    for name in names:
+        if getattr(flags, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+
+
+# ---- runs ----
+
+
+def alternate(runs: Mapping[str, Callable[[], T]], rounds: int, *, warmup: int = 1) -> dict[str, list[T]]:
+    """Calls every run once per round, in turn, and returns their results without those of the warm-up rounds."""
+    results: dict[str, list[T]] = {name: [] for name in runs}
+    for i in range(warmup + rounds):
+        for name, run in runs.items():
+            result = run()
+            if i >= warmup:
+                results[name].append(result)
+    return results
+
+
+def medians(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The median of each entry over several results that have the same entries."""
+    return {key: statistics.median(result[key] for result in results) for key in results[0]}
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds of one call; the call must wait for the device itself."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+class Stopwatch:
     """
-    A process of its own that runs work(connection, *arguments), where connection.recv() gives what it was asked and
-    connection.send(…) answers. UserError when it ends without an answer.
+    Adds up the seconds of the parts of a loop. stopwatch("forward") ends the part "forward" and starts the next one; it
+    waits for the device first.
     """
-
-    def __init__(self, work: Callable[..., None], *arguments: Any):
-        os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as runs/setup.sh does, for whoever measures without it
-        context = multiprocessing.get_context("spawn")
-        self.connection, other = context.Pipe()
-        context.Process(target=work, args=(other, *arguments), daemon=True).start()
-        other.close()  # else nobody would notice that the process has ended
-
-    def answer(self) -> Any:
-        try:
-            return self.connection.recv()
-        except EOFError:
-            raise UserError(
-                "a process ended early, for the reason above; was it memory? Measure fewer at a time"
-            ) from None
-
-    def ask(self, question: Any) -> Any:
-        self.connection.send(question)
-        return self.answer()
-
-
-class Laps:
-    """A stop watch that waits for the device: laps("forward") ends a part; `seconds` sums up each."""
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds, self.last = device, Counter[str](), time.perf_counter()
+        self.device = device
+        self.seconds: dict[str, float] = Counter()  # type: ignore[assignment]  # by part
+        self.last = time.perf_counter()
 
     def __call__(self, part: str) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.seconds[part] += now - self.last  # type: ignore[assignment]
+        self.seconds[part] += now - self.last
         self.last = now
 
 
@@ -57,10 +90,84 @@ def time_passes(loss: Callable[[], torch.Tensor], device: torch.device) -> dict[
     """Seconds of a loss' "forward" and "backward" pass: medians of three, after one to warm up."""
     runs = []
     for _ in range(4):
-        laps = Laps(device)
+        stopwatch = Stopwatch(device)
         value = loss()
-        laps("forward")
+        stopwatch("forward")
         value.backward()
-        laps("backward")
-        runs.append(laps.seconds)
-    return {part: statistics.median(run[part] for run in runs[1:]) for part in ("forward", "backward")}
+        stopwatch("backward")
+        runs.append(stopwatch.seconds)
+    return medians(runs[1:])
+
+
+# ---- processes ----
+
+
+class Worker:
+    """
+    A new process that runs work(connection, *arguments), where `connection` is a pipe to this object. Used where a side
+    keeps its model and compiled code from one turn to the next. The process ends with this one at the latest.
+    """
+
+    def __init__(self, work: Callable[..., None], *arguments: Any):
+        context = multiprocessing.get_context("spawn")
+        self.connection, other_end = context.Pipe()
+        context.Process(target=work, args=(other_end, *arguments), daemon=True).start()
+        other_end.close()  # otherwise the end of the process would not close the pipe
+
+    def receive(self) -> Any:
+        """The next message of the process. UserError if it ended instead."""
+        try:
+            return self.connection.recv()
+        except EOFError:
+            raise UserError(
+                "a benchmark process ended early, see above; if it ran out of memory, measure fewer sides at a time"
+            ) from None
+
+    def request(self, message: Any) -> Any:
+        """Sends a message and returns the reply."""
+        self.connection.send(message)
+        return self.receive()
+
+
+def run_in_process(function: Callable[..., T], *arguments: Any) -> T:
+    """Calls the function in a new process and returns its result. UserError if the process ends without one."""
+    return Worker(_send_result, function, *arguments).receive()
+
+
+def _send_result(connection: Any, function: Callable[..., Any], *arguments: Any) -> None:
+    connection.send(function(*arguments))
+
+
+# ---- results ----
+
+
+def print_table(title: str, rows: Mapping[str, Mapping[str, str]]) -> None:
+    """Prints one row per name; the columns are the keys of all rows, and a cell that a row lacks stays empty."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    table = Table("", title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        table.add_row(name, *(row.get(column, "") for column in columns))
+    Console().print(table)
+
+
+def report(name: str, ratios: Mapping[str, float], **details: Any) -> dict[str, float]:
+    """
+    Prints the last line of a benchmark, an object of JSON: its name, the processor, the details and `ratios`, how many
+    times better nanochat is than the baseline. Returns the ratios, rounded to three digits after the point.
+    """
+    rounded = {key: round(ratio, 3) for key, ratio in ratios.items()}
+    machine = {"cpu": cpu_model(), "cores": os.cpu_count()}
+    print(json.dumps({"benchmark": name, "machine": machine, **details, "ratios": rounded}))
+    return rounded
+
+
+def cpu_model() -> str:
+    """The processor's name, such as "AMD EPYC 9B14"; where the system does not tell, its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,19 +1,17 @@
 """
-Training and encoding with our rustbpe, the published wheel, Hugging Face's tokenizers and tiktoken, on the same text.
-Each runs in a process of its own, in turns; what is not installed is left out with a word.
+Tokenizers: training and encoding with nanochat's rustbpe, the published rustbpe wheel, Hugging Face's tokenizers and
+tiktoken, on the same text. Each has its own process and they take turns; what is not installed is skipped.
 
     pip install --no-deps --target /tmp/published rustbpe==0.1.0
-    python -m scripts.bench tokenizer --published-dir /tmp/published        # = python -m scripts.bench.tokenizer …
+    python -m scripts.bench tokenizer --published-dir /tmp/published
+
+`ratios`: speed of training and of encoding, and peak memory, of nanochat's rustbpe against each of the others.
 """
 
 import importlib.util
-import itertools
-import json
 import os
 import re
 import resource
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -21,16 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from nanochat import dataset
 from nanochat.cli import command, flag
 from nanochat.tokenizer import SPLIT_PATTERN
+from scripts.bench.harness import alternate, medians, print_table, report, require_positive, run_in_process
 
-BATCH = 128  # documents, as in the data loader
-ENCODE_CHARS = 10_000_000  # enough for a second of the slowest (arbitrary)
-OURS, PUBLISHED, HUGGING_FACE, TIKTOKEN = "rustbpe (ours)", "rustbpe 0.1.0", "tokenizers", "tiktoken"
+BATCH = 128  # documents per call, as in the data loader
+ENCODE_CHARS = 10_000_000  # about a second of the slowest encoder
+OURS = "rustbpe (ours)"
+PUBLISHED = "rustbpe 0.1.0"
+HUGGING_FACE = "tokenizers"
+TIKTOKEN = "tiktoken"
 Encode = Callable[[list[str]], Any]
 
 
@@ -39,39 +38,33 @@ class Flags:
     vocab_size: int = flag(32_768, "tokens")
     data_dir: str = flag("", "folder of parquet shards; empty = $NANOCHAT_DATA_DIR or the default")
     max_chars: int = flag(100_000_000, "characters to train on")
-    published_dir: str = flag("", "folder into which pip put the published rustbpe (--target); empty leaves it out")
-    rounds: int = flag(3, "runs of each; medians count")
-    worker: str = flag("", "used by the benchmark itself: the one to run in this process")
+    published_dir: str = flag("", "folder of the published rustbpe, see above (pip install --target); empty = skip it")
+    rounds: int = flag(3, "runs of each tokenizer; the medians count")
 
 
 @command
 def main(flags: Flags) -> dict[str, float]:
     """Returns the ratios."""
-    if flags.worker:
-        print(json.dumps(work(flags)))
-        return {}
+    require_positive(flags, "rounds")
+    names = available(flags)
+    runs = {name: lambda name=name: run_in_process(measure, name, flags) for name in names}
+    results = {name: medians(measured) for name, measured in alternate(runs, flags.rounds, warmup=0).items()}
+    print_results(results, flags.rounds)
+    return report("tokenizer", compare(results), medians=results)
+
+
+def available(flags: Flags) -> list[str]:
+    """The tokenizers that can be measured here; prints why the others are skipped."""
     reasons = {
-        OURS: "" if has_ours() else "the published wheel is installed, not ours: pip install ./rustbpe",
+        OURS: "" if has_ours() else "the published wheel is installed instead: pip install ./rustbpe",
         PUBLISHED: "" if flags.published_dir else "name its folder with --published-dir",
         HUGGING_FACE: "" if importlib.util.find_spec("tokenizers") else "not installed: pip install tokenizers",
-        TIKTOKEN: "" if has_ours() else "needs the tokens that ours learns",
+        TIKTOKEN: "" if has_ours() else "needs the tokens that nanochat's rustbpe learns",
     }
     for name, reason in reasons.items():
         if reason:
-            print(f"{name}: left out, {reason}")
-    names = [name for name, reason in reasons.items() if not reason]
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for _ in range(flags.rounds):
-        for name in names:
-            runs[name].append(run_worker(name, flags))
-    medians = {
-        name: {key: statistics.median(run[key] for run in results) for key in results[0]}
-        for name, results in runs.items()
-    }
-    print_table(medians, flags.rounds)
-    ratios = compare(medians)
-    print(json.dumps({"benchmark": "tokenizer", "medians": medians, "ratios": ratios}))
-    return ratios
+            print(f"{name}: skipped, {reason}")
+    return [name for name, reason in reasons.items() if not reason]
 
 
 def has_ours() -> bool:
@@ -80,49 +73,45 @@ def has_ours() -> bool:
     return hasattr(rustbpe.Tokenizer, "from_tokens")
 
 
-def run_worker(name: str, flags: Flags) -> dict[str, float]:
-    environment = dict(os.environ)
-    if name == PUBLISHED:
-        environment["PYTHONPATH"] = os.pathsep.join([flags.published_dir, environment.get("PYTHONPATH", "")])
-    argv = [f"--{key.replace('_', '-')}={value}" for key, value in (vars(flags) | {"worker": name}).items()]
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.bench.tokenizer", *argv], env=environment, stdout=subprocess.PIPE, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def work(flags: Flags) -> dict[str, float]:
+def measure(name: str, flags: Flags) -> dict[str, float]:
     """
-    MB/s and MB, of one implementation in this process. `memory`: the peak while training, over what the process had
+    MB/s and MB of one tokenizer in this process. `memory` is the peak while training, minus what the process held
     with the text loaded.
     """
+    if name == PUBLISHED:
+        sys.path.insert(0, flags.published_dir)
     train_shards, val_shards = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
     texts = first_texts(dataset.iterate_texts([*train_shards, *val_shards]), flags.max_chars)
     num_bytes = sum(len(text.encode()) for text in texts)
     result, before, start = {}, memory("VmRSS"), time.perf_counter()
-    encode = TRAINERS[flags.worker](texts, flags.vocab_size)
-    if flags.worker != TIKTOKEN:
+    encode = TRAINERS[name](texts, flags.vocab_size)
+    if name != TIKTOKEN:  # it cannot train
         seconds = time.perf_counter() - start
         result = {"train": num_bytes / seconds / 1e6, "seconds": seconds, "memory": memory("VmHWM") - before}
 
     sample = first_texts(texts, ENCODE_CHARS)
-    encode(sample[:BATCH])  # what is made once
+    encode(sample[:BATCH])  # builds what is built once
     start = time.perf_counter()
     for first in range(0, len(sample), BATCH):
         encode(sample[first : first + BATCH])
     seconds = time.perf_counter() - start
-    return result | {"encode": sum(len(text.encode()) for text in sample) / seconds / 1e6}
+    result["encode"] = sum(len(text.encode()) for text in sample) / seconds / 1e6
+    return result
 
 
 def first_texts(texts: Iterable[str], max_chars: int) -> list[str]:
-    """As many of the texts as have no more characters than that together."""
-    texts, counted = itertools.tee(texts)
-    sizes = itertools.accumulate(map(len, counted))
-    return [text for text, _ in zip(texts, itertools.takewhile(lambda size: size <= max_chars, sizes), strict=False)]
+    """The first texts that have at most this many characters together."""
+    chosen, num_chars = [], 0
+    for text in texts:
+        num_chars += len(text)
+        if num_chars > max_chars:
+            break
+        chosen.append(text)
+    return chosen
 
 
 def memory(field: str) -> float:
-    """MB that this process holds (VmRSS) or held at most (VmHWM). Where there is no /proc: the most, in both cases."""
+    """MB that this process holds (VmRSS), or its peak (VmHWM). Without /proc, the peak in both cases."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -171,28 +160,30 @@ TRAINERS: dict[str, Callable[[list[str], int], Encode]] = {
 }
 
 
-def print_table(medians: dict[str, dict[str, float]], rounds: int) -> None:
-    table = Table("", title=f"medians of {rounds} runs, {os.cpu_count()} cores")
-    for title in ("training\ns", "training\nMB/s", "memory over\nthe text, MB", "encoding\nMB/s"):
-        table.add_column(title, justify="right")
-    for name, row in medians.items():
-        cells = [f"{row[key]:.2f}" if key in row else "" for key in ("seconds", "train", "memory", "encode")]
-        table.add_row(name, *cells)
-    Console().print(table)
+def print_results(results: dict[str, dict[str, float]], rounds: int) -> None:
+    columns = {
+        "seconds": "training\ns",
+        "train": "training\nMB/s",
+        "memory": "memory over\nthe text, MB",
+        "encode": "encoding\nMB/s",
+    }
+    rows = {
+        name: {title: f"{result[key]:.2f}" for key, title in columns.items() if key in result}
+        for name, result in results.items()
+    }
+    print_table(f"medians of {rounds} runs, {os.cpu_count()} cores", rows)
 
 
-def compare(medians: dict[str, dict[str, float]]) -> dict[str, float]:
-    """How many times better ours is."""
-    ours, ratios = medians.get(OURS, {}), {}
-    for key, others, inverse in (
-        ("train", (PUBLISHED, HUGGING_FACE), False),
-        ("memory", (PUBLISHED, HUGGING_FACE), True),
-        ("encode", (TIKTOKEN, PUBLISHED, HUGGING_FACE), False),
-    ):
-        for other in others:
-            if key in ours and other in medians:
-                ratio = ours[key] / medians[other][key]
-                ratios[f"{key} over {other}"] = round(1 / ratio if inverse else ratio, 2)
+def compare(results: dict[str, dict[str, float]]) -> dict[str, float]:
+    """How many times better nanochat's rustbpe is: faster, or with less memory."""
+    ratios: dict[str, float] = {}
+    ours = results.get(OURS, {})
+    for other, theirs in results.items():
+        for key in ("train", "memory", "encode"):
+            if other == OURS or key not in ours or key not in theirs:
+                continue
+            ratio = ours[key] / theirs[key]
+            ratios[f"{key} over {other}"] = 1 / ratio if key == "memory" else ratio
     return ratios
 
 

@@ -1,21 +1,22 @@
 """
-Training beside the straightforward way to write it: the same model and data, but float32 (on a GPU bfloat16), SDPA with
-boolean masks for windows, all logits at once, an update per tensor, batches made when they are needed; compiled too.
-Each has a process of its own, and they take turns.
+Training: nanochat against straightforward PyTorch code for the same model and data.
 
-    python -m scripts.bench train                                             # = python -m scripts.bench.train
+The plain side computes in float32 (in bfloat16 on a GPU), calls SDPA with boolean masks for the windows, keeps all
+logits at once, updates one tensor at a time, and makes each batch when it is needed. Both sides are compiled. Each has
+its own process and they take turns.
+
+    python -m scripts.bench train
     python -m scripts.bench train --depth 24 --head-dim 128 --max-seq-len 2048 --total-batch-size 524288 --no-plain
 
-Utilization (MFU) is of the GPU's data sheet, or of what this machine was measured to multiply in that dtype. `ratios`:
-tokens/s over the plain code's, and likewise the time to the end of the first step and the peak of memory.
+Model FLOPs utilization (MFU) is relative to the GPU's data sheet, on a CPU to the speed of matrix products measured
+here in the same dtype. `ratios`: tokens/s, the time to the end of the first step, and peak memory, each against the
+plain side.
 """
 
-import json
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,13 +24,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 
 from nanochat import attention, dataset, hardware, recipe
 from nanochat.checkpoint_manager import CheckpointDir
 from nanochat.cli import command, flag
-from nanochat.common import UserError, human
+from nanochat.common import human
 from nanochat.dataloader import PretrainLoader, on_device, prefetch, pretrain_steps
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT, LOGIT_CAP, GPTConfig, flops_per_token
@@ -39,9 +38,19 @@ from nanochat.primer import documents as primer
 from nanochat.run import Settings, Start
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Step, token_loss
-from scripts.bench.harness import Laps, Worker, time_passes
+from scripts.bench.harness import (
+    Stopwatch,
+    Worker,
+    alternate,
+    medians,
+    print_table,
+    report,
+    require_positive,
+    time_passes,
+)
 
 PARTS = ("data", "forward", "loss", "backward", "optimizer")
+TOKENIZER_DOCUMENTS = 3000  # enough to learn a vocabulary for a benchmark (heuristic, not tuned)
 
 
 @dataclass(frozen=True)
@@ -50,15 +59,15 @@ class Flags:
     head_dim: int = flag(64, "channels per attention head")
     vocab_size: int = flag(8192, "tokens")
     max_seq_len: int = flag(512, "tokens of context")
-    window_pattern: str = flag("SSSL", "windows of attention, tiled over the layers")
-    device_batch_size: int = flag(16, "rows per forward pass")
-    total_batch_size: int = flag(8192, "tokens per update")
-    attention: str = flag("auto", f"attention kernel: auto | {' | '.join(attention.LOADERS)}")
-    dtype: str = flag("auto", "of the computation: auto, as base_train chooses", choices=("auto", *hardware.DTYPES))
-    compile: bool = flag(True, "torch.compile both")
-    plain: bool = flag(True, "measure the plain code too; both have to fit into memory at once")
-    rounds: int = flag(5, "turns of each; medians count")
-    steps: int = flag(3, "updates per turn")
+    window_pattern: str = flag("SSSL", "attention windows, tiled over the layers: S short, L full")
+    device_batch_size: int = flag(16, "sequences per forward pass")
+    total_batch_size: int = flag(8192, "tokens per optimizer step")
+    attention: str = flag("auto", f"attention kernel of nanochat: auto | {' | '.join(attention.LOADERS)}")
+    dtype: str = flag("auto", "compute dtype of nanochat; auto as in base_train", choices=("auto", *hardware.DTYPES))
+    compile: bool = flag(True, "compile both sides with torch.compile")
+    plain: bool = flag(True, "measure the plain side too; both sides must fit into memory at once")
+    rounds: int = flag(5, "turns per side; the medians count")
+    steps: int = flag(3, "optimizer steps per turn")
     data_dir: str = flag("", "folder of parquet shards; empty = the primer")
     device: str = flag("auto", "cuda | mps | cpu | auto")
 
@@ -66,41 +75,76 @@ class Flags:
 @command
 def main(flags: Flags) -> dict[str, float]:
     """Returns the ratios."""
-    if min(flags.rounds, flags.steps) < 1:
-        raise UserError("--rounds and --steps must be at least 1")
+    require_positive(flags, "rounds", "steps")
     hardware.pick_device(flags.device)
     recipe.accumulation_steps(flags.total_batch_size, flags.device_batch_size, flags.max_seq_len, 1)
-    shape = (flags.depth, flags.vocab_size, 64, flags.head_dim, flags.max_seq_len, flags.window_pattern)
-    config, sides = recipe.model_config(*shape), {"nanochat": ours} | ({"plain": plain} if flags.plain else {})
+    config = recipe.model_config(
+        flags.depth, flags.vocab_size, 64, flags.head_dim, flags.max_seq_len, flags.window_pattern
+    )
+    sides = {"nanochat": nanochat_side}
+    if flags.plain:
+        sides["plain"] = plain_side
+    results = {}
+    for name, measured in measure_sides(sides, flags, config).items():
+        results[name] = summarize(measured, flags.total_batch_size, flops_per_token(config))
+    print_results(results)
+    ratios = {}
+    if flags.plain:
+        ours, plain = results["nanochat"], results["plain"]
+        ratios["tokens/s"] = ours["tokens/s"] / plain["tokens/s"]
+        for key in ("seconds to first step", "bytes of memory"):
+            ratios[key] = plain[key] / ours[key]
+    return report("train", ratios, results=results)
+
+
+def measure_sides(
+    sides: Mapping[str, Callable[..., "Side"]], flags: Flags, config: GPTConfig
+) -> dict[str, dict[str, float]]:
+    """Runs the sides in turn, each in its process; returns what each measured, with the medians of its turns."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as in runs/setup.sh, for users who start the benchmark without it
     with tempfile.TemporaryDirectory() as folder:
         if not flags.data_dir:
             primer.write_shards(Path(folder))
         shards = dataset.split_shards(Path(flags.data_dir or folder))[0]
-        Tokenizer.train(islice(dataset.iterate_texts(shards), 3000), flags.vocab_size).save(Path(folder))
+        documents = islice(dataset.iterate_texts(shards), TOKENIZER_DOCUMENTS)
+        Tokenizer.train(documents, flags.vocab_size).save(Path(folder))
         workers: dict[str, Worker] = {}
-        for name, side in sides.items():
-            workers[name] = Worker(work, time.time(), side, flags, config, Path(folder), shards)
-            workers[name].answer()  # when its first step is done
-        turns = [{name: worker.ask(flags.steps) for name, worker in workers.items()} for _ in range(flags.rounds + 1)]
-        results = {name: worker.ask(0) for name, worker in workers.items()}
-    for name, result in results.items():
-        seconds = {part: statistics.median(turn[name][part] for turn in turns[1:]) for part in (*PARTS, "all")}
-        for part in ("forward", "backward"):  # the loss is in them: it was measured alone
-            loss = min(result.pop(part), seconds[part])
-            seconds |= {part: seconds[part] - loss, "loss": seconds["loss"] + loss}
-        result["tokens/s"] = flags.total_batch_size / seconds["all"]
-        result["MFU"] = result["tokens/s"] * flops_per_token(config) / result.pop("FLOP/s")
-        result |= {f"share of {part}": seconds[part] / sum(seconds[p] for p in PARTS) for part in PARTS}
-    table = Table("", *results)
-    for key in results["nanochat"]:
-        show = "{:.1%}".format if key.startswith("share") or key == "MFU" else human
-        table.add_row(key, *(show(result[key]) for result in results.values()))
-    Console().print(table)
-    fast, slow = results["nanochat"], results.get("plain", results["nanochat"])
-    ratios = {key: round(slow[key] / fast[key], 3) for key in ("seconds to first step", "bytes of memory")}
-    ratios = {"tokens/s": round(fast["tokens/s"] / slow["tokens/s"], 3)} | ratios if flags.plain else {}
-    print(json.dumps({"benchmark": "train", "results": results, "ratios": ratios}))
-    return ratios
+        for name, make_side in sides.items():
+            workers[name] = Worker(work, time.time(), make_side, flags, config, Path(folder), shards)
+            workers[name].receive()  # "ready", after its first step
+        runs = {name: lambda worker=worker: worker.request(flags.steps) for name, worker in workers.items()}
+        turns = alternate(runs, flags.rounds)
+        return {name: medians(turns[name]) | worker.request(0) for name, worker in workers.items()}
+
+
+def summarize(measured: dict[str, float], tokens_per_step: int, flops_per_token: int) -> dict[str, float]:
+    """Speed, utilization and the share of each part in the time of a step."""
+    seconds = {part: measured[part] for part in PARTS if part in measured}
+    for part in ("forward", "backward"):  # both contain the loss, which was measured alone
+        loss = min(measured[f"loss {part}"], seconds[part])
+        seconds[part] -= loss
+        seconds["loss"] = seconds.get("loss", 0.0) + loss
+    tokens_per_second = tokens_per_step / measured["step"]
+    summary = {
+        "tokens/s": tokens_per_second,
+        "MFU": tokens_per_second * flops_per_token / measured["FLOP/s"],
+        "seconds to first step": measured["seconds to first step"],
+        "bytes of memory": measured["bytes of memory"],
+    }
+    total = sum(seconds.values())
+    return summary | {f"share of {part}": seconds[part] / total for part in PARTS}
+
+
+def print_results(results: dict[str, dict[str, float]]) -> None:
+    rows: dict[str, dict[str, str]] = {}
+    for side, result in results.items():
+        for key, value in result.items():
+            is_share = key == "MFU" or key.startswith("share")
+            rows.setdefault(key, {})[side] = f"{value:.1%}" if is_share else human(value)
+    print_table("medians", rows)
+
+
+# ---- the two sides ----
 
 
 @dataclass
@@ -114,29 +158,33 @@ class Side:
     loss_alone: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of hidden states (B, T, C) and targets (B, T)
 
 
-def ours(flags: Flags, config: GPTConfig, device: torch.device, tokenizer: Tokenizer, steps: Iterator[Step]) -> Side:
+def nanochat_side(
+    flags: Flags, config: GPTConfig, device: torch.device, tokenizer: Tokenizer, steps: Iterator[Step]
+) -> Side:
+    """Trains as scripts/base_train.py does."""
     dist, settings = Dist(device), Settings(total_batch_size=flags.total_batch_size)
     dtype = hardware.DTYPES.get(flags.dtype) or hardware.pick_training_dtype(device)
     start = Start("base", config, tokenizer, dist, dtype, CheckpointDir("base", "bench", dist), None)
     run = start.build(settings.rates(), settings.batch_factor, {}, 0.28, flags.compile, attention=flags.attention)
 
+    def loss(batch: Any) -> torch.Tensor:
+        return token_loss(run.fast_model, batch)
+
     def loss_alone(hidden_BTC: torch.Tensor, y_BT: torch.Tensor) -> torch.Tensor:
-        rows = (hidden_BTC.flatten(0, 1), run.model.lm_head.weight, y_BT.flatten())
-        return cross_entropy(*rows, config.vocab_size, LOGIT_CAP, "sum")
+        hidden_NC, weight, y_N = hidden_BTC.flatten(0, 1), run.model.lm_head.weight, y_BT.flatten()
+        return cross_entropy(hidden_NC, weight, y_N, config.vocab_size, LOGIT_CAP, "sum")
 
-    return Side(run.model, prefetch(steps), run.optimizer, lambda batch: token_loss(run.fast_model, batch), loss_alone)
+    return Side(run.model, prefetch(steps), run.optimizer, loss, loss_alone)
 
 
-def plain(flags: Flags, config: GPTConfig, device: torch.device, tokenizer: Tokenizer, steps: Iterator[Step]) -> Side:
+def plain_side(
+    flags: Flags, config: GPTConfig, device: torch.device, tokenizer: Tokenizer, steps: Iterator[Step]
+) -> Side:
+    """The baseline: what one writes first."""
     torch.manual_seed(42)
     model = GPT.create(config, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     model.use_attention(attention.attend_masked)
-    settings = Settings(total_batch_size=flags.total_batch_size)
-    groups = []
-    for group in build_optimizer(model, settings.rates(), settings.batch_factor).param_groups:
-        groups += [group | {"names": [n], "params": [p]} for n, p in zip(group["names"], group["params"], strict=True)]
-    optimizer = MuonAdamW(groups, 0, 1, False, model.dtype)
-    optimizer.adamw_update = adamw_update
+    optimizer = one_tensor_at_a_time(model, Settings(total_batch_size=flags.total_batch_size))
 
     def loss_alone(hidden_BTC: torch.Tensor, y_BT: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model.logits(hidden_BTC).flatten(0, 1), y_BT.flatten(), reduction="sum")
@@ -144,57 +192,84 @@ def plain(flags: Flags, config: GPTConfig, device: torch.device, tokenizer: Toke
     def loss(x_BT: torch.Tensor, y_BT: torch.Tensor, num_targets: int) -> torch.Tensor:
         return loss_alone(model.hidden(x_BT), y_BT) / num_targets
 
-    fast = torch.compile(loss, dynamic=False) if flags.compile else loss
-    return Side(model, steps, optimizer, lambda batch: fast(*batch), loss_alone)
+    fast_loss = torch.compile(loss, dynamic=False) if flags.compile else loss
+    return Side(model, steps, optimizer, lambda batch: fast_loss(*batch), loss_alone)
+
+
+def one_tensor_at_a_time(model: GPT, settings: Settings) -> MuonAdamW:
+    """The optimizer of the training stages, but with a parameter group and an update for each tensor."""
+    groups = []
+    for group in build_optimizer(model, settings.rates(), settings.batch_factor).param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            groups.append(group | {"names": [name], "params": [parameter]})
+    optimizer = MuonAdamW(groups, 0, 1, False, model.dtype)
+    optimizer.adamw_update = adamw_update
+    return optimizer
+
+
+# ---- measuring, in the process of one side ----
 
 
 def work(
-    connection: Any, started: float, make_side: Callable[..., Side], flags: Flags, config: GPTConfig, folder: Path,
+    connection: Any,
+    started: float,
+    make_side: Callable[..., Side],
+    flags: Flags,
+    config: GPTConfig,
+    folder: Path,
     shards: Sequence[Path],
-) -> None:  # fmt: skip
-    os.environ["NANOCHAT_BASE_DIR"] = str(folder)  # for the lock of the run
+) -> None:
+    """
+    Sends "ready" after the first step. Then, for each number of steps received, trains that many and sends the seconds
+    of a "step" and of its parts. At 0 sends the rest of the measurements and ends.
+    """
+    os.environ["NANOCHAT_BASE_DIR"] = str(folder)  # the run writes its lock file there
     device, tokenizer = hardware.pick_device(flags.device), Tokenizer.load(folder)
-    B, T = flags.device_batch_size, flags.max_seq_len
-    loader = PretrainLoader(tokenizer, dataset.RowGroups(shards), B, T)
-    data_steps = pretrain_steps(loader, flags.total_batch_size // (B * T), 10**9)
-    side = make_side(flags, config, device, tokenizer, on_device(data_steps, device))
-    train(side, 1, Laps(device))
-    report = {"seconds to first step": time.time() - started}
+    loader = PretrainLoader(tokenizer, dataset.RowGroups(shards), flags.device_batch_size, flags.max_seq_len)
+    micro_batches = flags.total_batch_size // (flags.device_batch_size * flags.max_seq_len)
+    steps = on_device(pretrain_steps(loader, micro_batches, 10**9), device)
+    side = make_side(flags, config, device, tokenizer, steps)
+    train(side, 1, Stopwatch(device))
+    to_first_step = time.time() - started
     connection.send("ready")
     while num_steps := connection.recv():
-        whole = Laps(device)
+        whole = Stopwatch(device)
         train(side, num_steps, lambda part: None)
-        whole("all")
-        laps = Laps(device)
-        train(side, 1, laps)  # with a wait after each part
-        laps.seconds["all"] = whole.seconds["all"] / num_steps
-        connection.send(laps.seconds)
-    peaks = hardware.gpu_peaks(device) or (hardware.matmul_rate(device, side.model.dtype),)
-    report |= {"bytes of memory": hardware.peak_memory(device), "FLOP/s": peaks[0]}
-    connection.send(report | measure_loss(side, flags.compile))
+        whole("steps")
+        parts = Stopwatch(device)
+        train(side, 1, parts)  # separately, because it waits for the device after each part
+        connection.send(dict(parts.seconds) | {"step": whole.seconds["steps"] / num_steps})
+    peak = hardware.gpu_peaks(device) or (hardware.matmul_rate(device, side.model.dtype),)
+    measured = {
+        "seconds to first step": to_first_step,
+        "bytes of memory": hardware.peak_memory(device),
+        "FLOP/s": peak[0],
+    }
+    connection.send(measured | measure_loss(side, flags.compile))
 
 
-def train(side: Side, num_steps: int, lap: Callable[[str], None]) -> None:
+def train(side: Side, num_steps: int, end_part: Callable[[str], None]) -> None:
     for step in islice(side.steps, num_steps):
-        lap("data")
+        end_part("data")
         for batch in step.micro_batches:
             loss = side.loss(batch)
-            lap("forward")
+            end_part("forward")
             loss.backward()
-            lap("backward")
+            end_part("backward")
         side.optimizer.step()
         side.optimizer.zero_grad()
-        lap("optimizer")
+        end_part("optimizer")
 
 
 def measure_loss(side: Side, compile: bool) -> dict[str, float]:
-    """Seconds of an update that forward and backward pass spend from the hidden states on."""
+    """Seconds per step that forward and backward pass spend on the loss: lm_head, logits and cross entropy."""
     loss_alone = torch.compile(side.loss_alone, dynamic=False) if compile else side.loss_alone
     batches = next(side.steps).micro_batches
-    y_BT, shape = batches[0][1], (*batches[0][1].shape, side.model.config.n_embd)
-    hidden_BTC = torch.randn(shape, device=y_BT.device, dtype=side.model.dtype, requires_grad=True)
+    y_BT = batches[0][1]
+    shape_BTC = (*y_BT.shape, side.model.config.n_embd)
+    hidden_BTC = torch.randn(shape_BTC, device=y_BT.device, dtype=side.model.dtype, requires_grad=True)
     passes = time_passes(lambda: loss_alone(hidden_BTC, y_BT), y_BT.device)
-    return {part: seconds * len(batches) for part, seconds in passes.items()}
+    return {f"loss {part}": seconds * len(batches) for part, seconds in passes.items()}
 
 
 if __name__ == "__main__":
