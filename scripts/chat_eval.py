@@ -19,12 +19,12 @@ from nanochat import checkpoint_manager, distributed, hardware
 from nanochat.cli import command, flag
 from nanochat.common import UserError, duration
 from nanochat.engine import Engine, Request
+from nanochat.eval.chat import CHATCORE, Score, evaluate
 from nanochat.eval.metrics import core_metric
 from nanochat.logging import progress, report_dir, save_numbers
 from nanochat.tokenizer import Tokenizer, default_dir
 from tasks.arc import ARC
 from tasks.common import Task, limited
-from tasks.evaluate import CHATCORE, Score, evaluate
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU

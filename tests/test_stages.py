@@ -23,6 +23,7 @@ from conftest import GOLDEN
 
 from nanochat import checkpoint_manager, hardware, rollout
 from nanochat.checkpoint_manager import Checkpoint
+from nanochat.eval.chat import CHATCORE
 from nanochat.eval.metrics import core_metric
 from nanochat.gpt import GPT
 from nanochat.muon import LearningRates
@@ -44,7 +45,6 @@ from scripts import (
 )
 from tasks import finetune
 from tasks.common import Task
-from tasks.evaluate import CHATCORE
 
 VOCAB = 600
 COMMON = ["--device", "cpu", "--no-compile", "--save-every", "3", "--eval-every", "3"]

@@ -1,7 +1,7 @@
 """
 Shares of right answers: their intervals, the mean over tasks, pass@k.
 
-    python -m pytest tests/test_scores.py
+    python -m pytest tests/test_metrics.py
 """
 
 import itertools
@@ -10,9 +10,9 @@ import random
 import pytest
 import torch
 
+from nanochat.eval.chat import CHATCORE, Score
 from nanochat.eval.metrics import core_metric
 from nanochat.rollout import pass_at_k
-from tasks.evaluate import CHATCORE, Score
 
 
 @pytest.mark.parametrize("n", [1, 3, 5])

@@ -2,7 +2,7 @@
 Examinations: both kinds of answers, several to a question, prompts that do not fit, the record, ranks that share the
 work.
 
-    python -m pytest tests/test_evaluate.py
+    python -m pytest tests/test_eval_chat.py
 """
 
 import json
@@ -17,12 +17,12 @@ import torch
 from nanochat.conversation import render_for_completion
 from nanochat.distributed import Dist
 from nanochat.engine import Engine, Request
+from nanochat.eval import chat as module
+from nanochat.eval.chat import batches, choose, evaluate, fit, last_states, write
 from nanochat.eval.metrics import wilson
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.rollout import pass_at_k
-from tasks import evaluate as module
 from tasks.common import Task, limited
-from tasks.evaluate import batches, choose, evaluate, fit, last_states, write
 
 CPU = Dist(torch.device("cpu"))
 CONTEXT = 128

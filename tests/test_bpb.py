@@ -1,7 +1,7 @@
 """
 Bits per byte against a computation target by target.
 
-    python -m pytest tests/test_loss_eval.py
+    python -m pytest tests/test_bpb.py
 """
 
 import math

@@ -1,7 +1,7 @@
 """
 The sandbox: right programs pass, wrong ones fail, and a table of attacks fails too, with nothing left behind.
 
-    python -m pytest tests/test_execution.py
+    python -m pytest tests/test_sandbox.py
 """
 
 import json
@@ -439,7 +439,7 @@ def test_a_killed_evaluator_leaves_no_process(tmp_path):
     code = "from nanochat.sandbox.parent import run\nrun('import time; time.sleep(1000)', '', 'add', timeout=1)"
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=execution.INSIDE.parent.parent, env=environment
+        [sys.executable, "-c", code], cwd=execution.INSIDE.parent.parent.parent, env=environment
     ) as evaluator:
         wait_for(insiders)
         evaluator.kill()

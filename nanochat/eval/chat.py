@@ -13,14 +13,14 @@ Shapes: B questions in a batch, T tokens, C width, L letters.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,6 @@ from nanochat.eval.core import BATCH_COLUMNS
 from nanochat.eval.metrics import TaskScore
 from nanochat.gpt import GPT
 from nanochat.rollout import pass_at_k
-from tasks.common import Task
 
 # The tasks of ChatCORE and what guessing gets there.
 CHATCORE = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25, "GSM8K": 0.0, "HumanEval": 0.0, "SpellingBee": 0.0}
@@ -44,6 +43,18 @@ JUDGES = 4  # answers judged at the same time, which for HumanEval are two proce
 GREEDY = Request([], temperature=0.0)
 
 Progress = Callable[[int], object]  # is told how many answers of a task this rank has
+
+
+class Task(Protocol):
+    """What an evaluation needs of a task (tasks/common.py has the base class that datasets implement)."""
+
+    kind: str  # "categorical" or "generative"
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def judge(self, conversation: Mapping[str, Any], completion: str) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
