@@ -1,20 +1,32 @@
 """
-From texts and conversations to batches.
+Data loaders: tokenize text, pack it into batches and yield one `Step` per optimizer step.
 
-Best-fit packing: a row of T + 1 tokens takes, again and again, the longest waiting document that fits whole.
-Pretraining fills each row to the end by cropping the shortest when none fits; fine-tuning pads instead.
+Two loaders of the same shape:
+- PretrainLoader reads documents from parquet shards, without end.
+- ConversationLoader reads conversations, once or for a number of steps.
 
-Both loaders are iterators of train.Step whose data_state says exactly where the data stands, the waiting documents
-included, so that a resumed run sees the same batches. `prefetch` runs them ahead of the training in a thread.
+        loader = PretrainLoader(tokenizer, RowGroups(shards), batch_size=B, sequence_len=T, dist=dist)
+        for step in prefetch(loader.steps(accumulation, num_steps), dist.device):
+            for x_BT, y_BT, num_targets in step.micro_batches:
+                ...
+
+Both pack best-fit (arXiv 2404.10830). A row of T + 1 tokens repeatedly takes the longest document in a buffer that
+still fits whole. When none fits, pretraining crops the shortest document to fill the row, so no computation is spent
+on padding; fine-tuning pads the row, so that every conversation is trained on whole. Every document starts with BOS,
+and so does every row. Inputs are a row's first T tokens, targets its last T.
+
+A step's `data_state` holds the position in the data and the documents in the buffer. A loader constructed with
+`states` continues with exactly the batches that an uninterrupted run would have seen.
+
+Shapes: B rows of a micro-batch on one rank, T tokens of a row.
 """
 
 import bisect
-import queue
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,294 +34,396 @@ import torch
 from nanochat.common import UserError
 from nanochat.conversation import render
 from nanochat.dataset import RowGroups
+from nanochat.distributed import Dist
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Step
 
-T = TypeVar("T")
-Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (B, T) each, int64; targets of -1 are not trained
+Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (B, T) each, int64; a target of -1 has no loss
+MicroBatch = tuple[torch.Tensor, torch.Tensor, int]  # inputs, targets, and the number of targets in the whole step
 
-TEXTS_PER_CALL = 128  # documents tokenized together: enough for the threads, few enough to keep the first batch quick
-MIN_WAITING = 1000  # documents to choose from: more crops less, but the data comes less in order
-MIN_WAITING_CONVERSATIONS = 256  # likewise; arbitrary
+TEXTS_PER_CALL = 128  # documents tokenized per call: keeps all threads busy without delaying the first batch
+# More documents to choose from mean fewer crops, but the data is then seen less in its original order.
+MIN_DOCUMENTS_IN_BUFFER = 1000
+MIN_CONVERSATIONS_IN_BUFFER = 256  # heuristic, not tuned
 
 
-class BestFit:
-    """Waiting documents, indexed by length; among equals the oldest leaves first."""
+class PackingBuffer:
+    """
+    Documents indexed by length, so that best fit takes a binary search instead of a scan of the buffer. Among documents
+    of equal length the oldest is returned first.
+
+    >>> buffer = PackingBuffer(["bb", "a", "cc", "dddd"])
+    >>> buffer.pop_longest(3), buffer.pop_longest(3), buffer.pop_shortest(), len(buffer)
+    ('bb', 'cc', 'a', 1)
+    """
 
     def __init__(self, documents: Iterable[Any] = ()):
-        self.documents: dict[int, Any] = {}  # by order of arrival
-        self.arrivals_by_length: dict[int, deque[int]] = {}
-        self.lengths: list[int] = []  # sorted, distinct
-        self.arrivals = 0
+        self._documents: dict[int, Any] = {}  # by order of arrival
+        self._arrivals_by_length: dict[int, deque[int]] = {}
+        self._lengths: list[int] = []  # sorted and distinct
+        self._num_arrived = 0
         for document in documents:
-            self.add(document)
+            self.add(document, len(document))
 
     def __len__(self) -> int:
-        return len(self.documents)
+        return len(self._documents)
 
-    def add(self, document: Any, length: int | None = None) -> None:
-        length = len(document) if length is None else length
-        if length not in self.arrivals_by_length:
-            self.arrivals_by_length[length] = deque()
-            bisect.insort(self.lengths, length)
-        self.arrivals_by_length[length].append(self.arrivals)
-        self.documents[self.arrivals] = document
-        self.arrivals += 1
+    def __iter__(self) -> Iterator[Any]:
+        """The documents, oldest first."""
+        return iter(self._documents.values())
 
-    def pop_longest(self, room: int) -> Any | None:
-        """The longest document of at most `room` tokens; None if none is as short."""
-        i = bisect.bisect_right(self.lengths, room)
-        return self._pop(i - 1) if i else None
+    def add(self, document: Any, length: int) -> None:
+        if length not in self._arrivals_by_length:
+            self._arrivals_by_length[length] = deque()
+            bisect.insort(self._lengths, length)
+        self._arrivals_by_length[length].append(self._num_arrived)
+        self._documents[self._num_arrived] = document
+        self._num_arrived += 1
+
+    def pop_longest(self, max_length: int) -> Any | None:
+        """Remove and return the longest document of at most max_length tokens; None if every document is longer."""
+        num_fitting = bisect.bisect_right(self._lengths, max_length)
+        if num_fitting == 0:
+            return None
+        return self._pop(num_fitting - 1)
 
     def pop_shortest(self) -> Any:
         return self._pop(0)
 
     def _pop(self, index: int) -> Any:
-        length = self.lengths[index]
-        arrivals = self.arrivals_by_length[length]
-        document = self.documents.pop(arrivals.popleft())
+        length = self._lengths[index]
+        arrivals = self._arrivals_by_length[length]
+        document = self._documents.pop(arrivals.popleft())
         if not arrivals:
-            del self.arrivals_by_length[length], self.lengths[index]
+            del self._arrivals_by_length[length]
+            del self._lengths[index]
         return document
 
 
 class PretrainLoader:
     """
-    Batches of packed documents for one rank, without end. The row groups of all epochs are numbered through, and rank r
-    reads r, r + world_size, …; where there are fewer row groups than ranks, all read each of them and share its texts.
-    UserError when no row group has a text for this rank, and for states that belong to other shards.
+    Endless batches of packed documents for one rank.
+
+    Row groups are numbered consecutively over all epochs, and rank r reads r, r + world_size, r + 2 * world_size, …
+    With fewer row groups than ranks, every rank reads all row groups and takes every world_size-th text.
+
+    `states` are the data states of all ranks of the run to resume. With another number of ranks than before, the
+    buffered documents are distributed over the new ranks and reading continues at the rank that had read least: no
+    document is lost, some are read twice.
+
+    Raises UserError if no row group has text for this rank, and if the states belong to other shards.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         row_groups: RowGroups,
-        batch_size: int,
-        sequence_len: int,
-        rank: int = 0,
-        world_size: int = 1,
+        *,
+        batch_size: int,  # B
+        sequence_len: int,  # T
+        dist: Dist,
         states: Sequence[dict[str, Any]] = (),
     ):
-        self.tokenizer, self.row_groups = tokenizer, row_groups
-        self.batch_size, self.sequence_len, self.world_size = batch_size, sequence_len, world_size
-        shares_groups = len(row_groups) < world_size
-        self.stride = 1 if shares_groups else world_size
-        self.share = slice(rank, None, world_size) if shares_groups else slice(None)
-        self.unit, self.texts_done, self.waiting = 0 if shares_groups else rank, 0, BestFit()
-        self.texts: list[str] = []  # of row group `texts_unit`: reading one costs more than tokenizing a part of it
-        self.texts_unit = -1
-        if any(state["num_units"] != len(row_groups) for state in states):
-            raise UserError("the checkpoint's place in the data is one in other shards: resume with its own --data-dir")
-        if len(states) == world_size:
-            self._restore(states[rank])
-        elif states:
-            self._restore_resharded(states, rank)
-        self.last_unit = self.unit  # the row group read last, for messages
+        self.tokenizer = tokenizer
+        self.row_groups = row_groups
+        self.batch_size = batch_size
+        self.sequence_len = sequence_len
+        self.world_size = dist.world_size
 
-    def batch(self) -> Batch:
+        if len(row_groups) < dist.world_size:
+            self._stride, self._first_text, self._text_stride = 1, dist.rank, dist.world_size
+            self.row_group = 0
+        else:
+            self._stride, self._first_text, self._text_stride = dist.world_size, 0, 1
+            self.row_group = dist.rank
+        self.texts_done = 0  # of this rank's texts in the row group
+        self.buffer = PackingBuffer()
+        # Texts of one row group are kept, because reading them costs more than tokenizing TEXTS_PER_CALL of them.
+        self._texts: list[str] = []
+        self._texts_row_group = -1
+
+        if any(state["num_units"] != len(row_groups) for state in states):
+            raise UserError("the checkpoint was trained on other shards: resume with the same --data-dir")
+        if len(states) == dist.world_size:
+            self._restore(states[dist.rank])
+        elif states:
+            self._restore_resharded(states, dist)
+        self._last_row_group = self.row_group  # the one read last, for messages
+
+    def steps(self, accumulation: int, num_steps: int, first_step: int = 0) -> Iterator[Step]:
+        """Yield steps first_step … num_steps - 1, each with `accumulation` micro-batches on this rank."""
+        num_tokens = self.batch_size * self.sequence_len * accumulation * self.world_size
+        for i in range(first_step, num_steps):
+            micro_batches: list[MicroBatch] = []
+            for _ in range(accumulation):
+                x_BT, y_BT = self.next_batch()
+                micro_batches.append((x_BT, y_BT, num_tokens))
+            shard, row_group, epoch = self.position()
+            position = f"shard {shard}, row group {row_group}, epoch {epoch}"
+            yield Step(micro_batches, i / num_steps, num_tokens, self.state(), position)
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield batches without end, for evaluation."""
+        while True:
+            yield self.next_batch()
+
+    def next_batch(self) -> Batch:
         rows = np.empty((self.batch_size, self.sequence_len + 1), dtype=np.int64)
         for row in rows:
-            self._fill(row)
+            self._pack(row)
         rows_BT = torch.from_numpy(rows)
         return rows_BT[:, :-1].contiguous(), rows_BT[:, 1:].contiguous()
 
-    def batches(self) -> Iterator[Batch]:
-        while True:
-            yield self.batch()
+    def position(self) -> tuple[int, int, int]:
+        """(shard, row group in that shard, epoch) of the texts read last; the epoch counts from 1."""
+        epoch, index = divmod(self._last_row_group, len(self.row_groups))
+        shard, row_group = self.row_groups.position(index)
+        return shard, row_group, epoch + 1
 
     def state(self) -> dict[str, Any]:
-        """Where the data stands: numbers and tensors only."""
-        waiting = list(self.waiting.documents.values())
+        """
+        The position in the data and the buffer, as numbers and tensors. These keys are a file format: checkpoints have
+        them, under names that are older than those of the attributes.
+        """
+        documents = list(self.buffer)
+        tokens = np.concatenate(documents) if documents else np.empty(0, np.int32)
         return {
             "num_units": len(self.row_groups),
-            "unit": self.unit,
+            "unit": self.row_group,
             "texts_done": self.texts_done,
-            "waiting": torch.from_numpy(np.concatenate(waiting or [np.empty(0, np.int32)])),
-            "waiting_lengths": torch.tensor([len(document) for document in waiting], dtype=torch.int64),
+            "waiting": torch.from_numpy(tokens),
+            "waiting_lengths": torch.tensor([len(document) for document in documents], dtype=torch.int64),
         }
 
-    def position(self) -> dict[str, int]:
-        """The row group read last, for people: shard and row group from 0, epoch from 1."""
-        epoch, unit = divmod(self.last_unit, len(self.row_groups))
-        shard, row_group = self.row_groups.position(unit)
-        return {"shard": shard, "row_group": row_group, "epoch": epoch + 1}
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.row_group = state["unit"]
+        self.texts_done = state["texts_done"]
+        self.buffer = PackingBuffer(_buffered_documents(state))
 
-    def _fill(self, row: np.ndarray) -> None:
+    def _restore_resharded(self, states: Sequence[dict[str, Any]], dist: Dist) -> None:
+        first = min(state["unit"] for state in states)
+        self.row_group = first + (dist.rank - first) % self._stride
+        documents = [document for state in states for document in _buffered_documents(state)]
+        self.buffer = PackingBuffer(documents[dist.rank :: dist.world_size])
+
+    def _pack(self, row: np.ndarray) -> None:
+        """Fill the row with documents from the buffer."""
         filled = 0
         while filled < len(row):
-            while len(self.waiting) < MIN_WAITING:
+            while len(self.buffer) < MIN_DOCUMENTS_IN_BUFFER:
                 self._refill()
             room = len(row) - filled
-            document = self.waiting.pop_longest(room)
+            document = self.buffer.pop_longest(room)
             if document is None:
-                document = self.waiting.pop_shortest()[:room]
+                # Cropping the shortest throws away the fewest tokens.
+                document = self.buffer.pop_shortest()[:room]
             row[filled : filled + len(document)] = document
             filled += len(document)
 
     def _refill(self) -> None:
-        first_unit = self.unit
-        while self.texts_unit != self.unit:
-            self.texts, self.texts_unit = self.row_groups.texts(self.unit % len(self.row_groups))[self.share], self.unit
-            if not self.texts:
-                self.unit += self.stride
-                if self.unit - first_unit > len(self.row_groups) * self.stride:
-                    raise UserError("the shards have no text for this rank: use fewer ranks or more text")
-        some = self.texts[self.texts_done : self.texts_done + TEXTS_PER_CALL]
-        self.last_unit = self.unit
+        """Tokenize the next texts into the buffer."""
+        self._read_row_group()
+        texts = self._texts[self.texts_done : self.texts_done + TEXTS_PER_CALL]
+        self._last_row_group = self.row_group
         self.texts_done += TEXTS_PER_CALL
-        if self.texts_done >= len(self.texts):
-            self.unit, self.texts_done = self.unit + self.stride, 0
-        for ids in self.tokenizer.encode_batch(some):
-            self.waiting.add(np.array([self.tokenizer.bos, *ids], dtype=np.int32))
+        if self.texts_done >= len(self._texts):
+            self.row_group += self._stride
+            self.texts_done = 0
+        for ids in self.tokenizer.encode_batch(texts):
+            document = np.array([self.tokenizer.bos, *ids], dtype=np.int32)
+            self.buffer.add(document, len(document))
+
+    def _read_row_group(self) -> None:
+        """Read this rank's texts of the current row group; skip row groups without any."""
+        if self._texts_row_group == self.row_group:
+            return
+        for _ in range(len(self.row_groups) + 1):
+            texts = self.row_groups.texts(self.row_group % len(self.row_groups))
+            self._texts = texts[self._first_text :: self._text_stride]
+            self._texts_row_group = self.row_group
+            if self._texts:
+                return
+            self.row_group += self._stride
+        raise UserError("the shards have no text for this rank: use fewer ranks or more text")
+
+
+def _buffered_documents(state: dict[str, Any]) -> list[np.ndarray]:
+    lengths = state["waiting_lengths"].numpy()
+    if len(lengths) == 0:
+        return []
+    return np.split(state["waiting"].numpy(), np.cumsum(lengths)[:-1])
+
+
+class ConversationLoader:
+    """
+    Padded rows of whole conversations, one pass over them or as many as a number of steps takes.
+
+    Every rank packs the rows of all ranks and keeps its own share. Progress, and with it the learning rate, is then
+    equal on all ranks, and the data does not depend on the number of ranks. A conversation longer than a row is
+    truncated, and counted. Micro-batches and steps without a single target are skipped.
+
+    Raises UserError if no conversation has a target, and if the state belongs to other conversations.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        conversations: Sequence[dict[str, Any]],
+        *,
+        batch_size: int,  # B
+        sequence_len: int,  # T
+        dist: Dist,
+        states: Sequence[dict[str, Any]] = (),  # of the run to resume; equal on all ranks
+    ):
+        self.tokenizer = tokenizer
+        self.conversations = conversations
+        self.batch_size = batch_size
+        self.sequence_len = sequence_len
+        self.dist = dist
+
+        self.step = 0
+        self.next_index = 0  # of the conversation to render next; counts on over all passes
+        self.truncated = 0
+        self.buffer = PackingBuffer()  # of (index, ids, mask)
+        if states:
+            self._restore(states[0])
+
+    def steps(self, accumulation: int, num_steps: int = -1) -> Iterator[Step]:
+        """Yield steps of `accumulation` micro-batches on this rank, up to step num_steps; -1 = one pass."""
+        rows_per_rank = self.batch_size * accumulation
+        num_rows = rows_per_rank * self.dist.world_size
+        own_rows = slice(self.dist.rank * rows_per_rank, (self.dist.rank + 1) * rows_per_rank)
+        packed_at_last_target = self._num_packed()
+        while (progress := self._progress(num_steps)) < 1:
+            rows = [self._pack_row(num_steps) for _ in range(num_rows)]
+            num_targets = int(sum((targets >= 0).sum() for _, targets in rows))
+            if num_targets == 0:
+                if self._num_packed() - packed_at_last_target >= len(self.conversations):
+                    raise UserError(
+                        "no conversation has a reply to learn from: look at the data with show_conversation"
+                    )
+                continue
+            packed_at_last_target = self._num_packed()
+            self.step += 1
+            micro_batches = self._micro_batches(rows[own_rows], num_targets)
+            position = f"conversation {self.next_index}, {self.truncated} truncated to {self.sequence_len} tokens"
+            yield Step(micro_batches, progress, num_rows * self.sequence_len, self.state(), position)
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the batches of one pass that have a target on this rank, for evaluation."""
+        for step in self.steps(accumulation=1):
+            for x_BT, y_BT, _ in step.micro_batches:
+                yield x_BT, y_BT
+
+    def state(self) -> dict[str, Any]:
+        """The position in the data and the indices of the buffered conversations. The keys are a file format."""
+        return {
+            "total": len(self.conversations),
+            "next": self.next_index,
+            "step": self.step,
+            "truncated": self.truncated,
+            "waiting": [index for index, _, _ in self.buffer],
+        }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.unit, self.texts_done = state["unit"], state["texts_done"]
-        self.waiting = BestFit(_waiting(state))
+        if state["total"] != len(self.conversations):
+            raise UserError(
+                f"the run to resume had {state['total']} conversations, now there are {len(self.conversations)}: "
+                "resume with the same flags"
+            )
+        self.step = state["step"]
+        self.next_index = state["next"]
+        self.truncated = state["truncated"]
+        for index in state["waiting"]:
+            self._render_to_buffer(index)
 
-    def _restore_resharded(self, states: Sequence[dict[str, Any]], rank: int) -> None:
-        """Another number of ranks: waiting documents are dealt anew; the least advanced rank says where to read on."""
-        start = min(state["unit"] for state in states)
-        self.unit = start + (rank - start) % self.stride
-        pool = [document for state in states for document in _waiting(state)]
-        self.waiting = BestFit(pool[rank :: self.world_size])
+    def _num_packed(self) -> int:
+        return self.next_index - len(self.buffer)
+
+    def _progress(self, num_steps: int) -> float:
+        """The fraction of the run that is done: of the steps, or of the conversations where one pass is made."""
+        if num_steps != -1:
+            return self.step / num_steps
+        if len(self.conversations) == 0:
+            return 1.0
+        return self._num_packed() / len(self.conversations)
+
+    def _pack_row(self, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets, (T,) each, of one row of whole conversations."""
+        self._fill_buffer(one_pass=num_steps == -1)
+        row = np.full(self.sequence_len + 1, self.tokenizer.bos)  # any token can pad: padding is not a target
+        supervised = np.zeros(self.sequence_len + 1, dtype=bool)
+        filled = 0
+        while (conversation := self.buffer.pop_longest(len(row) - filled)) is not None:
+            _, ids, mask = conversation
+            row[filled : filled + len(ids)] = ids
+            supervised[filled : filled + len(ids)] = mask
+            filled += len(ids)
+        return row[:-1], np.where(supervised[1:], row[1:], -1)
+
+    def _fill_buffer(self, one_pass: bool) -> None:
+        """
+        Render conversations until the buffer has enough to choose from. A pass is packed completely before the next one
+        starts: otherwise long conversations of the next pass could crowd out this one's short ones.
+        """
+        while len(self.buffer) < MIN_CONVERSATIONS_IN_BUFFER:
+            pass_is_over = self.next_index > 0 and self.next_index % len(self.conversations) == 0
+            if pass_is_over and (one_pass or len(self.buffer) > 0):
+                return
+            self.truncated += self._render_to_buffer(self.next_index)
+            self.next_index += 1
+
+    def _render_to_buffer(self, index: int) -> bool:
+        """Add a conversation, truncated to a row, to the buffer; return whether it was too long."""
+        ids, mask = render(self.conversations[index % len(self.conversations)], self.tokenizer)
+        row_length = self.sequence_len + 1
+        self.buffer.add((index, ids[:row_length], mask[:row_length]), min(len(ids), row_length))
+        return len(ids) > row_length
+
+    def _micro_batches(self, rows: list[tuple[np.ndarray, np.ndarray]], num_targets: int) -> list[MicroBatch]:
+        """Group rows into micro-batches; leave out those without a target."""
+        micro_batches = []
+        for first in range(0, len(rows), self.batch_size):
+            inputs, targets = zip(*rows[first : first + self.batch_size], strict=True)
+            x_BT = torch.from_numpy(np.stack(inputs))
+            y_BT = torch.from_numpy(np.stack(targets))
+            if (y_BT >= 0).any():
+                micro_batches.append((x_BT, y_BT, num_targets))
+        return micro_batches
 
 
-def _waiting(state: dict[str, Any]) -> list[np.ndarray]:
-    lengths = state["waiting_lengths"].numpy()
-    return np.split(state["waiting"].numpy(), np.cumsum(lengths)[:-1]) if len(lengths) else []
-
-
-def pretrain_steps(loader: PretrainLoader, accumulation: int, num_iterations: int, first: int = 0) -> Iterator[Step]:
-    """One Step per optimizer update from update `first` on; a micro-batch is (inputs, targets, targets in the step)."""
-    num_tokens = loader.batch_size * loader.sequence_len * accumulation * loader.world_size
-    for i in range(first, num_iterations):
-        micro_batches = [(*loader.batch(), num_tokens) for _ in range(accumulation)]
-        yield Step(micro_batches, i / num_iterations, num_tokens, loader.state(), str(loader.position()))
-
-
-def conversation_steps(
-    conversations: Sequence[dict[str, Any]],
-    tokenizer: Tokenizer,
-    device_batch_size: int,
-    sequence_len: int,
-    accumulation: int,
-    rank: int = 0,
-    world_size: int = 1,
-    num_iterations: int = -1,
-    state: dict[str, Any] | None = None,
-) -> Iterator[Step]:
+def to_device(step: Step, device: torch.device) -> Step:
     """
-    Fine-tuning: one pass over the conversations, or num_iterations updates over as many passes as that takes. Every
-    rank packs all rows and takes its own from each update, so progress and learning rate are the same on all ranks, and
-    the data does not depend on their number. A conversation longer than a row is cut there, and counted. UserError when
-    there is nothing to learn, and for a state that belongs to other conversations.
-    """
-    total = len(conversations)
-    state = state or {"total": total, "next": 0, "step": 0, "truncated": 0, "waiting": []}
-    if state["total"] != total:
-        raise UserError(f"the run was over {state['total']} conversations, here are {total}: resume with its own flags")
-    next_index, step, truncated = state["next"], state["step"], state["truncated"]
-    last_useful = next_index - len(state["waiting"])  # conversations packed when a step last had a target
-    waiting = BestFit()
-
-    def add(index: int) -> int:
-        ids, mask = render(conversations[index % total], tokenizer)
-        waiting.add((index, ids[: sequence_len + 1], mask[: sequence_len + 1]), min(len(ids), sequence_len + 1))
-        return int(len(ids) > sequence_len + 1)
-
-    for index in state["waiting"]:
-        add(index)  # rendered anew rather than saved
-    rows_per_rank = device_batch_size * accumulation
-    end = float("inf") if num_iterations > 0 else total
-    while step < num_iterations if num_iterations > 0 else (waiting or next_index < end):
-        progress = step / num_iterations if num_iterations > 0 else (next_index - len(waiting)) / total
-        rows = []
-        for _ in range(rows_per_rank * world_size):
-            # A pass ends before the next begins: else the long ones of the next could crowd out this one's short ones.
-            while len(waiting) < MIN_WAITING_CONVERSATIONS and next_index < end and (next_index % total or not waiting):
-                truncated += add(next_index)
-                next_index += 1
-            rows.append(_padded_row(waiting, sequence_len, tokenizer.bos))
-        num_targets = int(sum((targets >= 0).sum() for _, targets in rows))
-        if not num_targets:
-            if next_index - len(waiting) - last_useful >= total:
-                raise UserError("no conversation has a reply to learn from: look at the data with show_conversation")
-            continue
-        step, last_useful = step + 1, next_index - len(waiting)
-        arrivals = [index for index, _, _ in waiting.documents.values()]
-        data_state = {"total": total, "next": next_index, "step": step, "truncated": truncated, "waiting": arrivals}
-        mine = rows[rank * rows_per_rank : (rank + 1) * rows_per_rank]
-        position = f"conversation {next_index}, {truncated} cut at {sequence_len} tokens"
-        micro_batches = _micro_batches(mine, device_batch_size, num_targets)
-        yield Step(micro_batches, progress, len(rows) * sequence_len, data_state, position)
-
-
-def _micro_batches(rows: list[tuple[np.ndarray, np.ndarray]], batch_size: int, num_targets: int) -> list[Any]:
-    """Rows (inputs, targets) as micro-batches; those without a target are left out."""
-    batches = []
-    for first in range(0, len(rows), batch_size):
-        inputs, targets = zip(*rows[first : first + batch_size], strict=True)
-        x_BT, y_BT = torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(targets))
-        if (y_BT >= 0).any():
-            batches.append((x_BT, y_BT, num_targets))
-    return batches
-
-
-def _padded_row(waiting: BestFit, sequence_len: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets (T,) of one row of whole conversations."""
-    ids, mask = np.full(sequence_len + 1, pad), np.zeros(sequence_len + 1, dtype=bool)
-    filled = 0
-    while (document := waiting.pop_longest(len(ids) - filled)) is not None:
-        _, some_ids, some_mask = document
-        ids[filled : filled + len(some_ids)] = some_ids
-        mask[filled : filled + len(some_ids)] = some_mask
-        filled += len(some_ids)
-    return ids[:-1], np.where(mask[1:], ids[1:], -1)
-
-
-def on_device(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
-    """
-    The steps with their tensors on the device. On CUDA through pinned memory, without waiting; torch's pinned allocator
-    hands a buffer out again only when its copy is done.
+    The step with its tensors on the device. On CUDA the copies are asynchronous, from pinned memory. Torch's pinned
+    allocator reuses a buffer only after its copy has finished, so no buffer is overwritten while it is being copied.
     """
 
     def move(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+        if device.type == "cuda":
+            value = value.pin_memory()
+        return value.to(device, non_blocking=True)
 
-    for step in steps:
-        yield replace(step, micro_batches=[tuple(map(move, batch)) for batch in step.micro_batches])
+    micro_batches = [tuple(move(value) for value in micro_batch) for micro_batch in step.micro_batches]
+    return replace(step, micro_batches=micro_batches)
 
 
-def prefetch(items: Iterator[T], size: int = 2) -> Iterator[T]:
-    """Runs an iterator in a thread, up to `size` items ahead; its exception is raised here, in its place."""
-    ready: queue.Queue[Callable[[], T]] = queue.Queue()
-    room = threading.Semaphore(size)
-    stopped = threading.Event()
+def prefetch(steps: Iterator[Step], device: torch.device, ahead: int = 2) -> Iterator[Step]:
+    """
+    Yield the steps with their tensors on the device. A thread builds up to `ahead` of them while the current one is
+    trained on, so that tokenizing and packing do not delay the GPU. An exception is raised at the step that failed.
+    """
 
-    def work() -> None:
-        while room.acquire() and not stopped.is_set():
-            try:
-                item = next(items)
-                ready.put(lambda item=item: item)  # type: ignore[misc]
-            except BaseException as error:  # noqa: BLE001  raised again on the other side, the end of items included
-                ready.put(lambda error=error: _raise(error))  # type: ignore[misc]
-                return
+    def build_next() -> Step | None:
+        step = next(steps, None)
+        return None if step is None else to_device(step, device)
 
-    threading.Thread(target=work, daemon=True).start()
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
     try:
-        while True:
-            try:
-                item = ready.get()()
-            except StopIteration:
-                return
-            yield item
-            room.release()
+        pending = deque(executor.submit(build_next) for _ in range(ahead))
+        while (step := pending.popleft().result()) is not None:
+            pending.append(executor.submit(build_next))
+            yield step
     finally:
-        stopped.set()
-        room.release()
-
-
-def _raise(error: BaseException) -> Any:
-    raise error
+        executor.shutdown(cancel_futures=True)

@@ -133,8 +133,9 @@ def bits_per_byte(
     num_batches = max(1, flags.split_tokens // (B * T * dist.world_size))
     numbers = {}
     for split, files in zip(("train", "val"), shards, strict=True):
-        batches = PretrainLoader(tokenizer, RowGroups(files), B, T, dist.rank, dist.world_size).batches()
-        numbers[f"{split} bpb"] = evaluate_bpb(model, islice(batches, num_batches), tokenizer.token_bytes(), dist)
+        loader = PretrainLoader(tokenizer, RowGroups(files), batch_size=B, sequence_len=T, dist=dist)
+        batches = islice(loader.batches(), num_batches)
+        numbers[f"{split} bpb"] = evaluate_bpb(model, batches, tokenizer.token_bytes(), dist)
         dist.print0(f"{split} bits per byte: {numbers[f'{split} bpb']:.4f}")
     return numbers
 

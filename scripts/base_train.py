@@ -13,7 +13,7 @@ from itertools import islice
 from nanochat import attention, dataset, distributed, fp8, hardware, recipe
 from nanochat.cli import command, flag
 from nanochat.common import human
-from nanochat.dataloader import PretrainLoader, on_device, prefetch, pretrain_steps
+from nanochat.dataloader import PretrainLoader, prefetch
 from nanochat.dataset import RowGroups
 from nanochat.engine import Engine, sample_prompts
 from nanochat.eval.bpb import evaluate_bpb
@@ -86,9 +86,10 @@ def main(flags: Flags) -> None:
             settings.rates(), plan.batch_factor, config, plan.weight_decay, flags.compile,
             seed=flags.seed, fp8=flags.fp8, attention=flags.attention, flops=plan.flops,
         )  # fmt: skip
-        loader = PretrainLoader(tokenizer, RowGroups(train_shards), B, T, dist.rank, dist.world_size, run.data_states)
-        data_steps = pretrain_steps(loader, accumulation, plan.num_iterations, run.state.step)
-        steps = prefetch(on_device(data_steps, dist.device))
+        loader = PretrainLoader(
+            tokenizer, RowGroups(train_shards), batch_size=B, sequence_len=T, dist=dist, states=run.data_states
+        )
+        steps = prefetch(loader.steps(accumulation, plan.num_iterations, run.state.step), dist.device)
         logger = run.logger(flags.run, plan.num_iterations)
         dist.print0(
             f"{tag}: {human(param_counts(plan.model)['total'])} parameters, {plan.num_iterations} updates of "
@@ -98,9 +99,9 @@ def main(flags: Flags) -> None:
 
         # run
         def evaluate(state: TrainState) -> dict[str, float]:
-            batches = PretrainLoader(tokenizer, RowGroups(val_shards), B, T, dist.rank, dist.world_size).batches()
+            val_loader = PretrainLoader(tokenizer, RowGroups(val_shards), batch_size=B, sequence_len=T, dist=dist)
             num_batches = max(1, flags.eval_tokens // (B * T * dist.world_size))
-            bpb = evaluate_bpb(run.eval_model, islice(batches, num_batches), tokenizer.token_bytes(), dist)
+            bpb = evaluate_bpb(run.eval_model, islice(val_loader.batches(), num_batches), tokenizer.token_bytes(), dist)
             return {"val/bpb": bpb}
 
         def sample(state: TrainState) -> dict[str, float]:

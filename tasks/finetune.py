@@ -9,7 +9,7 @@ from typing import Any
 from nanochat import checkpoint_manager, distributed, hardware
 from nanochat.cli import flag
 from nanochat.common import UserError, human
-from nanochat.dataloader import conversation_steps, on_device, prefetch
+from nanochat.dataloader import ConversationLoader, prefetch
 from nanochat.eval.bpb import evaluate_bpb
 from nanochat.gpt import flops_per_token
 from nanochat.logging import check_wandb
@@ -79,9 +79,10 @@ def finetune(stage: str, source_stage: str, flags: Flags) -> None:
         num_tokens = flags.num_iterations * settings.total_batch_size if flags.num_iterations > 0 else math.inf
         flops = num_tokens * flops_per_token(source.config)  # of one pass nobody knows before it is rendered
         run = start.build(rates, settings.batch_factor, config, 0.0, flags.compile, flags.load_optimizer, flops=flops)
-        shape = (tokenizer, B, T, accumulation, dist.rank, dist.world_size)
-        data_steps = conversation_steps(train_data, *shape, flags.num_iterations, (run.data_states or [None])[0])
-        steps = prefetch(on_device(data_steps, dist.device))
+        loader = ConversationLoader(
+            tokenizer, train_data, batch_size=B, sequence_len=T, dist=dist, states=run.data_states
+        )
+        steps = prefetch(loader.steps(accumulation, flags.num_iterations), dist.device)
         logger = run.logger(flags.run, max(flags.num_iterations, 0))
         dist.print0(
             f"{tag} from {begun_from}: {human(len(train_data))} conversations, updates of "
@@ -91,9 +92,8 @@ def finetune(stage: str, source_stage: str, flags: Flags) -> None:
 
         # run
         def evaluate(state: TrainState) -> dict[str, float]:
-            val_steps = conversation_steps(val_data, tokenizer, B, T, 1, dist.rank, dist.world_size)
-            batches = ((x, y) for step in val_steps for x, y, _ in step.micro_batches)
-            return {"val/bpb": evaluate_bpb(run.eval_model, batches, tokenizer.token_bytes(), dist)}
+            val_loader = ConversationLoader(tokenizer, val_data, batch_size=B, sequence_len=T, dist=dist)
+            return {"val/bpb": evaluate_bpb(run.eval_model, val_loader.batches(), tokenizer.token_bytes(), dist)}
 
         hooks = [Hook(flags.eval_every, evaluate), run.save_hook(flags.save_every)]
         state = run.train(steps, token_loss, finetune_schedule, hooks, logger)

@@ -13,7 +13,8 @@ import torch
 from factories import tiny_config
 
 from nanochat import attention, dataset, recipe
-from nanochat.dataloader import PretrainLoader, pretrain_steps
+from nanochat.dataloader import PretrainLoader
+from nanochat.distributed import Dist
 from nanochat.gpt import GPT
 from nanochat.muon import build_optimizer
 from nanochat.primer import documents as primer
@@ -80,7 +81,9 @@ def test_nanochat_side_has_the_loss_curve_of_the_plain_side(base_dir, tmp_path):
         (bench_train.nanochat_side, "float32"),
         (bench_train.nanochat_side, "bfloat16"),
     ):
-        steps = pretrain_steps(PretrainLoader(tokenizer, dataset.RowGroups(shards), 4, 256), 1, 50)
+        row_groups, dist = dataset.RowGroups(shards), Dist(torch.device("cpu"))
+        loader = PretrainLoader(tokenizer, row_groups, batch_size=4, sequence_len=256, dist=dist)
+        steps = loader.steps(accumulation=1, num_steps=50)
         flags = bench_train.Flags(compile=False, total_batch_size=1024, dtype=dtype, attention="blocks")
         with torch.random.fork_rng():
             side = make_side(flags, config, torch.device("cpu"), tokenizer, steps)

@@ -97,7 +97,8 @@ def test_golden_modern_bits_per_byte(base_dir, golden_tokenizer):
     assert not model.training
     B, T = expected["device_batch_size"], expected["max_seq_len"]
     _, val_shards = split_shards(golden("packing/data"))
-    batches = PretrainLoader(golden_tokenizer, RowGroups(val_shards), B, T).batches()
+    loader = PretrainLoader(golden_tokenizer, RowGroups(val_shards), batch_size=B, sequence_len=T, dist=Dist(CPU))
+    batches = loader.batches()
     bpb = evaluate_bpb(
         model, islice(batches, expected["eval_tokens"] // (B * T)), golden_tokenizer.token_bytes(), Dist(CPU)
     )

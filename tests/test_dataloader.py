@@ -1,5 +1,5 @@
 """
-Packing: golden batches, a linear scan as the reference, resume, ranks; conversations; the prefetch thread.
+Data loaders: golden batches, packing against a linear scan, exact resume, ranks, conversations, prefetching.
 
     python -m pytest tests/test_dataloader.py
 """
@@ -13,19 +13,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import golden
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from nanochat import dataloader
 from nanochat.common import UserError
 from nanochat.conversation import render
-from nanochat.dataloader import BestFit, PretrainLoader, conversation_steps, on_device, prefetch, pretrain_steps
+from nanochat.dataloader import ConversationLoader, PackingBuffer, PretrainLoader, prefetch, to_device
 from nanochat.dataset import RowGroups, split_shards
+from nanochat.distributed import Dist
 from nanochat.train import Step
 
 BOS = 0
+CPU = torch.device("cpu")
 
 
-class Numbers:
-    """A tokenizer of texts that are numbers already."""
+class NumberTokenizer:
+    """A tokenizer for texts that are token ids already."""
 
     bos = BOS
 
@@ -33,196 +37,306 @@ class Numbers:
         return [[int(word) for word in text.split()] for text in texts]
 
 
-class Units:
-    """Row groups in memory that note which rank read what."""
+class InMemoryRowGroups:
+    """Stands in for dataset.RowGroups and counts the reads of each row group."""
 
-    def __init__(self, units):
-        self.units, self.read = units, Counter()
+    def __init__(self, row_groups):
+        self.row_groups, self.reads = row_groups, Counter()
 
     def __len__(self):
-        return len(self.units)
+        return len(self.row_groups)
 
-    def position(self, unit):
-        return 0, unit
+    def position(self, index):
+        return 0, index
 
-    def texts(self, unit):
-        self.read[unit] += 1
-        return self.units[unit]
+    def texts(self, index):
+        self.reads[index] += 1
+        return self.row_groups[index]
 
 
-def random_units(num_units, texts_per_unit, longest=40, seed=0):
-    """Documents whose first number is their own, so that each can be recognized."""
+def pretrain_loader(row_groups, batch_size, sequence_len, *, rank=0, world_size=1, states=()):
+    return PretrainLoader(
+        NumberTokenizer(),
+        InMemoryRowGroups(row_groups) if isinstance(row_groups, list) else row_groups,
+        batch_size=batch_size,
+        sequence_len=sequence_len,
+        dist=Dist(CPU, rank, world_size),
+        states=states,
+    )
+
+
+def random_row_groups(num_row_groups, texts_per_row_group, longest=40, seed=0):
+    """Texts that start with a serial number, by which a document is recognised in a batch."""
     generator = np.random.default_rng(seed)
-    serial = iter(range(1, 10**9))
+    serial_numbers = iter(range(1, 10**9))
 
     def text():
         filler = generator.integers(10**6, 2 * 10**6, generator.integers(0, longest))
-        return " ".join(map(str, [next(serial), *filler]))
+        return " ".join(map(str, [next(serial_numbers), *filler]))
 
-    return [[text() for _ in range(texts_per_unit)] for _ in range(num_units)]
-
-
-def batches_equal(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    return [[text() for _ in range(texts_per_row_group)] for _ in range(num_row_groups)]
 
 
-def serials(documents):
+def serial_numbers(documents):
     return [int(document[1]) for document in documents]
+
+
+def assert_same_batch(batch, expected):
+    for tensor, expected_tensor in zip(batch, expected, strict=True):
+        assert torch.equal(tensor, expected_tensor)
+
+
+def assert_same_step(step, expected):
+    assert (step.progress, step.num_tokens, step.position) == (
+        expected.progress,
+        expected.num_tokens,
+        expected.position,
+    )
+    for (x, y, num_targets), (x_expected, y_expected, num_expected) in zip(
+        step.micro_batches, expected.micro_batches, strict=True
+    ):
+        assert_same_batch((x, y), (x_expected, y_expected))
+        assert num_targets == num_expected
+
+
+# ---- the packing buffer ----
+
+
+def test_packing_buffer_equal_lengths_returns_oldest():
+    buffer = PackingBuffer(["bb", "a", "cc", "dddd"])
+    assert [buffer.pop_longest(3), buffer.pop_longest(3), buffer.pop_longest(0)] == ["bb", "cc", None]
+    assert [buffer.pop_shortest(), buffer.pop_shortest(), len(buffer)] == ["a", "dddd", 0]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["add", "longest", "shortest"]), st.integers(1, 12)), max_size=60))
+def test_packing_buffer_any_operations_equals_linear_scan(operations):
+    buffer, expected = PackingBuffer(), []
+    for serial_number, (operation, length) in enumerate(operations):
+        if operation == "add":
+            document = [serial_number] * length
+            buffer.add(document, length)
+            expected.append(document)
+        elif operation == "longest":
+            fitting = [document for document in expected if len(document) <= length]
+            best = max(fitting, key=len, default=None)  # the first of the longest
+            if best is not None:
+                expected.remove(best)
+            assert buffer.pop_longest(length) == best
+        elif expected:
+            best = min(expected, key=len)
+            expected.remove(best)
+            assert buffer.pop_shortest() == best
+        assert list(buffer) == expected
 
 
 # ---- pretraining ----
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_golden_packing(golden_tokenizer, split):
+def test_pretrain_loader_golden_shards_gives_golden_batches(golden_tokenizer, split):
     train, val = split_shards(golden("packing/data"))
-    loader = PretrainLoader(golden_tokenizer, RowGroups(train if split == "train" else val), 4, 128)
+    row_groups = RowGroups(train if split == "train" else val)
+    loader = PretrainLoader(golden_tokenizer, row_groups, batch_size=4, sequence_len=128, dist=Dist(CPU))
     for x, y, position in torch.load(golden("packing/batches_B4_T128.pt"), weights_only=True)[split]:
-        ours_x, ours_y = loader.batch()
-        assert torch.equal(ours_x, x.long()) and torch.equal(ours_y, y.long())
-        expected = {"shard": position["pq_idx"], "row_group": position["rg_idx"], "epoch": position["epoch"]}
-        assert loader.position() == expected
+        assert_same_batch(loader.next_batch(), (x.long(), y.long()))
+        assert loader.position() == (position["pq_idx"], position["rg_idx"], position["epoch"])
 
 
-def naive_rows(units, num_rows, row_length):
-    """The definition: the first of the longest that fit, found by looking at all; else the shortest, cropped."""
+def rows_by_linear_scan(row_groups, num_rows, row_length):
+    """The definition of best fit: the first of the longest documents that fit, else the shortest one, cropped."""
 
-    def documents():
+    def batches_of_documents():
         while True:
-            for texts in units:
+            for texts in row_groups:
                 for first in range(0, len(texts), dataloader.TEXTS_PER_CALL):
-                    some = texts[first : first + dataloader.TEXTS_PER_CALL]
-                    yield [[BOS, *ids] for ids in Numbers().encode_batch(some)]
+                    some_texts = texts[first : first + dataloader.TEXTS_PER_CALL]
+                    yield [[BOS, *ids] for ids in NumberTokenizer().encode_batch(some_texts)]
 
-    source, waiting, rows = documents(), [], []
+    source, buffer, rows = batches_of_documents(), [], []
     for _ in range(num_rows):
         row = []
         while len(row) < row_length:
-            while len(waiting) < dataloader.MIN_WAITING:
-                waiting.extend(next(source))
+            while len(buffer) < dataloader.MIN_DOCUMENTS_IN_BUFFER:
+                buffer.extend(next(source))
             room = row_length - len(row)
-            fitting = [len(document) for document in waiting if len(document) <= room]
-            length = max(fitting) if fitting else min(len(document) for document in waiting)
-            best = next(i for i, document in enumerate(waiting) if len(document) == length)
-            row += waiting.pop(best)[:room]
+            fitting = [len(document) for document in buffer if len(document) <= room]
+            length = max(fitting) if fitting else min(len(document) for document in buffer)
+            best = next(i for i, document in enumerate(buffer) if len(document) == length)
+            row += buffer.pop(best)[:room]
         rows.append(row)
     return torch.tensor(rows)
 
 
-@pytest.mark.parametrize("units, texts, longest, length", [(3, 700, 40, 64), (1, 130, 100, 33), (5, 300, 200, 50)])
-def test_packing_equals_a_linear_scan(units, texts, longest, length):
-    units = random_units(units, texts, longest)
-    loader = PretrainLoader(Numbers(), Units(units), 6, length)
-    expected = naive_rows(units, 24, length + 1)
-    for i in range(4):
-        x, y = loader.batch()
-        rows = expected[6 * i : 6 * i + 6]
-        assert torch.equal(x, rows[:, :-1]) and torch.equal(y, rows[:, 1:])
+@settings(max_examples=15, deadline=None)
+@given(
+    num_row_groups=st.integers(1, 5),
+    texts_per_row_group=st.integers(100, 500),
+    longest=st.integers(2, 200),
+    sequence_len=st.integers(1, 80),
+    seed=st.integers(0, 1000),
+)
+def test_pretrain_loader_any_lengths_equals_linear_scan(
+    num_row_groups, texts_per_row_group, longest, sequence_len, seed
+):
+    row_groups = random_row_groups(num_row_groups, texts_per_row_group, longest, seed)
+    loader = pretrain_loader(row_groups, 6, sequence_len)
+    expected = rows_by_linear_scan(row_groups, 12, sequence_len + 1)
+    for first in (0, 6):
+        x, y = loader.next_batch()
+        rows = expected[first : first + 6]
+        assert_same_batch((x, y), (rows[:, :-1], rows[:, 1:]))
         assert (x[:, 0] == BOS).all()
 
 
-def test_best_fit_takes_the_oldest_among_equals():
-    waiting = BestFit(["bb", "a", "cc", "dddd"])
-    assert [waiting.pop_longest(3), waiting.pop_longest(3), waiting.pop_longest(0)] == ["bb", "cc", None]
-    assert [waiting.pop_shortest(), waiting.pop_shortest(), len(waiting)] == ["a", "dddd", 0]
+@settings(max_examples=15, deadline=None)
+@given(longest=st.integers(2, 200), sequence_len=st.integers(8, 80), seed=st.integers(0, 1000))
+def test_pretrain_loader_one_epoch_neither_loses_nor_repeats_documents(longest, sequence_len, seed):
+    row_groups = random_row_groups(2, 1500, longest, seed)
+    ids_by_serial = {int(text.split()[0]): text.split() for texts in row_groups for text in texts}
+    loader = pretrain_loader(row_groups, 8, sequence_len)
+    found, num_hidden = Counter(), 0
+    while loader.row_group < 2:  # the first epoch
+        x, y = loader.next_batch()
+        for row in torch.cat([x, y[:, -1:]], dim=1).tolist():
+            starts = [i for i, token in enumerate(row) if token == BOS] + [len(row)]
+            for start, end in zip(starts, starts[1:], strict=False):
+                document = row[start + 1 : end]
+                if not document:  # cropped to its BOS: its serial number does not show
+                    num_hidden += 1
+                    continue
+                expected = [int(token) for token in ids_by_serial[document[0]]]
+                assert document == expected[: len(document)]
+                assert len(document) == len(expected) or end == len(row)  # only a row's last document is cropped
+                found[document[0]] += 1
+    found.update(serial_numbers(loader.buffer))
+    num_read = len(found) + num_hidden
+    assert set(found.values()) == {1}
+    assert num_read >= len(ids_by_serial)
+    assert len(ids_by_serial.keys() - found.keys()) <= num_hidden
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 7])
 @pytest.mark.parametrize("rank, world_size", [(0, 1), (1, 2)])
-def test_resumed_batches_are_bitwise_the_same(after, rank, world_size):
-    units = random_units(7, 333)
-    loader = PretrainLoader(Numbers(), Units(units), 4, 48, rank, world_size)
-    peer = PretrainLoader(Numbers(), Units(units), 4, 48, 1 - rank, world_size) if world_size > 1 else None
+def test_pretrain_loader_resumed_continues_bitwise(after, rank, world_size):
+    row_groups = random_row_groups(7, 333)
+    loaders = [pretrain_loader(row_groups, 4, 48, rank=r, world_size=world_size) for r in range(world_size)]
+    loader = loaders[rank]
     for _ in range(after):
-        loader.batch()
-    states = [loader.state()] if peer is None else [peer.state(), loader.state()]
-    again = PretrainLoader(Numbers(), Units(units), 4, 48, rank, world_size, states)
+        loader.next_batch()
+    states = [one.state() for one in loaders]
+    resumed = pretrain_loader(row_groups, 4, 48, rank=rank, world_size=world_size, states=states)
     for _ in range(12):
-        assert batches_equal(loader.batch(), again.batch())
-        assert loader.position() == again.position()
+        assert_same_batch(resumed.next_batch(), loader.next_batch())
+        assert resumed.position() == loader.position()
 
 
-def test_more_ranks_than_row_groups_share_their_texts():
-    units = random_units(2, 50)
+def test_pretrain_loader_state_of_older_checkpoint_is_restored():
+    """The keys and types of the data state are a file format."""
+    documents = [[BOS, serial_number, 7, 7] for serial_number in range(1, 1001)]
+    state = {
+        "num_units": 2,
+        "unit": 3,  # the second row group of the second epoch
+        "texts_done": 128,
+        "waiting": torch.tensor(documents, dtype=torch.int32).flatten(),
+        "waiting_lengths": torch.full((1000,), 4),
+    }
+    row_groups = [["1"] * 10, [f"{2000 + i} 7 7" for i in range(256)]]
+    loader = pretrain_loader(row_groups, 1, 7, states=[state])
+    x, y = loader.next_batch()
+    assert x.tolist() == [[BOS, 1, 7, 7, BOS, 2, 7]] and y.tolist() == [[1, 7, 7, BOS, 2, 7, 7]]
+    assert serial_numbers(loader.buffer) == [*range(3, 1001), *range(2128, 2256)]
+    assert loader.position() == (0, 1, 2)
+    saved = loader.state()
+    assert {key: saved[key] for key in ("num_units", "unit", "texts_done")} == {
+        "num_units": 2,
+        "unit": 4,
+        "texts_done": 0,
+    }
+    assert saved["waiting"].dtype == torch.int32 and saved["waiting_lengths"].dtype == torch.int64
+    assert len(saved["waiting"]) == saved["waiting_lengths"].sum() == 4 * len(loader.buffer)
+
+
+def test_pretrain_loader_state_of_other_shards_is_refused():
+    state = pretrain_loader(random_row_groups(3, 50), 2, 32).state()
+    with pytest.raises(UserError, match="other shards"):
+        pretrain_loader(random_row_groups(4, 50), 2, 32, states=[state])
+
+
+def test_pretrain_loader_more_ranks_than_row_groups_splits_their_texts():
+    row_groups = random_row_groups(2, 50)
     shares = []
     for rank in range(5):
-        loader = PretrainLoader(Numbers(), Units(units), 2, 32, rank, 5)
-        x, _ = loader.batch()
+        loader = pretrain_loader(row_groups, 2, 32, rank=rank, world_size=5)
+        x, _ = loader.next_batch()
         assert (x[:, 0] == BOS).all()
-        shares.append({tuple(document) for document in loader.waiting.documents.values()})
+        shares.append({tuple(document) for document in loader.buffer})
     for a, b in combinations(shares, 2):
         assert not a & b
 
 
-def test_no_text_for_a_rank_is_an_error_and_no_endless_search():
+@pytest.mark.parametrize("row_groups, rank, world_size", [([["1 2"], []], 1, 2), ([[], []], 0, 1)])
+def test_pretrain_loader_rank_without_text_raises(row_groups, rank, world_size):
     with pytest.raises(UserError, match="no text for this rank"):
-        PretrainLoader(Numbers(), Units([["1 2"], []]), 2, 32, 1, 2).batch()
-    with pytest.raises(UserError, match="no text for this rank"):
-        PretrainLoader(Numbers(), Units([[], []]), 2, 32).batch()
+        pretrain_loader(row_groups, 2, 32, rank=rank, world_size=world_size).next_batch()
 
 
-def test_a_place_in_other_shards_is_refused():
-    state = PretrainLoader(Numbers(), Units(random_units(3, 50)), 2, 32).state()
-    with pytest.raises(UserError, match="other shards"):
-        PretrainLoader(Numbers(), Units(random_units(4, 50)), 2, 32, states=[state])
-
-
-def test_ranks_read_disjoint_row_groups_and_together_all():
-    units = random_units(12, 400)
-    seen = []
+def test_pretrain_loader_ranks_read_disjoint_row_groups():
+    row_groups = random_row_groups(12, 400)
+    reads_by_rank = []
     for rank in range(3):
-        row_groups = Units(units)
-        loader = PretrainLoader(Numbers(), row_groups, 4, 64, rank, 3)
-        while loader.unit < 12:
-            loader.batch()
-        seen.append({unit for unit in row_groups.read if unit % 3 == rank})
-        assert all(unit % 3 == rank for unit in row_groups.read)
-    assert sorted(set().union(*seen)) == list(range(12))
+        source = InMemoryRowGroups(row_groups)
+        loader = pretrain_loader(source, 4, 64, rank=rank, world_size=3)
+        while loader.row_group < 12:
+            loader.next_batch()
+        assert all(index % 3 == rank for index in source.reads)
+        reads_by_rank.append(set(source.reads))
+    assert sorted(set().union(*reads_by_rank)) == list(range(12))
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (2, 3), (4, 2)])
-def test_another_number_of_ranks_loses_no_document(before, after):
-    units = random_units(24, 300)
-    loaders = [PretrainLoader(Numbers(), Units(units), 4, 64, rank, before) for rank in range(before)]
+def test_pretrain_loader_other_number_of_ranks_loses_no_document(before, after):
+    row_groups = random_row_groups(24, 300)
+    loaders = [pretrain_loader(row_groups, 4, 64, rank=rank, world_size=before) for rank in range(before)]
     trained, num_hidden = set(), 0
 
     def train(loader):
         nonlocal num_hidden
-        x, y = loader.batch()
+        x, y = loader.next_batch()
         trained.update(x.flatten().tolist(), y.flatten().tolist())
-        num_hidden += int((y[:, -1] == BOS).sum())  # a document cropped to its BOS does not show its number
+        num_hidden += int((y[:, -1] == BOS).sum())  # a document cropped to its BOS does not show its serial number
 
     for rank, loader in enumerate(loaders):
         for _ in range(5 + 20 * rank):  # some far ahead of the others
             train(loader)
-    waiting = [serial for loader in loaders for serial in serials(loader.waiting.documents.values())]
+    buffered = [number for loader in loaders for number in serial_numbers(loader.buffer)]
     states = [loader.state() for loader in loaders]
-    again = [PretrainLoader(Numbers(), Units(units), 4, 64, rank, after, states) for rank in range(after)]
-    dealt = [serial for loader in again for serial in serials(loader.waiting.documents.values())]
-    assert sorted(dealt) == sorted(waiting)
-    for loader in again:  # what was neither trained nor waits is still to be read
-        while loader.unit < len(units):
+    resumed = [pretrain_loader(row_groups, 4, 64, rank=r, world_size=after, states=states) for r in range(after)]
+    distributed = [number for loader in resumed for number in serial_numbers(loader.buffer)]
+    assert sorted(distributed) == sorted(buffered)
+    for loader in resumed:  # read the rest of the epoch
+        while loader.row_group < len(row_groups):
             train(loader)
-    waiting_now = {serial for loader in again for serial in serials(loader.waiting.documents.values())}
-    everything = {int(text.split()[0]) for texts in units for text in texts}
-    assert len(everything - trained - waiting_now) <= num_hidden
+    still_buffered = {number for loader in resumed for number in serial_numbers(loader.buffer)}
+    everything = {int(text.split()[0]) for texts in row_groups for text in texts}
+    assert len(everything - trained - still_buffered) <= num_hidden
 
 
-def test_pretrain_steps_count_what_the_loss_is_divided_by():
-    loader = PretrainLoader(Numbers(), Units(random_units(2, 600)), 3, 16, rank=1, world_size=2)
-    steps = list(pretrain_steps(loader, accumulation=4, num_iterations=10, first=7))
+def test_pretrain_steps_from_first_step_have_progress_and_token_counts():
+    loader = pretrain_loader(random_row_groups(2, 600), 3, 16, rank=1, world_size=2)
+    steps = list(loader.steps(accumulation=4, num_steps=10, first_step=7))
     assert [step.progress for step in steps] == [0.7, 0.8, 0.9]
     for step in steps:
         assert step.num_tokens == 3 * 16 * 4 * 2 and len(step.micro_batches) == 4
         assert {num_targets for _, _, num_targets in step.micro_batches} == {step.num_tokens}
     assert torch.equal(steps[-1].data_state["waiting"], loader.state()["waiting"])
+    assert steps[-1].position == "shard 0, row group 1, epoch 2"
 
 
 # ---- conversations ----
 
 
-def conversations(count, longest=60, seed=0):
-    """Each says its own number, so that it can be found again; a few have an empty reply: only the end is learned."""
+def make_conversations(count, longest=60, seed=0):
+    """Conversations that start with their own index; a few have an empty reply, of which only the end is trained on."""
     generator = np.random.default_rng(seed)
 
     def words(n):
@@ -239,13 +353,26 @@ def conversations(count, longest=60, seed=0):
     ]
 
 
+def make_steps(conversations, tokenizer, *, batch_size=2, sequence_len=200, accumulation=2, num_steps=-1, **options):
+    dist = Dist(CPU, options.get("rank", 0), options.get("world_size", 1))
+    loader = ConversationLoader(
+        tokenizer,
+        conversations,
+        batch_size=batch_size,
+        sequence_len=sequence_len,
+        dist=dist,
+        states=options.get("states", ()),
+    )
+    return list(loader.steps(accumulation, num_steps))
+
+
 def rows_of(step):
-    """The rows of a step: inputs and the last target on."""
+    """The (inputs, targets) rows of a step, over its micro-batches."""
     return [(x, y) for xs, ys, _ in step.micro_batches for x, y in zip(xs, ys, strict=True)]
 
 
-def texts_in(steps, bos):
-    """All conversations in the steps' inputs, as tuples of ids; what follows the last is padding."""
+def count_documents(steps, bos):
+    """All documents in the steps' inputs, as tuples of ids. What follows the last one of a row is padding."""
     found = Counter()
     for step in steps:
         for x, _ in rows_of(step):
@@ -255,114 +382,178 @@ def texts_in(steps, bos):
     return found
 
 
-def step_list(data, tokenizer, batch=2, length=200, accumulation=2, **options):
-    return list(conversation_steps(data, tokenizer, batch, length, accumulation, **options))
+def count_targets(steps):
+    return Counter(token for step in steps for _, y in rows_of(step) for token in y[y >= 0].tolist())
 
 
-def test_every_conversation_is_trained_whole_once(golden_tokenizer):
-    data = conversations(300)
-    rendered = [render(conversation, golden_tokenizer) for conversation in data]
+def count_supervised(rendered, sequence_len):
+    """The tokens to train on, of conversations that are cut to a row of sequence_len + 1."""
+    tokens = Counter()
+    for ids, mask in rendered:
+        tokens.update(token for token, m in list(zip(ids, mask, strict=True))[: sequence_len + 1] if m)
+    return tokens
+
+
+def test_conversation_loader_one_pass_contains_each_conversation_once(golden_tokenizer):
+    conversations = make_conversations(300)
+    rendered = [render(conversation, golden_tokenizer) for conversation in conversations]
     assert max(len(ids) for ids, _ in rendered) <= 600
-    steps = step_list(data, golden_tokenizer, length=600)
-    found = texts_in(steps, golden_tokenizer.bos)
+    steps = make_steps(conversations, golden_tokenizer, sequence_len=600)
+    found = count_documents(steps, golden_tokenizer.bos)
     for ids, _ in rendered:
-        # a row's last token is target only, so that of a conversation that ends there is not among the inputs
+        # The last token of a row is a target only, so a conversation that ends there is one shorter in the inputs.
         assert found[tuple(ids)] + found[tuple(ids[:-1])] == 1
-    learned = Counter(token for step in steps for _, y in rows_of(step) for token in y[y >= 0].tolist())
-    expected = Counter(token for ids, mask in rendered for token, m in zip(ids, mask, strict=True) if m)
-    assert learned == expected
     assert steps[-1].data_state["truncated"] == 0
 
 
-def test_targets_are_supervised_tokens_only_and_follow_their_inputs(golden_tokenizer):
-    for step in step_list(conversations(40), golden_tokenizer):
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    count=st.integers(1, 60),
+    longest=st.integers(2, 80),
+    sequence_len=st.integers(40, 300),
+    batch_size=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+)
+def test_conversation_loader_any_lengths_trains_on_each_supervised_token_once(
+    golden_tokenizer, count, longest, sequence_len, batch_size, seed
+):
+    conversations = make_conversations(count, longest, seed)
+    rendered = [render(conversation, golden_tokenizer) for conversation in conversations]
+    expected = count_supervised(rendered, sequence_len)
+    if not expected:  # every reply starts beyond the row
+        return
+    steps = make_steps(conversations, golden_tokenizer, sequence_len=sequence_len, batch_size=batch_size)
+    assert count_targets(steps) == expected
+    for step in steps:
+        for x, _ in rows_of(step):
+            assert len(x) == sequence_len and x[0] == golden_tokenizer.bos
+
+
+def test_conversation_loader_targets_are_supervised_tokens_after_their_inputs(golden_tokenizer):
+    for step in make_steps(make_conversations(40), golden_tokenizer):
         for x, y in rows_of(step):
             both = y[:-1] >= 0
             assert torch.equal(x[1:][both], y[:-1][both])
-            assert not (y == golden_tokenizer.bos).any()  # neither padding nor the start of the next one
+            assert not (y == golden_tokenizer.bos).any()  # neither padding nor the start of the next conversation
             assert not (y == golden_tokenizer.special("<|user_start|>")).any()
 
 
-def test_too_long_conversations_are_cut_at_the_row_and_counted(golden_tokenizer):
-    data = conversations(50)
-    lengths = [len(render(conversation, golden_tokenizer)[0]) for conversation in data]
-    length = sorted(lengths)[30]
-    steps = step_list(data, golden_tokenizer, length=length)
-    assert steps[-1].data_state["truncated"] == sum(n > length + 1 for n in lengths) > 0
-    assert str(steps[-1].data_state["truncated"]) in steps[-1].position
-    starts = sum(int((x == golden_tokenizer.bos).sum()) for step in steps for x, _ in rows_of(step))
-    assert starts >= len(data) - sum(step.num_tokens // length - len(rows_of(step)) for step in steps)
+def test_conversation_loader_too_long_conversations_are_truncated_and_counted(golden_tokenizer):
+    conversations = make_conversations(50)
+    rendered = [render(conversation, golden_tokenizer) for conversation in conversations]
+    lengths = [len(ids) for ids, _ in rendered]
+    sequence_len = sorted(lengths)[30]
+    steps = make_steps(conversations, golden_tokenizer, sequence_len=sequence_len)
+    assert steps[-1].data_state["truncated"] == sum(n > sequence_len + 1 for n in lengths) > 0
+    assert f"{steps[-1].data_state['truncated']} truncated" in steps[-1].position
+    assert count_targets(steps) == count_supervised(rendered, sequence_len)
 
 
-def test_every_supervised_token_of_a_step_weighs_the_same(golden_tokenizer):
-    for step in step_list(conversations(60), golden_tokenizer):
+def test_conversation_loader_micro_batches_share_the_number_of_targets_of_their_step(golden_tokenizer):
+    for step in make_steps(make_conversations(60), golden_tokenizer):
         supervised = sum(int((y >= 0).sum()) for _, y, _ in step.micro_batches)
         assert {num_targets for *_, num_targets in step.micro_batches} == {supervised}
         assert all((y >= 0).any() for _, y, _ in step.micro_batches)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_together_have_the_rows_of_one(golden_tokenizer, world_size):
-    data = conversations(120)
-    alone = step_list(data, golden_tokenizer, accumulation=4)
-    ranks = [
-        step_list(data, golden_tokenizer, accumulation=4 // world_size, rank=rank, world_size=world_size)
+def test_conversation_loader_ranks_together_have_the_rows_of_one_rank(golden_tokenizer, world_size):
+    conversations = make_conversations(120)
+    alone = make_steps(conversations, golden_tokenizer, accumulation=4)
+    by_rank = [
+        make_steps(conversations, golden_tokenizer, accumulation=4 // world_size, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
-    assert {len(steps) for steps in ranks} == {len(alone)}
-    for step, *parts in zip(alone, *ranks, strict=True):
+    assert {len(steps) for steps in by_rank} == {len(alone)}
+    for step, *parts in zip(alone, *by_rank, strict=True):
         micro_batches = [micro_batch for part in parts for micro_batch in part.micro_batches]
-        assert len(micro_batches) == len(step.micro_batches)
-        for ours, theirs in zip(step.micro_batches, micro_batches, strict=True):
-            assert batches_equal(ours[:2], theirs[:2]) and ours[2] == theirs[2]
+        for expected, actual in zip(step.micro_batches, micro_batches, strict=True):
+            assert_same_batch(actual[:2], expected[:2])
+            assert actual[2] == expected[2]
         assert {part.progress for part in parts} == {step.progress}
         assert {part.num_tokens for part in parts} == {step.num_tokens}
 
 
-@pytest.mark.parametrize("num_iterations", [-1, 25])
+@pytest.mark.parametrize("num_steps", [-1, 25])
 @pytest.mark.parametrize("after", [1, 4, 9])
-def test_resumed_fine_tuning_is_bitwise_the_same(golden_tokenizer, after, num_iterations):
-    data = conversations(330)
-    steps = step_list(data, golden_tokenizer, num_iterations=num_iterations)
-    again = step_list(data, golden_tokenizer, num_iterations=num_iterations, state=steps[after - 1].data_state)
-    assert len(again) == len(steps) - after > 0
-    for one, other in zip(steps[after:], again, strict=True):
-        assert one.progress == other.progress and one.data_state == other.data_state
-        for ours, theirs in zip(one.micro_batches, other.micro_batches, strict=True):
-            assert batches_equal(ours[:2], theirs[:2]) and ours[2] == theirs[2]
+def test_conversation_loader_resumed_continues_bitwise(golden_tokenizer, after, num_steps):
+    conversations = make_conversations(330)
+    steps = make_steps(conversations, golden_tokenizer, num_steps=num_steps)
+    state = steps[after - 1].data_state
+    resumed = make_steps(conversations, golden_tokenizer, num_steps=num_steps, states=[state])
+    assert len(resumed) == len(steps) - after > 0
+    for actual, expected in zip(resumed, steps[after:], strict=True):
+        assert_same_step(actual, expected)
+        assert actual.data_state == expected.data_state
 
 
-@pytest.mark.parametrize("num_iterations", [-1, 3, 40])
-def test_progress_grows_from_0_and_stays_below_1(golden_tokenizer, num_iterations):
-    steps = step_list(conversations(90), golden_tokenizer, num_iterations=num_iterations)
+def test_conversation_loader_state_of_older_checkpoint_is_restored(golden_tokenizer):
+    """The keys of the data state are a file format."""
+    conversations = make_conversations(10, longest=5)
+    state = {"total": 10, "next": 10, "step": 6, "truncated": 2, "waiting": [8, 3]}
+    (step,) = make_steps(conversations, golden_tokenizer, states=[state])
+    found = count_documents([step], golden_tokenizer.bos)
+    for index in (8, 3):
+        ids, _ = render(conversations[index], golden_tokenizer)
+        assert found[tuple(ids)] == 1
+    assert step.progress == 0.8
+    assert step.data_state == {"total": 10, "next": 10, "step": 7, "truncated": 2, "waiting": []}
+
+
+def test_conversation_loader_state_of_other_conversations_is_refused(golden_tokenizer):
+    state = make_steps(make_conversations(30), golden_tokenizer)[0].data_state
+    with pytest.raises(UserError, match="had 30 conversations, now there are 31"):
+        make_steps(make_conversations(31), golden_tokenizer, states=[state])
+
+
+@pytest.mark.parametrize("num_steps", [-1, 3, 40])
+def test_conversation_loader_progress_rises_from_0_and_stays_below_1(golden_tokenizer, num_steps):
+    steps = make_steps(make_conversations(90), golden_tokenizer, num_steps=num_steps)
     progress = [step.progress for step in steps]
     assert progress[0] == 0 and progress == sorted(progress) and progress[-1] < 1
-    if num_iterations > 0:
-        assert len(steps) == num_iterations
+    if num_steps > 0:
+        assert len(steps) == num_steps
 
 
-def test_steps_may_take_several_passes(golden_tokenizer):
-    data = conversations(20)
-    steps = step_list(data, golden_tokenizer, length=600, num_iterations=40)
-    passes = steps[-1].data_state["next"] // len(data)
+def test_conversation_loader_several_passes_use_all_conversations_equally(golden_tokenizer):
+    conversations = make_conversations(20)
+    steps = make_steps(conversations, golden_tokenizer, sequence_len=600, num_steps=40)
+    passes = steps[-1].data_state["next"] // len(conversations)
     assert passes > 2
     found = Counter()
-    for ids, count in texts_in(steps, golden_tokenizer.bos).items():
+    for ids, count in count_documents(steps, golden_tokenizer.bos).items():
         found[ids[:5]] += count
-    times = [found[tuple(render(conversation, golden_tokenizer)[0][:5])] for conversation in data]
-    assert passes - 1 <= min(times) and max(times) <= passes + 1  # all are seen equally often
+    times = [found[tuple(render(conversation, golden_tokenizer)[0][:5])] for conversation in conversations]
+    assert passes - 1 <= min(times) and max(times) <= passes + 1
 
 
-def test_a_batch_without_a_target_is_skipped(golden_tokenizer):
-    silent = [{"messages": [{"role": "user", "content": "apple " * 100}]}] * 3
-    answer = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "fig"}]
+def test_conversation_loader_batch_without_target_is_skipped(golden_tokenizer):
+    without_reply = [{"messages": [{"role": "user", "content": "apple " * 100}]}] * 3
     with pytest.raises(UserError, match="reply to learn from"):
-        step_list(silent, golden_tokenizer, length=64)
-    (step,) = step_list([*silent, {"messages": answer}], golden_tokenizer, batch=1, length=64, accumulation=1)
+        make_steps(without_reply, golden_tokenizer, sequence_len=64)
+    with_reply = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "fig"}]
+    conversations = [*without_reply, {"messages": with_reply}]
+    (step,) = make_steps(conversations, golden_tokenizer, batch_size=1, sequence_len=64, accumulation=1)
     assert step.micro_batches[0][2] > 0 and step.data_state["truncated"] == 3
 
 
+def test_conversation_loader_batches_are_one_pass(golden_tokenizer):
+    conversations = make_conversations(40)
+    loader = ConversationLoader(golden_tokenizer, conversations, batch_size=2, sequence_len=200, dist=Dist(CPU))
+    steps = make_steps(conversations, golden_tokenizer, accumulation=1)
+    for batch, step in zip(loader.batches(), steps, strict=True):
+        assert_same_batch(batch, step.micro_batches[0][:2])
+
+
 # ---- prefetch ----
+
+
+def make_step(number):
+    return Step([(torch.tensor([number]), torch.tensor([number + 1]), 1)], 0.0, 1, {"number": number})
+
+
+def numbers(steps):
+    return [step.data_state["number"] for step in steps]
 
 
 def wait_until(condition):
@@ -372,52 +563,51 @@ def wait_until(condition):
     return condition()
 
 
-def test_prefetch_keeps_the_order():
-    assert list(prefetch(iter(range(100)))) == list(range(100))
-    assert list(prefetch(iter([]))) == []
+@pytest.mark.parametrize("count", [0, 1, 2, 100])
+def test_prefetch_keeps_the_order(count):
+    assert numbers(prefetch(map(make_step, range(count)), CPU)) == list(range(count))
 
 
-def test_prefetch_raises_the_exception_in_its_place():
-    def broken():
-        yield 1
-        yield 2
+def test_prefetch_failing_source_raises_after_the_steps_before():
+    def source():
+        yield make_step(1)
+        yield make_step(2)
         raise ValueError("bad shard")
 
-    got = []
+    steps = prefetch(source(), CPU)
+    assert numbers(islice(steps, 2)) == [1, 2]
     with pytest.raises(ValueError, match="bad shard"):
-        for item in prefetch(broken()):
-            got.append(item)
-    assert got == [1, 2]
+        next(steps)
 
 
-def test_prefetch_runs_ahead_but_not_far():
-    made = []
+def test_prefetch_builds_a_bounded_number_of_steps_ahead():
+    built = []
 
     def source():
-        for i in range(50):
-            made.append(i)
-            yield i
+        for number in range(50):
+            built.append(number)
+            yield make_step(number)
 
-    items = prefetch(source(), size=3)
-    assert next(items) == 0
-    assert wait_until(lambda: len(made) == 3)
+    steps = prefetch(source(), CPU, ahead=3)
+    next(steps)
+    assert wait_until(lambda: len(built) == 4)  # the current one and three ahead
     time.sleep(0.05)
-    assert len(made) == 3
-    items.close()
+    assert len(built) == 4
+    steps.close()
 
 
-def test_prefetch_stops_its_thread_when_the_consumer_leaves():
+def test_prefetch_closed_ends_its_thread():
     before = set(threading.enumerate())
-    items = prefetch(iter(range(10**9)))
-    assert list(islice(items, 5)) == [0, 1, 2, 3, 4]
+    steps = prefetch(map(make_step, range(10**9)), CPU)
+    assert numbers(islice(steps, 5)) == [0, 1, 2, 3, 4]
     assert set(threading.enumerate()) - before
-    items.close()
+    steps.close()
     assert wait_until(lambda: not set(threading.enumerate()) - before)
 
 
-def test_on_device_moves_tensors_and_keeps_the_rest():
+def test_to_device_moves_tensors_and_keeps_the_rest():
     x = torch.arange(6).view(2, 3)
-    (step,) = on_device(iter([Step([(x, x + 1, 6)], 0.5, 6, {"unit": 1}, "here")]), torch.device("cpu"))
+    step = to_device(Step([(x, x + 1, 6)], 0.5, 6, {"unit": 1}, "here"), CPU)
     ((inputs, targets, num_targets),) = step.micro_batches
     assert torch.equal(inputs, x) and torch.equal(targets, x + 1) and num_targets == 6
     assert (step.progress, step.num_tokens, step.data_state, step.position) == (0.5, 6, {"unit": 1}, "here")

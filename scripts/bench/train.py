@@ -29,7 +29,7 @@ from nanochat import attention, dataset, hardware, recipe
 from nanochat.checkpoint_manager import CheckpointDir
 from nanochat.cli import command, flag
 from nanochat.common import human
-from nanochat.dataloader import PretrainLoader, on_device, prefetch, pretrain_steps
+from nanochat.dataloader import PretrainLoader, prefetch, to_device
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT, LOGIT_CAP, GPTConfig, flops_per_token
 from nanochat.loss import cross_entropy
@@ -174,7 +174,7 @@ def nanochat_side(
         hidden_NC, weight, y_N = hidden_BTC.flatten(0, 1), run.model.lm_head.weight, y_BT.flatten()
         return cross_entropy(hidden_NC, weight, y_N, config.vocab_size, LOGIT_CAP, "sum")
 
-    return Side(run.model, prefetch(steps), run.optimizer, loss, loss_alone)
+    return Side(run.model, prefetch(steps, device), run.optimizer, loss, loss_alone)
 
 
 def plain_side(
@@ -193,6 +193,7 @@ def plain_side(
         return loss_alone(model.hidden(x_BT), y_BT) / num_targets
 
     fast_loss = torch.compile(loss, dynamic=False) if flags.compile else loss
+    steps = (to_device(step, device) for step in steps)
     return Side(model, steps, optimizer, lambda batch: fast_loss(*batch), loss_alone)
 
 
@@ -225,9 +226,15 @@ def work(
     """
     os.environ["NANOCHAT_BASE_DIR"] = str(folder)  # the run writes its lock file there
     device, tokenizer = hardware.pick_device(flags.device), Tokenizer.load(folder)
-    loader = PretrainLoader(tokenizer, dataset.RowGroups(shards), flags.device_batch_size, flags.max_seq_len)
+    loader = PretrainLoader(
+        tokenizer,
+        dataset.RowGroups(shards),
+        batch_size=flags.device_batch_size,
+        sequence_len=flags.max_seq_len,
+        dist=Dist(device),
+    )
     micro_batches = flags.total_batch_size // (flags.device_batch_size * flags.max_seq_len)
-    steps = on_device(pretrain_steps(loader, micro_batches, 10**9), device)
+    steps = loader.steps(micro_batches, num_steps=10**9)
     side = make_side(flags, config, device, tokenizer, steps)
     train(side, 1, Stopwatch(device))
     to_first_step = time.time() - started
