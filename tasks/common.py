@@ -35,7 +35,7 @@ class Task(ABC):
     def is_correct(self, conversation: Conversation, completion: str) -> bool:
         raise TypeError(f"{type(self).__name__} has no right answers to judge by")
 
-    def judge(self, conversation: Conversation, completion: str) -> dict[str, Any]:
+    def grade(self, conversation: Conversation, completion: str) -> dict[str, Any]:
         """{"correct": …} and what else explains the verdict to a person. May be called from several threads."""
         return {"correct": self.is_correct(conversation, completion)}
 
@@ -81,8 +81,8 @@ class _Limited(Task):
     def is_correct(self, conversation: Conversation, completion: str) -> bool:
         return self.task.is_correct(conversation, completion)
 
-    def judge(self, conversation: Conversation, completion: str) -> dict[str, Any]:
-        return self.task.judge(conversation, completion)
+    def grade(self, conversation: Conversation, completion: str) -> dict[str, Any]:
+        return self.task.grade(conversation, completion)
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         return self.task.reward(conversation, completion)

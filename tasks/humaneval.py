@@ -42,7 +42,7 @@ class HumanEval(Task):
         """Whether the completed function passes the tests, in a sandbox. May be called from several threads."""
         return self.run(conversation, completion).passed
 
-    def judge(self, conversation: Conversation, completion: str) -> dict[str, Any]:
+    def grade(self, conversation: Conversation, completion: str) -> dict[str, Any]:
         """The verdict, the end of what was printed (mostly a traceback), and the protections that were on."""
         result = self.run(conversation, completion)
         details = {"outcome": result.outcome, "output": result.output[-KEPT_OUTPUT:]}

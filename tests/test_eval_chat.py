@@ -142,7 +142,7 @@ def test_answers_are_judged_at_the_same_time(engine):
     everyone = Barrier(module.JUDGES, timeout=30)
 
     class Patient(Written):
-        def judge(self, conversation, completion):
+        def grade(self, conversation, completion):
             everyone.wait()
             return {"correct": True, "waited": 1}
 

@@ -54,7 +54,7 @@ class Task(Protocol):
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
-    def judge(self, conversation: Mapping[str, Any], completion: str) -> dict[str, Any]: ...
+    def grade(self, conversation: Mapping[str, Any], completion: str) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def write(
     )
     texts = [spoken_text(completion.tokens, tokenizer) for completion in completions]
     with ThreadPoolExecutor(JUDGES) as pool:
-        verdicts = list(pool.map(task.judge, [conversations[i] for i, _ in order], texts))
+        verdicts = list(pool.map(task.grade, [conversations[i] for i, _ in order], texts))
     found = []
     for (i, j), completion, verdict in zip(order, completions, verdicts, strict=True):
         cut, prompt, answer = len(whole[i]) > room, tokenizer.decode(prompts[i]), tokenizer.decode(completion.tokens)
