@@ -248,7 +248,7 @@ class Engine:
     def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
         """
         Yields (index of the request, its next token, its completion so far) as tokens come, and once (index, None,
-        completion) when it has ended. UserError before anything is generated if a request makes no sense.
+        completion) when it has ended. UserError before anything is generated if a request is not valid.
         """
         assert not self.is_busy, "stream and generate have the engine to themselves"
         for i, request in enumerate(requests):
@@ -256,7 +256,7 @@ class Engine:
                 request.check(self.model.config)
             except UserError as error:
                 raise UserError(f"request {i}: {error}") from None
-        indices = {self.add(request): i for i, request in enumerate(requests)}
+        indices = {self.enqueue(request): i for i, request in enumerate(requests)}
         try:
             while self.is_busy:
                 for number, token, completion in self.step():
@@ -268,8 +268,12 @@ class Engine:
     # ---- step by step ----
 
     def add(self, request: Request) -> int:
-        """Queues a request; returns its number, which its events carry. UserError if it makes no sense."""
+        """Queues a request; returns its number, which its events carry. UserError if the request is not valid."""
         request.check(self.model.config)
+        return self.enqueue(request)
+
+    def enqueue(self, request: Request) -> int:
+        """Like `add`, for a request that the caller has already validated with Request.check."""
         row = Row(self.num_requests, request, ToolUse(self.tokenizer), self.model.config)
         self.num_requests += 1
         self.waiting.append(row)
