@@ -1,98 +1,125 @@
 #!/usr/bin/env bash
-# From nothing to a model that answers: environment, tokenizer, pretraining, fine-tuning, evaluation, a short chat.
+# The full pipeline: environment, tokenizer, pretraining, fine-tuning, evaluation, and a few questions to the new model.
 #
-#   bash speedrun.sh                                   # sized to this machine
-#   NANOCHAT_DATA_DIR=~/texts bash speedrun.sh         # pretrain on these parquet shards (column "text")
-#   NANOCHAT_DATASETS_DIR=~/hub bash speedrun.sh       # GSM8K, MMLU, … from a local mirror of the hub
-#   NANOCHAT_EVAL_BUNDLE=~/eval_bundle bash speedrun.sh   # CORE, from a folder of its tasks
-#   WANDB_RUN=first bash speedrun.sh                   # log to wandb
+#   bash speedrun.sh                                      # sized to this machine
+#   NANOCHAT_SPEEDRUN=tiny bash speedrun.sh               # all stages at toy size, in one or two minutes on two cores
+#   NANOCHAT_DATA_DIR=~/texts bash speedrun.sh            # pretrain on these parquet shards (column "text")
+#   NANOCHAT_DATASETS_DIR=~/hub bash speedrun.sh          # GSM8K, MMLU, … from a local mirror of the hub
+#   NANOCHAT_EVAL_BUNDLE=~/eval_bundle bash speedrun.sh   # evaluate CORE too, from a folder with its tasks
+#   WANDB_RUN=first bash speedrun.sh                      # log to wandb
+#   NANOCHAT_VENV=~/venv bash speedrun.sh                 # use this environment instead of setting up .venv
 #
-# Run it again after an interruption: finished stages are skipped, an unfinished one goes on from its checkpoint.
+# Everything is written to NANOCHAT_BASE_DIR (default ~/.cache/nanochat; tiny: ~/.cache/nanochat-tiny). After an
+# interruption run the same command again: finished stages are skipped, the unfinished one resumes from its checkpoint.
 set -euo pipefail
 started=$SECONDS
 
-folder() {  # the absolute path of the folder that a variable names; ends the script if there is none
-  [ -z "$2" ] || (cd "$2" 2>/dev/null && pwd) || { echo "error: $1 is $2, which is no folder" >&2; exit 1; }
+fail() { echo "error: $1" >&2; exit 1; }
+
+absolute_path() {  # absolute_path VARIABLE FOLDER: the absolute path of the folder, or nothing if FOLDER is empty
+  [ -z "$2" ] || (cd "$2" 2>/dev/null && pwd) || fail "$1 is $2, which is not a folder"
 }
-NANOCHAT_DATA_DIR=$(folder NANOCHAT_DATA_DIR "${NANOCHAT_DATA_DIR:-}")
-NANOCHAT_DATASETS_DIR=$(folder NANOCHAT_DATASETS_DIR "${NANOCHAT_DATASETS_DIR:-}")
-NANOCHAT_EVAL_BUNDLE=$(folder NANOCHAT_EVAL_BUNDLE "${NANOCHAT_EVAL_BUNDLE:-}")
-NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
-state="$NANOCHAT_BASE_DIR/speedrun"
-mkdir -p "$state" || { echo "error: cannot write to $NANOCHAT_BASE_DIR: set NANOCHAT_BASE_DIR" >&2; exit 1; }
-NANOCHAT_BASE_DIR=$(folder NANOCHAT_BASE_DIR "$NANOCHAT_BASE_DIR")
-state="$NANOCHAT_BASE_DIR/speedrun"
+
+speedrun=${NANOCHAT_SPEEDRUN:-}
+case "$speedrun" in
+  "") default_base="$HOME/.cache/nanochat" ;;
+  tiny) default_base="$HOME/.cache/nanochat-tiny" ;;
+  *) fail "NANOCHAT_SPEEDRUN is $speedrun: use tiny, or unset it" ;;
+esac
+NANOCHAT_DATA_DIR=$(absolute_path NANOCHAT_DATA_DIR "${NANOCHAT_DATA_DIR:-}")
+NANOCHAT_DATASETS_DIR=$(absolute_path NANOCHAT_DATASETS_DIR "${NANOCHAT_DATASETS_DIR:-}")
+NANOCHAT_EVAL_BUNDLE=$(absolute_path NANOCHAT_EVAL_BUNDLE "${NANOCHAT_EVAL_BUNDLE:-}")
+NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$default_base}"
+mkdir -p "$NANOCHAT_BASE_DIR/speedrun" || fail "cannot write to $NANOCHAT_BASE_DIR: set NANOCHAT_BASE_DIR"
+NANOCHAT_BASE_DIR=$(absolute_path NANOCHAT_BASE_DIR "$NANOCHAT_BASE_DIR")
 export NANOCHAT_DATA_DIR NANOCHAT_DATASETS_DIR NANOCHAT_EVAL_BUNDLE NANOCHAT_BASE_DIR
+state="$NANOCHAT_BASE_DIR/speedrun"  # what was decided, and which stages were started and finished
 if command -v flock >/dev/null; then
   exec 8>"$state/lock"
-  flock --nonblock 8 || { echo "error: another speedrun works in $NANOCHAT_BASE_DIR: wait for it, or set NANOCHAT_BASE_DIR" >&2; exit 1; }
+  flock --timeout 5 8 ||  # a stage that was just killed may take a moment to end
+    fail "another speedrun is using $NANOCHAT_BASE_DIR: wait for it, or set NANOCHAT_BASE_DIR"
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/runs/setup.sh"
-if [ -n "${WANDB_RUN:-}" ]; then pip install -qq --disable-pip-version-check -c constraints.txt wandb; fi
+if [ -n "${WANDB_RUN:-}" ] && [ -z "${NANOCHAT_VENV:-}" ]; then
+  pip install -qq --disable-pip-version-check -c constraints.txt wandb
+fi
 
-# ---- decide, once: a restart must not change its mind because a network blinked or a GPU is busy ----
+# ---- decide once: a restart must not decide differently because the network is down or a GPU is busy ----
 
-online() {  # whether the hub answers
+online() {  # succeeds if the hub responds
   python -c 'import os, requests; requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5)' \
     >/dev/null 2>&1
 }
-decide() {  # prints: device, GPUs, dtype ("-": the default), pretraining text, chat datasets
+
+decide() {  # prints: device, number of GPUs, dtype ("-" = the default), pretraining text, chat datasets
   local facts device gpus dtype data datasets
   facts=$(python -m nanochat.hardware)
   read -r device gpus dtype <<<"$facts"
-  for power in 8 4 2 1; do  # batches are powers of two
+  for power in 8 4 2 1; do  # batch sizes are powers of two
     if [ "$gpus" -ge "$power" ]; then gpus=$power; break; fi
   done
-  if [ -n "$NANOCHAT_DATA_DIR" ]; then data=given
+  if [ "$speedrun" = tiny ]; then data=primer
+  elif [ -n "$NANOCHAT_DATA_DIR" ]; then data=given
   elif [ "$device" = cuda ] && online; then data=public
   else data=primer; fi
-  if [ -n "$NANOCHAT_DATASETS_DIR" ]; then datasets=mirror
+  if [ "$speedrun" = tiny ]; then datasets=primer
+  elif [ -n "$NANOCHAT_DATASETS_DIR" ]; then datasets=mirror
   elif [ "$data" != primer ] && online; then datasets=hub
   else datasets=primer; fi
   echo "$device $gpus ${NANOCHAT_DTYPE:-$dtype} $data $datasets"
 }
-asked="$NANOCHAT_DATA_DIR|$NANOCHAT_DATASETS_DIR|${NANOCHAT_DTYPE:-}"
+
+asked="$NANOCHAT_DATA_DIR|$NANOCHAT_DATASETS_DIR|${NANOCHAT_DTYPE:-}${speedrun:+|$speedrun}"
 if [ "$(cat "$state/asked" 2>/dev/null || true)" != "$asked" ] || [ ! -s "$state/decided" ]; then
   decided=$(decide)
   if [ -s "$state/decided" ] && [ "$(cat "$state/decided")$(cat "$state/asked")" != "$decided$asked" ]; then
-    echo "asked for something else than last time: all stages run anew"
+    echo "the settings differ from those of the last run: all stages run again"
   fi
-  rm -f "$state"/*.done "$state"/*.begun
+  rm -f "$state"/*.done "$state"/*.started
   echo "$decided" >"$state/decided"
   echo "$asked" >"$state/asked"
 else
-  echo "as decided at the first start (remove $state to decide anew):"
+  echo "as decided at the first start (remove $state to decide again):"
 fi
 read -r device gpus dtype data datasets <"$state/decided"
 
 if [ "$device" = cuda ]; then echo "machine: $gpus CUDA GPU(s)"; else echo "machine: $device"; fi
 if [ "$dtype" != - ]; then
-  if [ -n "${NANOCHAT_DTYPE:-}" ]; then why="as NANOCHAT_DTYPE says"; else why="which this CPU multiplies faster than float32"; fi
-  echo "dtype:   $dtype, $why"
+  reason="this CPU multiplies it faster than float32"
+  if [ -n "${NANOCHAT_DTYPE:-}" ]; then reason="from NANOCHAT_DTYPE"; fi
+  echo "dtype:   $dtype ($reason)"
   export NANOCHAT_DTYPE=$dtype
 fi
 case "$data" in
-  given) echo "text:    $NANOCHAT_DATA_DIR, as NANOCHAT_DATA_DIR says" ;;
-  public) echo "text:    the public shards, as there are GPUs and a network" ;;
+  given) echo "text:    $NANOCHAT_DATA_DIR (from NANOCHAT_DATA_DIR)" ;;
+  public) echo "text:    the public shards (this machine has a GPU and a network)" ;;
   primer)
-    export NANOCHAT_DATA_DIR="$NANOCHAT_BASE_DIR/primer"
-    echo "text:    the embedded corpus, as there is no GPU or no network, and NANOCHAT_DATA_DIR is not set" ;;
+    reason="no GPU or no network, and NANOCHAT_DATA_DIR is not set"
+    if [ "$speedrun" = tiny ]; then reason="NANOCHAT_SPEEDRUN=tiny"; fi
+    echo "text:    the embedded corpus ($reason)"
+    export NANOCHAT_DATA_DIR="$NANOCHAT_BASE_DIR/primer" ;;
 esac
 case "$datasets" in
-  mirror) echo "chat:    $NANOCHAT_DATASETS_DIR, as NANOCHAT_DATASETS_DIR says" ;;
+  mirror) echo "chat:    $NANOCHAT_DATASETS_DIR (from NANOCHAT_DATASETS_DIR)" ;;
   hub) echo "chat:    the public datasets" ;;
   primer) echo "chat:    the embedded conversations" ;;
 esac
 
+# ---- sizes ----
+
 train=(python -m)
-vocab=32768 shards=170 eval_tokens=41943040
-if [ "$data" = primer ]; then
+vocab=32768 shards=170 eval_tokens=41943040 save_every=250
+if [ "$speedrun" = tiny ]; then
+  vocab=1024 eval_tokens=8192 save_every=10
+  size=(--depth 2 --head-dim 64 --max-seq-len 256 --device-batch-size 8 --total-batch-size 2048 --num-iterations 40
+        --eval-every 0 --no-compile)
+elif [ "$data" = primer ]; then
   vocab=2048 eval_tokens=65536
   size=(--depth 4 --head-dim 64 --max-seq-len 512 --device-batch-size 8 --total-batch-size 4096 --num-iterations 640
         --eval-every 0)
 elif [ "$device" = cuda ]; then
   train=(torchrun --standalone --nproc_per_node="$gpus" -m)
-  case "$gpus" in  # the depth whose training takes some hours at most
+  case "$gpus" in  # the depth that trains within a few hours
     8) size=(--depth 24 --target-param-data-ratio 8 --device-batch-size 16) ;;
     4) size=(--depth 20 --device-batch-size 16) ;;
     2) size=(--depth 16 --device-batch-size 16) shards=80 ;;
@@ -102,58 +129,69 @@ else
   vocab=8192 eval_tokens=524288
   size=(--depth 4 --head-dim 64 --max-seq-len 512 --device-batch-size 16 --total-batch-size 8192 --num-iterations 500)
 fi
+
+sft=()
+tasks=(-a ARC-Easy,ARC-Challenge,MMLU,GSM8K,HumanEval,SpellingBee)  # the six tasks of ChatCORE
 if [ "$datasets" = primer ]; then
   sft=(--smoltalk-epochs 0 --mmlu-epochs 0 --gsm8k-epochs 0 --simplespelling-epochs 0 --spellingbee-epochs 0
        --identity-epochs 0 --primer-epochs 3)
-  exam=(-a QuizFree,QuizChoice,Sums -m 64)
-else
-  sft=()
-  exam=(-a ARC-Easy,ARC-Challenge,MMLU,GSM8K,HumanEval,SpellingBee)  # ChatCORE's
-  if [ "$device" != cuda ]; then  # 250 updates: words to spell would take up most of them
-    sft+=(--num-iterations 250 --identity-epochs 10 --simplespelling-epochs 0 --spellingbee-epochs 0)
-    exam+=(-x 200)
-  fi
+  tasks=(-a QuizFree,QuizChoice,Sums -m 64)
+elif [ "$device" != cuda ]; then  # 250 optimizer steps: spelling tasks would take up most of them
+  sft=(--num-iterations 250 --identity-epochs 10 --simplespelling-epochs 0 --spellingbee-epochs 0)
+  tasks+=(-x 200)
+fi
+questions=("What is the capital of France?" "What is 47 + 85?" "Who are you?")
+if [ "$speedrun" = tiny ]; then
+  sft+=(--num-iterations 20 --eval-examples 32 --no-compile)
+  tasks+=(-x 16)
+  questions=("What is the capital of France?")
 fi
 evals=bpb,sample
 if [ "$data" = public ] || [ -n "$NANOCHAT_EVAL_BUNDLE" ]; then evals=core,$evals; fi
-run=(${WANDB_RUN:+--run "$WANDB_RUN"})
 echo "model:   ${size[*]}"
 
-# ---- run ----
+# ---- run the stages ----
 
 stage() {  # stage NAME COMMAND…: runs the command unless it has succeeded before
   local name=$1
   shift
   if [ -f "$state/$name.done" ]; then
-    echo "== $name: done before"
+    echo "== $name: skipped, finished before"
     return
   fi
-  touch "$state/$name.begun"
+  touch "$state/$name.started"
   echo "== $name: $*"
-  local begin=$SECONDS
+  local start=$SECONDS
   "$@"
   touch "$state/$name.done"
-  echo "== $name took $((SECONDS - begin)) s"
+  echo "== $name took $((SECONDS - start)) s"
 }
 
-resume() { [ ! -f "$state/$1.begun" ] || echo --resume; }  # begun before with these settings: go on from there
-often=(--model-tag speedrun --save-every 250 --keep-last 1)
+resume() { [ ! -f "$state/$1.started" ] || echo --resume; }  # if the stage was started with the same settings
+
+run=(${WANDB_RUN:+--run "$WANDB_RUN"})
+checkpoints=(--model-tag speedrun --save-every "$save_every" --keep-last 1)
 case "$data" in
   primer) stage data python -m scripts.primer --data-dir "$NANOCHAT_DATA_DIR" ;;
   public) stage data python -m nanochat.dataset -n "$shards" ;;
 esac
 stage tok_train python -m scripts.tok_train --vocab-size "$vocab"
 stage tok_eval python -m scripts.tok_eval
-stage base_train "${train[@]}" scripts.base_train "${size[@]}" --eval-tokens "$eval_tokens" "${often[@]}" $(resume base_train) "${run[@]}"
-stage base_eval "${train[@]}" scripts.base_eval -g speedrun --eval "$evals" --max-per-task 500 --split-tokens "$eval_tokens"
-stage chat_sft "${train[@]}" scripts.chat_sft --base-tag speedrun "${sft[@]}" "${often[@]}" $(resume chat_sft) "${run[@]}"
-stage chat_eval "${train[@]}" scripts.chat_eval -i sft -g speedrun "${exam[@]}"
+stage base_train "${train[@]}" scripts.base_train "${size[@]}" --eval-tokens "$eval_tokens" "${checkpoints[@]}" \
+  $(resume base_train) "${run[@]}"
+stage base_eval "${train[@]}" scripts.base_eval -g speedrun --eval "$evals" --max-per-task 500 \
+  --split-tokens "$eval_tokens"
+stage chat_sft "${train[@]}" scripts.chat_sft --base-tag speedrun "${sft[@]}" "${checkpoints[@]}" \
+  $(resume chat_sft) "${run[@]}"
+stage chat_eval "${train[@]}" scripts.chat_eval -i sft -g speedrun "${tasks[@]}"
 
-# ---- show ----
+# ---- show the results ----
 
 python -m scripts.report
-for question in "What is the capital of France?" "What is 47 + 85?" "Who are you?"; do
+for question in "${questions[@]}"; do
   echo "> $question"
   python -m scripts.chat_cli -g speedrun -t 0 -p "$question"
 done
-echo "done in $((SECONDS - started)) s. Chat with it:  source .venv/bin/activate && python -m scripts.chat_cli"
+chat="python -m scripts.chat_cli"
+if [ "$NANOCHAT_BASE_DIR" != "$HOME/.cache/nanochat" ]; then chat="NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR $chat"; fi
+echo "done in $((SECONDS - started)) s. Chat with the model:  source ${NANOCHAT_VENV:-.venv}/bin/activate && $chat"

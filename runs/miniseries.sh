@@ -5,11 +5,7 @@
 #   DEPTHS="2 3 4" OPTIONS="--head-dim 64 --max-seq-len 512 --device-batch-size 8" bash runs/miniseries.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-
-facts=$(python -m nanochat.hardware)
-read -r device gpus _ <<<"$facts"
-train=(python -m)
-if [ "$device" = cuda ]; then train=(torchrun --standalone --nproc_per_node="$gpus" -m); fi
+detect_machine
 
 for depth in ${DEPTHS:-10 12 14 16 18 20}; do
   # shellcheck disable=SC2086  # OPTIONS is a list of words

@@ -1,5 +1,7 @@
-# The environment, for the scripts that source this: a virtual environment in .venv with everything installed at the
-# versions of constraints.txt. Does nothing when it is there and up to date.
+# Sets up the environment for the scripts that source this file: a virtual environment in .venv, with every package at
+# the version of constraints.txt. Does nothing when .venv is up to date.
+#
+# NANOCHAT_VENV=~/my-venv uses that environment instead, as it is: nothing is installed into it.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -10,12 +12,12 @@ setup() {
   if [ "$(cat .venv/stamp 2>/dev/null || true)" != "$stamp" ]; then
     python=$(command -v python3 || true)
     if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-      echo "error: Python 3.10 or newer is needed: install it, e.g. apt-get install python3 python3-venv" >&2
+      echo "error: Python 3.10 or newer is needed: install it, for example apt-get install python3 python3-venv" >&2
       return 1
     fi
     echo "setting up .venv ($("$python" --version), a minute or two)"
     if ! "$python" -m venv .venv; then
-      echo "error: 'python3 -m venv' does not work here: apt-get install python3-venv, or remove .venv" >&2
+      echo "error: 'python3 -m venv' failed: apt-get install python3-venv, or remove .venv" >&2
       return 1
     fi
     .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -28,7 +30,7 @@ setup() {
   fi
 }
 
-build_rustbpe() {  # replaces the published wheel by our crate, again whenever its sources change
+build_rustbpe() {  # replaces the published wheel by the crate in rustbpe/, again whenever its sources change
   local stamp
   stamp=$(cat rustbpe/Cargo.* rustbpe/pyproject.toml rustbpe/src/* rustbpe/python/rustbpe/*.py | cksum)
   if [ "$(cat .venv/stamp-rustbpe 2>/dev/null || true)" != "$stamp" ]; then
@@ -41,7 +43,22 @@ build_rustbpe() {  # replaces the published wheel by our crate, again whenever i
   fi
 }
 
-if command -v flock >/dev/null; then  # two at once: the second waits
+detect_machine() {  # sets device (cuda, mps or cpu), gpus and train: the command that starts a stage on all GPUs
+  local facts
+  facts=$(python -m nanochat.hardware)
+  read -r device gpus _ <<<"$facts"
+  train=(python -m)
+  if [ "$device" = cuda ]; then
+    train=(torchrun --standalone --nproc_per_node="$gpus" -m)
+  fi
+}
+
+if [ -n "${NANOCHAT_VENV:-}" ]; then
+  if [ ! -f "$NANOCHAT_VENV/bin/activate" ]; then
+    echo "error: NANOCHAT_VENV is $NANOCHAT_VENV, which is not a virtual environment: create it, or unset NANOCHAT_VENV" >&2
+    exit 1
+  fi
+elif command -v flock >/dev/null; then  # if two scripts start at once, the second one waits
   exec 9>.setup.lock
   flock 9
   setup
@@ -50,9 +67,9 @@ if command -v flock >/dev/null; then  # two at once: the second waits
 else
   setup
 fi
-source .venv/bin/activate
+source "${NANOCHAT_VENV:-.venv}/bin/activate"
 
-# Threads that wait spin for 40 µs, then sleep. On two cores (depth 4, compiled, tokens/s, medians): alone 7,800, always
-# asleep (OMP_WAIT_POLICY=PASSIVE) 7,500, as OpenMP would have it 7,300; beside another busy process 4,100, 4,400, and
-# 2,700 already with ten times the spinning.
+# Idle threads spin for 40 µs and then sleep. Training speed on two cores (depth 4, compiled, median tokens/s) with this
+# setting, without any spinning (OMP_WAIT_POLICY=PASSIVE) and with OpenMP's default: 7,800, 7,500 and 7,300 alone; 4,100,
+# 4,400 and 2,700 beside another busy process. Ten times the spinning is already as slow as the default there.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-3000}"
