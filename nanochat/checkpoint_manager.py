@@ -18,7 +18,6 @@ Older checkpoints that people have, model_<step>.pt and meta_<step>.json, are re
 
 import itertools
 import json
-import pickle
 import re
 import shutil
 import sys
@@ -31,6 +30,7 @@ from typing import IO, Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from nanochat import legacy
 from nanochat.common import UserError, atomic_path, base_dir
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT, GPTConfig
@@ -62,9 +62,9 @@ class Checkpoint:
     @property
     def config(self) -> GPTConfig:
         try:
-            return GPTConfig(**self.meta["model_config"])
+            return legacy.model_config(self.meta["model_config"])
         except TypeError as error:
-            raise UserError(f"{self.path} is configured as no model of this nanochat: {error}") from error
+            raise UserError(f"{self.path} has an unsupported model configuration: {error}") from error
 
     @property
     def tag(self) -> str:
@@ -72,17 +72,19 @@ class Checkpoint:
 
     def weights(self) -> dict[str, torch.Tensor]:
         if self.path.suffix == ".pt":
-            return _legacy_weights(self.path)
+            return legacy.read_weights(self.path)
         return load_file(self.path / "model.safetensors")
 
     def build_model(self, device: torch.device, dtype: torch.dtype) -> GPT:
-        """The model on the device. UserError naming missing and surplus parameters if they are not this vintage's."""
+        """The model on the device. UserError naming missing and surplus parameters if they do not match the config."""
         model = GPT(self.config, device, dtype)
         weights = self.weights()
         expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
         missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
         if missing or surplus:
-            raise UserError(f"{self.path}: not a {self.config.vintage} model: missing {missing}, surplus {surplus}")
+            raise UserError(
+                f"{self.path}: the weights do not fit the model configuration: missing {missing}, surplus {surplus}"
+            )
         wrong = [n for n in expected if tuple(weights[n].shape) != expected[n]]
         if wrong:
             raise UserError(f"{self.path}: {wrong[0]} is {tuple(weights[wrong[0]].shape)}, not {expected[wrong[0]]}")
@@ -255,8 +257,7 @@ class CheckpointDir:
         """Steps saved, complete as far as the names tell, in order."""
         folders = (p.parent.name[5:] for p in self.path.glob("step_*/manifest.json"))
         ours = {int(number) for number in folders if number.isdigit()}
-        legacy = {int(p.stem[6:]) for p in self.path.glob("model_*.pt") if p.stem[6:].isdigit()}
-        return sorted(ours | legacy)
+        return sorted(ours | legacy.checkpoint_steps(self.path))
 
     def _join(self) -> None:
         if self.writer:
@@ -286,7 +287,11 @@ class CheckpointDir:
         """The checkpoint if its files are what the manifest says; else what is wrong, in words."""
         path = self.path / f"step_{step:06d}"
         if not path.exists():
-            return _open_legacy(self.path, step)
+            try:
+                model_file, meta = legacy.read_checkpoint(self.path, step)
+            except ValueError as error:
+                return str(error)
+            return Checkpoint(model_file, step, meta)
         try:
             manifest = json.loads((path / "manifest.json").read_text())
             for name in FILES:
@@ -359,21 +364,3 @@ def _set_generators(states: dict[str, torch.Tensor], device: torch.device) -> No
     torch.set_rng_state(states["rng.cpu"])
     if device.type == "cuda" and "rng.cuda" in states:
         torch.cuda.set_rng_state(states["rng.cuda"], device)
-
-
-def _open_legacy(directory: Path, step: int) -> Checkpoint | str:
-    model_file, meta_file = directory / f"model_{step:06d}.pt", directory / f"meta_{step:06d}.json"
-    try:
-        meta = json.loads(meta_file.read_text())
-        names = _legacy_weights(model_file).keys()
-        config = {"window_pattern": "L", "vintage": "modern" if "resid_lambdas" in names else "classic"}
-        meta["model_config"] = config | meta["model_config"]
-    except (*UNREADABLE, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = next(iter(str(error).splitlines()), "")  # torch explains at length
-        return f"{model_file} is not readable ({type(error).__name__}: {reason})"
-    return Checkpoint(model_file, step, meta)
-
-
-def _legacy_weights(file: Path) -> dict[str, torch.Tensor]:
-    weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    return {name.removeprefix("_orig_mod."): weight for name, weight in weights.items()}

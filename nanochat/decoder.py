@@ -15,7 +15,8 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 
-from nanochat.gpt import GPT, LOGIT_CAP, NORM_EPS, SMEAR_CHANNELS, VE_GATE_SCALE, Block, norm
+from nanochat.gpt import GPT, NORM_EPS, SMEAR_CHANNELS, VE_GATE_SCALE, Block, norm
+from nanochat.loss import softcap
 
 MIN_GRAPH_KEYS = 256  # a captured step reads this many keys, or twice, four times … as many; arbitrary
 MAX_GRAPHS = 64  # captured at a time, for the mixtures of settings that come together in a server; arbitrary
@@ -294,7 +295,7 @@ class Decoder:
         raw_BV = self._logits(self.tokens_R[:B], positions_B, num_keys, shortest)
         uniform_B = self.uniform_RS[:B].gather(1, positions_B[:, None]).squeeze(1)
         settings = (self.temperature_R[:B], self.top_k_R[:B], self.top_p_R[:B])
-        tokens_B, logprobs_B = sample(raw_BV, *settings, uniform_B, sampling)
+        tokens_B, logprobs_B = sample(raw_BV, *settings, uniform_B, sampling, self.model.config.logit_softcap)
         self.tokens_R[:B] = tokens_B
         if logprobs_B is not None:
             self.logprobs_R[:B] = logprobs_B
@@ -306,14 +307,14 @@ class Decoder:
     def _logits(self, tokens_B: torch.Tensor, positions_B: torch.Tensor, num_keys: int, shortest: int) -> torch.Tensor:
         """What lm_head gives, before the cap: (B, V) in the compute dtype."""
         model, B, num_kv = self.model, len(tokens_B), self.model.config.n_kv_head
-        modern = model.config.vintage == "modern"
         x = self._embed(tokens_B)
-        if modern:
+        if model.config.smear:
             previous = self.previous_RC[:B]
             gate = F.linear(x[:, :SMEAR_CHANNELS], model.smear_gate.weight.to(self.dtype)).sigmoid_()
             smeared = torch.addcmul(x, gate * model.smear_lambda.to(self.dtype), previous)
             previous.copy_(x)
             x = smeared
+        if model.config.residual_scalars:
             x0_LBC = (model.x0_lambdas.to(self.dtype)[:, None, None] * x).unbind()
             resid_L = model.resid_lambdas.to(self.dtype).unbind()
         cos, sin = self.cos[positions_B], self.sin[positions_B]
@@ -327,7 +328,7 @@ class Decoder:
                 masks[num] = torch.zeros(hidden.shape, device=x.device, dtype=x.dtype).masked_fill_(hidden, -torch.inf)
         middle = x
         for i, layer in enumerate(self.layers):
-            if modern:
+            if model.config.residual_scalars:
                 x = torch.addcmul(x0_LBC[i], x, resid_L[i])
             num = min(self.rings[i], num_keys)
             table = model.value_embeds[str(i)].weight if str(i) in model.value_embeds else None
@@ -337,7 +338,7 @@ class Decoder:
             x = x + layer.mlp_out(layer.mlp_in(self._norm(x)).relu_().square_())
             if i == len(self.layers) // 2:
                 middle = x
-        if modern:
+        if model.config.backout:
             x = torch.addcmul(x, middle, model.backout_lambda.to(self.dtype), value=-1)
         return self.head(self._norm(x))
 
@@ -368,10 +369,6 @@ class Decoder:
         return layer.attn_out(torch.bmm(scores.softmax(dim=1).transpose(1, 2), values).view(B, -1))
 
 
-def cap(raw: torch.Tensor) -> torch.Tensor:
-    return LOGIT_CAP * torch.tanh(raw.float() / LOGIT_CAP)
-
-
 def sample(
     raw_BV: torch.Tensor,
     temperature_B: torch.Tensor,
@@ -379,6 +376,7 @@ def sample(
     top_p_B: torch.Tensor,
     uniform_B: torch.Tensor,
     sampling: Sampling,
+    logit_softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     The next token of each row, and where asked for its log-probability under the distribution that it was sampled from:
@@ -388,6 +386,10 @@ def sample(
     Inverse of the cumulative distribution at one given random number per row: torch.multinomial draws one per token of
     the vocabulary, 5.7 against 1.0 ms for 32 rows and 8,192 tokens.
     """
+
+    def cap(raw: torch.Tensor) -> torch.Tensor:
+        return softcap(raw.float(), logit_softcap)
+
     tokens_B, logprobs_B = uniform_B.long(), uniform_B  # replaced below, for every row
     temperature_B1 = torch.where(temperature_B > 0, temperature_B, 1.0)[:, None]
     if sampling.everything:

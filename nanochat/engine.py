@@ -209,7 +209,7 @@ class Row:
 
 
 class Engine:
-    """Generates with a model of either vintage, at most `num_rows` requests at a time; others wait their turn."""
+    """Generates with a model, at most `num_rows` requests at a time; others wait their turn."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, num_rows: int = 32, int8: bool = False):
         """int8: decode with weights of 8 bits, a scale per output channel (W8A16). Prompts are read as without."""

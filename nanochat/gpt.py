@@ -4,8 +4,8 @@ a few scalars that carry information past the layers.
 
 Shapes: B rows, T tokens, C = n_embd, H query heads, K key/value heads, D = C / H, V vocabulary, V' vocabulary padded.
 
-Two vintages share this file. "modern" is what is trained here. "classic" (October 2025, also known to transformers as
-NanoChatForCausalLM) has none of: q/k gain, value embeddings, smear, backout, per-layer scalars, windows.
+GPTConfig describes a family of models: every part beyond a plain transformer has a field that turns it off. The
+defaults are what base_train trains; legacy.py has the values of models that were trained by older versions.
 """
 
 import math
@@ -19,17 +19,14 @@ import torch.nn.functional as F
 
 from nanochat.attention import AttentionShape, Kernel, attend
 from nanochat.common import UserError
-from nanochat.loss import cross_entropy
+from nanochat.loss import cross_entropy, softcap
 
 NORM_EPS = 1.1920929e-07  # float32's epsilon, whatever the dtype
 VOCAB_MULTIPLE = 64  # tables are padded to this: matrix products like round shapes, and ranks can share the rows
 SHORT_WINDOW_MULTIPLE = 128  # block size of the attention kernels
-LOGIT_CAP = 15.0
-QK_GAIN = 1.2
 SMEAR_CHANNELS = 24
 VE_GATE_CHANNELS = 12
 VE_GATE_SCALE = 3.0
-MODERN_ROPE_BASE, CLASSIC_ROPE_BASE = 100_000.0, 10_000.0
 
 
 @dataclass(frozen=True)
@@ -41,16 +38,20 @@ class GPTConfig:
     n_kv_head: int = 6
     n_embd: int = 768
     window_pattern: str = "SSSL"  # tiled over the layers, S short, L full; the last layer is always L
-    vintage: str = "modern"  # or "classic"
+    value_embeds: bool = True  # every second layer adds an embedding of the token to its values
+    smear: bool = True  # each token's embedding takes in a little of the previous one's
+    backout: bool = True  # the output of the middle layer is subtracted before lm_head
+    residual_scalars: bool = True  # learned weights per layer for the residual stream and for the embedding
+    qk_gain: float = 1.2  # on normed queries and keys: sharpens the softmax by its square
+    rope_base: float = 100_000.0  # wavelengths of the rotary positions grow up to 2 pi times this many tokens
+    logit_softcap: float = 15.0  # logits stay within ± this; 0 = not capped
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             raise UserError(
                 f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, that of n_kv_head {self.n_kv_head}"
             )
-        if self.vintage not in ("modern", "classic"):
-            raise UserError(f"unknown vintage {self.vintage!r}: use modern or classic")
-        if self.n_embd < SMEAR_CHANNELS:
+        if self.smear and self.n_embd < SMEAR_CHANNELS:
             raise UserError(f"n_embd {self.n_embd} must be at least {SMEAR_CHANNELS}: raise --depth or --head-dim")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise UserError(f"window pattern {self.window_pattern!r}: use the letters S (short) and L (full)")
@@ -67,7 +68,7 @@ class GPTConfig:
     def windows(self) -> list[int]:
         """Window of each layer, in tokens."""
         short = math.ceil(self.sequence_len / 4 / SHORT_WINDOW_MULTIPLE) * SHORT_WINDOW_MULTIPLE
-        pattern = "L" if self.vintage == "classic" else self.window_pattern
+        pattern = self.window_pattern
         sizes = {"S": min(short, self.sequence_len), "L": self.sequence_len}
         return [sizes[pattern[i % len(pattern)]] for i in range(self.n_layer - 1)] + [self.sequence_len]
 
@@ -77,12 +78,23 @@ class GPTConfig:
 
     @property
     def layers_with_value_embeds(self) -> list[int]:
-        if self.vintage == "classic":
+        if not self.value_embeds:
             return []
         return [i for i in range(self.n_layer) if i % 2 == (self.n_layer - 1) % 2]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+# Without the parts that other programs do not implement, a model can be exported to every format.
+PORTABLE: dict[str, Any] = {
+    "window_pattern": "L",
+    "value_embeds": False,
+    "smear": False,
+    "backout": False,
+    "residual_scalars": False,
+    "logit_softcap": 0.0,
+}
 
 
 class Cache(Protocol):
@@ -131,7 +143,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.window, self.head_dim = layer, config.windows[layer], config.head_dim
         self.attend: Kernel = attend
-        self.gain = 1.0 if config.vintage == "classic" else QK_GAIN
+        self.gain = config.qk_gain
         kv_width = config.n_kv_head * config.head_dim
         self.c_q = Linear(config.n_embd, config.n_embd)
         self.c_k = Linear(config.n_embd, kv_width)
@@ -206,14 +218,15 @@ class GPT(nn.Module):
             kv_width = config.n_kv_head * config.head_dim
             tables = {str(i): nn.Embedding(config.padded_vocab_size, kv_width) for i in config.layers_with_value_embeds}
             self.value_embeds = nn.ModuleDict(tables)
-            if config.vintage == "modern":
+            if config.residual_scalars:
                 self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
                 self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))
+            if config.smear:
                 self.smear_gate = Linear(SMEAR_CHANNELS, 1)
                 self.smear_lambda = nn.Parameter(torch.zeros(1))
+            if config.backout:
                 self.backout_lambda = nn.Parameter(torch.zeros(1))
-        base = CLASSIC_ROPE_BASE if config.vintage == "classic" else MODERN_ROPE_BASE
-        cos, sin = rotary_table(config.sequence_len, config.head_dim, base, device)
+        cos, sin = rotary_table(config.sequence_len, config.head_dim, config.rope_base, device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -235,8 +248,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initial values of the modern vintage; draws from torch's global generator of the model's device."""
-        C, n_layer = self.config.n_embd, self.config.n_layer
+        """Initial values; draws from torch's global generator of the model's device."""
+        config = self.config
+        C, n_layer = config.n_embd, config.n_layer
         bound = math.sqrt(3 / C)  # a uniform distribution of standard deviation 1/sqrt(C)
         self.transformer.wte.weight.normal_(std=0.8)
         self.lm_head.weight.normal_(std=0.001)
@@ -250,11 +264,14 @@ class GPT(nn.Module):
                 block.attn.ve_gate.weight.uniform_(0, 0.02)  # a gate barely open, on the side that learns
         for table in self.value_embeds.parameters():
             table.uniform_(-bound, bound)
-        self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, n_layer))
-        self.x0_lambdas.copy_(torch.linspace(0.20, 0.05, n_layer))
-        self.smear_gate.weight.uniform_(0, 0.02)
-        self.smear_lambda.zero_()
-        self.backout_lambda.fill_(0.2)
+        if config.residual_scalars:
+            self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, n_layer))
+            self.x0_lambdas.copy_(torch.linspace(0.20, 0.05, n_layer))
+        if config.smear:
+            self.smear_gate.weight.uniform_(0, 0.02)
+            self.smear_lambda.zero_()
+        if config.backout:
+            self.backout_lambda.fill_(0.2)
 
     def cast_weights(self) -> None:
         """For inference only: matrices and tables to the compute dtype, once instead of at every use."""
@@ -277,8 +294,8 @@ class GPT(nn.Module):
         if targets_BT is None:
             return self.logits(hidden_BTC)
         hidden_NC, targets_N = hidden_BTC.flatten(0, 1), targets_BT.flatten()
-        vocab_size = self.config.vocab_size
-        loss = cross_entropy(hidden_NC, self.lm_head.weight, targets_N, vocab_size, LOGIT_CAP, reduction)
+        vocab_size, cap = self.config.vocab_size, self.config.logit_softcap
+        loss = cross_entropy(hidden_NC, self.lm_head.weight, targets_N, vocab_size, cap, reduction)
         return loss.view_as(targets_BT) if reduction == "none" else loss
 
     def hidden(
@@ -295,12 +312,11 @@ class GPT(nn.Module):
             cos, sin = self.cos[cache.positions_BT].unsqueeze(2), self.sin[cache.positions_BT].unsqueeze(2)
         cos, sin = cos.to(self.dtype), sin.to(self.dtype)
         x = norm(self.transformer.wte(idx_BT).to(self.dtype))
-        modern = self.config.vintage == "modern"
-        if modern:
+        if self.config.smear:
             x = self.smear(x, cache)
         x0 = middle = x
         for i, block in enumerate(self.transformer.h):
-            if modern:
+            if self.config.residual_scalars:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             value_embed = None
             if str(i) in self.value_embeds:
@@ -309,7 +325,7 @@ class GPT(nn.Module):
             x = block(x, value_embed, cos, sin, cache, columns_BQ if i == self.config.n_layer - 1 else None)
             if i == self.config.n_layer // 2:
                 middle = x
-        if modern:
+        if self.config.backout:
             if columns_BQ is not None and self.config.n_layer > 2:  # else `middle` is of the last block itself
                 middle = take(middle, columns_BQ)
             x = x - self.backout_lambda.to(x.dtype) * middle
@@ -326,24 +342,31 @@ class GPT(nn.Module):
         return x_BTC + gate_BT1 * previous_BTC
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(…, C) → (…, V) in float32, softly capped to ±15."""
-        return LOGIT_CAP * torch.tanh(self.lm_head(hidden)[..., : self.config.vocab_size].float() / LOGIT_CAP)
+        """(…, C) → (…, V) in float32, soft-capped."""
+        return softcap(self.lm_head(hidden)[..., : self.config.vocab_size].float(), self.config.logit_softcap)
 
 
 # ---- costs that follow from the configuration alone ----
 
 
 def param_counts(config: GPTConfig) -> dict[str, int]:
-    """Parameters by group, of the modern vintage or the classic."""
+    """Parameters by group."""
     C, table_rows, kv_width = config.n_embd, config.padded_vocab_size, config.n_kv_head * config.head_dim
     num_tables = len(config.layers_with_value_embeds)
+    scalars = 0
+    if config.residual_scalars:
+        scalars += 2 * config.n_layer
+    if config.smear:
+        scalars += SMEAR_CHANNELS + 1
+    if config.backout:
+        scalars += 1
     counts = {
         "wte": table_rows * C,
         "value_embeds": num_tables * table_rows * kv_width,
         "lm_head": table_rows * C,
         "transformer_matrices": config.n_layer * (2 * C * C + 2 * C * kv_width + 8 * C * C)
         + num_tables * VE_GATE_CHANNELS * config.n_kv_head,
-        "scalars": 0 if config.vintage == "classic" else 2 * config.n_layer + SMEAR_CHANNELS + 2,
+        "scalars": scalars,
     }
     return counts | {"total": sum(counts.values())}
 
@@ -351,7 +374,7 @@ def param_counts(config: GPTConfig) -> dict[str, int]:
 def matmul_weights(config: GPTConfig) -> int:
     """Weights that multiply activations: each costs 2 FLOPs a token forward, 4 backward."""
     counts = param_counts(config)
-    smear_gate = 0 if config.vintage == "classic" else SMEAR_CHANNELS
+    smear_gate = SMEAR_CHANNELS if config.smear else 0
     return counts["transformer_matrices"] + counts["lm_head"] + smear_gate
 
 

@@ -26,17 +26,22 @@ def cross_entropy(
     head_VC: torch.Tensor,
     targets_N: torch.Tensor,
     vocab_size: int,
-    cap: float,
+    cap: float,  # of softcap()
     reduction: str = "mean",
 ) -> torch.Tensor:
     """
-    Cross entropy in nats of cap * tanh(logits / cap), logits = (hidden_NC @ head_VC.T)[:, :vocab_size], in float32;
+    Cross entropy in nats of softcap(logits, cap), logits = (hidden_NC @ head_VC.T)[:, :vocab_size], in float32;
     cap at most 80. Targets of -1 are left out. Reduction "mean" or "sum" gives a scalar, "none" (N,).
 
     head_VC is (V', C) and multiplied in hidden_NC's dtype; its gradient is added up in its own. Differentiable once.
     """
     losses = _CrossEntropy.apply(hidden_NC, head_VC, targets_N, vocab_size, cap, reduction != "none")
     return losses / (targets_N >= 0).sum() if reduction == "mean" else losses
+
+
+def softcap(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap * tanh(logits / cap), within ±cap; a cap of 0 leaves the logits as they are."""
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -68,16 +73,26 @@ def _chunked(hidden_NC, head_VC, targets_N, vocab_size, cap, weights_N=None):
         chunk = slice(start, start + rows)
         h_nC, y_n1 = hidden_NC[chunk], targets_N[chunk, None]
         counts_n1, y_n1 = y_n1 >= 0, y_n1.clamp_min(0)
-        tanh_nV = _tanh(F.linear(h_nC, cast_VC)[:, :vocab_size].float() / cap)
-        exp_nV = (cap * tanh_nV).exp_()  # bounded, so no maximum need be subtracted first
-        sum_n1, tanh_n1 = exp_nV.sum(dim=1, keepdim=True), tanh_nV.gather(1, y_n1)
-        losses.append(((sum_n1.log() - cap * tanh_n1) * counts_n1).squeeze(1))
+        raw_nV = F.linear(h_nC, cast_VC)[:, :vocab_size].float()
+        if cap:
+            tanh_nV = _tanh(raw_nV / cap)
+            target_n1 = cap * tanh_nV.gather(1, y_n1)
+            exp_nV = (cap * tanh_nV).exp_()  # bounded by exp(cap), so the largest logit need not be subtracted first
+        else:
+            largest_n1 = raw_nV.amax(dim=1, keepdim=True)
+            target_n1 = raw_nV.gather(1, y_n1) - largest_n1
+            exp_nV = (raw_nV - largest_n1).exp_()
+        sum_n1 = exp_nV.sum(dim=1, keepdim=True)
+        losses.append(((sum_n1.log() - target_n1) * counts_n1).squeeze(1))
         if weights_N is None:
             continue
         weights_n1 = weights_N[chunk, None] * counts_n1
         p_nV = exp_nV.mul_(1 / sum_n1)
         error_nV = torch.where(ids_V == y_n1, p_nV - 1, p_nV)  # scatter_ would have the compiler copy the whole chunk
-        d_nV = error_nV.mul_(weights_n1).mul_(tanh_nV.square_().neg_().add_(1)).to(dtype)
+        error_nV.mul_(weights_n1)
+        if cap:
+            error_nV.mul_(tanh_nV.square_().neg_().add_(1))  # the derivative of tanh is 1 - tanh²
+        d_nV = error_nV.to(dtype)
         d_hidden.append(d_nV @ cast_VC[:vocab_size])
         d_head_VC[:vocab_size] += d_nV.T @ h_nC
     return (torch.cat(losses),) if weights_N is None else (torch.cat(losses), torch.cat(d_hidden), d_head_VC)

@@ -10,9 +10,7 @@ import base64
 import contextlib
 import functools
 import hashlib
-import io
 import json
-import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 import tiktoken
 import torch
 
+from nanochat import legacy
 from nanochat.common import UserError, atomic_path, base_dir
 
 # Their ids follow the ordinary vocabulary in this order. In text they are plain characters: encode() never gives one.
@@ -206,13 +205,8 @@ class Tokenizer:
 
     @classmethod
     def _from_pickle(cls, content: bytes) -> "Tokenizer":
-        fields = read_encoding_pickle(content)
-        pattern, ranks = fields.get("pat_str"), fields.get("mergeable_ranks")
-        if not isinstance(pattern, str) or not isinstance(ranks, dict):
-            raise ValueError("it holds no pattern or no ranks")
-        if not all(type(token) is bytes and type(rank) is int for token, rank in ranks.items()):
-            raise ValueError("its ranks are not bytes → number")
-        if fields.get("special_tokens") != {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}:
+        pattern, ranks, special_tokens = legacy.read_encoding_pickle(content)
+        if special_tokens != {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}:
             raise ValueError(f"its special tokens are not {', '.join(SPECIAL_TOKENS)} right after the others")
         return cls(pattern, ranks)
 
@@ -240,29 +234,3 @@ def without_surrogates(text: str) -> str:
 def bytes_per_token(encode: Callable[[str], list[int]], texts: Sequence[str]) -> float:
     """Compression of the texts: their UTF-8 bytes over their tokens. More is better."""
     return sum(len(text.encode()) for text in texts) / sum(len(encode(text)) for text in texts)
-
-
-def read_encoding_pickle(content: bytes) -> dict[str, Any]:
-    """
-    The fields of a pickled tiktoken.Encoding, without running anything that the pickle asks for: a pickle acts only
-    through the classes and functions that it names, and here each name but Encoding's is refused, and Encoding's
-    stands for an empty class that keeps what it is given. ValueError for any other pickle.
-    """
-
-    class Fields:
-        pass
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> type:
-            if (module, name) != ("tiktoken.core", "Encoding"):
-                raise pickle.UnpicklingError(f"it asks for {module}.{name}, which was not run")
-            return Fields
-
-    try:
-        found = Unpickler(io.BytesIO(content)).load()
-    except (pickle.PickleError, AttributeError, EOFError, LookupError, MemoryError, OverflowError, TypeError) as error:
-        # The library's documentation warns that a damaged pickle may raise more than PickleError.
-        raise ValueError(str(error) or type(error).__name__) from error
-    if not isinstance(found, Fields):
-        raise ValueError("it holds no tiktoken.Encoding")
-    return vars(found)

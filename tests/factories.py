@@ -21,7 +21,8 @@ import torch
 
 from nanochat.checkpoint_manager import CheckpointDir
 from nanochat.engine import Engine
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, PORTABLE, GPTConfig
+from nanochat.legacy import VINTAGES
 from nanochat.muon import LearningRates, MuonAdamW, build_optimizer
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import TrainState
@@ -29,6 +30,8 @@ from nanochat.train import TrainState
 CPU = torch.device("cpu")
 GOLDEN_VOCAB_SIZE = 1024  # of the golden tokenizer (conftest.py)
 RANDOM_STD = 0.3  # large enough that logits differ clearly between tokens
+
+FAMILY = VINTAGES | {"portable": PORTABLE}  # values of GPTConfig's fields
 
 WORDS = "the cat sat on a mat and saw one old dog run by it in the sun while 12 birds sang of 345 ways home".split()
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, golden
+from factories import FAMILY
 from file_server import running
 
 from nanochat.common import UserError
@@ -200,7 +201,7 @@ def test_batches_keep_to_their_size_and_lose_nothing(golden_tokenizer):
         {"n_layer": 3, "n_head": 4, "n_kv_head": 2, "window_pattern": "S"},
         {"n_layer": 2, "n_head": 2, "n_kv_head": 2, "window_pattern": "L"},
         {"n_layer": 1, "n_head": 2, "n_kv_head": 1},
-        {"n_layer": 4, "n_head": 2, "n_kv_head": 2, "vintage": "classic"},
+        {"n_layer": 4, "n_head": 2, "n_kv_head": 2, **FAMILY["classic"]},
         {"n_layer": 3, "n_head": 2, "n_kv_head": 2, "sequence_len": 130},  # some prompts are cut
     ],
     ids=["windows", "two-layers", "one-layer", "classic", "cut"],

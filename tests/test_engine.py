@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import golden
+from factories import FAMILY
 
 from nanochat import checkpoint_manager, engine
 from nanochat.checkpoint_manager import CheckpointDir
@@ -30,14 +31,14 @@ def make(vintage="modern", dtype=torch.float32, **changes):
     sizes = dict(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SL")
     torch.manual_seed(0)
     model = GPT(
-        GPTConfig(**{"sequence_len": CONTEXT, "vocab_size": V, **sizes, **changes}, vintage=vintage), dtype=dtype
+        GPTConfig(**{"sequence_len": CONTEXT, "vocab_size": V, **sizes, **FAMILY[vintage], **changes}), dtype=dtype
     )
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return model
 
 
-@pytest.fixture(scope="module", params=["modern", "classic"])
+@pytest.fixture(scope="module", params=FAMILY)
 def model(request):
     return make(request.param)
 
@@ -172,7 +173,7 @@ def test_prompts_of_all_lengths_together_equal_the_naive_generation(model, golde
 @pytest.mark.parametrize("num_rows", [1, 3])
 @pytest.mark.parametrize("cast", [False, True], ids=["shared", "cast"])  # weights: a trainer's, used where they lie
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
-@pytest.mark.parametrize("vintage", ["modern", "classic"])
+@pytest.mark.parametrize("vintage", FAMILY)
 def test_every_layout_equals_the_full_forward_pass(vintage, n_kv_head, cast, num_rows, golden_tokenizer):
     model = make(vintage, n_kv_head=n_kv_head)
     if cast:
@@ -576,7 +577,7 @@ def test_seeds_of_64_bits(modern, golden_tokenizer, seed):
 def parrot(next_tokens, context=64):
     """A model that looks up the next token by the last one: blocks that add nothing, and lm_head as the table."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(context, V, n_layer=1, n_head=1, n_kv_head=1, n_embd=64, vintage="classic"))
+    model = GPT(GPTConfig(context, V, n_layer=1, n_head=1, n_kv_head=1, n_embd=64, **FAMILY["classic"]))
     with torch.no_grad():
         model.transformer.h[0].attn.c_proj.weight.zero_()
         model.transformer.h[0].mlp.c_proj.weight.zero_()

@@ -13,6 +13,7 @@ from threading import Barrier
 
 import pytest
 import torch
+from factories import FAMILY
 
 from nanochat.conversation import render_for_completion
 from nanochat.distributed import Dist
@@ -92,10 +93,10 @@ def texts(answers):
 # ---- multiple choice ----
 
 
-@pytest.mark.parametrize("vintage", ["modern", "classic"])
+@pytest.mark.parametrize("vintage", FAMILY)
 @pytest.mark.parametrize("n_layer", [1, 2, 4])
 def test_the_state_of_the_last_column_is_that_of_a_whole_forward_pass(golden_tokenizer, vintage, n_layer):
-    model = make_engine(golden_tokenizer, vintage=vintage, n_layer=n_layer).model
+    model = make_engine(golden_tokenizer, **FAMILY[vintage], n_layer=n_layer).model
     rows = [[random.Random(i).randrange(model.config.vocab_size) for _ in range(n)] for i, n in enumerate((1, 40, 128))]
     with torch.no_grad():
         for row, state in zip(rows, last_states(model, rows), strict=True):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import golden
+from factories import FAMILY
 from test_attention import naive_attention, naive_window
 
 from nanochat import gpt
@@ -33,9 +34,9 @@ def load(case, dtype=torch.float32):
 
 
 def tiny(vintage="modern", **changes):
-    sizes = {"sequence_len": 256, "vocab_size": 70, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 32} | changes
+    sizes = {"sequence_len": 256, "vocab_size": 70, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**sizes, vintage=vintage))
+    model = GPT(GPTConfig(**sizes | changes | FAMILY[vintage]))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return model

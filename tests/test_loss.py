@@ -1,5 +1,5 @@
 """
-Cross entropy by chunks against the plain one on all logits: losses, gradients, precision, memory, compiled.
+Chunked cross entropy against F.cross_entropy on all logits: losses, gradients, precision, memory, compilation.
 
     python -m pytest tests/test_loss.py
 """
@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import hardware, loss
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss import cross_entropy
+from nanochat.loss import cross_entropy, softcap
 
-N, C, V, PADDED, CAP = 90, 16, 150, 192, 15.0
+N, C, V, PADDED = 90, 16, 150, 192
+CAPS = [15.0, 0.0]  # 0 = no softcap
 
 
 @pytest.fixture(autouse=True)
@@ -22,25 +23,27 @@ def small_chunks(monkeypatch):
     torch.manual_seed(0)
 
 
-def inputs(dtype=torch.float32):
-    """Hidden states, a head, targets of which some are left out; logits reach into the cap."""
+def inputs(dtype=torch.float32, scale=3.0):
+    """Hidden states, lm_head, and targets of which some are -1. Logits go beyond the softcap of 15."""
     targets_N = torch.randint(V, (N,))
     targets_N[::7] = -1
-    return torch.randn(N, C).to(dtype).requires_grad_(), (3 * torch.randn(PADDED, C)).requires_grad_(), targets_N
+    return torch.randn(N, C).to(dtype).requires_grad_(), (scale * torch.randn(PADDED, C)).requires_grad_(), targets_N
 
 
-def plain(hidden_NC, head_VC, targets_N, reduction):
+def plain(hidden_NC, head_VC, targets_N, reduction, cap=15.0):
     logits_NV = F.linear(hidden_NC, head_VC.to(hidden_NC.dtype))[:, :V].float()
-    return F.cross_entropy(CAP * torch.tanh(logits_NV / CAP), targets_N, ignore_index=-1, reduction=reduction)
+    if cap:
+        logits_NV = cap * torch.tanh(logits_NV / cap)
+    return F.cross_entropy(logits_NV, targets_N, ignore_index=-1, reduction=reduction)
 
 
-def chunked(hidden_NC, head_VC, targets_N, reduction):
-    return cross_entropy(hidden_NC, head_VC, targets_N, V, CAP, reduction)
+def chunked(hidden_NC, head_VC, targets_N, reduction, cap=15.0):
+    return cross_entropy(hidden_NC, head_VC, targets_N, V, cap, reduction)
 
 
-def results(function, hidden_NC, head_VC, targets_N, reduction):
+def results(function, hidden_NC, head_VC, targets_N, reduction, cap=15.0):
     """The losses and both gradients, for an incoming gradient that is not 1."""
-    losses = function(hidden_NC, head_VC, targets_N, reduction)
+    losses = function(hidden_NC, head_VC, targets_N, reduction, cap)
     incoming = torch.linspace(0.5, 2.0, losses.numel()).view_as(losses)
     return losses.detach(), *torch.autograd.grad(losses, [hidden_NC, head_VC], incoming)
 
@@ -49,17 +52,37 @@ def error(actual, expected):
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+@pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
-def test_float32_equals_the_plain_way(reduction):
+def test_float32_losses_and_gradients_equal_plain_cross_entropy(reduction, cap):
     case = inputs()
-    for actual, expected in zip(results(chunked, *case, reduction), results(plain, *case, reduction), strict=True):
+    actuals = results(chunked, *case, reduction, cap)
+    for actual, expected in zip(actuals, results(plain, *case, reduction, cap), strict=True):
         assert actual.shape == expected.shape and actual.dtype == expected.dtype
         assert error(actual, expected) < 1e-6
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_bfloat16_is_as_close_to_the_truth_as_the_plain_way(reduction):
-    """The head's gradient is rounded once per chunk instead of once, which is the same in all but noise."""
+def test_uncapped_logits_beyond_the_range_of_exp_stay_finite(reduction):
+    case = inputs(scale=100.0)
+    logits_NV = F.linear(case[0], case[1])
+    assert logits_NV.max() > 500  # exp(500) is infinite in float32
+    for actual, expected in zip(
+        results(chunked, *case, reduction, 0.0), results(plain, *case, reduction, 0.0), strict=True
+    ):
+        assert error(actual, expected) < 1e-6
+
+
+def test_softcap_bounds_logits_and_keeps_them_without_a_cap():
+    logits = torch.tensor([-1000.0, -1.0, 0.0, 1.0, 1000.0])
+    capped = softcap(logits, 15.0)
+    torch.testing.assert_close(capped, torch.tensor([-15.0, -0.99852, 0.0, 0.99852, 15.0]), rtol=1e-4, atol=0)
+    assert softcap(logits, 0.0) is logits
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_bfloat16_error_is_no_larger_than_that_of_plain_cross_entropy(reduction):
+    """The gradient of lm_head is rounded once per chunk instead of once, which differs only by noise."""
     hidden_NC, head_VC, targets_N = inputs(torch.bfloat16)
     exact = (hidden_NC.detach().double().requires_grad_(), head_VC.detach().bfloat16().double().requires_grad_())
     truth = results(plain, *exact, targets_N, reduction)
@@ -70,7 +93,7 @@ def test_bfloat16_is_as_close_to_the_truth_as_the_plain_way(reduction):
         assert error(actual, expected) < max(1.1 * error(usual, expected), 1e-6)
 
 
-def test_without_gradients_and_with_only_one_of_them():
+def test_gradients_of_either_input_alone_and_of_none():
     hidden_NC, head_VC, targets_N = inputs()
     with torch.no_grad():
         torch.testing.assert_close(
@@ -83,7 +106,7 @@ def test_without_gradients_and_with_only_one_of_them():
         assert error(actual, expected) < 1e-6
 
 
-def test_targets_left_out_have_no_loss_and_no_gradient():
+def test_targets_of_minus_one_have_no_loss_and_no_gradient():
     hidden_NC, head_VC, targets_N = inputs()
     losses_N, grad_NC, grad_VC = results(chunked, hidden_NC, head_VC, targets_N, "none")
     assert (losses_N[targets_N < 0] == 0).all() and (grad_NC[targets_N < 0] == 0).all()
@@ -92,7 +115,7 @@ def test_targets_left_out_have_no_loss_and_no_gradient():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the most elements that a result of any operation has."""
+    """Records the number of elements of the largest tensor that any operation returns."""
 
     elements = 0
 
@@ -104,26 +127,28 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_nothing_is_larger_than_a_chunk(monkeypatch, reduction):
+def test_no_intermediate_is_larger_than_a_chunk(monkeypatch, reduction):
     case = inputs()
     with LargestTensor() as largest:
         results(chunked, *case, reduction)
     assert largest.elements == 32 * PADDED
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", 1)  # no more than MAX_CHUNKS chunks: of 12 rows then
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 1)  # then MAX_CHUNKS limits the number of chunks: 12 rows each
     with LargestTensor() as largest:
         results(chunked, *case, reduction)
     assert largest.elements == max(12 * PADDED, PADDED * C)
 
 
 @pytest.mark.skipif(not hardware.can_compile(torch.device("cpu")), reason="no C++ compiler")
-def test_compiled_without_a_break():
+@pytest.mark.slow
+@pytest.mark.parametrize("cap", CAPS)
+def test_compiled_as_one_graph_equals_eager(cap):
     case = inputs()
     compiled = torch.compile(chunked, fullgraph=True, dynamic=False)
-    for actual, expected in zip(results(compiled, *case, "sum"), results(chunked, *case, "sum"), strict=True):
+    for actual, expected in zip(results(compiled, *case, "sum", cap), results(chunked, *case, "sum", cap), strict=True):
         assert error(actual, expected) < 1e-5
 
 
-def test_the_model_trains_on_it():
+def test_the_models_loss_has_the_gradients_of_its_logits():
     model = GPT.create(GPTConfig(sequence_len=N, vocab_size=V, n_layer=1, n_head=1, n_kv_head=1, n_embd=32))
     ids = torch.randint(V, (1, N + 1))
     x, y = ids[:, :-1], ids[:, 1:]

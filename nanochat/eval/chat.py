@@ -28,12 +28,12 @@ import torch.nn.functional as F
 from nanochat.attention import attend, attend_cached, band_mask
 from nanochat.common import atomic_path
 from nanochat.conversation import render_for_completion, spoken_text
-from nanochat.decoder import cap
 from nanochat.distributed import Dist
 from nanochat.engine import Completion, Engine, Request
 from nanochat.eval.core import BATCH_COLUMNS
 from nanochat.eval.metrics import TaskScore
 from nanochat.gpt import GPT
+from nanochat.loss import softcap
 from nanochat.rollout import pass_at_k
 
 # The tasks of ChatCORE and what guessing gets there.
@@ -159,7 +159,8 @@ def choose(
     found = []
     for batch in batches(prompts, max_columns or BATCH_COLUMNS[model.device.type]):
         states_BC = last_states(model, [prompts[i] for i in batch])
-        for i, of_letters in zip(batch, cap(F.linear(states_BC, letters_LC)).tolist(), strict=True):
+        capped_BL = softcap(F.linear(states_BC, letters_LC).float(), model.config.logit_softcap)
+        for i, of_letters in zip(batch, capped_BL.tolist(), strict=True):
             conversation = conversations[i]
             logits = dict(zip(ids, of_letters, strict=True))
             offered = {letter: logits[letter] for letter in conversation["letters"]}

@@ -31,7 +31,7 @@ from nanochat.cli import command, flag
 from nanochat.common import human
 from nanochat.dataloader import PretrainLoader, prefetch, to_device
 from nanochat.distributed import Dist
-from nanochat.gpt import GPT, LOGIT_CAP, GPTConfig, flops_per_token
+from nanochat.gpt import GPT, GPTConfig, flops_per_token
 from nanochat.loss import cross_entropy
 from nanochat.muon import MuonAdamW, adamw_update, build_optimizer
 from nanochat.primer import documents as primer
@@ -172,7 +172,7 @@ def nanochat_side(
 
     def loss_alone(hidden_BTC: torch.Tensor, y_BT: torch.Tensor) -> torch.Tensor:
         hidden_NC, weight, y_N = hidden_BTC.flatten(0, 1), run.model.lm_head.weight, y_BT.flatten()
-        return cross_entropy(hidden_NC, weight, y_N, config.vocab_size, LOGIT_CAP, "sum")
+        return cross_entropy(hidden_NC, weight, y_N, config.vocab_size, config.logit_softcap, "sum")
 
     return Side(run.model, prefetch(steps, device), run.optimizer, loss, loss_alone)
 

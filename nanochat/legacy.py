@@ -1,0 +1,159 @@
+"""
+Reads files that older versions of nanochat wrote: model configurations, .pt checkpoints, pickled tokenizers.
+
+- Checkpoints once were two files per step, model_<step>.pt and meta_<step>.json.
+- A configuration once named a *vintage*, "modern" or "classic", for what GPTConfig now has a field each. Still older
+  ones name nothing: which parameters the file holds shows which vintage it is.
+- A tokenizer once was a pickled tiktoken.Encoding, tokenizer.pkl.
+
+Nothing here executes code from a file. New files are never written in these formats.
+"""
+
+import io
+import json
+import pickle
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat.common import UserError
+from nanochat.gpt import GPTConfig
+
+# The fields of GPTConfig that came after the vintages, with the values that these models were trained with.
+VINTAGES: dict[str, dict[str, Any]] = {
+    "modern": {
+        "value_embeds": True,
+        "smear": True,
+        "backout": True,
+        "residual_scalars": True,
+        "qk_gain": 1.2,
+        "rope_base": 100_000.0,
+        "logit_softcap": 15.0,
+    },
+    # October 2025; also the model that transformers implements as NanoChatForCausalLM.
+    "classic": {
+        "value_embeds": False,
+        "smear": False,
+        "backout": False,
+        "residual_scalars": False,
+        "qk_gain": 1.0,
+        "rope_base": 10_000.0,
+        "logit_softcap": 15.0,
+        "window_pattern": "L",
+    },
+}
+
+
+# What reading a damaged JSON or .pt file can raise.
+UNREADABLE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.PickleError,
+)  # fmt: skip
+
+
+# ---- model configurations ----
+
+
+def model_config(saved: dict[str, Any], parameter_names: Collection[str] | None = None) -> GPTConfig:
+    """
+    The configuration of a saved model, whichever version saved it. UserError for an unknown vintage, TypeError for
+    unknown fields. See upgrade_config for the arguments.
+    """
+    return GPTConfig(**upgrade_config(saved, parameter_names))
+
+
+def upgrade_config(saved: dict[str, Any], parameter_names: Collection[str] | None = None) -> dict[str, Any]:
+    """
+    Replaces the vintage in a saved configuration by the fields that it stands for. A configuration that names no
+    vintage is recognised by the names of the model's parameters, if they are given.
+    """
+    if any(field in saved for field in VINTAGES["modern"]):
+        return saved
+    fields = dict(saved)
+    vintage = fields.pop("vintage", None)
+    if vintage is None and parameter_names is not None:
+        vintage = "modern" if "resid_lambdas" in parameter_names else "classic"
+        fields.setdefault("window_pattern", "L")
+    if vintage is None:
+        return fields
+    if vintage not in VINTAGES:
+        raise UserError(f"unknown vintage {vintage!r} in a saved model configuration: use modern or classic")
+    return fields | VINTAGES[vintage]
+
+
+# ---- checkpoints: model_<step>.pt, meta_<step>.json ----
+
+
+def checkpoint_steps(directory: Path) -> set[int]:
+    """The steps of the .pt checkpoints in a folder."""
+    numbers = [file.stem.removeprefix("model_") for file in directory.glob("model_*.pt")]
+    return {int(number) for number in numbers if number.isdigit()}
+
+
+def read_checkpoint(directory: Path, step: int) -> tuple[Path, dict[str, Any]]:
+    """
+    The file of weights of a .pt checkpoint, and what its JSON file says, with "model_config" upgraded.
+    ValueError, with a message for users, if either cannot be read.
+    """
+    model_file = directory / f"model_{step:06d}.pt"
+    meta_file = directory / f"meta_{step:06d}.json"
+    try:
+        meta = json.loads(meta_file.read_text())
+        meta["model_config"] = upgrade_config(meta["model_config"], read_weights(model_file).keys())
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        EOFError,
+        pickle.PickleError,
+    ) as e:
+        first_line = str(e).partition("\n")[0]  # torch's messages have many
+        raise ValueError(f"{model_file} is not readable ({type(e).__name__}: {first_line})") from e
+    return model_file, meta
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """Parameters by name, without the prefix that torch.compile adds."""
+    weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return {name.removeprefix("_orig_mod."): weight for name, weight in weights.items()}
+
+
+# ---- tokenizers: tokenizer.pkl ----
+
+
+def read_encoding_pickle(content: bytes) -> tuple[str, dict[bytes, int], dict[str, int]]:
+    """
+    Split pattern, token ids and special token ids of a pickled tiktoken.Encoding. ValueError for any other pickle.
+
+    Unpickling usually executes whatever the file asks for, but it can do so only through the classes and functions that
+    the file names. Here every name but that of Encoding is refused, and Encoding is replaced by an empty class that
+    keeps the attributes it is given.
+    """
+
+    class Fields:
+        pass
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> type:
+            if (module, name) != ("tiktoken.core", "Encoding"):
+                raise pickle.UnpicklingError(f"it asks for {module}.{name}, which was not run")
+            return Fields
+
+    try:
+        found = Unpickler(io.BytesIO(content)).load()
+    except (pickle.PickleError, AttributeError, EOFError, LookupError, MemoryError, OverflowError, TypeError) as error:
+        # The pickle module's documentation warns that a damaged file may raise more than PickleError.
+        raise ValueError(str(error) or type(error).__name__) from error
+    if not isinstance(found, Fields):
+        raise ValueError("it holds no tiktoken.Encoding")
+    pattern = getattr(found, "pat_str", None)
+    ranks = getattr(found, "mergeable_ranks", None)
+    if not isinstance(pattern, str) or not isinstance(ranks, dict):
+        raise ValueError("it holds no pattern or no ranks")
+    if not all(type(token) is bytes and type(rank) is int for token, rank in ranks.items()):
+        raise ValueError("its ranks are not bytes → number")
+    return pattern, ranks, getattr(found, "special_tokens", {})
