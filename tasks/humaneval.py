@@ -56,7 +56,7 @@ class HumanEval(Task):
 
 
 def code_of(completion: str, function: str) -> str:
-    """
+    r"""
     The part of a completion that, after the prompt, makes a program: the rest of the function's body, or the whole
     function once more. If there are ``` blocks, it is the first that defines the function, else the first. If there
     are none, it is all that looks like code: a definition of the function with what stands before and after it, or a

@@ -1,6 +1,6 @@
 """
-The architecture as a test: who may import whom, what importing may do, how long a module may be, and that every
-package that is imported is one that is declared.
+The architecture as tests: which layer may import which, what happens at import, which packages must be declared, and
+what every script must offer.
 
     python -m pytest tests/test_layers.py
 """
@@ -13,14 +13,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = (
-    "nanochat",
-    "tasks",
-    "scripts",
-)  # from the bottom: each may import itself and what is below
-IMPORTABLE = {"nanochat": {"nanochat"}, "tasks": {"nanochat", "tasks"}, "scripts": {"nanochat", "tasks", "scripts"}}
-MAY_SEE_FROM_THE_CORE = {"kernels"}  # of nanochat's sub-packages
-TOUCH_TORCH_DISTRIBUTED = {"nanochat/distributed.py", "nanochat/muon.py"}
+
+# Each layer may import itself and the layers below it.
+MAY_IMPORT = {
+    "scripts": {"scripts", "tasks", "nanochat"},
+    "tasks": {"tasks", "nanochat"},
+    "nanochat": {"nanochat"},
+}
+SUB_PACKAGES_OF_THE_CORE = {"kernels"}  # that nanochat/*.py may import
+MAY_USE_TORCH_DISTRIBUTED = {"nanochat/distributed.py", "nanochat/muon.py"}
+
+# Statements that a module may have at its top level, besides docstrings, a main guard and imports for types.
 DEFINITIONS = (
     ast.Import,
     ast.ImportFrom,
@@ -30,34 +33,42 @@ DEFINITIONS = (
     ast.Assign,
     ast.AnnAssign,
 )
+# Names that a top-level assignment may not use: their values depend on the process or the machine.
 ENVIRONMENT = {"sys.argv", "os.environ", "os.getenv", "open", "torch.device", "torch.cuda.is_available", "base_dir"}
+
+# Where the name of a module differs from that of its package.
 PACKAGE_OF = {
     "PIL": "pillow",
-    "yaml": "pyyaml",
     "flash_attn": "flash-attn",
     "flash_attn_interface": "flash-attn-3",
-}  # where module and package differ
+    "yaml": "pyyaml",
+}
 
 MODULES = {
     path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
-    for layer in LAYERS
+    for layer in MAY_IMPORT
     for path in sorted((ROOT / layer).rglob("*.py"))
 }
 
 
-def layer_of(name):
-    return name.split("/")[0]
-
-
 def imports(tree):
-    """(module, line) of every import, also those inside functions."""
+    """(module, line) of every import, including those inside functions; `from a import b` gives a and a.b."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
+            for alias in node.names:
+                yield alias.name, node.lineno
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module, f"line {node.lineno}: say the whole name of what is imported"
+            assert node.level == 0 and node.module, f"line {node.lineno}: use absolute imports"
             yield node.module, node.lineno
-            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", node.lineno
+
+
+def all_imports():
+    """(file, line, module) of every import in the repository."""
+    for name, tree in MODULES.items():
+        for module, line in imports(tree):
+            yield name, line, module
 
 
 def is_docstring(node):
@@ -68,59 +79,74 @@ def is_main_guard(node):
     return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
 
 
-def is_for_types(node):
-    """`if TYPE_CHECKING:` and nothing but imports in it."""
+def is_import_for_types(node):
+    """`if TYPE_CHECKING:` with nothing but imports inside."""
     is_guard = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not node.orelse
     return is_guard and all(isinstance(inner, ast.Import | ast.ImportFrom) for inner in node.body)
 
 
-def test_imports_point_down():
-    wrong = [
-        f"{name}:{line} imports {module}"
-        for name, tree in MODULES.items()
-        for module, line in imports(tree)
-        if module.split(".")[0] in LAYERS and module.split(".")[0] not in IMPORTABLE[layer_of(name)]
-    ]
+# ---- imports ----
+
+
+def test_layers_import_only_downwards():
+    wrong = []
+    for name, line, module in all_imports():
+        layer, imported = name.split("/")[0], module.split(".")[0]
+        if imported in MAY_IMPORT and imported not in MAY_IMPORT[layer]:
+            wrong.append(f"{name}:{line} imports {module}")
     assert not wrong
 
 
-def test_the_flat_core_needs_no_sub_package_but_kernels():
-    packages = {path.parent.name for path in (ROOT / "nanochat").glob("*/__init__.py")} - MAY_SEE_FROM_THE_CORE
-    wrong = [
-        f"{name}:{line} imports {module}"
-        for name, tree in MODULES.items()
-        if re.fullmatch(r"nanochat/\w+\.py", name)
-        for module, line in imports(tree)
-        if module.startswith("nanochat.") and module.split(".")[1] in packages
-    ]
+def test_flat_core_imports_no_sub_package_but_kernels():
+    sub_packages = {path.parent.name for path in (ROOT / "nanochat").glob("*/__init__.py")}
+    forbidden = {f"nanochat.{package}" for package in sub_packages - SUB_PACKAGES_OF_THE_CORE}
+    wrong = []
+    for name, line, module in all_imports():
+        is_core = re.fullmatch(r"nanochat/\w+\.py", name)
+        if is_core and ".".join(module.split(".")[:2]) in forbidden:
+            wrong.append(f"{name}:{line} imports {module}")
     assert not wrong
 
 
-def test_only_two_modules_touch_torch_distributed():
-    wrong = [
-        f"{name}:{line}"
-        for name, tree in MODULES.items()
-        for module, line in imports(tree)
-        if module.startswith("torch.distributed") and name not in TOUCH_TORCH_DISTRIBUTED
-    ]
-    wrong += [
-        f"{name}:{node.lineno}"
-        for name, tree in MODULES.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed.")
-        if name not in TOUCH_TORCH_DISTRIBUTED
-    ]
+def test_only_distributed_and_muon_use_torch_distributed():
+    wrong = [f"{name}:{line}" for name, line, module in all_imports() if module.startswith("torch.distributed")]
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed."):
+                wrong.append(f"{name}:{node.lineno}")
+    assert {place.split(":")[0] for place in wrong} <= MAY_USE_TORCH_DISTRIBUTED
+
+
+def declared_packages():
+    tomllib = pytest.importorskip("tomllib")  # since Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = list(project["dependencies"])
+    for extra in project.get("optional-dependencies", {}).values():
+        requirements += extra
+    return {re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-") for requirement in requirements}
+
+
+def test_every_third_party_import_is_declared_in_pyproject():
+    known = declared_packages() | set(MAY_IMPORT)
+    wrong = []
+    for name, line, module in all_imports():
+        top = module.split(".")[0]
+        if top not in sys.stdlib_module_names and PACKAGE_OF.get(top, top).lower().replace("_", "-") not in known:
+            wrong.append(f"{name}:{line} imports {top}")
     assert not wrong
+
+
+# ---- modules ----
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_importing_defines_and_does_nothing_else(name):
+def test_import_only_defines(name):
     for node in MODULES[name].body:
-        defines = isinstance(node, DEFINITIONS) or is_docstring(node) or is_main_guard(node) or is_for_types(node)
-        assert defines, f"{name}:{node.lineno}"
+        allowed = isinstance(node, DEFINITIONS) or is_docstring(node) or is_main_guard(node)
+        assert allowed or is_import_for_types(node), f"{name}:{node.lineno}"
         if isinstance(node, ast.Assign | ast.AnnAssign):
-            found = {ast.unparse(part) for part in ast.walk(node) if isinstance(part, ast.Name | ast.Attribute)}
-            assert not found & ENVIRONMENT, f"{name}:{node.lineno}: {found & ENVIRONMENT} at import"
+            used = {ast.unparse(part) for part in ast.walk(node) if isinstance(part, ast.Name | ast.Attribute)}
+            assert not used & ENVIRONMENT, f"{name}:{node.lineno}: {used & ENVIRONMENT} at import"
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -128,29 +154,19 @@ def test_no_function_changes_a_global(name):
     assert not [node.lineno for node in ast.walk(MODULES[name]) if isinstance(node, ast.Global)]
 
 
-def declared_packages():
-    tomllib = pytest.importorskip("tomllib")  # Python 3.11
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project.get("optional-dependencies", {}).values()
-    requirements = [*project["dependencies"], *(requirement for extra in extras for requirement in extra)]
-    return {re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-") for requirement in requirements}
+def commands():
+    """(file, command) of every module that is run from the command line."""
+    for name in MODULES:
+        path = Path(name)
+        if path.name in ("__init__.py", "__main__.py"):
+            continue
+        if path.parent.as_posix() == "scripts":
+            yield name, f"python -m scripts.{path.stem}"
+        if path.parent.as_posix() == "scripts/bench" and any(is_main_guard(node) for node in MODULES[name].body):
+            yield name, f"python -m scripts.bench {path.stem}"
 
 
-def test_every_third_party_import_is_declared():
-    known = declared_packages() | set(LAYERS)
-    undeclared = {
-        f"{name}:{line} imports {top}"
-        for name, tree in MODULES.items()
-        for module, line in imports(tree)
-        if (top := module.split(".")[0]) not in sys.stdlib_module_names
-        if PACKAGE_OF.get(top, top).lower().replace("_", "-") not in known
-    }
-    assert not undeclared
-
-
-def test_every_script_can_be_run_and_says_how():
-    for name, tree in MODULES.items():
-        if Path(name).parent.as_posix() == "scripts" and not name.endswith("__init__.py"):
-            command = f"python -m scripts.{Path(name).stem}"
-            assert command in (ast.get_docstring(tree) or ""), f"{name}: no command to paste"
-            assert any(is_main_guard(node) for node in tree.body), f"{name}: no main guard"
+@pytest.mark.parametrize("name, command", commands())
+def test_script_can_be_run_and_shows_its_command(name, command):
+    assert command in (ast.get_docstring(MODULES[name]) or ""), f"{name}: no command to paste"
+    assert any(is_main_guard(node) for node in MODULES[name].body), f"{name}: no main guard"
