@@ -1,65 +1,58 @@
 """
-The sandbox: right programs pass, wrong ones fail, and a table of attacks fails too, with nothing left behind.
+The sandbox: correct programs pass, wrong programs and attacks fail, and no process or file is left behind.
 
     python -m pytest tests/test_sandbox.py
 """
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from factories import wait_until
 
-from nanochat.sandbox import parent as execution
-from nanochat.sandbox.child import MACHINES, MAX_FILE, REFUSED, pack, unpack
-from nanochat.sandbox.parent import OUTPUT_BYTES, run
+from nanochat.sandbox import parent
+from nanochat.sandbox.child import BLOCKED_CALLS, MACHINES, MAX_FILE_BYTES, from_json, to_json
+from nanochat.sandbox.parent import DISK_EXCEEDED, OUTPUT_BYTES, run
 
 CHECK = "def check(candidate):\n    assert candidate(2, 3) == 5\n"
 RIGHT = "def add(a, b):\n    return a + b\n"
 WRONG = "def add(a, b):\n    return 6\n"
 SECRET = "a secret in the environment"
+NOBODY = 65534  # the user id that owns nothing
 
 
 @pytest.fixture(scope="module")
-def on():
-    """The protections that this machine allows."""
+def protections():
+    """What this machine can enforce."""
     return set(run(RIGHT, CHECK, "add", timeout=30).protections)
 
 
 @pytest.fixture(autouse=True)
-def folders(tmp_path_factory, monkeypatch):
-    """Where temporary folders are made; after each test neither one of them nor a process is left."""
-    place = tmp_path_factory.mktemp("folders")
-    monkeypatch.setattr(tempfile, "tempdir", str(place))
-    yield place
-    wait_for(lambda: not insiders())
-    assert not list(place.iterdir())
+def temporary_folders(tmp_path_factory, monkeypatch):
+    """The folder of temporary folders; after each test it is empty and no process of a sandbox is left."""
+    folder = tmp_path_factory.mktemp("folders")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    wait_until(lambda: not sandbox_processes())
+    assert not list(folder.iterdir())
 
 
-def wait_for(condition):
-    """A killed process takes a moment to be gone."""
-    for _ in range(1000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("waited in vain")
-
-
-def insiders():
-    """Processes of this module's sandboxes."""
+def sandbox_processes():
+    """The command lines in /proc of this checkout's sandboxes."""
     commands = [path / "cmdline" for path in Path("/proc").glob("[0-9]*")] if sys.platform == "linux" else []
     found = []
     for path in commands:
         try:
-            found += [path] if str(execution.INSIDE).encode() in path.read_bytes() else []
+            found += [path] if str(parent.CHILD).encode() in path.read_bytes() else []
         except OSError:
-            continue  # it has just ended
+            continue  # the process has just ended
     return found
 
 
@@ -70,7 +63,7 @@ def outcome(program, check=CHECK, **options):
 # ---- honest programs ----
 
 
-def test_right_and_wrong():
+def test_run_correct_and_wrong_program_pass_and_fail():
     right = run(RIGHT, CHECK, "add", timeout=20)
     assert right.passed and right.outcome == "passed" and right.output == ""
     wrong = run(WRONG, CHECK, "add", timeout=20)
@@ -86,12 +79,12 @@ def test_right_and_wrong():
         "def add(a, b): return add", "assert False", "raise KeyboardInterrupt", "import numpy\n" + RIGHT,
     ],
 )  # fmt: skip
-def test_programs_that_do_not_work(program):
+def test_run_broken_program_fails_with_output(program):
     result = run(program, CHECK, "add", timeout=20)
     assert result.outcome == "failed" and result.output
 
 
-def test_what_an_honest_program_may_do():
+def test_run_honest_program_may_use_files_and_standard_library():
     program = """
 import asyncio, collections, dataclasses, decimal, functools, hashlib, itertools, json, math, os, random, re, string
 import tempfile, typing
@@ -115,11 +108,11 @@ def add(a, b):
     assert result.passed and result.output.startswith("adding 2 and 3\n"), result.output
 
 
-def test_a_check_may_call_the_function_by_its_name():
+def test_check_may_call_function_by_name():
     assert outcome(RIGHT, "def add(a, b): 'To do.'\n\ndef check(f):\n    assert add(1, f(1, 1)) == 3") == "passed"
 
 
-def test_state_is_kept_between_calls_and_exceptions_end_the_sample():
+def test_calls_keep_state_and_exceptions_end_the_sample():
     counts = "n = 0\ndef add(a, b):\n    global n\n    n += 1\n    return n"
     assert outcome(counts, "def check(f):\n    assert [f(1, 1), f(1, b=1)] == [1, 2]") == "passed"
     raises = "def add(a, b): raise ValueError"
@@ -133,62 +126,67 @@ VALUES = [
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
-def test_plain_data_survives_the_pipe(value):
-    received = unpack(json.loads(json.dumps(pack(value))))
+def test_json_conversion_of_plain_data_round_trips(value):
+    received = from_json(json.loads(json.dumps(to_json(value))))
     assert received == value and type(received) is type(value)
 
 
-def test_types_stay_apart_and_other_iterables_become_iterators():
-    assert type(unpack(pack(True))) is bool and type(unpack(pack(1))) is int and type(unpack(pack(1.0))) is float
-    received = unpack(pack(map(str, range(3))))
+def test_json_conversion_keeps_types_and_turns_iterables_into_iterators():
+    assert (
+        type(from_json(to_json(True))) is bool
+        and type(from_json(to_json(1))) is int
+        and type(from_json(to_json(1.0))) is float
+    )
+    received = from_json(to_json(map(str, range(3))))
     assert received != ["0", "1", "2"] and tuple(received) == ("0", "1", "2")
     with pytest.raises(TypeError):
-        pack(object())
+        to_json(object())
 
 
-def test_a_program_of_a_megabyte():
+def test_run_program_of_a_megabyte_works():
     table = "table = [\n" + "    'some text, and more of it',\n" * 32_000 + "]\n"
     assert len(table) > 1_000_000
     assert outcome(table + RIGHT) == "passed" and outcome(table + WRONG) == "failed"
 
 
-def test_large_values():
+def test_calls_with_large_values_work():
     echo = "def add(a): return a"
     assert outcome(echo, "def check(f):\n    x = list(range(100_000))\n    assert f(x) == x") == "passed"
 
 
-def test_output_is_kept_as_far_as_it_goes():
+def test_output_beyond_limit_is_cut():
     program = "import sys\ndef add(a, b):\n    sys.stdout.buffer.write(b'caf\\xe9' * 50_000)\n    return a + b"
     result = run(program, CHECK, "add", timeout=20)
     assert result.passed and result.output == ("caf\ufffd" * 50_000)[:OUTPUT_BYTES]
 
 
-def test_what_the_check_prints_is_output_and_no_verdict():
+def test_output_of_check_is_not_the_verdict():
     result = run("def f(x): return x", "def check(f):\n    print('hello')\n    assert f(1) == 1", "f")
     assert result.passed and result.output == "hello\n"
 
 
-def test_the_deadline():
+@pytest.mark.slow
+def test_run_beyond_deadline_times_out():
     for program in ("import time; time.sleep(1000)", "while True: pass", "def add(a, b):\n    while True: pass"):
         assert outcome(program, timeout=1.0) == "timed out"
     assert outcome(RIGHT, "while True: pass", timeout=1.0) == "timed out"
 
 
-def test_samples_side_by_side():
+def test_run_in_threads_keeps_samples_apart():
     programs = [f"{RIGHT if i % 3 else WRONG}\nopen('mine', 'x').write('{i}')" for i in range(24)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(outcome, programs)) == ["passed" if i % 3 else "failed" for i in range(24)]
 
 
-def test_a_sandbox_that_does_not_start_is_no_failed_sample(monkeypatch, tmp_path):
-    monkeypatch.setattr(execution, "INSIDE", tmp_path / "missing.py")
+def test_run_without_child_script_raises(monkeypatch, tmp_path):
+    monkeypatch.setattr(parent, "CHILD", tmp_path / "missing.py")
     with pytest.raises(RuntimeError, match="did not start.*missing.py"):
         run(RIGHT, CHECK, "add")
 
 
 # ---- attacks ----
 
-# Each name a program whose `add` is never right unless the attack succeeds. Harmless wherever they run.
+# In each program `add` returns the right sum only if the attack succeeds. All are harmless wherever they run.
 FORGERIES = {
     "sys.exit": "import sys; sys.exit(0)",
     "sys.exit in the function": "import sys\ndef add(a, b): sys.exit(0)",
@@ -221,7 +219,7 @@ def add(a, b):
 import sys
 def add(a, b):
     main = sys.modules['__main__']
-    main.pack = lambda value: {"eval": "5"}""",
+    main.to_json = lambda value: {"eval": "5"}""",
     "nested without end": """
 import sys
 def add(a, b):
@@ -235,7 +233,7 @@ builtins.AssertionError = builtins.Exception
 for module in list(sys.modules.values()): vars(module)['check'] = lambda candidate: None
 sys.excepthook = sys.settrace = lambda *_: None
 """ + WRONG,
-    # The pattern does not find itself.
+    # [a] keeps the pattern from matching this source code.
     "search frames and objects for the tests": """
 import gc, re, sys
 def add(a, b):
@@ -295,7 +293,7 @@ for i in itertools.count():
     except OSError: pass""",
 }
 
-# These need something that not every machine has; the right answer is given if the attack worked.
+# These are blocked by seccomp only; `add` returns the right sum if the attack worked.
 NEED_SECCOMP = {
     "fork": "import os\ndef add(a, b):\n    if os.fork() == 0: os._exit(0)\n    return 5",
     "fork bomb": "import os\nwhile True: os.fork()",
@@ -340,39 +338,42 @@ def add(a, b): return 5 + abs(ctypes.CDLL(None).ptrace(16, {os.getpid()}, 0, 0))
 }
 
 
+@pytest.mark.slow  # all of them together
 @pytest.mark.parametrize("name", FORGERIES)
-def test_forgeries_fail(name):
+def test_forged_verdict_fails(name):
     assert outcome(FORGERIES[name]) == "failed"
 
 
+@pytest.mark.slow  # all of them together
 @pytest.mark.parametrize("name", ENDLESS)
-def test_what_never_ends_is_ended(name):
+def test_endless_program_is_killed(name):
     assert outcome(ENDLESS[name], timeout=1.0) in ("failed", "timed out")
 
 
+@pytest.mark.slow  # all of them together
 @pytest.mark.parametrize("name", NEED_SECCOMP)
-def test_processes_and_signals(on, name):
-    if "seccomp" not in on:
+def test_process_and_signal_attacks_fail(protections, name):
+    if "seccomp" not in protections:
         pytest.skip("no seccomp here")
     assert outcome(NEED_SECCOMP[name], timeout=1.0 if name == "stubborn fork bomb" else 20.0) in ("failed", "timed out")
 
 
-def test_files_outside(on, tmp_path):
-    """Nothing is written, removed, renamed, linked or changed outside of the folder."""
-    if "landlock" not in on and "read-only files" not in on:
+def test_files_outside_the_folder_stay_unchanged(protections, tmp_path):
+    if "landlock" not in protections and "read-only files" not in protections:
         pytest.skip("neither landlock nor a mount namespace here")
     target = tmp_path / "target"
     target.write_text("as it was")
     target.chmod(0o640)
-    place = str(tmp_path)
+    folder = str(tmp_path)
     attempts = [
-        f"open({place + '/new'!r}, 'w').write('x')", f"open({str(target)!r}, 'w').write('x')",
+        f"open({folder + '/new'!r}, 'w').write('x')", f"open({str(target)!r}, 'w').write('x')",
         f"open({str(target)!r}, 'a').write('x')", f"open({str(target)!r}, 'r+').truncate(0)",
         f"os.truncate({str(target)!r}, 0)", f"os.unlink({str(target)!r})", f"os.rename({str(target)!r}, 'mine')",
-        f"os.mkdir({place + '/folder'!r})", f"os.symlink('x', {place + '/link'!r})", f"os.chmod({str(target)!r}, 511)",
-        f"os.link({str(target)!r}, {place + '/hard'!r})", f"os.chown({str(target)!r}, 1, 1)", "os.mkfifo('fifo')",
+        f"os.mkdir({folder + '/folder'!r})", f"os.symlink('x', {folder + '/link'!r})",
+        f"os.chmod({str(target)!r}, 511)",
+        f"os.link({str(target)!r}, {folder + '/hard'!r})", f"os.chown({str(target)!r}, 1, 1)", "os.mkfifo('fifo')",
         f"os.utime({str(target)!r}, (0, 0))", f"os.setxattr({str(target)!r}, 'user.x', b'x')", "os.mkdir('mine')",
-        f"shutil.rmtree({place!r})", "os.chroot('.')", "open('/dev/shm/nanochat', 'w')", "os.symlink('/', 'root')",
+        f"shutil.rmtree({folder!r})", "os.chroot('.')", "open('/dev/shm/nanochat', 'w')", "os.symlink('/', 'root')",
     ]  # fmt: skip
     before = target.stat()
     lines = "\n".join(f"    try:\n        {attempt}; done += 1\n    except OSError: pass" for attempt in attempts)
@@ -380,12 +381,11 @@ def test_files_outside(on, tmp_path):
     result = run(program, "def check(f):\n    done = f(2, 3)\n    assert done == 0, done", "add", timeout=20)
     assert target.stat() == before  # before it is read, which is an access
     assert list(tmp_path.iterdir()) == [target] and target.read_text() == "as it was"
-    assert result.passed or "landlock" not in on, result.output
+    assert result.passed or "landlock" not in protections, result.output
 
 
-def test_secrets(on, tmp_path, monkeypatch):
-    """Neither the environment of the processes above nor files of the user can be read."""
-    if "landlock" not in on:
+def test_environment_and_files_of_user_cannot_be_read(protections, tmp_path, monkeypatch):
+    if "landlock" not in protections:
         pytest.skip("no landlock here")
     monkeypatch.setenv("NANOCHAT_SECRET", SECRET)
     (tmp_path / "secret").write_text(SECRET)
@@ -402,12 +402,12 @@ def add(a, b):
     assert outcome(program, check) == "passed"
 
 
-def test_network(on, tmp_path):
-    if "namespaces" not in on and "seccomp" not in on:
+def test_network_cannot_be_reached(protections, tmp_path):
+    if "namespaces" not in protections and "seccomp" not in protections:
         pytest.skip("neither namespaces nor seccomp here")
     listeners = [socket.socket(), socket.socket(type=socket.SOCK_DGRAM), socket.socket(socket.AF_UNIX)]
-    for listener, place in zip(listeners, [("127.0.0.1", 0), ("127.0.0.1", 0), str(tmp_path / "s")], strict=True):
-        listener.bind(place)
+    for listener, address in zip(listeners, [("127.0.0.1", 0), ("127.0.0.1", 0), str(tmp_path / "s")], strict=True):
+        listener.bind(address)
         listener.settimeout(0.2)
     listeners[0].listen()
     listeners[2].listen()
@@ -422,7 +422,7 @@ def add(a, b):
         lambda: socket.socket(socket.AF_UNIX).connect(unix),
         lambda: socket.socketpair(type=socket.SOCK_DGRAM)[0].connect(unix),
     ]
-    for attempt in attempts[:{4 if "seccomp" in on else 2}]:
+    for attempt in attempts[:{4 if "seccomp" in protections else 2}]:
         try:
             attempt()
             return 5
@@ -433,30 +433,108 @@ def add(a, b):
             listener.recv(1) if listener.type == socket.SOCK_DGRAM else listener.accept()
 
 
-def test_a_killed_evaluator_leaves_no_process(tmp_path):
+def test_killed_evaluator_leaves_no_process(tmp_path):
     if sys.platform != "linux":
         pytest.skip("no /proc here")
     code = "from nanochat.sandbox.parent import run\nrun('import time; time.sleep(1000)', '', 'add', timeout=1)"
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=execution.INSIDE.parent.parent.parent, env=environment
+        [sys.executable, "-c", code], cwd=parent.CHILD.parent.parent.parent, env=environment
     ) as evaluator:
-        wait_for(insiders)
+        wait_until(sandbox_processes)
         evaluator.kill()
-    wait_for(lambda: not insiders())
+    wait_until(lambda: not sandbox_processes())
+
+
+# ---- disk space and inotify, as root and as an ordinary user, with and without namespaces ----
+
+# `add` returns the right sum if the program was not stopped.
+DISK_ATTACKS = {
+    "large files": "import os\nfor i in range(200): open(str(i), 'wb').write(bytes(1 << 22))\n" + RIGHT,
+    "many files": "import time\nfor i in range(2000): open(str(i), 'wb').close()\ntime.sleep(1)\n" + RIGHT,
+}
+FALLOCATE = """
+import os
+descriptor = os.open("x", os.O_CREAT | os.O_WRONLY)
+def add(a, b):
+    os.posix_fallocate(descriptor, 0, 1 << 20)
+    return a + b"""
+INOTIFY = "import ctypes\ndef add(a, b): return 5 if ctypes.CDLL(None).inotify_init1(0) >= 0 else 6"
+FANOTIFY = "import ctypes\ndef add(a, b): return 5 if ctypes.CDLL(None).fanotify_init(0, 0) >= 0 else 6"
+RUN_PROGRAMS = """
+import json, sys
+from nanochat.sandbox.parent import run
+check, programs = json.load(sys.stdin)
+results = {name: vars(run(program, check, "add", timeout=20)) for name, program in programs.items()}
+print(json.dumps(results))
+"""
+NO_NAMESPACES = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
+
+
+def run_elsewhere(programs, *, ordinary_user, namespaces):
+    """Runs programs in a sandbox that another process starts; returns the fields of each result."""
+    python, options = sys.executable, {}
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        code = Path(folder, "code")
+        shutil.copytree(Path(parent.__file__).parent, code / "nanochat/sandbox")
+        (code / "nanochat/__init__.py").touch()
+        Path(folder).chmod(0o755)
+        scratch = Path(folder, "scratch")
+        scratch.mkdir()
+        scratch.chmod(0o777)
+        if ordinary_user and os.geteuid() == 0:
+            python, options = "/usr/bin/python3", {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+        elif not ordinary_user and os.geteuid() != 0:
+            pytest.skip("these tests do not run as root")
+        command = [python, "-c", RUN_PROGRAMS]
+        if not namespaces:
+            unshare = ["unshare", "--user", "--map-current-user", "--keep-caps"]
+            command = [*unshare, "sh", "-c", NO_NAMESPACES, "sh", *command]
+        environment = {"PYTHONPATH": str(code), "TMPDIR": str(scratch), "PATH": os.environ["PATH"]}
+        job = json.dumps([CHECK, programs])
+        done = subprocess.run(command, input=job, capture_output=True, text=True, env=environment, cwd="/", **options)
+        if done.returncode:
+            pytest.skip(f"this machine cannot set up the environment: {done.stderr[-300:]}")
+        assert not list(scratch.iterdir())
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="namespaces and seccomp are Linux's")
+@pytest.mark.parametrize("namespaces", [True, False], ids=["namespaces", "no-namespaces"])
+@pytest.mark.parametrize("ordinary_user", [False, True], ids=["root", "user"])
+def test_disk_use_is_bounded_and_reported(ordinary_user, namespaces):
+    programs = {"right": RIGHT, "fallocate": FALLOCATE, "inotify": INOTIFY, "fanotify": FANOTIFY} | DISK_ATTACKS
+    results = run_elsewhere(programs, ordinary_user=ordinary_user, namespaces=namespaces)
+    assert results["right"]["outcome"] == "passed"
+    protections = set(results["right"]["protections"])
+    assert ("no processes" in protections) == ordinary_user
+    if not namespaces:
+        assert not {"namespaces", "own folder"} & protections
+        assert ("disk watch" in protections) == ({"landlock", "seccomp"} <= protections)
+    elif "own folder" in protections:
+        assert "disk watch" not in protections  # the file system itself has a limit
+    if "seccomp" in protections:
+        for name in ("fallocate", "inotify", "fanotify"):
+            assert results[name]["outcome"] == "failed"
+    if {"own folder", "disk watch"} & protections:
+        for name in DISK_ATTACKS:
+            assert results[name]["outcome"] == "failed"
+            reason = DISK_EXCEEDED if "disk watch" in protections else "No space left on device"
+            assert reason in results[name]["output"]
 
 
 # ---- a machine that allows less ----
 
 
 def without_linux(monkeypatch, tmp_path):
-    source = execution.INSIDE.read_text()
+    source = parent.CHILD.read_text()
     assert source.count('sys.platform == "linux"') == 2
-    monkeypatch.setattr(execution, "INSIDE", tmp_path / "sandbox.py")
-    execution.INSIDE.write_text(source.replace('sys.platform == "linux"', "False"))
+    monkeypatch.setattr(parent, "CHILD", tmp_path / "sandbox.py")
+    parent.CHILD.write_text(source.replace('sys.platform == "linux"', "False"))
 
 
-def test_without_linux_the_limits_remain_and_the_result_says_so(monkeypatch, tmp_path):
+def test_without_linux_only_limits_are_reported(monkeypatch, tmp_path):
     without_linux(monkeypatch, tmp_path)
     result = run(RIGHT, CHECK, "add", timeout=20)
     assert result.passed and "cpu limit" in result.protections
@@ -466,16 +544,16 @@ def test_without_linux_the_limits_remain_and_the_result_says_so(monkeypatch, tmp
     assert outcome(WRONG) == "failed" and outcome(ENDLESS["signal handlers"], timeout=1.0) == "timed out"
 
 
-def test_folders_too_deep_to_remove_do_not_stop_the_evaluator(monkeypatch, tmp_path, folders):
+def test_folders_too_deep_to_remove_do_not_raise(monkeypatch, tmp_path, temporary_folders):
     without_linux(monkeypatch, tmp_path)
     deep = "import os\nfor _ in range(1100):\n    os.mkdir('d')\n    os.chdir('d')\n"
     assert outcome(deep + WRONG) == "failed"
-    subprocess.run(["rm", "-rf", *folders.iterdir()], check=True)
+    subprocess.run(["rm", "-rf", *temporary_folders.iterdir()], check=True)
 
 
-def test_the_table_of_system_calls():
+def test_blocked_calls_fit_the_filter():
     assert {column for column, _ in MACHINES.values()} == {0, 1}
     for column in (0, 1):
-        numbers = [both[column] for both in REFUSED.values() if both[column] is not None]
-        assert len(set(numbers)) == len(numbers) < 250  # a filter's jumps reach 255 steps
-    assert MAX_FILE > OUTPUT_BYTES
+        numbers = [call[column] for call in BLOCKED_CALLS.values() if call[column] is not None]
+        assert len(set(numbers)) == len(numbers) < 250  # a jump of the filter reaches 255 instructions
+    assert MAX_FILE_BYTES > OUTPUT_BYTES

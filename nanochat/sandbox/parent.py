@@ -1,30 +1,35 @@
 """
-Runs code that a model wrote and judges it with tests that the code never sees.
+Runs code that a model wrote and grades it with tests that the code never sees (HumanEval).
 
     result = run("def double(x): return 2 * x", "def check(f): assert f(3) == 6", "double")
     result.passed         # True
     result.protections    # ("cpu limit", "memory limit", …, "namespaces", …, "landlock", "seccomp")
 
-The program and its check run in two fresh processes (sandbox.py), apart from this one: no standard input, an empty
-environment, a temporary directory, a process group of their own. The check calls the function over a pipe and gets
-plain data back. So there is nothing to forge: the program's process holds neither the tests nor the pipe on which the
-verdict is reported, whatever it exits with or prints, and a result that claims to equal everything arrives as data.
+The program and its check run in two new processes (child.py), with no standard input, an empty environment, a temporary
+directory and their own process group. The check calls the function over a pipe and gets plain data back. There is
+nothing to forge: the program's process holds neither the tests nor the pipe on which the verdict is reported, whatever
+it prints or exits with, and an object that claims to equal everything arrives as data.
 
-What is closed off depends on the machine; `protections` names what was:
-- "… limit", "no core dumps"  processor time, memory, size and number of open files (rlimits)
-- "no processes"              neither processes nor threads (an rlimit too, which does not bind root)
-- "namespaces"                no network but sockets that are files, no way to other processes, its own die with it
-- "read-only files"           nothing can be written,
-- "own folder"                but for a small file system in memory in place of the temporary directory
-- "landlock"                  reads only the libraries of Python and the system, writes only to the temporary directory
-- "seccomp"                   no new threads and processes, other programs, signals, sockets, others' memory
-On Linux all of them usually are on, for root too except "no processes"; in a container, those without a namespace.
+What can be enforced depends on the machine; `protections` lists what was:
+- "… limit", "no core dumps"  processor time, memory, size and number of open files (resource limits)
+- "no processes"              no processes or threads (a resource limit too, from which root is exempt)
+- "namespaces"                no network except sockets that are files, no access to other processes
+- "read-only files"           nothing can be written, except:
+- "own folder"                in a file system in memory that replaces the temporary directory, of at most 64 MiB and
+                              1,000 files
+- "disk watch"                where there is no own folder: the sample is killed as soon as the temporary directory is
+                              seen to hold more than 64 MiB or 1,000 files
+- "landlock"                  reads only libraries of Python and the system, writes only to the temporary directory
+- "seccomp"                   no threads, processes, other programs, signals, sockets, other processes' memory, inotify
+On Linux usually all are on, for root too except "no processes"; in a container, usually those without a namespace.
 
-Not protected: without landlock, whatever files the user may read (and write, if they are not read-only); without
-namespaces and seccomp, the network and the user's other processes, and root's processes that leave the group live on.
-macOS has only the limits, the one on memory perhaps not, and the process group. A fault of the kernel is a way out
-everywhere. This keeps a model's clumsy or cheating code from doing harm; to run the code of an attacker who is after
-the machine, use a virtual machine.
+Not protected: without landlock, all files that the user may read (or write, unless they are read-only), and so the
+amount of disk space; without namespaces and seccomp, the network and the user's other processes, and root's processes
+that leave the group survive. The disk watch looks every 10 ms, so a fast writer exceeds the limit by what it writes in
+between, and it cannot see files that were deleted but are still open or mapped: they take space until the sample ends.
+macOS has only the limits, perhaps without the one on memory, and the process group. A bug in the kernel is a way out
+everywhere. The sandbox keeps careless or cheating code of a model from doing harm; to run an attacker's code, use a
+virtual machine.
 """
 
 import json
@@ -41,14 +46,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-INSIDE = Path(__file__).with_name("child.py")
-OUTPUT_BYTES = 1 << 16  # of what was printed, kept for a person to look at; arbitrary
+CHILD = Path(__file__).with_name("child.py")
+OUTPUT_BYTES = 1 << 16  # of what was printed, kept for people to read; heuristic, not tuned
+
+# The disk watch. The limits are those of the file system in child.FOLDER_OPTIONS.
+WATCH_SECONDS = 0.01  # between two looks at the temporary directory; a look takes about 1 ms at MAX_FILES
+MAX_DISK_BYTES = 64 << 20
+MAX_FILES = 1000
+DISK_EXCEEDED = "\nkilled: the temporary directory held more than 64 MiB or 1,000 files\n"
 
 
 @dataclass(frozen=True)
 class Result:
     outcome: str  # "passed", "failed" or "timed out"
-    output: str  # what program and check printed, tracebacks included: the first OUTPUT_BYTES, bad bytes replaced
+    output: str  # what program and check printed, tracebacks included: the first OUTPUT_BYTES, invalid bytes replaced
     protections: tuple[str, ...]  # those that were on
 
     @property
@@ -58,57 +69,103 @@ class Result:
 
 def run(program: str, check: str, function: str, timeout: float = 5.0, memory_mb: int = 512) -> Result:
     """
-    Whether the `function` that the untrusted source `program` defines satisfies the trusted source `check`, which
-    defines `check(candidate)` and raises if it is not satisfied. It may also call the function by its name.
+    Tests whether the `function` that the untrusted source code `program` defines satisfies the trusted source code
+    `check`, which defines `check(candidate)` and raises if it is not satisfied. The check may also call the function
+    by its name.
 
     Arguments and results are plain data: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset and
     dict; other iterables arrive as an iterator. Arguments are copies. An exception that leaves the function, or a
-    result that is no such data, ends the sample, so a check cannot expect one.
-    The program sees Python's standard library only. timeout: seconds from start to verdict; memory_mb: MiB of address
-    space of each of the two processes. RuntimeError if Python cannot be started. May be called from several threads.
+    result that is not plain data, ends the sample, so a check cannot expect one.
+    The program can import only Python's standard library. `timeout`: seconds from start to verdict; `memory_mb`: MiB of
+    address space of each of the two processes. Raises RuntimeError if Python cannot be started. Thread-safe.
     """
     job = {"program": program, "check": check, "function": function}
     limits = {"seconds": timeout, "memory_bytes": memory_mb << 20}
     deadline = time.monotonic() + timeout
-    # Files, so that nobody has to keep writing and reading; their size has a limit.
-    with tempfile.TemporaryFile() as job_file, tempfile.TemporaryFile() as output, _scratch_folder() as folder:
+    # Files rather than pipes, so that no thread has to keep writing and reading; the file limit bounds their size.
+    with tempfile.TemporaryFile() as job_file, tempfile.TemporaryFile() as output, _temporary_folder() as folder:
         job_file.write(json.dumps(job).encode())
         job_file.seek(0)
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-u", str(INSIDE), json.dumps(limits)],
+            [sys.executable, "-I", "-S", "-u", str(CHILD), json.dumps(limits)],
             stdin=job_file, stdout=subprocess.PIPE, stderr=output, cwd=folder, env={}, start_new_session=True,
         )  # fmt: skip
         with process:
             assert process.stdout
+            report = _Report(process.stdout.fileno(), Path(folder))
             try:
-                report, in_time = _read_until(process.stdout.fileno(), deadline)
+                outcome = report.wait(deadline)
             finally:
-                os.killpg(process.pid, signal.SIGKILL)  # before it is waited for, so that the id is still its own
+                os.killpg(process.pid, signal.SIGKILL)  # before wait(), after which the id may belong to another group
         output.seek(0)
         printed = output.read(OUTPUT_BYTES).decode("utf-8", errors="replace")
-    protections, _, verdict = report.decode().partition("\n")
-    if in_time and not protections:
+    if outcome == "did not start":
         raise RuntimeError(f"the sandbox did not start: {printed.strip() or f'exit code {process.returncode}'}")
-    outcome = "timed out" if not in_time else "passed" if verdict == "passed\n" else "failed"
-    return Result(outcome, printed, tuple(json.loads(protections or "[]")))
+    if report.disk_exceeded:
+        printed += DISK_EXCEEDED
+    return Result(outcome, printed, tuple(report.protections))
 
 
-def _read_until(pipe: int, deadline: float) -> tuple[bytes, bool]:
-    """What comes out of the pipe, and whether it was closed before the deadline."""
-    data = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(pipe, selectors.EVENT_READ)
-        while selector.select(max(0.0, deadline - time.monotonic())):
-            chunk = os.read(pipe, 4096)
-            if not chunk:
-                return data, True
-            data += chunk
-    return data, False
+class _Report:
+    """Reads what the checker reports: a line with the protections, then "passed" or nothing."""
+
+    def __init__(self, pipe: int, folder: Path):
+        self.pipe, self.folder = pipe, folder
+        self.data = b""
+        self.protections: list[str] = []
+        self.watch_disk = False
+        self.disk_exceeded = False
+
+    def wait(self, deadline: float) -> str:
+        """Returns the outcome as soon as the pipe is closed, the deadline passes or the disk limit is exceeded."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.pipe, selectors.EVENT_READ)
+            while (remaining := deadline - time.monotonic()) > 0:
+                if selector.select(min(remaining, WATCH_SECONDS) if self.watch_disk else remaining):
+                    chunk = os.read(self.pipe, 4096)
+                    if not chunk:
+                        return self._outcome()
+                    self.data += chunk
+                    self._read_protections()
+                elif self.watch_disk and _exceeds_disk_limit(self.folder):
+                    self.disk_exceeded = True
+                    return "failed"
+        return "timed out"
+
+    def _outcome(self) -> str:
+        protections, _, verdict = self.data.partition(b"\n")
+        if not protections:
+            return "did not start"
+        return "passed" if verdict == b"passed\n" else "failed"
+
+    def _read_protections(self) -> None:
+        """Parses the first line once it is complete; it arrives before the program starts."""
+        if self.protections or b"\n" not in self.data:
+            return
+        self.protections = json.loads(self.data.partition(b"\n")[0])
+        self.watch_disk = "own folder" not in self.protections
+        # Elsewhere the program could write to other folders, or reserve space faster than the watch looks.
+        if self.watch_disk and {"landlock", "seccomp"} <= set(self.protections):
+            self.protections.append("disk watch")
+
+
+def _exceeds_disk_limit(folder: Path) -> bool:
+    num_bytes = 0
+    try:
+        with os.scandir(folder) as entries:
+            for num_files, entry in enumerate(entries, 1):
+                with suppress(FileNotFoundError):  # deleted in the meantime
+                    num_bytes += entry.stat(follow_symlinks=False).st_blocks * 512
+                if num_files > MAX_FILES or num_bytes > MAX_DISK_BYTES:
+                    return True
+    except OSError:  # moved or closed by the program, which landlock and seccomp prevent
+        return False
+    return False
 
 
 @contextmanager
-def _scratch_folder() -> Iterator[str]:
-    """An empty folder, removed afterwards with whatever was put there."""
+def _temporary_folder() -> Iterator[str]:
+    """An empty folder, removed afterwards with everything that was written to it."""
     folder = tempfile.mkdtemp(prefix="nanochat-")
     try:
         yield folder
