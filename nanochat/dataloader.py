@@ -177,7 +177,7 @@ class PretrainLoader:
     def position(self) -> tuple[int, int, int]:
         """(shard, row group in that shard, epoch) of the texts read last; the epoch counts from 1."""
         epoch, index = divmod(self._last_row_group, len(self.row_groups))
-        shard, row_group = self.row_groups.position(index)
+        shard, row_group = self.row_groups.locate(index)
         return shard, row_group, epoch + 1
 
     def state(self) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """
-Pretraining text: a folder of parquet shards with a `text` column, the last by name for validation, the others for
-training. Any such folder serves (--data-dir or $NANOCHAT_DATA_DIR); by default it is the public dataset, fetched by
+Pretraining text: a folder of parquet shards with a `text` column of documents.
+
+The last shard by name is the validation split, the others are the training split. Any such folder can be used, with
+--data-dir or $NANOCHAT_DATA_DIR. The default is a public dataset, which this module downloads:
 
     python -m nanochat.dataset -n 170    # 170 training shards of about 100 MB, enough for the speedrun, and validation
     python -m nanochat.dataset -n -1     # all 6,542
@@ -9,141 +11,221 @@ training. Any such folder serves (--data-dir or $NANOCHAT_DATA_DIR); by default 
 import bisect
 import itertools
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import track
 
 from nanochat.cli import command, flag
 from nanochat.common import UserError, base_dir
-from nanochat.download import fetch_all
 
 PUBLIC_REPO = "karpathy/climbmix-400b-shuffle"  # https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle
 PUBLIC_FOLDER = "base_data_climbmix"
-NUM_PUBLIC_TRAIN = 6542  # shard_00000 … shard_06541; the next and last one is for validation
+NUM_PUBLIC_TRAIN = 6542  # shard_00000 … shard_06541; shard_06542, the last one, is for validation
+PUBLIC_SHARD_BYTES = 100_000_000  # approximate size of a shard, for the check of free disk space
+DOWNLOAD_ATTEMPTS = 3  # per shard, on top of the retries of huggingface_hub; heuristic, not tuned
 
 
 def resolve_data_dir(data_dir: str = "") -> Path:
-    """The folder of the shards: the argument, else $NANOCHAT_DATA_DIR, else the public dataset's."""
+    """Return the folder of shards: data_dir, else $NANOCHAT_DATA_DIR, else that of the public dataset."""
     return Path(data_dir or os.environ.get("NANOCHAT_DATA_DIR") or base_dir() / PUBLIC_FOLDER).expanduser()
 
 
 def split_shards(directory: Path) -> tuple[list[Path], list[Path]]:
     """
-    The training shards and the validation shard, sorted by name. Reads footers only, so all that can be wrong with a
-    folder is a UserError before any expensive work.
+    Return the training shards and the validation shard, sorted by name.
+
+    Raises UserError if a shard is damaged, empty or without a text column. Only footers are read, so every problem is
+    reported before any expensive work.
     """
     shards = sorted(directory.glob("*.parquet"))
     if not shards:
-        what = "has no parquet shards" if directory.is_dir() else "does not exist"
-        raise UserError(f"{directory} {what}: fetch some with `python -m nanochat.dataset -n 8`, or pass --data-dir")
-    if directory.name == PUBLIC_FOLDER and shards[-1].name != _public_name(NUM_PUBLIC_TRAIN):
+        problem = "has no parquet shards" if directory.is_dir() else "does not exist"
         raise UserError(
-            f"{directory} lacks the public dataset's validation shard, {_public_name(NUM_PUBLIC_TRAIN)}: "
-            "fetch it with `python -m nanochat.dataset -n 1`, or keep shards of your own in another folder (--data-dir)"
+            f"{directory} {problem}: download some with `python -m nanochat.dataset -n 8`, or pass --data-dir"
+        )
+    public_validation = _public_name(NUM_PUBLIC_TRAIN)
+    if directory.name == PUBLIC_FOLDER and shards[-1].name != public_validation:
+        # Otherwise the last downloaded training shard would silently become the validation split.
+        raise UserError(
+            f"{directory} lacks the validation shard of the public dataset, {public_validation}: "
+            "download it with `python -m nanochat.dataset -n 1`, or keep other shards in another folder (--data-dir)"
         )
     if len(shards) == 1:
-        raise UserError(f"{directory} has one shard only: at least two are needed, the last by name is for validation")
+        raise UserError(f"{directory} has only one shard: at least two are needed, the last by name is for validation")
     for shard in shards:
-        _check(shard)
+        _check_shard(shard)
     return shards[:-1], shards[-1:]
 
 
 def iterate_texts(shards: Sequence[Path]) -> Iterator[str]:
-    """All documents, in order."""
+    """Yield all documents in order."""
     row_groups = RowGroups(shards)
-    for unit in range(len(row_groups)):
-        yield from row_groups.texts(unit)
+    for index in range(len(row_groups)):
+        yield from row_groups.texts(index)
 
 
 class RowGroups:
     """
-    The row groups of several shards under one numbering, 0 <= unit < len: the unit of work that is dealt out to ranks.
-    The shard read last stays open. Not for several threads.
+    The row groups of several shards, numbered consecutively. A row group (about a thousand documents) is the unit in
+    which parquet reads and in which documents are distributed over ranks.
+
+    Keeps the most recently read shard open. Not thread-safe.
     """
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self.shards = list(shards)
         counts = [pq.read_metadata(shard).num_row_groups for shard in self.shards]
-        self._ends = list(itertools.accumulate(counts))  # per shard, the first unit after it
-        self._open: tuple[int, pq.ParquetFile] | None = None
+        self._ends = list(itertools.accumulate(counts))  # per shard, the number of its last row group plus 1
+        self._open_shard = -1
+        self._open_file: pq.ParquetFile | None = None
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def position(self, unit: int) -> tuple[int, int]:
-        """(shard, row group in it)."""
-        assert 0 <= unit < len(self), f"unit {unit} of {len(self)}"
-        shard = bisect.bisect_right(self._ends, unit)
-        return shard, unit - (self._ends[shard - 1] if shard else 0)
+    def locate(self, index: int) -> tuple[int, int]:
+        """Return (shard, row group within the shard)."""
+        assert 0 <= index < len(self), f"row group {index} of {len(self)}"
+        shard = bisect.bisect_right(self._ends, index)
+        start = self._ends[shard - 1] if shard > 0 else 0
+        return shard, index - start
 
-    def texts(self, unit: int) -> list[str]:
-        """The unit's documents, without null and empty ones: they hold nothing to learn from. UserError if damaged."""
-        shard, row_group = self.position(unit)
+    def texts(self, index: int) -> list[str]:
+        """Return the documents of a row group, without null and empty ones. Raises UserError if it is damaged."""
+        shard, row_group = self.locate(index)
         try:
-            if self._open is None or self._open[0] != shard:
-                if self._open is not None:
-                    self._open[1].close()
-                self._open = (shard, pq.ParquetFile(self.shards[shard]))
-            column = self._open[1].read_row_group(row_group, columns=["text"]).column("text")
+            table = self._open(shard).read_row_group(row_group, columns=["text"])
         except (OSError, pa.ArrowException) as error:
             where = f"{self.shards[shard]}, row group {row_group}"
-            raise UserError(f"{where} is damaged ({error}): fetch or write the shard again") from error
-        return [text for text in column.to_pylist() if text]
+            reason = " ".join(str(error).split())
+            raise UserError(f"{where} is damaged ({reason}): download or write the shard again") from error
+        return [text for text in table.column("text").to_pylist() if text]
+
+    def _open(self, shard: int) -> pq.ParquetFile:
+        if self._open_shard != shard or self._open_file is None:
+            if self._open_file is not None:
+                self._open_file.close()
+            self._open_file = pq.ParquetFile(self.shards[shard])
+            self._open_shard = shard
+        return self._open_file
 
 
-def download_public(num_shards: int, directory: Path, workers: int = 4) -> None:
+def download_public(num_train: int, directory: Path, workers: int = 4) -> None:
     """
-    Fetches the first num_shards training shards of the public dataset (-1 = all), from $HF_ENDPOINT if set, and the
-    validation shard, which comes first: however a download ends, a training shard never stands in its place.
+    Download the first num_train training shards of the public dataset (-1 = all) and its validation shard, `workers` at
+    a time, from $HF_ENDPOINT or huggingface.co. Shards that exist are skipped.
+
+    Raises UserError if the disk is too small (checked before the first byte is downloaded), if the server cannot be
+    reached, and if shards are missing in the end.
     """
-    if not -1 <= num_shards <= NUM_PUBLIC_TRAIN or num_shards == 0:
-        raise UserError(f"{num_shards} training shards: ask for 1 to {NUM_PUBLIC_TRAIN}, or -1 for all")
-    validation = directory / _public_name(NUM_PUBLIC_TRAIN)
-    if directory.name != PUBLIC_FOLDER and not validation.exists() and any(directory.glob("*.parquet")):
-        raise UserError(f"{directory} holds shards of something else: choose another folder with --data-dir")
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    source = f"{endpoint.rstrip('/')}/datasets/{PUBLIC_REPO}/resolve/main"
-    train = [directory / _public_name(i) for i in range(NUM_PUBLIC_TRAIN if num_shards == -1 else num_shards)]
-    for paths in ([validation], train):
-        fetch_all([(f"{source}/{path.name}", path) for path in paths], workers)
+    if not -1 <= num_train <= NUM_PUBLIC_TRAIN or num_train == 0:
+        raise UserError(f"{num_train} training shards: ask for 1 to {NUM_PUBLIC_TRAIN}, or -1 for all")
+    validation = _public_name(NUM_PUBLIC_TRAIN)
+    if directory.name != PUBLIC_FOLDER and not (directory / validation).exists() and any(directory.glob("*.parquet")):
+        raise UserError(f"{directory} holds shards of another dataset: choose another folder with --data-dir")
+    train = [_public_name(i) for i in range(NUM_PUBLIC_TRAIN if num_train == -1 else num_train)]
+    missing = [name for name in [validation, *train] if not (directory / name).exists()]
+    if not missing:
+        return
+
+    directory.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(directory).free
+    needed = len(missing) * PUBLIC_SHARD_BYTES
+    if free < needed:
+        raise UserError(
+            f"{directory} has {free / 1e9:.1f} GB free, {len(missing)} shards need about {needed / 1e9:.1f} GB: "
+            "free some space or ask for fewer shards"
+        )
+    # The validation shard comes first: if the download is interrupted, no training shard is mistaken for it.
+    if missing[0] == validation:
+        _download_shards(missing[:1], directory, workers=1)
+        missing = missing[1:]
+    _download_shards(missing, directory, workers)
+    # huggingface_hub keeps metadata and interrupted downloads here, and nothing deletes the latter.
+    shutil.rmtree(directory / ".cache" / "huggingface", ignore_errors=True)
+
+
+def _download_shards(names: Sequence[str], directory: Path, workers: int) -> None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()  # one per file; the bar below counts files
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    again = "run the same command again, shards that have arrived are kept"
+
+    def download(name: str) -> tuple[str, str]:
+        """Download a shard under a temporary name and rename it; return (name, error message or "")."""
+        message = ""
+        for _ in range(DOWNLOAD_ATTEMPTS):
+            try:
+                hf_hub_download(PUBLIC_REPO, name, repo_type="dataset", local_dir=directory, endpoint=endpoint)
+                return name, ""
+            except LocalEntryNotFoundError as error:  # after retries; the other shards would fail in the same way
+                raise UserError(f"{endpoint} cannot be reached: check the network; {again}") from error
+            except EntryNotFoundError:
+                return name, "not found"
+            except (HTTPError, OSError) as error:
+                message = " ".join(str(error).split())
+        return name, message
+
+    # The threads of a ThreadPool are daemons, so that Ctrl-C ends the program without waiting for them.
+    with ThreadPool(workers) as pool:
+        results = pool.imap_unordered(download, names)
+        bar = track(results, f"{len(names)} shards", total=len(names), console=Console(stderr=True))
+        errors = sorted((name, message) for name, message in bar if message)
+    if errors:
+        listed = ", ".join(f"{name} ({message})" for name, message in errors[:5])
+        if len(errors) > 5:
+            listed += f" and {len(errors) - 5} more"
+        raise UserError(
+            f"{len(errors)} of {len(names)} shards from {endpoint} are missing in {directory}: {listed}; {again}"
+        )
 
 
 def _public_name(index: int) -> str:
     return f"shard_{index:05d}.parquet"
 
 
-def _check(shard: Path) -> None:
+def _check_shard(shard: Path) -> None:
     try:
         footer = pq.read_metadata(shard)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{shard} is not a whole parquet file: delete it and fetch it again") from error
+        raise UserError(f"{shard} is not a complete parquet file: delete it and download it again") from error
     schema = footer.schema.to_arrow_schema()
     columns = {field.name: field.type for field in schema}
     if columns.get("text") not in (pa.string(), pa.large_string()):
         found = ", ".join(f"{name}: {kind}" for name, kind in columns.items())
         raise UserError(f"{shard} needs a column `text` of strings, it has: {found}")
     index = footer.schema.names.index("text")
-    if not any(_has_text(footer.row_group(i), index) for i in range(footer.num_row_groups)):
-        raise UserError(f"{shard} holds no text: delete it")
+    if not any(_may_have_text(footer.row_group(i), index) for i in range(footer.num_row_groups)):
+        raise UserError(f"{shard} has no text: delete it")
 
 
-def _has_text(row_group: pq.RowGroupMetaData, column: int) -> bool:
-    """Whether there is a text that is not null and not empty, or no statistics to deny it."""
+def _may_have_text(row_group: pq.RowGroupMetaData, column: int) -> bool:
+    """False if the column's statistics show that every text is null or empty."""
+    if row_group.num_rows == 0:
+        return False
     statistics = row_group.column(column).statistics
-    if row_group.num_rows == 0 or statistics is None:
-        return row_group.num_rows > 0
-    all_null = statistics.has_null_count and statistics.null_count == row_group.num_rows
-    return not all_null and not (statistics.has_min_max and not statistics.max)
+    if statistics is None:
+        return True
+    if statistics.has_null_count and statistics.null_count == row_group.num_rows:
+        return False
+    only_empty_texts = statistics.has_min_max and not statistics.max
+    return not only_empty_texts
 
 
 @dataclass(frozen=True)
 class Flags:
-    num_files: int = flag(170, "training shards of 100 MB, -1 = all; the validation shard comes on top", short="-n")
-    num_workers: int = flag(4, "downloads at a time", short="-w", choices=(1, 2, 4, 8, 16, 32))
-    data_dir: str = flag("", "folder to fetch into; default $NANOCHAT_DATA_DIR, else below $NANOCHAT_BASE_DIR")
+    num_files: int = flag(170, "training shards of about 100 MB, -1 = all; plus the validation shard", short="-n")
+    num_workers: int = flag(4, "parallel downloads", short="-w", choices=(1, 2, 4, 8, 16, 32))
+    data_dir: str = flag("", "folder to download to; default $NANOCHAT_DATA_DIR, else under $NANOCHAT_BASE_DIR")
 
 
 @command

@@ -1,4 +1,4 @@
-"""A web server with faults to order, for the tests of whatever fetches files."""
+"""A local web server with injectable faults that answers as the Hugging Face Hub does, for tests that download."""
 
 import hashlib
 import re
@@ -7,26 +7,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
 
 class FileServer(ThreadingHTTPServer):
+    """
+    Serves `files`. For huggingface_hub, which asks for /datasets/<repo>/resolve/main/<file>, every response has an ETag
+    and a commit.
+    """
+
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.files: dict[str, bytes] = {}  # path → content
-        self.etags = True  # send ETag
-        self.ranges = True  # heed Range
-        self.unavailable: dict[str, int] = {}  # path → number of requests still to be answered 503
+        self.unavailable: dict[str, int] = {}  # "METHOD path" → number of requests still to be answered with 503
         self.break_at: dict[str, list[int]] = {}  # path → for each of the next GETs, bytes after which it breaks off
         self.hold_at: dict[str, int] = {}  # path → bytes after which a GET waits for `release`
         self.release = threading.Event()
-        self.announce: dict[str, int] = {}  # path → Content-Length that HEAD claims
-        self.redirect: dict[str, tuple[str, str]] = {}  # path → path it leads to, sha256 told on the way
         self.log: list[tuple[str, str, str, int]] = []  # method, path, Range, status
 
     def gets(self, path: str) -> list[tuple[str, int]]:
-        """(Range, status) of the GETs so far."""
+        """(Range, status) of the GETs of a path so far."""
         return [(span, status) for method, name, span, status in self.log if (method, name) == ("GET", path)]
 
 
@@ -34,46 +37,45 @@ class Handler(BaseHTTPRequestHandler):
     server: FileServer
 
     def do_HEAD(self) -> None:  # noqa: N802
-        self.answer()
+        self.respond()
 
     def do_GET(self) -> None:  # noqa: N802
-        self.answer()
+        self.respond()
 
-    def answer(self) -> None:
+    def respond(self) -> None:
         server, path = self.server, self.path
-        if server.unavailable.get(path, 0) > 0:
-            server.unavailable[path] -= 1
-            return self.start(503, 0, {"Retry-After": "0"})
-        if path in server.redirect:
-            target, sha256 = server.redirect[path]
-            size = len(server.files[target])
-            linked = {"X-Linked-ETag": f'"{sha256}"', "X-Linked-Size": str(size)} if sha256 else {}
-            return self.start(302, 0, {"Location": target} | linked)
+        request = f"{self.command} {path}"
+        if server.unavailable.get(request, 0) > 0:
+            server.unavailable[request] -= 1
+            return self.start(503, 0, {})
         if path not in server.files:
-            return self.start(404, 0, {})
+            return self.start(404, 0, {"X-Error-Code": "EntryNotFound"})
         content = server.files[path]
-        etag = f'"{hashlib.md5(content).hexdigest()}"'
-        headers = {"ETag": etag} if server.etags else {}
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
         if self.command == "HEAD":
-            return self.start(200, server.announce.get(path, len(content)), headers)
+            return self.start(200, len(content), headers)
         span = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if span and server.ranges and self.headers.get("If-Range", etag) == etag:
+        if span:
             first = int(span[1])
             headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-            self.start(206, len(content) - first, headers)
             content = content[first:]
+            self.start(206, len(content), headers)
         else:
             self.start(200, len(content), headers)
-        if path in server.hold_at:
-            held = server.hold_at[path]
-            self.wfile.write(content[:held])
-            server.release.wait(60)
-            content = content[held:]
-        breaks = server.break_at.get(path)
+        self.send_body(content)
+
+    def send_body(self, content: bytes) -> None:
+        server = self.server
+        breaks = server.break_at.get(self.path)
         try:
+            if self.path in server.hold_at:
+                held = server.hold_at[self.path]
+                self.wfile.write(content[:held])
+                server.release.wait(60)
+                content = content[held:]
             self.wfile.write(content[: breaks.pop(0)] if breaks else content)
         except OSError:
-            pass  # the client is gone
+            pass  # the client disconnected
 
     def start(self, status: int, length: int, headers: dict[str, str]) -> None:
         self.server.log.append((self.command, self.path, self.headers.get("Range", ""), status))

@@ -13,6 +13,8 @@ import csv
 import json
 import os
 import random
+import shutil
+import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.common import UserError, atomic_path, base_dir
-from nanochat.download import fetch
 from nanochat.tokenizer import Tokenizer
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 BUNDLE_NAME = "eval_bundle"
+DOWNLOAD_ATTEMPTS = 3
+DOWNLOAD_TIMEOUT = 30  # seconds without data
 FIELDS = {  # what a row of each kind must have
     "multiple_choice": {"query", "choices", "gold"},
     "schema": {"context_options", "continuation", "gold"},
@@ -76,7 +79,7 @@ def resolve_bundle(directory: str = "", url: str = BUNDLE_URL) -> Path:
 def download_bundle(url: str, path: Path) -> None:
     """Fetches and unpacks the bundle. The archive is removed also where it is no good: the next run fetches it anew."""
     archive, top = path.with_suffix(".zip"), f"{BUNDLE_NAME}/"
-    fetch(url, archive)
+    _download(url, archive)
     try:
         with atomic_path(path) as folder, zipfile.ZipFile(archive) as contents:
             for member in contents.infolist():
@@ -88,6 +91,22 @@ def download_bundle(url: str, path: Path) -> None:
         raise UserError(f"{url} gave no whole evaluation bundle ({error}): run the same command again") from error
     finally:
         archive.unlink()
+
+
+def _download(url: str, path: Path) -> None:
+    """Download a file under a temporary name and rename it. Raises UserError if every attempt fails."""
+    message = ""
+    for _ in range(DOWNLOAD_ATTEMPTS):
+        try:
+            with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, atomic_path(path) as temporary:
+                with temporary.open("wb") as file:
+                    shutil.copyfileobj(response, file)
+                if response.length:  # bytes of Content-Length still to come
+                    raise ConnectionError("the connection broke off")
+            return
+        except OSError as error:  # HTTP errors and timeouts too
+            message = str(error)
+    raise UserError(f"{url} cannot be downloaded ({message}): check the network and run the same command again")
 
 
 def load_tasks(bundle: Path, max_per_task: int = -1) -> list[CoreTask]:
