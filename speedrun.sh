@@ -46,9 +46,15 @@ fi
 
 # ---- decide once: a restart must not decide differently because the network is down or a GPU is busy ----
 
-online() {  # succeeds if the hub responds
-  python -c 'import os, requests; requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5)' \
-    >/dev/null 2>&1
+online() {  # succeeds if the hub responds, even with an error
+  python - >/dev/null 2>&1 <<'P'
+import os, urllib.error, urllib.request
+
+try:
+    urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5)
+except urllib.error.HTTPError:
+    pass
+P
 }
 
 decide() {  # prints: device, number of GPUs, dtype ("-" = the default), pretraining text, chat datasets

@@ -166,7 +166,7 @@ def commands():
             yield name, f"python -m scripts.bench {path.stem}"
 
 
-@pytest.mark.parametrize("name, command", commands())
+@pytest.mark.parametrize("name, command", list(commands()))
 def test_script_can_be_run_and_shows_its_command(name, command):
     assert command in (ast.get_docstring(MODULES[name]) or ""), f"{name}: no command to paste"
     assert any(is_main_guard(node) for node in MODULES[name].body), f"{name}: no main guard"
