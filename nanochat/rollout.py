@@ -1,12 +1,23 @@
 """
-Reinforcement learning: answers are sampled, rewarded, compared with the other answers to the same question, and made
-more or less likely accordingly.
+Reinforcement learning on questions whose answers can be graded: GRPO (arXiv 2402.03300) without its extra terms.
 
-It is GRPO (arXiv 2402.03300) cut down to the policy gradient. The answers to one question are a group, and an answer's
-advantage is its reward less the group's mean; it is not divided by the group's standard deviation, which would favour
-questions that are nearly solved or nearly hopeless (arXiv 2503.20783). Every token of a step weighs the same, however
-long its answer (DAPO, arXiv 2503.14476). With one update per batch of rollouts the policy that sampled is the one that
-is updated, so there is no ratio to clip; PPO's clipped ratio (arXiv 1707.06347) and a KL term are there for the asking.
+    questions → completions → rewards → advantages → loss
+
+For each question the current model samples a group of completions. Each completion gets a reward, and its advantage is
+the reward minus the mean of its group. A step raises the probability of completions that beat their group's mean and
+lowers that of the others:
+
+    advantage_i = reward_i - mean(rewards of the group)
+    loss        = -sum over sampled tokens t of (logprob_t * advantage_t) / number of sampled tokens of the step
+
+What differs from GRPO as published:
+- The advantage is not divided by the group's standard deviation, which would give more weight to questions that are
+  almost always or almost never solved (Dr. GRPO, arXiv 2503.20783).
+- The sum runs over all tokens of the step, so a token counts the same in a long and in a short completion (DAPO,
+  arXiv 2503.14476).
+- With one optimizer step per batch of rollouts, the model that is trained is the one that sampled, so the probability
+  ratio is 1 and needs no clipping. For several steps per batch there is PPO's clipped ratio (arXiv 1707.06347).
+- There is no KL penalty unless asked for.
 
 Shapes: B rows, T tokens, N trained tokens of a micro-batch, V vocabulary, S tokens that could have been sampled.
 """
@@ -29,260 +40,358 @@ from nanochat.train import Step
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How answers are sampled. The loss scores them under the same distribution."""
+class RolloutConfig:
+    """How completions are sampled. The loss computes probabilities under the same distribution."""
 
-    num_samples: int = 16  # answers per question: a group
-    max_tokens: int = 256  # of an answer, the tools' included
+    num_samples: int = 16  # completions per question: the size of a group
+    max_tokens: int = 256  # of a completion, tool output included
     temperature: float = 1.0
-    top_k: int = 50  # 0 = among all tokens
-    logprobs: bool = False  # keep those of the moment of sampling, for ratios
+    top_k: int = 50  # 0 = all tokens
+    logprobs: bool = False  # keep the log-probabilities at the time of sampling; needed for ratios
 
 
 @dataclass(frozen=True)
 class Question:
-    prompt: list[int]
-    judge: Callable[[str], float]  # what the assistant says → reward
+    prompt: list[int]  # token ids
+    reward_fn: Callable[[str], float]  # text of a completion → reward
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One answer to a question. Plain data: it travels between ranks and into checkpoints."""
+    """One completion of a question, graded. Plain data: it is sent between ranks and saved in checkpoints."""
 
     prompt: list[int]
-    answer: list[int]  # with the end token, if one was sampled
-    sampled: list[bool]  # per token of the answer; False: a tool's
-    logprobs: list[float]  # per token of the answer, when it was sampled; empty unless asked for
+    completion: list[int]  # with the end token, if one was sampled
+    sampled: list[bool]  # per token of the completion; False: forced by a tool
+    logprobs: list[float]  # per token of the completion, at the time of sampling; empty unless asked for
     reward: float
     advantage: float
-    finish: str  # as Completion's
+    finish: str  # as in engine.Completion
+
+    def state_dict(self) -> dict[str, Any]:
+        """For JSON. The completion's key is "answer", as in the checkpoints of earlier versions."""
+        state = dict(vars(self))
+        state["answer"] = state.pop("completion")
+        return state
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "Rollout":
+        fields = dict(state)
+        fields["completion"] = fields.pop("answer")
+        return cls(**fields)
 
 
-def questions_of(task: Any, tokenizer: Tokenizer, room: int, at_most: float = math.inf) -> tuple[list[Question], int]:
+def load_questions(
+    task: Any, tokenizer: Tokenizer, max_prompt_tokens: int, limit: float = math.inf
+) -> tuple[list[Question], int]:
     """
-    The first questions of a task (tasks/common.py) whose prompts have at most `room` tokens, and how many had more
-    among those looked at. UserError if none fits.
+    The first `limit` questions of a task (tasks/common.py) whose prompts are short enough, and the number of longer
+    ones that were skipped on the way. UserError if no prompt is short enough.
     """
-    fitting: list[Question] = []
+    questions: list[Question] = []
     lengths: list[int] = []
     for i in range(len(task)):
-        if len(fitting) >= at_most:
+        if len(questions) >= limit:
             break
         conversation = task[i]
         prompt = render_for_completion(conversation, tokenizer)
         lengths.append(len(prompt))
-        if len(prompt) <= room:
-            fitting.append(Question(prompt, partial(task.reward, conversation)))
-    if not fitting:
+        if len(prompt) <= max_prompt_tokens:
+            questions.append(Question(prompt, partial(task.reward, conversation)))
+    if not questions:
         raise UserError(
-            f"no question fits: the shortest has {min(lengths, default=0)} tokens, the model's context less "
-            f"--max-new-tokens leaves {room}: lower --max-new-tokens, or train a model with a longer --max-seq-len"
+            f"no question fits: the shortest has {min(lengths, default=0)} tokens, the model's context minus "
+            f"--max-new-tokens leaves {max_prompt_tokens}: lower --max-new-tokens, or train a model with a longer "
+            f"--max-seq-len"
         )
-    return fitting, len(lengths) - len(fitting)
+    return questions, len(lengths) - len(questions)
 
 
-def sample(
-    engine: Engine, questions: Sequence[Question], numbers: Sequence[int], sampling: Sampling, dist: Dist
+# ---- questions → completions → rewards → advantages ----
+
+
+def sample_rollouts(
+    engine: Engine, questions: Sequence[Question], numbers: Sequence[int], config: RolloutConfig, dist: Dist
 ) -> list[Rollout]:
     """
-    Answers to the questions, group after group; collective, and all ranks get all. `numbers`, one per question and
-    unlike any other of the run, are what the answers' seeds follow from: the texts depend neither on the number of
-    ranks nor on what else is sampled at the same time.
+    Samples and grades a group of completions per question; returns them group after group. Collective: the ranks share
+    the questions, and every rank gets all rollouts.
+
+    `numbers` has one number per question that no other question of the run has. The seeds follow from it, so the
+    completions depend neither on the number of ranks nor on what else is sampled at the same time.
     """
-    mine = range(dist.rank, len(questions), dist.world_size)
-    requests = [
-        Request(
-            questions[i].prompt, sampling.max_tokens, sampling.temperature, sampling.top_k,
-            seed=numbers[i] * sampling.num_samples + j, logprobs=sampling.logprobs,
-        )
-        for i in mine
-        for j in range(sampling.num_samples)
-    ]  # fmt: skip
-    completions = iter(engine.generate(requests))
-    groups = [group(questions[i], [next(completions) for _ in range(sampling.num_samples)], engine) for i in mine]
-    everyone = dist.gather(groups)
-    return [rollout for i in range(len(questions)) for rollout in everyone[i % dist.world_size][i // dist.world_size]]
+    own_indices = range(dist.rank, len(questions), dist.world_size)
+    requests = []
+    for i in own_indices:
+        for j in range(config.num_samples):
+            request = Request(
+                questions[i].prompt,
+                max_tokens=config.max_tokens,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                seed=numbers[i] * config.num_samples + j,
+                logprobs=config.logprobs,
+            )
+            requests.append(request)
+    completions = engine.generate(requests)
 
+    own_groups = []
+    for n, i in enumerate(own_indices):
+        group = completions[n * config.num_samples : (n + 1) * config.num_samples]
+        own_groups.append(grade_group(questions[i], group, engine.tokenizer))
 
-def group(question: Question, completions: Sequence[Completion], engine: Engine) -> list[Rollout]:
-    """Rewards the answers to one question and compares them with each other."""
-    rewards = [question.judge(spoken_text(c.tokens, engine.tokenizer)) for c in completions]
-    mean = math.fsum(rewards) / len(rewards)
-    alike = min(rewards) == max(rewards)  # exactly zero then, whatever the rounding of the mean
+    groups_by_rank = dist.gather(own_groups)
     rollouts = []
-    for completion, reward in zip(completions, rewards, strict=True):
-        answer, sampled = list(completion.tokens), list(completion.sampled)
-        if completion.finish == "stop":  # when to stop is learned too
-            answer.append(completion.end_token)
+    for i in range(len(questions)):
+        rollouts += groups_by_rank[i % dist.world_size][i // dist.world_size]
+    return rollouts
+
+
+def grade_group(question: Question, completions: Sequence[Completion], tokenizer: Tokenizer) -> list[Rollout]:
+    """Computes the rewards and advantages of the completions of one question."""
+    rewards = [question.reward_fn(spoken_text(c.tokens, tokenizer)) for c in completions]
+    advantages = group_advantages(rewards)
+    rollouts = []
+    for completion, reward, advantage in zip(completions, rewards, advantages, strict=True):
+        tokens, sampled = list(completion.tokens), list(completion.sampled)
+        if completion.finish == "stop":  # the end token is trained too: the model learns when to stop
+            tokens.append(completion.end_token)
             sampled.append(True)
-        advantage = 0.0 if alike else reward - mean
         rollouts.append(
-            Rollout(question.prompt, answer, sampled, completion.logprobs, reward, advantage, completion.finish)
+            Rollout(question.prompt, tokens, sampled, completion.logprobs, reward, advantage, completion.finish)
         )
     return rollouts
 
 
+def group_advantages(rewards: Sequence[float]) -> list[float]:
+    """
+    The rewards minus their mean; exactly zero if all are equal, even where the mean is rounded.
+
+    >>> group_advantages([1.0, 0.0, 0.0, 1.0])
+    [0.5, -0.5, -0.5, 0.5]
+    >>> group_advantages([0.1, 0.1, 0.1])
+    [0.0, 0.0, 0.0]
+    """
+    if min(rewards) == max(rewards):
+        return [0.0] * len(rewards)
+    mean = math.fsum(rewards) / len(rewards)
+    return [reward - mean for reward in rewards]
+
+
 def summarize(rollouts: Sequence[Rollout], num_samples: int) -> dict[str, float]:
-    """For the log: mean reward, mean tokens of an answer, the share of groups with signal, that of answers cut off."""
+    """
+    Metrics of a batch: mean reward, mean length in tokens, the fraction of groups with a training signal (not all
+    rewards equal), and the fraction of completions that were cut off.
+    """
     groups = [rollouts[i : i + num_samples] for i in range(0, len(rollouts), num_samples)]
     return {
         "rl/reward": math.fsum(r.reward for r in rollouts) / len(rollouts),
-        "rl/length": sum(len(r.answer) for r in rollouts) / len(rollouts),
+        "rl/length": sum(len(r.completion) for r in rollouts) / len(rollouts),
         "rl/signal": sum(any(r.advantage for r in group) for group in groups) / len(groups),
         "rl/cut": sum(r.finish != "stop" for r in rollouts) / len(rollouts),
     }
 
 
-def evaluate(engine: Engine, questions: Sequence[Question], sampling: Sampling, dist: Dist) -> dict[str, float]:
-    """pass@k for k = 1, 2, 4 … num_samples; a reward of 1 or more is a pass. Collective."""
-    n = sampling.num_samples
-    rollouts = sample(engine, questions, range(len(questions)), sampling, dist)
-    correct = [sum(r.reward >= 1 for r in rollouts[i : i + n]) for i in range(0, len(rollouts), n)]
-    ks = [2**i for i in range(n.bit_length())]
-    return {f"eval/pass@{k}": math.fsum(pass_at_k(n, c, k) for c in correct) / len(correct) for k in ks}
+# ---- evaluation ----
 
 
-# ---- from rollouts to optimizer updates ----
+def evaluate_pass_at_k(
+    engine: Engine, questions: Sequence[Question], config: RolloutConfig, dist: Dist
+) -> dict[str, float]:
+    """pass@k for k = 1, 2, 4 … num_samples; a completion with a reward of at least 1 is correct. Collective."""
+    rollouts = sample_rollouts(engine, questions, range(len(questions)), config, dist)
+    num_correct = []
+    for start in range(0, len(rollouts), config.num_samples):
+        group = rollouts[start : start + config.num_samples]
+        num_correct.append(sum(r.reward >= 1 for r in group))
+    metrics = {}
+    k = 1
+    while k <= config.num_samples:
+        scores = [pass_at_k(config.num_samples, correct, k) for correct in num_correct]
+        metrics[f"eval/pass@{k}"] = math.fsum(scores) / len(scores)
+        k *= 2
+    return metrics
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """
+    The probability that at least one of k completions is correct, estimated without bias from num_samples >= k
+    completions of which num_correct are correct (arXiv 2107.03374, equation 1).
+
+    >>> pass_at_k(4, 1, 2)
+    0.5
+    """
+    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+# ---- rollouts → micro-batches ----
 
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """Rollouts of about one length, padded, as the loss takes them."""
+    """A micro-batch: rollouts of similar length, padded on the right. Only the sampled tokens are trained."""
 
     idx_BT: torch.Tensor
-    trained_N: torch.Tensor  # places in the flattened B * T before the trained tokens
+    positions_N: torch.Tensor  # in the flattened B * T; the model predicts targets_N there
     targets_N: torch.Tensor  # the trained tokens
     advantages_N: torch.Tensor
-    old_logprobs_N: torch.Tensor  # zeros unless they were kept
-    num_targets: int  # trained tokens of the whole step over all ranks, those of groups without signal included
+    old_logprobs_N: torch.Tensor  # at the time of sampling; zeros unless they were kept
+    num_targets: int  # sampled tokens of the whole step over all ranks, groups with zero advantage included
 
 
-def pack(
-    rollouts: Sequence[Rollout], device_batch_size: int, dist: Dist, with_all: bool = False
+def pack_micro_batches(
+    rollouts: Sequence[Rollout], device_batch_size: int, dist: Dist, keep_zero_advantage: bool = False
 ) -> tuple[list[RolloutBatch], int]:
     """
-    This rank's micro-batches, the longest rollouts first, and the number of trained tokens in those of all ranks. What
-    has no advantage has no gradient and is left out, unless with_all asks for it: a KL term trains on every answer.
+    This rank's micro-batches, the longest rollouts first, and the number of trained tokens over all ranks.
+
+    A rollout with zero advantage has no gradient and is left out, unless keep_zero_advantage: a KL term trains on every
+    completion. The loss is divided by the same number of tokens either way.
     """
     num_targets = sum(sum(r.sampled) for r in rollouts)
-    used = sorted(
-        (r for r in rollouts if with_all or r.advantage), key=lambda r: len(r.prompt) + len(r.answer), reverse=True
-    )
-    mine = used[dist.rank :: dist.world_size]
-    batches = [
-        _pad(mine[i : i + device_batch_size], num_targets, dist.device) for i in range(0, len(mine), device_batch_size)
-    ]
+    used = [r for r in rollouts if r.advantage or keep_zero_advantage]
+    used.sort(key=lambda r: len(r.prompt) + len(r.completion), reverse=True)
+    own = used[dist.rank :: dist.world_size]
+    batches = []
+    for start in range(0, len(own), device_batch_size):
+        batches.append(_collate(own[start : start + device_batch_size], num_targets, dist.device))
     return batches, sum(sum(r.sampled) for r in used)
 
 
-def _pad(rollouts: Sequence[Rollout], num_targets: int, device: torch.device) -> RolloutBatch:
-    T = max(len(r.prompt) + len(r.answer) for r in rollouts) - 1
-    idx_BT = torch.zeros((len(rollouts), T), dtype=torch.long)  # what pads is after all that matters: any token does
-    trained, targets, advantages, old_logprobs = list[int](), list[int](), list[float](), list[float]()
+def _collate(rollouts: Sequence[Rollout], num_targets: int, device: torch.device) -> RolloutBatch:
+    T = max(len(r.prompt) + len(r.completion) for r in rollouts) - 1
+    idx_BT = torch.zeros((len(rollouts), T), dtype=torch.long)  # any token pads: attention is causal
+    positions: list[int] = []
+    targets: list[int] = []
+    advantages: list[float] = []
+    old_logprobs: list[float] = []
     for row, r in enumerate(rollouts):
-        ids = (r.prompt + r.answer)[:-1]
-        idx_BT[row, : len(ids)] = torch.tensor(ids)
-        places = [i for i, sampled in enumerate(r.sampled) if sampled]
-        trained += [row * T + len(r.prompt) - 1 + i for i in places]
-        targets += [r.answer[i] for i in places]
-        advantages += [r.advantage] * len(places)
-        old_logprobs += [r.logprobs[i] for i in places] if r.logprobs else [0.0] * len(places)
-    trained_N, targets_N = torch.tensor([trained, targets], dtype=torch.long, device=device)
-    advantages_N, old_logprobs_N = torch.tensor([advantages, old_logprobs], dtype=torch.float32, device=device)
-    return RolloutBatch(idx_BT.to(device), trained_N, targets_N, advantages_N, old_logprobs_N, num_targets)
+        inputs = (r.prompt + r.completion)[:-1]
+        idx_BT[row, : len(inputs)] = torch.tensor(inputs)
+        first_position = row * T + len(r.prompt) - 1  # its output predicts the first token of the completion
+        for i, token in enumerate(r.completion):
+            if r.sampled[i]:
+                positions.append(first_position + i)
+                targets.append(token)
+                advantages.append(r.advantage)
+                old_logprobs.append(r.logprobs[i] if r.logprobs else 0.0)
+    return RolloutBatch(
+        idx_BT=idx_BT.to(device),
+        positions_N=torch.tensor(positions, dtype=torch.long, device=device),
+        targets_N=torch.tensor(targets, dtype=torch.long, device=device),
+        advantages_N=torch.tensor(advantages, dtype=torch.float32, device=device),
+        old_logprobs_N=torch.tensor(old_logprobs, dtype=torch.float32, device=device),
+        num_targets=num_targets,
+    )
+
+
+# ---- the loss ----
 
 
 @dataclass(frozen=True)
 class PolicyLoss:
     """
-    The loss of a RolloutBatch: -sum(log-probability * advantage) / trained tokens of the step. The log-probability is
-    that of the distribution sampled from, so it is of the top k at the same temperature.
+    The loss of a RolloutBatch: -sum(logprob * advantage) / sampled tokens of the step. The log-probabilities are those
+    of the distribution that was sampled from: among the top k tokens, at the same temperature.
 
-    clip_ratio: for several updates per batch: the ratio to the log-probability when sampled takes the place of the
-                log-probability, and stops counting once it is further than this from 1
-    kl_coef:    weight of the KL divergence from `reference`, estimated per sampled token by Schulman's k3, r - 1 - log
-                r with r the reference's probability over the policy's (http://joschu.net/blog/kl-approx.html): unbiased
-                and never negative. Both distributions are over the tokens that the policy could have sampled.
+    clip_ratio: for several optimizer steps per batch of rollouts. The ratio of the probability now to the one at the
+                time of sampling replaces the log-probability, and has no gradient once it is further than this from 1.
+    kl_coef:    weight of the KL divergence from `reference`, estimated per sampled token by Schulman's k3 estimator
+                r - 1 - log r, where r is the reference's probability divided by the policy's
+                (http://joschu.net/blog/kl-approx.html): unbiased and never negative. Both distributions are over the
+                tokens that the policy could have sampled.
     """
 
-    sampling: Sampling
+    config: RolloutConfig
     clip_ratio: float = 0.0  # 0 = no ratio
     kl_coef: float = 0.0
     reference: GPT | None = None
 
     def __call__(self, model: GPT, batch: RolloutBatch) -> torch.Tensor:
         logits_NV = self._logits(model, batch)
-        k = self.sampling.top_k
-        support_NS = logits_NV.topk(k, dim=-1).indices if 0 < k < logits_NV.size(1) else None
-        logprobs_N = logprobs(logits_NV, batch.targets_N, support_NS)
+        support_NS = self._support(logits_NV)
+        logprobs_N = target_logprobs(logits_NV, batch.targets_N, support_NS)
         if self.clip_ratio:
             ratio_N = (logprobs_N - batch.old_logprobs_N).exp()
             clipped_N = ratio_N.clamp(1 - self.clip_ratio, 1 + self.clip_ratio)
-            gain_N = torch.minimum(ratio_N * batch.advantages_N, clipped_N * batch.advantages_N)
+            objective_N = torch.minimum(ratio_N * batch.advantages_N, clipped_N * batch.advantages_N)
         else:
-            gain_N = logprobs_N * batch.advantages_N
+            objective_N = logprobs_N * batch.advantages_N
         if self.reference is not None:
             with torch.no_grad():
-                reference_N = logprobs(self._logits(self.reference, batch), batch.targets_N, support_NS)
+                reference_logits_NV = self._logits(self.reference, batch)
+                reference_N = target_logprobs(reference_logits_NV, batch.targets_N, support_NS)
             log_r_N = reference_N - logprobs_N
-            gain_N = gain_N - self.kl_coef * (log_r_N.exp() - 1 - log_r_N)
-        return -gain_N.sum() / batch.num_targets
+            objective_N = objective_N - self.kl_coef * (log_r_N.exp() - 1 - log_r_N)
+        return -objective_N.sum() / batch.num_targets
 
     def _logits(self, model: GPT, batch: RolloutBatch) -> torch.Tensor:
-        """(N, V): of the trained places only, which spares most of the head."""
-        hidden_NC = model.hidden(batch.idx_BT).flatten(0, 1)[batch.trained_N]
-        return model.logits(hidden_NC) / self.sampling.temperature
+        """(N, V), over the temperature: at the trained positions only, which saves most of lm_head's work."""
+        hidden_NC = model.hidden(batch.idx_BT).flatten(0, 1)[batch.positions_N]
+        return model.logits(hidden_NC) / self.config.temperature
+
+    def _support(self, logits_NV: torch.Tensor) -> torch.Tensor | None:
+        """The tokens that could be sampled, (N, S); None if all could."""
+        if 0 < self.config.top_k < logits_NV.size(1):
+            return logits_NV.topk(self.config.top_k, dim=-1).indices
+        return None
 
 
-def logprobs(logits_NV: torch.Tensor, targets_N: torch.Tensor, support_NS: torch.Tensor | None) -> torch.Tensor:
+def target_logprobs(logits_NV: torch.Tensor, targets_N: torch.Tensor, support_NS: torch.Tensor | None) -> torch.Tensor:
     """
-    Natural logarithms (N,) of the targets' probabilities among the tokens of support_NS (None: all). The target always
-    counts among them: it was sampled, even if by another rounding it would not be among the top k.
+    Log-probabilities (N,) of the targets among the tokens of support_NS (None: all), in nats. A target always counts as
+    one of these tokens: it was sampled, even if rounding differs here and it is not among the top k.
     """
-    chosen_N1 = logits_NV.gather(1, targets_N[:, None])
+    target_N1 = logits_NV.gather(1, targets_N[:, None])
     if support_NS is None:
-        return (chosen_N1 - logits_NV.logsumexp(dim=1, keepdim=True)).squeeze(1)
-    total_N1 = logits_NV.gather(1, support_NS).logsumexp(dim=1, keepdim=True)
-    is_in_N1 = (support_NS == targets_N[:, None]).any(dim=1, keepdim=True)
-    return (chosen_N1 - torch.where(is_in_N1, total_N1, torch.logaddexp(total_N1, chosen_N1))).squeeze(1)
+        total_N1 = logits_NV.logsumexp(dim=1, keepdim=True)
+    else:
+        support_total_N1 = logits_NV.gather(1, support_NS).logsumexp(dim=1, keepdim=True)
+        is_in_support_N1 = (support_NS == targets_N[:, None]).any(dim=1, keepdim=True)
+        total_N1 = torch.where(is_in_support_N1, support_total_N1, torch.logaddexp(support_total_N1, target_N1))
+    return (target_N1 - total_N1).squeeze(1)
+
+
+# ---- the steps of the training loop ----
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """How many rollouts are drawn for how many optimizer steps."""
+
+    num_steps: int  # optimizer steps of the run
+    questions_per_batch: int  # over all ranks
+    steps_per_batch: int = 1  # optimizer steps on each batch of rollouts
 
 
 def rollout_steps(
-    draw: Callable[[int, int], list[Rollout]],  # (number of the first question, step it is for) → rollouts
-    pack: Callable[[Sequence[Rollout]], tuple[list[RolloutBatch], int]],
-    questions_per_batch: int,
-    updates_per_batch: int,
-    num_steps: int,  # updates
+    plan: RolloutPlan,
+    draw: Callable[[int, int], list[Rollout]],  # (number of the first question, optimizer step) → rollouts
+    pack: Callable[[Sequence[Rollout]], tuple[list[RolloutBatch], int]],  # pack_micro_batches
     dist: Dist,
-    state: dict[str, Any] | None = None,  # the first rank's of a resumed run
+    state: dict[str, Any] | None = None,  # the first rank's data state, of a resumed run
 ) -> Iterator[Step]:
     """
-    Reinforcement learning's steps. Rollouts are drawn when the loop asks for the step, thus from the newest weights. A
-    step without any signal has no micro-batches and no tokens. A batch that is not used up is part of the data state.
+    Yields the steps of reinforcement learning. Rollouts are drawn when the training loop asks for a step, so the newest
+    weights sample them. A step without a training signal has no micro-batches and no tokens. The data state contains
+    the rollouts of a batch that has optimizer steps left.
     """
     state = state or {"step": 0, "next": 0, "updates_left": 0, "rollouts": []}
-    step, next_question, updates_left = state["step"], state["next"], state["updates_left"]
-    rollouts = [Rollout(**fields) for fields in state["rollouts"]]
-    while step < num_steps:
-        progress = step / num_steps
+    step = state["step"]
+    next_question = state["next"]
+    steps_left = state["updates_left"]  # on the current batch of rollouts
+    rollouts = [Rollout.from_state_dict(fields) for fields in state["rollouts"]]
+    while step < plan.num_steps:
+        progress = step / plan.num_steps
         step += 1
-        if not updates_left:
+        if steps_left == 0:
             rollouts = draw(next_question, step)
-            next_question, updates_left = next_question + questions_per_batch, updates_per_batch
-        updates_left -= 1
+            next_question += plan.questions_per_batch
+            steps_left = plan.steps_per_batch
+        steps_left -= 1
         micro_batches, num_tokens = pack(rollouts)
-        kept = [vars(rollout) for rollout in rollouts] if updates_left and dist.is_main else []
-        data_state = {"step": step, "next": next_question, "updates_left": updates_left, "rollouts": kept}
-        metrics = summarize(rollouts, len(rollouts) // questions_per_batch)
+        data_state = {"step": step, "next": next_question, "updates_left": steps_left, "rollouts": []}
+        if steps_left and dist.is_main:
+            data_state["rollouts"] = [rollout.state_dict() for rollout in rollouts]
+        metrics = summarize(rollouts, num_samples=len(rollouts) // plan.questions_per_batch)
         yield Step(micro_batches, progress, num_tokens, data_state, f"questions up to {next_question}", metrics)
-
-
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """
-    The chance that one of k answers is right, estimated without bias from num_samples >= k of which num_correct are
-    (arXiv 2107.03374, equation 1).
-
-    >>> pass_at_k(4, 1, 2)
-    0.5
-    """
-    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)

@@ -1,27 +1,27 @@
 """
-Reinforcement learning on questions with right answers (GRPO, see nanochat/rollout.py).
+Reinforcement learning on questions whose answers can be graded: GRPO, explained in nanochat/rollout.py.
 
     python -m scripts.chat_rl                                           # GSM8K, from the SFT model
-    python -m scripts.chat_rl --task hardsums --max-new-tokens 64       # the primer's, for a small model
+    python -m scripts.chat_rl --task hardsums --max-new-tokens 64       # the primer's questions, for a small model
     python -m scripts.chat_rl --updates-per-batch 2 --clip-ratio 0.2 --kl-coef 0.01
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl
 
-The answers to the first question of every batch are kept in <base>/report/transcripts/chat_rl-<tag>.jsonl.
+The completions of the first question of every batch are written to <base>/report/transcripts/chat_rl-<tag>.jsonl.
 """
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 from nanochat import checkpoint_manager, distributed, hardware, rollout
+from nanochat.checkpoint_manager import Checkpoint
 from nanochat.cli import command, flag
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.logging import append_after, check_wandb, report_dir
 from nanochat.recipe import rl_schedule
-from nanochat.rollout import PolicyLoss, Rollout, Sampling
+from nanochat.rollout import PolicyLoss, Question, Rollout, RolloutBatch, RolloutConfig, RolloutPlan
 from nanochat.run import prepare, settings_of
 from nanochat.tokenizer import Tokenizer, default_dir
 from nanochat.train import Hook, TrainState
@@ -30,7 +30,7 @@ from tasks.gsm8k import GSM8K
 from tasks.quiz import HardSums, Sums
 from tasks.spelling import SpellingBee
 
-TASKS: dict[str, Callable[[str], Task]] = {  # split → a task with a reward
+TASKS: dict[str, Callable[[str], Task]] = {  # each called with a split; the task has a reward
     "gsm8k": GSM8K,
     "sums": Sums,
     "hardsums": HardSums,
@@ -41,27 +41,27 @@ TASKS: dict[str, Callable[[str], Task]] = {  # split → a task with a reward
 @dataclass(frozen=True)
 class Flags:
     source: str = flag("sft", "stage to start from", short="-i", choices=("base", "mid", "sft", "rl"))
-    base_tag: str = flag("", "name of the checkpoints to start from; default the one written last")
+    base_tag: str = flag("", "tag of the checkpoint to start from; default the one written last")
     base_step: int = flag(-1, "step of the checkpoint to start from; -1 = the newest")
-    model_tag: str = flag("", "name of the checkpoints; default that of the ones it starts from")
-    task: str = flag("gsm8k", "questions to learn from", choices=tuple(TASKS))
-    num_epochs: int = flag(1, "times through the task's training questions")
-    num_iterations: int = flag(-1, "optimizer updates; -1 = as the epochs have")
+    model_tag: str = flag("", "tag of the new checkpoints; default that of the checkpoint to start from")
+    task: str = flag("gsm8k", "questions to train on", choices=tuple(TASKS))
+    num_epochs: int = flag(1, "passes over the task's training questions")
+    num_iterations: int = flag(-1, "optimizer steps; -1 = as many as the epochs need")
     examples_per_step: int = flag(16, "questions per batch of rollouts, over all ranks")
-    num_samples: int = flag(16, "answers sampled per question")
-    max_new_tokens: int = flag(256, "tokens of an answer at most")
-    temperature: float = flag(1.0, "of sampling")
-    top_k: int = flag(50, "sample among the k likeliest tokens; 0 = among all")
-    rollout_batch_size: int = flag(256, "answers sampled at a time per rank")
-    device_batch_size: int = flag(16, "answers per forward and backward pass and rank")
-    init_lr_frac: float = flag(0.05, "learning rates at the start, as a share of the base's")
-    updates_per_batch: int = flag(1, "optimizer updates on each batch of rollouts; several need --clip-ratio")
+    num_samples: int = flag(16, "completions sampled per question")
+    max_new_tokens: int = flag(256, "maximum tokens of a completion")
+    temperature: float = flag(1.0, "sampling temperature")
+    top_k: int = flag(50, "sample among the k most likely tokens; 0 = all tokens")
+    rollout_batch_size: int = flag(256, "completions sampled at a time per rank")
+    device_batch_size: int = flag(16, "completions per forward and backward pass and rank")
+    init_lr_frac: float = flag(0.05, "initial learning rates as a fraction of pretraining's")
+    updates_per_batch: int = flag(1, "optimizer steps on each batch of rollouts; more than 1 needs --clip-ratio")
     clip_ratio: float = flag(0.0, "PPO's clipping of the probability ratio, such as 0.2; 0 = no ratio")
     kl_coef: float = flag(0.0, "weight of the KL divergence from the model that the run starts from; 0 = none")
-    eval_every: int = flag(60, "updates between evaluations on test questions; 0 = only first and last, -1 = never")
+    eval_every: int = flag(60, "optimizer steps between evaluations; 0 = only before and after, -1 = never")
     eval_examples: int = flag(400, "test questions to evaluate on")
-    eval_samples: int = flag(8, "answers per test question: pass@1, pass@2, pass@4 … up to this")
-    save_every: int = flag(60, "updates between checkpoints besides the last; -1 = none")
+    eval_samples: int = flag(8, "completions per test question: pass@1, pass@2, pass@4 … up to this")
+    save_every: int = flag(60, "optimizer steps between checkpoints, besides the last; -1 = only the last")
     keep_last: int = flag(-1, "checkpoints to keep; -1 = all")
     resume: bool = flag(False, "continue from the newest intact checkpoint of this tag, if there is one")
     device: str = flag("auto", "cuda | mps | cpu | auto")
@@ -70,114 +70,130 @@ class Flags:
 
 @command
 def main(flags: Flags) -> None:
-    check(flags)
+    validate_flags(flags)
     with distributed.init(flags.device) as dist:
-        # check
         check_wandb(flags.run)
         tokenizer = Tokenizer.load(default_dir())
-        source = checkpoint_manager.find(flags.source, flags.base_tag, flags.base_step)
-        tag = flags.model_tag or source.tag
-        if (flags.source, tag) == ("rl", source.tag):
-            raise UserError(f"the run would take the place of {source.path}, which it starts from: give --model-tag")
+        source, tag = find_source(flags)
         start = prepare("rl", tag, source, tokenizer, dist, flags.resume, flags.keep_last)
-        begun_from = start.saved.meta["base"] if start.saved else str(source.path)
-        reference = checkpoint_manager.at(begun_from) if flags.kl_coef else None
-        questions, test_questions, too_long = read_questions(flags, tokenizer, source.config.sequence_len)
-        epochs = max(1, flags.num_epochs * len(questions) // flags.examples_per_step) * flags.updates_per_batch
-        num_steps = flags.num_iterations if flags.num_iterations > 0 else epochs
+        questions, test_questions, num_skipped = load_questions(flags, tokenizer, source.config.sequence_len)
+        plan = plan_rollouts(flags, len(questions))
 
-        # build
-        # Before the run is restored with its random generators, as making a model draws from them.
-        reference_model = reference.build_model(dist.device, start.dtype) if reference else None
+        # The model that the run starts from is the reference of the KL term. It is built before the run, because making
+        # a model draws random numbers, and a resumed run restores its random generators.
+        parent = start.saved.meta["base"] if start.saved else str(source.path)
+        reference = checkpoint_manager.at(parent).build_model(dist.device, start.dtype) if flags.kl_coef else None
         settings = settings_of(start.saved or source)
-        config = {"flags": asdict(flags), "base": begun_from, "settings": asdict(settings)}
         rates = settings.rates(flags.init_lr_frac)
-        run = start.build(rates, settings.batch_factor, config, compile=False)  # no two batches have one shape
-        with_ratio = flags.clip_ratio > 0
-        sampling = Sampling(flags.num_samples, flags.max_new_tokens, flags.temperature, flags.top_k, with_ratio)
-        eval_sampling = replace(sampling, num_samples=flags.eval_samples, logprobs=False)
-        loss_fn = PolicyLoss(sampling, flags.clip_ratio, flags.kl_coef, reference_model)
+        config = {"flags": asdict(flags), "base": parent, "settings": asdict(settings)}
+        run = start.build(rates, settings.batch_factor, config, compile=False)  # every batch has another shape
         engine = Engine(run.model, tokenizer, flags.rollout_batch_size)
-        logger = run.logger(flags.run, num_steps)
-        transcripts = report_dir() / "transcripts" / f"chat_rl-{tag}.jsonl"
-        file = append_after(run.state.step, transcripts) if dist.is_main else None
+        logger = run.logger(flags.run, plan.num_steps)
+
+        sampling = RolloutConfig(flags.num_samples, flags.max_new_tokens, flags.temperature, flags.top_k)
+        eval_sampling = replace(sampling, num_samples=flags.eval_samples)
+        sampling = replace(sampling, logprobs=flags.clip_ratio > 0)
+        loss_fn = PolicyLoss(sampling, flags.clip_ratio, flags.kl_coef, reference)
+        transcript_path = report_dir() / "transcripts" / f"chat_rl-{tag}.jsonl"
+        transcripts = append_after(run.state.step, transcript_path) if dist.is_main else None
         dist.print0(
-            f"{tag} from {begun_from}: {len(questions)} questions of {flags.task}, {len(test_questions)} to test on "
-            f"({too_long} too long), {num_steps} updates, {flags.examples_per_step} x {flags.num_samples} answers; "
-            f"{hardware.describe(dist.device)}, {start.dtype}"
+            f"{tag} from {parent}: {len(questions)} questions of {flags.task}, {len(test_questions)} test questions "
+            f"({num_skipped} too long), {plan.num_steps} optimizer steps, {flags.examples_per_step} x "
+            f"{flags.num_samples} completions; {hardware.describe(dist.device)}, {start.dtype}"
         )
 
-        # run
         def draw(first: int, step: int) -> list[Rollout]:
             engine.refresh_weights()
             numbers = range(first, first + flags.examples_per_step)
             batch = [questions[number % len(questions)] for number in numbers]
-            rollouts = rollout.sample(engine, batch, numbers, sampling, dist)
-            if file:
-                file.writelines(transcript(r, step, tokenizer) for r in rollouts[: flags.num_samples])
-                file.flush()
+            rollouts = rollout.sample_rollouts(engine, batch, numbers, sampling, dist)
+            if transcripts:
+                transcripts.writelines(transcript(r, step, tokenizer) for r in rollouts[: flags.num_samples])
+                transcripts.flush()
             return rollouts
 
         def evaluate(state: TrainState) -> dict[str, float]:
             engine.refresh_weights()
-            return rollout.evaluate(engine, test_questions, eval_sampling, dist)
+            return rollout.evaluate_pass_at_k(engine, test_questions, eval_sampling, dist)
+
+        def pack(rollouts: Sequence[Rollout]) -> tuple[list[RolloutBatch], int]:
+            keep_zero_advantage = flags.kl_coef > 0
+            return rollout.pack_micro_batches(rollouts, flags.device_batch_size, dist, keep_zero_advantage)
 
         if flags.eval_every >= 0 and run.state.step == 0:
             logger.log(run.state, evaluate(run.state))
-        pack = partial(rollout.pack, device_batch_size=flags.device_batch_size, dist=dist, with_all=flags.kl_coef > 0)
-        data_state = (run.data_states or [None])[0]
-        steps = rollout.rollout_steps(
-            draw, pack, flags.examples_per_step, flags.updates_per_batch, num_steps, dist, data_state
-        )
+        data_state = run.data_states[0] if run.data_states else None
+        steps = rollout.rollout_steps(plan, draw, pack, dist, data_state)
         hooks = [Hook(flags.eval_every, evaluate), run.save_hook(flags.save_every)]
         state = run.train(steps, loss_fn, rl_schedule, hooks, logger)
 
-        # report
-        numbers = {"questions": len(questions), "too long": too_long, "transcripts": str(transcripts)}
+        numbers = {"questions": len(questions), "too long": num_skipped, "transcripts": str(transcript_path)}
         logger.finish(state, model=start.checkpoints.good, **numbers)
 
 
-def check(flags: Flags) -> None:
-    """UserError for flags that make no sense, alone or together."""
+def validate_flags(flags: Flags) -> None:
+    """UserError for values that make no sense, alone or together."""
     for name in (
-        "num_epochs", "examples_per_step", "max_new_tokens", "rollout_batch_size", "device_batch_size",
-        "updates_per_batch", "eval_examples", "eval_samples",
-    ):  # fmt: skip
+        "num_epochs",
+        "examples_per_step",
+        "max_new_tokens",
+        "rollout_batch_size",
+        "device_batch_size",
+        "updates_per_batch",
+        "eval_examples",
+        "eval_samples",
+    ):
         if getattr(flags, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least 1")
     if flags.num_iterations < 1 and flags.num_iterations != -1:
-        raise UserError(f"--num-iterations {flags.num_iterations}: must be at least 1, or -1 to follow from the epochs")
+        raise UserError(f"--num-iterations {flags.num_iterations}: must be at least 1, or -1 to train for --num-epochs")
     if flags.num_samples < 2:
-        raise UserError(f"--num-samples {flags.num_samples}: answers are compared with each other, so at least 2")
+        raise UserError(f"--num-samples {flags.num_samples}: must be at least 2, as completions are compared")
     if not 0 < flags.temperature < math.inf or flags.top_k < 0 or flags.top_k == 1:
         raise UserError(
-            "answers that are all alike teach nothing: --temperature above 0, --top-k at least 2, or 0 = all"
+            "completions must differ to be compared: use --temperature above 0, and --top-k at least 2 or 0 (all)"
         )
     if not (0 <= flags.clip_ratio < 1 and 0 <= flags.kl_coef < math.inf and 0 < flags.init_lr_frac < math.inf):
         raise UserError("--clip-ratio must be in [0, 1), --kl-coef at least 0, --init-lr-frac above 0")
     if flags.updates_per_batch > 1 and not flags.clip_ratio:
-        raise UserError("several updates on a batch need a bound on how far they go: give --clip-ratio, such as 0.2")
+        raise UserError("--updates-per-batch above 1 needs a limit on the change: give --clip-ratio, such as 0.2")
 
 
-def read_questions(
-    flags: Flags, tokenizer: Tokenizer, context: int
-) -> tuple[list[rollout.Question], list[rollout.Question], int]:
-    """To train on, as many as the run takes, and to test on; and how many were left out as too long."""
-    room = context - flags.max_new_tokens
-    num_batches = math.ceil(flags.num_iterations / flags.updates_per_batch)
-    needed = num_batches * flags.examples_per_step if flags.num_iterations > 0 else math.inf
-    questions, too_long = rollout.questions_of(TASKS[flags.task]("train"), tokenizer, room, needed)
+def find_source(flags: Flags) -> tuple[Checkpoint, str]:
+    """The checkpoint to start from and the tag of the new ones. UserError if the run would overwrite its source."""
+    source = checkpoint_manager.find(flags.source, flags.base_tag, flags.base_step)
+    tag = flags.model_tag or source.tag
+    if (flags.source, tag) == ("rl", source.tag):
+        raise UserError(f"the run would overwrite {source.path}, which it starts from: give another --model-tag")
+    return source, tag
+
+
+def load_questions(flags: Flags, tokenizer: Tokenizer, sequence_len: int) -> tuple[list[Question], list[Question], int]:
+    """Training questions, as many as the run needs, test questions, and the number skipped as too long."""
+    max_prompt_tokens = sequence_len - flags.max_new_tokens
+    limit = math.inf
+    if flags.num_iterations > 0:
+        limit = math.ceil(flags.num_iterations / flags.updates_per_batch) * flags.examples_per_step
+    train_task = TASKS[flags.task]("train")
+    questions, num_skipped = rollout.load_questions(train_task, tokenizer, max_prompt_tokens, limit)
     if flags.eval_every < 0:
-        return questions, [], too_long
-    test = limited(TASKS[flags.task]("test"), flags.eval_examples)
-    test_questions, test_too_long = rollout.questions_of(test, tokenizer, room)
-    return questions, test_questions, too_long + test_too_long
+        return questions, [], num_skipped
+    test_task = limited(TASKS[flags.task]("test"), flags.eval_examples)
+    test_questions, num_test_skipped = rollout.load_questions(test_task, tokenizer, max_prompt_tokens)
+    return questions, test_questions, num_skipped + num_test_skipped
+
+
+def plan_rollouts(flags: Flags, num_questions: int) -> RolloutPlan:
+    num_batches = max(1, flags.num_epochs * num_questions // flags.examples_per_step)
+    num_steps = flags.num_iterations if flags.num_iterations > 0 else num_batches * flags.updates_per_batch
+    return RolloutPlan(num_steps, flags.examples_per_step, flags.updates_per_batch)
 
 
 def transcript(r: Rollout, step: int, tokenizer: Tokenizer) -> str:
-    """A line of JSON for a person to read."""
-    said = {"prompt": tokenizer.decode(r.prompt), "answer": tokenizer.decode(r.answer)}
-    return json.dumps({"step": step} | said | {"reward": r.reward, "advantage": r.advantage}) + "\n"
+    """One line of JSON: a rollout as text."""
+    prompt, completion = tokenizer.decode(r.prompt), tokenizer.decode(r.completion)
+    line = {"step": step, "prompt": prompt, "answer": completion, "reward": r.reward, "advantage": r.advantage}
+    return json.dumps(line) + "\n"
 
 
 if __name__ == "__main__":

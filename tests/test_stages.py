@@ -252,7 +252,8 @@ def test_reinforcement_learning_goes_on_as_if_nothing_had_happened(place, monkey
     argv = [*RL, *options, "--base-tag", "d2"]
     whole, parts = (checkpoint_manager.stage_dir("rl") / tag for tag in ("whole", "parts"))
     chat_rl.main([*argv, "--model-tag", "whole"])
-    assert "5 questions of hardsums, 2 to test on (0 too long), 6 updates, 2 x 4 answers" in capsys.readouterr().out
+    summary = "5 questions of hardsums, 2 test questions (0 too long), 6 optimizer steps, 2 x 4 completions"
+    assert summary in capsys.readouterr().out
     lines = metrics(place, "chat_rl-whole")
     assert [line["step"] for line in lines if "eval/pass@2" in line] == [0, 3, 6]
     rewards = [line["rl/reward"] for line in lines if "rl/reward" in line]
@@ -261,7 +262,7 @@ def test_reinforcement_learning_goes_on_as_if_nothing_had_happened(place, monkey
     assert [line["step"] for line in shown[::4]] == ([1, 3, 5] if options else [1, 2, 3, 4, 5, 6])
     assert shown[0].keys() == {"step", "prompt", "answer", "reward", "advantage"} and "oak" in shown[0]["prompt"]
 
-    sample, evaluate = rollout.sample, rollout.evaluate
+    sample, evaluate = rollout.sample_rollouts, rollout.evaluate_pass_at_k
     evaluations = []
 
     def sample_or_be_killed(engine, questions, numbers, sampling, dist):
@@ -278,9 +279,9 @@ def test_reinforcement_learning_goes_on_as_if_nothing_had_happened(place, monkey
         return evaluate(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rollout, "evaluate", evaluate_and_stop)
+        patch.setattr(rollout, "evaluate_pass_at_k", evaluate_and_stop)
         if how == "killed":
-            patch.setattr(rollout, "sample", sample_or_be_killed)
+            patch.setattr(rollout, "sample_rollouts", sample_or_be_killed)
         with pytest.raises(
             (SystemExit, RuntimeError), match="after step 4.*--resume" if how == "stopped" else "killed"
         ):

@@ -30,7 +30,7 @@ from nanochat.distributed import Dist
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.recipe import model_config
-from nanochat.rollout import Question, Sampling
+from nanochat.rollout import Question, RolloutConfig
 from nanochat.tokenizer import Tokenizer, default_dir
 from nanochat.tools import ToolUse
 from tasks.quiz import HardSums
@@ -68,12 +68,14 @@ def main(flags: Flags) -> dict[str, float]:
         model = checkpoint_manager.find(flags.source, flags.model_tag).build_model(device, dtype)
     hardware.tune_process(device)
     room = model.config.sequence_len - flags.max_new_tokens
-    questions = rollout.questions_of(HardSums("train"), tokenizer, room)[0][: flags.examples_per_step]
-    sampling = Sampling(flags.num_samples, flags.max_new_tokens, flags.temperature, flags.top_k)
+    questions = rollout.load_questions(HardSums("train"), tokenizer, room)[0][: flags.examples_per_step]
+    sampling = RolloutConfig(flags.num_samples, flags.max_new_tokens, flags.temperature, flags.top_k)
     engines = [Engine(model, tokenizer, rows) for rows in (flags.rollout_batch_size, flags.num_samples)]
 
     def draw(engine: Engine, some: list[Question]) -> list[int]:
-        return [len(r.answer) for r in rollout.sample(engine, some, range(len(some)), sampling, Dist(device))]
+        return [
+            len(r.completion) for r in rollout.sample_rollouts(engine, some, range(len(some)), sampling, Dist(device))
+        ]
 
     one = replace(sampling, num_samples=1)
     ways: dict[str, Callable[[], list[int]]] = {  # → tokens of each answer
@@ -133,7 +135,7 @@ class PlainCache:
 
 
 @torch.inference_mode()
-def plain_rollouts(model: GPT, prompt: list[int], sampling: Sampling, tokenizer: Tokenizer) -> list[int]:
+def plain_rollouts(model: GPT, prompt: list[int], sampling: RolloutConfig, tokenizer: Tokenizer) -> list[int]:
     """Answers to one prompt, as one writes it first; returns the tokens of each."""
     B, cache = sampling.num_samples, PlainCache(model, prompt)
     ends = {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
