@@ -10,7 +10,7 @@ from nanochat.cli import command
 from nanochat.logging import print_summary
 
 STAGES = ("tok_train", "base_train", "base_eval", "mid_train", "chat_sft", "chat_rl")
-CHAT_EVALS = tuple(f"chat_eval_{stage}" for stage in ("base", "mid", "sft", "rl"))
+CHAT_EVALS = ("chat_eval_base", "chat_eval_mid", "chat_eval_sft", "chat_eval_rl")
 
 
 @dataclass(frozen=True)
