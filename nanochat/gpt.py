@@ -1,11 +1,18 @@
 """
-The model: a decoder-only transformer with rotary positions, QK norm, relu² MLPs, sliding windows, value embeddings, and
-a few scalars that carry information past the layers.
+The model: a decoder-only transformer (GPT) with rotary positions, for training and inference.
 
-Shapes: B rows, T tokens, C = n_embd, H query heads, K key/value heads, D = C / H, V vocabulary, V' vocabulary padded.
+    model = GPT.create(GPTConfig(n_layer=12), device, torch.bfloat16)
+    loss = model(idx_BT, targets_BT)        # training
+    logits_BTV = model(idx_BT)              # inference; engine.py passes a KV cache
 
-GPTConfig describes a family of models: every part beyond a plain transformer has a field that turns it off. The
-defaults are what base_train trains; legacy.py has the values of models that were trained by older versions.
+Differences from GPT-2: rotary positions instead of learned ones, RMS norm without weights, normed queries and keys,
+relu² in the MLP, grouped key/value heads, sliding windows, no biases, no dropout, lm_head not tied to the embedding.
+On top of that come four cheap additions that let information bypass the layers: value embeddings, smear, backout and
+residual scalars. GPTConfig has a field for each, so this file describes a whole family of models; legacy.py knows the
+fields of models that were trained by older versions.
+
+Shapes: B sequences (rows), T tokens, Q selected tokens, C = n_embd channels, H query heads, K key/value heads,
+D = C / H channels per head, V vocabulary, N = B * T.
 """
 
 import math
@@ -22,34 +29,52 @@ from nanochat.common import UserError
 from nanochat.loss import cross_entropy, softcap
 
 NORM_EPS = 1.1920929e-07  # float32's epsilon, whatever the dtype
-VOCAB_MULTIPLE = 64  # tables are padded to this: matrix products like round shapes, and ranks can share the rows
+VOCAB_MULTIPLE = 64  # embedding tables are padded to this: round shapes multiply faster, and ranks can share the rows
 SHORT_WINDOW_MULTIPLE = 128  # block size of the attention kernels
-SMEAR_CHANNELS = 24
-VE_GATE_CHANNELS = 12
-VE_GATE_SCALE = 3.0
+SMEAR_CHANNELS = 24  # channels that the smear gate reads
+VE_GATE_CHANNELS = 12  # channels that the gate of the value embeddings reads
+VE_GATE_SCALE = 3.0  # a value embedding is added with a weight between 0 and this
 
 
 @dataclass(frozen=True)
 class GPTConfig:
+    """Sizes and features of a model. UserError if they do not fit together."""
+
     sequence_len: int = 2048  # tokens of context in training; windows are fractions of it
-    vocab_size: int = 32768  # true vocabulary; logits are cut back to it
+    vocab_size: int = 32768  # without padding
     n_layer: int = 12
     n_head: int = 6
+    # Fewer key/value heads than query heads make the KV cache smaller (grouped-query attention, arXiv 2305.13245).
     n_kv_head: int = 6
     n_embd: int = 768
-    window_pattern: str = "SSSL"  # tiled over the layers, S short, L full; the last layer is always L
-    value_embeds: bool = True  # every second layer adds an embedding of the token to its values
-    smear: bool = True  # each token's embedding takes in a little of the previous one's
-    backout: bool = True  # the output of the middle layer is subtracted before lm_head
-    residual_scalars: bool = True  # learned weights per layer for the residual stream and for the embedding
-    qk_gain: float = 1.2  # on normed queries and keys: sharpens the softmax by its square
-    rope_base: float = 100_000.0  # wavelengths of the rotary positions grow up to 2 pi times this many tokens
-    logit_softcap: float = 15.0  # logits stay within ± this; 0 = not capped
+    # S: a quarter of the context, L: all of it; repeated over the layers, and the last layer is always L. Three of four
+    # layers only need nearby tokens: this saves attention FLOPs and KV cache (Longformer, arXiv 2004.05150).
+    window_pattern: str = "SSSL"
+    # Every second layer adds a learned embedding of the token to its values, through a gate: parameters that cost
+    # almost no FLOPs (in the spirit of value residual learning, arXiv 2410.17897).
+    value_embeds: bool = True
+    # Each token's embedding takes in a little of the previous token's, so that the first layer already sees bigrams
+    # (compare token shift in RWKV, arXiv 2305.13048).
+    smear: bool = True
+    # The stream after the middle layer, times a learned number, is subtracted before lm_head: what the first half has
+    # stored there for later layers need not be part of the prediction.
+    backout: bool = True
+    # Before each layer, x = resid_lambda * x + x0_lambda * x0, where x0 is the embedding: the layer chooses how much it
+    # reads of the token itself.
+    residual_scalars: bool = True
+    # On queries and keys after their norm. Normed vectors bound the scores, which keeps attention stable in 16 bits
+    # (QK norm, arXiv 2010.04245); the gain lets the softmax become 1.2² times sharper than that bound.
+    qk_gain: float = 1.2
+    # Longest wavelength of the rotary positions (arXiv 2104.09864), in tokens over 2 pi.
+    rope_base: float = 100_000.0
+    # Logits are squashed into ± this by a tanh, so that none runs away (Gemma 2, arXiv 2408.00118); 0 = not capped.
+    logit_softcap: float = 15.0
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             raise UserError(
-                f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, that of n_kv_head {self.n_kv_head}"
+                f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, "
+                f"and n_head a multiple of n_kv_head {self.n_kv_head}"
             )
         if self.smear and self.n_embd < SMEAR_CHANNELS:
             raise UserError(f"n_embd {self.n_embd} must be at least {SMEAR_CHANNELS}: raise --depth or --head-dim")
@@ -66,11 +91,13 @@ class GPTConfig:
 
     @property
     def windows(self) -> list[int]:
-        """Window of each layer, in tokens."""
-        short = math.ceil(self.sequence_len / 4 / SHORT_WINDOW_MULTIPLE) * SHORT_WINDOW_MULTIPLE
+        """Window of each layer in tokens: a query sees that many keys before its own."""
+        quarter = math.ceil(self.sequence_len / 4 / SHORT_WINDOW_MULTIPLE) * SHORT_WINDOW_MULTIPLE
+        sizes = {"S": min(quarter, self.sequence_len), "L": self.sequence_len}
         pattern = self.window_pattern
-        sizes = {"S": min(short, self.sequence_len), "L": self.sequence_len}
-        return [sizes[pattern[i % len(pattern)]] for i in range(self.n_layer - 1)] + [self.sequence_len]
+        windows = [sizes[pattern[i % len(pattern)]] for i in range(self.n_layer)]
+        windows[-1] = self.sequence_len
+        return windows
 
     @property
     def attention_shape(self) -> AttentionShape:
@@ -78,6 +105,7 @@ class GPTConfig:
 
     @property
     def layers_with_value_embeds(self) -> list[int]:
+        """Every second layer, counted so that the last one is among them."""
         if not self.value_embeds:
             return []
         return [i for i in range(self.n_layer) if i % 2 == (self.n_layer - 1) % 2]
@@ -86,7 +114,8 @@ class GPTConfig:
         return asdict(self)
 
 
-# Without the parts that other programs do not implement, a model can be exported to every format.
+# Without the parts that other programs do not implement: such a model can be exported to every format. On a small
+# corpus nothing is lost: depth 12 on 28 M tokens ended at 1.3209 bits per byte against 1.3300 for the full model.
 PORTABLE: dict[str, Any] = {
     "window_pattern": "L",
     "value_embeds": False,
@@ -98,15 +127,21 @@ PORTABLE: dict[str, Any] = {
 
 
 class Cache(Protocol):
-    """What the model asks of a KV cache during one forward pass (see engine.py)."""
+    """The KV cache as the model sees it during one forward pass; engine.py and eval/ implement it."""
 
-    positions_BT: torch.Tensor
-    previous_B1C: torch.Tensor  # the un-smeared embedding before the first token; zeros at the start of a text
+    positions_BT: torch.Tensor  # of the tokens that are passed in
+    previous_B1C: torch.Tensor  # the embedding before the first token, not smeared; zeros at the start of a sequence
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor: ...
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        """Stores the new keys and values, and returns what the queries read from all keys that they see."""
+        ...
+
+
+# ---- parts ----
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
+    """RMS norm over the last axis (arXiv 1910.07467), without learned weights: the next matrix can scale as well."""
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
@@ -118,18 +153,27 @@ def rotary_table(length: int, head_dim: int, base: float, device: torch.device) 
 
 
 def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the pairs (first half, second half) by minus the angle; cos and sin broadcast against (B, T, H, D/2)."""
+    """
+    Rotary positions (arXiv 2104.09864): turns channel j of the first half together with channel j of the second half by
+    minus the angle of the position, so that the product of a query and a key depends on their distance only. cos and
+    sin broadcast against (B, T, H, D/2).
+    """
     x1, x2 = x_BTHD.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
-def take(x_BT: torch.Tensor, columns_BQ: torch.Tensor) -> torch.Tensor:
-    """(B, T, …) → (B, Q, …): of each row the columns named."""
+def select_columns(x_BT: torch.Tensor, columns_BQ: torch.Tensor | None) -> torch.Tensor:
+    """(B, T, …) → (B, Q, …): the given columns of each row; all of them for None."""
+    if columns_BQ is None:
+        return x_BT
     return x_BT[torch.arange(x_BT.size(0), device=x_BT.device)[:, None], columns_BQ]
 
 
 class Linear(nn.Linear):
-    """No bias; the float32 master weight is cast to the activations' dtype, so there is no autocast."""
+    """
+    A linear layer without bias. The weight is a float32 master, because updates of 1e-3 of its size would vanish in
+    bfloat16; it is cast to the activations' dtype here, so there is no autocast.
+    """
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
@@ -141,9 +185,11 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.layer, self.window, self.head_dim = layer, config.windows[layer], config.head_dim
-        self.attend: Kernel = attend
+        self.layer = layer
+        self.window = config.windows[layer]
+        self.head_dim = config.head_dim
         self.gain = config.qk_gain
+        self.attend: Kernel = attend
         kv_width = config.n_kv_head * config.head_dim
         self.c_q = Linear(config.n_embd, config.n_embd)
         self.c_k = Linear(config.n_embd, kv_width)
@@ -153,16 +199,26 @@ class Attention(nn.Module):
         if self.has_value_embeds:
             self.ve_gate = Linear(VE_GATE_CHANNELS, config.n_kv_head)
 
-    def forward(self, x_BTC, value_embed_BTKD, cos, sin, cache: Cache | None, columns_BQ: torch.Tensor | None = None):
+    def forward(
+        self,
+        x_BTC: torch.Tensor,
+        value_embed_BTKD: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],  # cos and sin at the positions of the tokens
+        cache: Cache | None,
+        columns_BQ: torch.Tensor | None = None,  # the queries that are wanted; None = all
+    ) -> torch.Tensor:
         B, T, _ = x_BTC.shape
-        x_BQC, cos_Q, sin_Q = (x if columns_BQ is None else take(x, columns_BQ) for x in (x_BTC, cos, sin))
+        cos, sin = rotary
+        x_BQC = select_columns(x_BTC, columns_BQ)
+        cos_Q, sin_Q = select_columns(cos, columns_BQ), select_columns(sin, columns_BQ)
         q = self.c_q(x_BQC).unflatten(-1, (-1, self.head_dim))
         k = self.c_k(x_BTC).view(B, T, -1, self.head_dim)
         v = self.c_v(x_BTC).view(B, T, -1, self.head_dim)
         if value_embed_BTKD is not None:
             gate_BTK = VE_GATE_SCALE * torch.sigmoid(self.ve_gate(x_BTC[..., :VE_GATE_CHANNELS]))
             v = v + gate_BTK.unsqueeze(-1) * value_embed_BTKD
-        q, k = self.gain * norm(rotate(q, cos_Q, sin_Q)), self.gain * norm(rotate(k, cos, sin))
+        q = self.gain * norm(rotate(q, cos_Q, sin_Q))
+        k = self.gain * norm(rotate(k, cos, sin))
         if cache is None:
             y = self.attend(q, k, v, self.window)
         else:
@@ -171,30 +227,33 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two matrices with relu² between them: as good as GELU or better, and cheaper (Primer, arXiv 2109.08668)."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.c_proj(F.relu(self.c_fc(x)).square())
 
 
 class Block(nn.Module):
+    """One layer: attention, then MLP, each on the normed stream and added to it (pre-norm)."""
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, value_embed, cos, sin, cache: Cache | None, columns_BQ: torch.Tensor | None = None):
-        normed = norm(x)
-        x = x if columns_BQ is None else take(x, columns_BQ)
-        x = x + self.attn(normed, value_embed, cos, sin, cache, columns_BQ)
+    def forward(self, x, value_embed, rotary, cache: Cache | None, columns_BQ: torch.Tensor | None = None):
+        attended = self.attn(norm(x), value_embed, rotary, cache, columns_BQ)
+        x = select_columns(x, columns_BQ) + attended
         return x + self.mlp(norm(x))
 
 
 class Trunk(nn.Module):
-    """Token embeddings and blocks, under the names that checkpoints have."""
+    """Token embeddings and layers. Its name and theirs are part of the parameter names in checkpoints."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -202,8 +261,16 @@ class Trunk(nn.Module):
         self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
 
 
+# ---- the model ----
+
+
 class GPT(nn.Module):
-    """Weights are float32 masters; `dtype` is what the forward pass computes in."""
+    """
+    The whole model. Parameters are float32; `dtype` is the dtype that the forward pass computes in.
+
+    The constructor allocates the parameters on the device but gives them no values: GPT.create initialises them for
+    training, load_state_dict fills them from a checkpoint.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -212,27 +279,29 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.dtype = config, dtype
         device = torch.device(device)
-        with device:
+        with torch.device("meta"):  # shapes without memory: torch's own initialisation would take longer than loading
             self.transformer = Trunk(config)
             self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
             kv_width = config.n_kv_head * config.head_dim
-            tables = {str(i): nn.Embedding(config.padded_vocab_size, kv_width) for i in config.layers_with_value_embeds}
-            self.value_embeds = nn.ModuleDict(tables)
+            self.value_embeds = nn.ModuleDict(
+                {str(i): nn.Embedding(config.padded_vocab_size, kv_width) for i in config.layers_with_value_embeds}
+            )
             if config.residual_scalars:
-                self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
-                self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))
+                self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
+                self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
             if config.smear:
                 self.smear_gate = Linear(SMEAR_CHANNELS, 1)
-                self.smear_lambda = nn.Parameter(torch.zeros(1))
+                self.smear_lambda = nn.Parameter(torch.empty(1))
             if config.backout:
-                self.backout_lambda = nn.Parameter(torch.zeros(1))
+                self.backout_lambda = nn.Parameter(torch.empty(1))
+        self.to_empty(device=device)
         cos, sin = rotary_table(config.sequence_len, config.head_dim, config.rope_base, device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
     @classmethod
     def create(cls, config: GPTConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> "GPT":
-        """A new model with initial weights."""
+        """A new model with initial weights, drawn from torch's global generator of the device."""
         model = cls(config, device, dtype)
         model.init_weights()
         return model
@@ -242,31 +311,42 @@ class GPT(nn.Module):
         return self.cos.device
 
     def use_attention(self, kernel: Kernel) -> None:
-        """For whole sequences, in place of the one that runs anywhere (attention.py: choose)."""
+        """Sets the kernel for whole sequences (attention.choose); without a call it is the one that runs anywhere."""
         for block in cast(Iterable[Block], self.transformer.h):
             block.attn.attend = kernel
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initial values; draws from torch's global generator of the model's device."""
+        """
+        Initial values, drawn from torch's global generator of the model's device.
+
+        Matrices have standard deviation 1/sqrt(C), which keeps the size of activations, as uniform distributions, which
+        have no outliers. Matrices that write into the stream are zero: every layer starts as the identity, and the
+        gradient reaches all layers undisturbed (compare Fixup, arXiv 1901.09321). lm_head is almost zero: a new model
+        predicts all tokens alike.
+        """
+        # torch's default values come first. All are replaced below, but the random numbers that they consume have
+        # always been part of what a seed gives.
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.reset_parameters()
         config = self.config
-        C, n_layer = config.n_embd, config.n_layer
-        bound = math.sqrt(3 / C)  # a uniform distribution of standard deviation 1/sqrt(C)
+        bound = math.sqrt(3 / config.n_embd)  # a uniform distribution in ±bound has standard deviation bound / sqrt(3)
         self.transformer.wte.weight.normal_(std=0.8)
         self.lm_head.weight.normal_(std=0.001)
         for block in cast(Iterable[Block], self.transformer.h):
             for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
                 linear.weight.uniform_(-bound, bound)
             block.mlp.c_fc.weight.uniform_(-0.4 * bound, 0.4 * bound)
-            block.attn.c_proj.weight.zero_()  # every block starts as the identity
+            block.attn.c_proj.weight.zero_()
             block.mlp.c_proj.weight.zero_()
             if block.attn.has_value_embeds:
-                block.attn.ve_gate.weight.uniform_(0, 0.02)  # a gate barely open, on the side that learns
+                block.attn.ve_gate.weight.uniform_(0, 0.02)  # slightly positive: sigmoid just above 1/2
         for table in self.value_embeds.parameters():
             table.uniform_(-bound, bound)
         if config.residual_scalars:
-            self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, n_layer))
-            self.x0_lambdas.copy_(torch.linspace(0.20, 0.05, n_layer))
+            self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, config.n_layer))
+            self.x0_lambdas.copy_(torch.linspace(0.20, 0.05, config.n_layer))
         if config.smear:
             self.smear_gate.weight.uniform_(0, 0.02)
             self.smear_lambda.zero_()
@@ -274,7 +354,7 @@ class GPT(nn.Module):
             self.backout_lambda.fill_(0.2)
 
     def cast_weights(self) -> None:
-        """For inference only: matrices and tables to the compute dtype, once instead of at every use."""
+        """For inference only: casts matrices and tables to the compute dtype once, instead of at every use."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.weight = nn.Parameter(module.weight.to(self.dtype), requires_grad=False)
@@ -287,52 +367,71 @@ class GPT(nn.Module):
         reduction: str = "mean",
     ) -> torch.Tensor:
         """
-        Logits (B, T, V) in float32; with targets, the cross entropy in nats, targets of -1 left out: reduction "mean"
-        or "sum" gives a scalar, "none" gives (B, T).
+        Logits (B, T, V) in float32. With targets, the cross entropy in nats, where targets of -1 are ignored: a scalar
+        for reduction "mean" or "sum", (B, T) for "none".
         """
         hidden_BTC = self.hidden(idx_BT, cache)
         if targets_BT is None:
             return self.logits(hidden_BTC)
-        hidden_NC, targets_N = hidden_BTC.flatten(0, 1), targets_BT.flatten()
-        vocab_size, cap = self.config.vocab_size, self.config.logit_softcap
-        loss = cross_entropy(hidden_NC, self.lm_head.weight, targets_N, vocab_size, cap, reduction)
+        loss = cross_entropy(
+            hidden_BTC.flatten(0, 1),
+            self.lm_head.weight,
+            targets_BT.flatten(),
+            vocab_size=self.config.vocab_size,
+            cap=self.config.logit_softcap,
+            reduction=reduction,
+        )
         return loss.view_as(targets_BT) if reduction == "none" else loss
 
     def hidden(
         self, idx_BT: torch.Tensor, cache: Cache | None = None, columns_BQ: torch.Tensor | None = None
     ) -> torch.Tensor:
         """
-        The final normed states, (B, T, C). With a cache one may ask for those of some columns only, (B, Q, C): the last
-        block then computes no others, and hands cache.attend the queries of these alone.
+        The final normed states, (B, T, C). With a cache and columns only those of these columns, (B, Q, C): the last
+        layer then computes no others and passes only their queries to cache.attend.
         """
-        if cache is None:
-            assert idx_BT.size(1) <= self.config.sequence_len, f"{idx_BT.size(1)} tokens do not fit the context"
-            cos, sin = self.cos[: idx_BT.size(1), None], self.sin[: idx_BT.size(1), None]
-        else:
-            cos, sin = self.cos[cache.positions_BT].unsqueeze(2), self.sin[cache.positions_BT].unsqueeze(2)
-        cos, sin = cos.to(self.dtype), sin.to(self.dtype)
+        config = self.config
+        rotary = self._rotary(idx_BT, cache)
         x = norm(self.transformer.wte(idx_BT).to(self.dtype))
-        if self.config.smear:
-            x = self.smear(x, cache)
+        if config.smear:
+            x = self._smear(x, cache)
         x0 = middle = x
         for i, block in enumerate(self.transformer.h):
-            if self.config.residual_scalars:
+            if config.residual_scalars:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
-            value_embed = None
-            if str(i) in self.value_embeds:
-                value_embed = self.value_embeds[str(i)](idx_BT).to(x.dtype)
-                value_embed = value_embed.unflatten(-1, (self.config.n_kv_head, self.config.head_dim))
-            x = block(x, value_embed, cos, sin, cache, columns_BQ if i == self.config.n_layer - 1 else None)
-            if i == self.config.n_layer // 2:
+            is_last = i == config.n_layer - 1
+            x = block(x, self._value_embed(i, idx_BT), rotary, cache, columns_BQ if is_last else None)
+            if i == config.n_layer // 2:
                 middle = x
-        if self.config.backout:
-            if columns_BQ is not None and self.config.n_layer > 2:  # else `middle` is of the last block itself
-                middle = take(middle, columns_BQ)
+        if config.backout:
+            if config.n_layer > 2:  # with fewer layers, the middle layer is the last one: its columns are selected
+                middle = select_columns(middle, columns_BQ)
             x = x - self.backout_lambda.to(x.dtype) * middle
         return norm(x)
 
-    def smear(self, x_BTC: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-        """Mixes a little of the previous token's embedding into each, as far as a gate lets it."""
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(…, C) → (…, V) in float32, soft-capped, without the padding of the vocabulary."""
+        return softcap(self.lm_head(hidden)[..., : self.config.vocab_size].float(), self.config.logit_softcap)
+
+    def _rotary(self, idx_BT: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin at the tokens' positions, in the compute dtype, to broadcast against (B, T, H, D/2)."""
+        if cache is None:
+            num_tokens = idx_BT.size(1)
+            assert num_tokens <= self.config.sequence_len, f"{num_tokens} tokens do not fit the context"
+            cos, sin = self.cos[:num_tokens, None], self.sin[:num_tokens, None]
+        else:
+            cos, sin = self.cos[cache.positions_BT].unsqueeze(2), self.sin[cache.positions_BT].unsqueeze(2)
+        return cos.to(self.dtype), sin.to(self.dtype)
+
+    def _value_embed(self, layer: int, idx_BT: torch.Tensor) -> torch.Tensor | None:
+        """The layer's value embeddings of the tokens, (B, T, K, D); None if it has none."""
+        if str(layer) not in self.value_embeds:
+            return None
+        value_embed = self.value_embeds[str(layer)](idx_BT).to(self.dtype)
+        return value_embed.unflatten(-1, (self.config.n_kv_head, self.config.head_dim))
+
+    def _smear(self, x_BTC: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+        """Adds a gated share of the previous token's embedding to each token's."""
         previous_B1C = torch.zeros_like(x_BTC[:, :1])  # the first token has none
         if cache is not None:
             previous_B1C = cache.previous_B1C.clone()
@@ -341,18 +440,18 @@ class GPT(nn.Module):
         gate_BT1 = self.smear_lambda.to(x_BTC.dtype) * torch.sigmoid(self.smear_gate(x_BTC[..., :SMEAR_CHANNELS]))
         return x_BTC + gate_BT1 * previous_BTC
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(…, C) → (…, V) in float32, soft-capped."""
-        return softcap(self.lm_head(hidden)[..., : self.config.vocab_size].float(), self.config.logit_softcap)
 
-
-# ---- costs that follow from the configuration alone ----
+# ---- costs, computed from the configuration alone ----
 
 
 def param_counts(config: GPTConfig) -> dict[str, int]:
-    """Parameters by group."""
-    C, table_rows, kv_width = config.n_embd, config.padded_vocab_size, config.n_kv_head * config.head_dim
-    num_tables = len(config.layers_with_value_embeds)
+    """Number of parameters by group, and their total."""
+    C = config.n_embd
+    table_rows = config.padded_vocab_size
+    kv_width = config.n_kv_head * config.head_dim
+    num_value_embeds = len(config.layers_with_value_embeds)
+    attention = 2 * C * C + 2 * C * kv_width  # queries and output; keys and values
+    mlp = 8 * C * C
     scalars = 0
     if config.residual_scalars:
         scalars += 2 * config.n_layer
@@ -362,39 +461,41 @@ def param_counts(config: GPTConfig) -> dict[str, int]:
         scalars += 1
     counts = {
         "wte": table_rows * C,
-        "value_embeds": num_tables * table_rows * kv_width,
+        "value_embeds": num_value_embeds * table_rows * kv_width,
         "lm_head": table_rows * C,
-        "transformer_matrices": config.n_layer * (2 * C * C + 2 * C * kv_width + 8 * C * C)
-        + num_tables * VE_GATE_CHANNELS * config.n_kv_head,
+        "transformer_matrices": config.n_layer * (attention + mlp)
+        + num_value_embeds * VE_GATE_CHANNELS * config.n_kv_head,
         "scalars": scalars,
     }
     return counts | {"total": sum(counts.values())}
 
 
 def matmul_weights(config: GPTConfig) -> int:
-    """Weights that multiply activations: each costs 2 FLOPs a token forward, 4 backward."""
+    """Number of weights that multiply activations: each costs 2 FLOPs per token forward and 4 backward."""
     counts = param_counts(config)
     smear_gate = SMEAR_CHANNELS if config.smear else 0
     return counts["transformer_matrices"] + counts["lm_head"] + smear_gate
 
 
 def flops_per_token(config: GPTConfig) -> int:
-    """Forward and backward FLOPs per trained token (the PaLM paper's count: no causal discount, no embeddings)."""
+    """
+    Forward and backward FLOPs per trained token, as the PaLM paper counts them (arXiv 2204.02311, appendix B): matrix
+    products only, no embedding look-ups, and no discount for the causal mask.
+    """
     attention = sum(12 * config.n_embd * min(window, config.sequence_len) for window in config.windows)
     return 6 * matmul_weights(config) + attention
 
 
 def prefill_flops(config: GPTConfig, num_tokens: int) -> int:
-    """Forward FLOPs of a prompt, logits of its last token only."""
-    keys_seen = sum(_band_area(num_tokens, window) for window in config.windows)
+    """Forward FLOPs of a prompt, with the logits of its last token only."""
+    num_pairs = sum(_band_area(num_tokens, window) for window in config.windows)
     head = param_counts(config)["lm_head"]
-    return 2 * (matmul_weights(config) - head) * num_tokens + 2 * head + 4 * config.n_embd * keys_seen
+    return 2 * (matmul_weights(config) - head) * num_tokens + 2 * head + 4 * config.n_embd * num_pairs
 
 
 def decode_flops(config: GPTConfig, context: int) -> int:
     """Forward FLOPs of one more token after `context` tokens."""
-    keys_seen = sum(min(window, context) + 1 for window in config.windows)
-    return 2 * matmul_weights(config) + 4 * config.n_embd * keys_seen
+    return 2 * matmul_weights(config) + 4 * config.n_embd * _num_keys(config, context)
 
 
 def kv_bytes_per_token(config: GPTConfig, dtype: torch.dtype) -> int:
@@ -404,8 +505,12 @@ def kv_bytes_per_token(config: GPTConfig, dtype: torch.dtype) -> int:
 
 def kv_bytes_read(config: GPTConfig, context: int, dtype: torch.dtype) -> int:
     """Bytes of the KV cache that decoding one token reads after `context` tokens."""
-    keys_seen = sum(min(window, context) + 1 for window in config.windows)
-    return keys_seen * 2 * config.n_kv_head * config.head_dim * dtype.itemsize
+    return _num_keys(config, context) * 2 * config.n_kv_head * config.head_dim * dtype.itemsize
+
+
+def _num_keys(config: GPTConfig, context: int) -> int:
+    """Keys that one token after `context` tokens sees, its own included, summed over the layers."""
+    return sum(min(window, context) + 1 for window in config.windows)
 
 
 def _band_area(num_tokens: int, window: int) -> int:

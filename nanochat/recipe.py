@@ -12,10 +12,10 @@ is pure arithmetic.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanochat.common import UserError
-from nanochat.gpt import GPTConfig, flops_per_token, param_counts
+from nanochat.gpt import PORTABLE, GPTConfig, flops_per_token, param_counts
 from nanochat.muon import MuonAdamW
 
 REFERENCE_DEPTH = 12
@@ -51,6 +51,7 @@ def model_config(
     head_dim: int = 128,
     sequence_len: int = 2048,
     window_pattern: str = "SSSL",
+    portable: bool = False,  # gpt.PORTABLE: only parts that other programs implement too
 ) -> GPTConfig:
     """The model of a depth: aspect_ratio channels per layer, rounded up to whole heads."""
     for name, value in (("depth", depth), ("aspect-ratio", aspect_ratio), ("max-seq-len", sequence_len)):
@@ -59,7 +60,8 @@ def model_config(
     if head_dim < 16 or head_dim % 2:  # the value gates look at 12 channels, smear at 24; rotary needs pairs
         raise UserError(f"--head-dim {head_dim}: must be even and at least 16")
     n_head = math.ceil(depth * aspect_ratio / head_dim)
-    return GPTConfig(sequence_len, vocab_size, depth, n_head, n_head, n_head * head_dim, window_pattern)
+    config = GPTConfig(sequence_len, vocab_size, depth, n_head, n_head, n_head * head_dim, window_pattern)
+    return replace(config, **PORTABLE) if portable else config
 
 
 def derive(

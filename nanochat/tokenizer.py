@@ -40,6 +40,9 @@ SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
+# Splits every digit apart. Programs such as llama.cpp know a fixed list of patterns, and this one is in it.
+PORTABLE_SPLIT_PATTERN = SPLIT_PATTERN.replace(r"\p{N}{1,2}", r"\p{N}")
+
 NUM_BYTES = 256
 FORMAT, VERSION = "nanochat-tokenizer", 1
 FILE_NAME, PICKLE_NAME = "tokenizer.json", "tokenizer.pkl"

@@ -19,7 +19,7 @@ from nanochat import dataset
 from nanochat.cli import command, flag
 from nanochat.common import duration, human
 from nanochat.logging import save_numbers
-from nanochat.tokenizer import Tokenizer, bytes_per_token, default_dir
+from nanochat.tokenizer import PORTABLE_SPLIT_PATTERN, SPLIT_PATTERN, Tokenizer, bytes_per_token, default_dir
 
 NUM_SAMPLES = 200  # validation documents for the check at the end (arbitrary)
 
@@ -29,6 +29,7 @@ class Flags:
     vocab_size: int = flag(32_768, "tokens, special ones included")
     max_chars: int = flag(2_000_000_000, "characters to train on")
     doc_cap: int = flag(10_000, "characters of each document that count, so that long ones do not dominate")
+    portable: bool = flag(False, "split numbers into single digits, for models trained with base_train --portable")
     data_dir: str = flag("", "folder of parquet shards; empty = $NANOCHAT_DATA_DIR or the default")
     tokenizer_dir: str = flag("", "folder to write to; empty = tokenizer/ in $NANOCHAT_BASE_DIR")
 
@@ -47,6 +48,7 @@ def main(flags: Flags) -> Tokenizer:
         tokenizer = Tokenizer.train(
             texts,
             flags.vocab_size,
+            pattern=PORTABLE_SPLIT_PATTERN if flags.portable else SPLIT_PATTERN,
             progress=lambda done, total: bar.update(task, description="merging", completed=done, total=total),
         )
     seconds = time.perf_counter() - start

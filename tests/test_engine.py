@@ -577,7 +577,7 @@ def test_seeds_of_64_bits(modern, golden_tokenizer, seed):
 def parrot(next_tokens, context=64):
     """A model that looks up the next token by the last one: blocks that add nothing, and lm_head as the table."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(context, V, n_layer=1, n_head=1, n_kv_head=1, n_embd=64, **FAMILY["classic"]))
+    model = GPT.create(GPTConfig(context, V, n_layer=1, n_head=1, n_kv_head=1, n_embd=64, **FAMILY["classic"]))
     with torch.no_grad():
         model.transformer.h[0].attn.c_proj.weight.zero_()
         model.transformer.h[0].mlp.c_proj.weight.zero_()

@@ -1,6 +1,6 @@
 """
-The model: golden logits, losses, gradients and costs; the classic vintage and the windows against slow references;
-initial values; precision.
+The model: golden logits, losses, gradients and costs; plain members of the family and windows against slow references;
+initial values; configurations; precision.
 
     python -m pytest tests/test_gpt.py
 """
@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import golden
-from factories import FAMILY
+from factories import FAMILY, tiny_config, tiny_gpt
 from test_attention import naive_attention, naive_window
 
 from nanochat import gpt
@@ -33,19 +33,15 @@ def load(case, dtype=torch.float32):
     return model
 
 
-def tiny(vintage="modern", **changes):
-    sizes = {"sequence_len": 256, "vocab_size": 70, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**sizes | changes | FAMILY[vintage]))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
+def tiny(**changes):
+    sizes = {"sequence_len": 256, "vocab_size": 70, "n_layer": 3, "n_head": 4, "n_kv_head": 2}
+    return tiny_gpt(**sizes | changes)
 
 
 # ---- golden ----
 
 
-def test_golden_logits(case):
+def test_logits_equal_golden(case):
     with torch.no_grad():
         logits = load(case)(case["x"])
     assert logits.dtype == torch.float32 and logits.shape == (*case["x"].shape, case["config"]["vocab_size"])
@@ -53,7 +49,7 @@ def test_golden_logits(case):
     torch.testing.assert_close(logits[:, -expected.size(1) :], expected, rtol=0, atol=1e-4)
 
 
-def test_golden_losses_and_gradients(case):
+def test_losses_and_gradients_equal_golden(case):
     model = load(case)
     loss = model(case["x"], case["y"])
     loss.backward()
@@ -67,7 +63,7 @@ def test_golden_losses_and_gradients(case):
     torch.testing.assert_close(total, losses_BT.sum())
 
 
-def test_golden_costs(case):
+def test_costs_equal_golden(case):
     config = GPTConfig(**case["config"])
     assert gpt.flops_per_token(config) == case["flops_per_token"]
     assert gpt.param_counts(config) == case["param_counts"]
@@ -75,10 +71,10 @@ def test_golden_costs(case):
     assert gpt.kv_bytes_per_token(config, torch.float32) == case["kv_bytes_per_token_fp32"]
 
 
-def test_bfloat16_stays_close_to_float32(case):
+def test_bfloat16_logits_are_close_to_float32(case):
     with torch.no_grad():
         exact, rounded = load(case)(case["x"]), load(case, torch.bfloat16)(case["x"])
-    assert rounded.dtype == torch.float32  # the logits are, whatever the model computes in
+    assert rounded.dtype == torch.float32
     assert (rounded - exact).norm() < 0.02 * exact.norm()
 
 
@@ -89,11 +85,11 @@ def rms_norm(x):
     return x / (x.square().mean(-1, keepdim=True) + 1.1920929e-07).sqrt()
 
 
-def classic_logits(weights, config, idx_BT):
-    """The October 2025 model, written down from the specification without regard to speed."""
+def plain_logits(weights, config, idx_BT):
+    """A model with full windows and without the optional parts, written for clarity only."""
     B, T = idx_BT.shape
     D = config.head_dim
-    angle = torch.arange(T)[:, None] * 10_000.0 ** (-2 * torch.arange(D // 2) / D)
+    angle = torch.arange(T)[:, None] * config.rope_base ** (-2 * torch.arange(D // 2) / D)
     cos, sin = angle.cos()[None, :, None], angle.sin()[None, :, None]
 
     def rotate(x):
@@ -105,27 +101,36 @@ def classic_logits(weights, config, idx_BT):
         layer = {k.split(f"h.{i}.")[1]: w for k, w in weights.items() if f".h.{i}." in k}
         y = rms_norm(x)
         q, k, v = ((y @ layer[f"attn.{name}.weight"].T).view(B, T, -1, D) for name in ("c_q", "c_k", "c_v"))
-        y = naive_attention(rms_norm(rotate(q)), rms_norm(rotate(k)), v, naive_window(T, T))
+        q, k = (config.qk_gain * rms_norm(rotate(x)) for x in (q, k))
+        y = naive_attention(q, k, v, naive_window(T, T))
         x = x + y.flatten(2) @ layer["attn.c_proj.weight"].T
         x = x + (rms_norm(x) @ layer["mlp.c_fc.weight"].T).relu().square() @ layer["mlp.c_proj.weight"].T
-    return 15 * torch.tanh((rms_norm(x) @ weights["lm_head.weight"].T)[..., : config.vocab_size] / 15)
+    logits = (rms_norm(x) @ weights["lm_head.weight"].T)[..., : config.vocab_size]
+    if config.logit_softcap:
+        logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
+    return logits
 
 
-def test_classic_vintage_against_a_slow_reference():
-    model = tiny("classic", window_pattern="SSSL")
+@pytest.mark.parametrize("member", ["classic", "portable"])
+def test_plain_models_equal_the_slow_reference(member):
+    model = tiny(**FAMILY[member])
+    torch.nn.init.normal_(model.lm_head.weight, std=3.0)  # logits beyond the softcap
     idx_BT = torch.randint(70, (2, 150))  # longer than a short window would be
     with torch.no_grad():
-        expected = classic_logits(dict(model.named_parameters()), model.config, idx_BT)
-        torch.testing.assert_close(model(idx_BT), expected, rtol=1e-4, atol=1e-4)
+        expected = plain_logits(dict(model.named_parameters()), model.config, idx_BT)
+        logits = model(idx_BT)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        loss = model(idx_BT[:, :-1], idx_BT[:, 1:])
+        torch.testing.assert_close(loss, F.cross_entropy(expected[:, :-1].flatten(0, 1), idx_BT[:, 1:].flatten()))
+    assert (logits.abs().max() > 15) == (member == "portable")
     assert model.config.windows == [256] * 3
-    lacking = ("ve_gate", "value_embeds", "lambda", "smear")
-    assert not [name for name in model.state_dict() if any(part in name for part in lacking)]
-    assert sum(p.numel() for p in model.parameters()) == gpt.param_counts(model.config)["total"]
+    optional = ("ve_gate", "value_embeds", "lambda", "smear")
+    assert not [name for name in model.state_dict() if any(part in name for part in optional)]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 129, 131, 255])
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-def test_windows_equal_a_full_mask_forward_and_backward(monkeypatch, num_tokens, num_kv_heads):
+def test_windows_equal_a_full_mask_forward_and_backward(num_tokens, num_kv_heads):
     model = tiny(window_pattern="SSL", n_kv_head=num_kv_heads)
     assert model.config.windows == [128, 128, 256]
     ids = torch.randint(70, (2, num_tokens + 1))
@@ -135,14 +140,14 @@ def test_windows_equal_a_full_mask_forward_and_backward(monkeypatch, num_tokens,
         return loss.detach(), torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
 
     fast_loss, fast_grads = run()
-    monkeypatch.setattr(gpt, "attend", lambda q, k, v, w: naive_attention(q, k, v, naive_window(q.size(1), w)))
+    model.use_attention(lambda q, k, v, window: naive_attention(q, k, v, naive_window(q.size(1), window)))
     slow_loss, slow_grads = run()
     torch.testing.assert_close(fast_loss, slow_loss)
     for fast, slow in zip(fast_grads, slow_grads, strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-3, atol=1e-5)
 
 
-def test_targets_of_minus_one_are_left_out():
+def test_targets_of_minus_one_are_ignored():
     model = tiny()
     ids = torch.randint(70, (2, 12))
     x, y = ids[:, :-1], ids[:, 1:].clone()
@@ -154,7 +159,7 @@ def test_targets_of_minus_one_are_left_out():
     torch.testing.assert_close(model(x, y, reduction="sum"), kept * (y >= 0).sum())
 
 
-# ---- initial values, as the specification's table has them ----
+# ---- initial values ----
 
 
 def test_initial_values_of_every_parameter():
@@ -200,18 +205,44 @@ def test_initial_values_of_every_parameter():
     assert sum(p.numel() for p in model.parameters()) == gpt.param_counts(config)["total"]
 
 
-def test_a_new_model_knows_nothing_yet():
+def test_new_model_predicts_all_tokens_alike():
     config = GPTConfig(sequence_len=32, vocab_size=500, n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
     ids = torch.randint(500, (4, 33))
     loss = GPT.create(config)(ids[:, :-1], ids[:, 1:])
     assert loss.item() == pytest.approx(math.log(500), abs=0.01)
 
 
+def test_seed_gives_the_weights_it_always_gave():
+    """A run of the same seed must be the same run in later versions of this file."""
+    torch.manual_seed(0)
+    model = GPT.create(GPTConfig(sequence_len=64, vocab_size=1000, n_layer=4, n_head=8, n_kv_head=4, n_embd=128))
+    expected = {
+        "transformer.wte.weight": 1.2770618200302124,
+        "lm_head.weight": 0.0007818075246177614,
+        "transformer.h.0.attn.c_q.weight": -0.008202936500310898,
+        "transformer.h.3.mlp.c_fc.weight": -0.04735775664448738,
+        "value_embeds.1.weight": 0.0636482685804367,
+        "smear_gate.weight": 0.004013278521597385,
+    }
+    weights = model.state_dict()
+    assert {name: weights[name].flatten()[7].item() for name in expected} == expected
+
+
+def test_constructor_allocates_without_drawing_random_numbers():
+    before = torch.get_rng_state()
+    model = GPT(tiny_config(sequence_len=16))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"cpu"}
+    assert model.cos.shape == (16, 8) and (model.cos.square() + model.sin.square()).allclose(torch.ones(16, 8))
+    abstract = GPT(tiny_config(), device="meta")
+    assert {tensor.device.type for tensor in [*abstract.parameters(), *abstract.buffers()]} == {"meta"}
+
+
 # ---- configuration and costs ----
 
 
 @pytest.mark.parametrize("sequence_len, short", [(2048, 512), (512, 128), (513, 256), (100, 100), (1500, 384)])
-def test_a_short_window_is_a_quarter_of_the_context_in_whole_blocks(sequence_len, short):
+def test_short_window_is_a_quarter_of_the_context_in_whole_blocks(sequence_len, short):
     config = GPTConfig(sequence_len=sequence_len, n_layer=6, window_pattern="SSL")
     assert config.windows == [short, short, sequence_len, short, short, sequence_len]
     assert GPTConfig(sequence_len=sequence_len, n_layer=2, window_pattern="S").windows == [short, sequence_len]
@@ -223,6 +254,27 @@ def test_a_short_window_is_a_quarter_of_the_context_in_whole_blocks(sequence_len
 def test_impossible_configurations_are_user_errors(change):
     with pytest.raises(UserError):
         GPTConfig(**change)
+
+
+FEATURES = ["value_embeds", "smear", "backout", "residual_scalars"]
+
+
+@pytest.mark.parametrize("off", [[], *([feature] for feature in FEATURES), FEATURES])
+def test_features_can_be_turned_off_one_by_one(off):
+    model = tiny(**dict.fromkeys(off, False))
+    names = {name.split(".")[0] for name in model.state_dict()} - {"transformer", "lm_head"}
+    expected = {
+        "value_embeds": {"value_embeds"},
+        "smear": {"smear_gate", "smear_lambda"},
+        "backout": {"backout_lambda"},
+        "residual_scalars": {"resid_lambdas", "x0_lambdas"},
+    }
+    assert names == set().union(*(expected[feature] for feature in FEATURES if feature not in off))
+    assert sum(p.numel() for p in model.parameters()) == gpt.param_counts(model.config)["total"]
+    ids = torch.randint(70, (2, 20))
+    loss = model(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None for p in model.parameters())
 
 
 def test_costs_of_inference_by_counting():
@@ -242,7 +294,7 @@ def test_costs_of_inference_by_counting():
 # ---- precision ----
 
 
-def test_small_updates_are_not_swallowed():
+def test_small_updates_survive_in_float32_masters():
     """1,000 updates of -0.001 on 0.8: lost in a bfloat16 table, not in our float32 masters of a bfloat16 model."""
     plain = torch.full((1,), 0.8, dtype=torch.bfloat16)
     for _ in range(1000):

@@ -99,7 +99,7 @@ def test_every_parameter_is_in_one_group_and_only_some_rates_follow_width_and_ba
 
 
 def test_the_classic_vintage_has_fewer_groups_and_trains():
-    model = GPT(GPTConfig(16, 64, 2, 2, 2, 32, **FAMILY["classic"]))
+    model = GPT.create(GPTConfig(16, 64, 2, 2, 2, 32, **FAMILY["classic"]))
     optimizer = build_optimizer(model, LearningRates())
     assert {g["name"] for g in optimizer.param_groups if g["kind"] == "adamw"} == {"lm_head", "wte"}
     random_steps(model, optimizer, 2, seed=0)

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from nanochat.conversation import render
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import PORTABLE_SPLIT_PATTERN, Tokenizer
 from scripts import show_conversation, tok_eval, tok_train
 
 
@@ -41,6 +41,16 @@ def test_train_then_compare(data_dir, tmp_path, monkeypatch, capsys):
     assert results["val split"]["ours"] > results["maths"]["ours"]
     if "GPT-2" not in results["news"]:  # tiktoken may hold it in memory from elsewhere
         assert "GPT-2: left out" in capsys.readouterr().out
+
+
+def test_portable_tokenizer_keeps_digits_apart_after_loading(data_dir, tmp_path):
+    argv = ["--vocab-size", "300", "--data-dir", str(data_dir), "--tokenizer-dir", str(tmp_path)]
+    tok_train.main([*argv, "--portable"])
+    portable = Tokenizer.load(tmp_path)
+    assert portable.pattern == PORTABLE_SPLIT_PATTERN
+    assert portable.decode(portable.encode("12345")) == "12345" and len(portable.encode("12345")) == 5
+    assert not [token for token in portable.tokens if len(token) > 1 and any(byte in b"0123456789" for byte in token)]
+    assert portable._fast is None or portable.encode("7 of 1²") == portable._encoding.encode_ordinary("7 of 1²")
 
 
 def test_compare_without_data_says_so(golden_tokenizer, tmp_path, monkeypatch, capsys):

@@ -33,7 +33,7 @@ from nanochat.common import atomic_path
 from nanochat.distributed import Dist
 from nanochat.eval.core_tasks import CoreTask, Row, common_prefix, tokenize
 from nanochat.eval.metrics import TaskScore, core_metric
-from nanochat.gpt import GPT, take
+from nanochat.gpt import GPT, select_columns
 from nanochat.tokenizer import Tokenizer
 
 REFERENCES = {"GPT-2 XL (1.5B)": 0.2565}  # CORE as published with nanochat
@@ -133,7 +133,10 @@ class Branches:
 
     def mask(self, columns_BQ: torch.Tensor, first_key: int, window: int) -> torch.Tensor:
         """True where one of these columns sees a key: (B, 1, Q, S), S the columns from first_key on."""
-        positions_BQ, owners_BQ = take(self.positions_BT, columns_BQ), take(self.owners_BT, columns_BQ)
+        positions_BQ, owners_BQ = (
+            select_columns(self.positions_BT, columns_BQ),
+            select_columns(self.owners_BT, columns_BQ),
+        )
         distance = positions_BQ[..., None] - self.positions_BT[:, None, first_key:]
         keys_B1S = self.owners_BT[:, None, first_key:]
         # Copies and padding see one another: nobody looks at them, but a softmax over no key would be NaN.
