@@ -1,11 +1,11 @@
 """
-The chat in the browser, and an API that OpenAI's clients speak.
+Serves a chat model: a page for the browser and an API for OpenAI's clients.
 
-    python -m scripts.chat_web                                          # the newest fine-tuned model, at 127.0.0.1:8000
+    python -m scripts.chat_web                                          # the newest SFT model at http://127.0.0.1:8000
     python -m scripts.chat_web -i sft,rl -t 0.8                         # two models to choose from
-    NANOCHAT_API_KEY=… python -m scripts.chat_web --host 0.0.0.0        # for others too
+    NANOCHAT_API_KEY=… python -m scripts.chat_web --host 0.0.0.0        # listen on all interfaces
 
-Ctrl-C lets running answers end; a second one does not.
+The first Ctrl-C lets running completions finish, the second one stops at once.
 """
 
 import asyncio
@@ -27,32 +27,32 @@ from nanochat.cli import command, flag
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
-from nanochat.serve.app import Defaults, create_app
+from nanochat.serve.api import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K, Defaults
+from nanochat.serve.app import create_app
 from nanochat.serve.http import Connection
-from nanochat.serve.openai import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K
-from nanochat.serve.scheduler import Model, Service, Stream
+from nanochat.serve.scheduler import ResponseHandle, ServedModel, Service
 from nanochat.tokenizer import Tokenizer, default_dir
 
-READ_SECONDS = 60  # that a client may leave what it is sent unread; arbitrary
+READ_SECONDS = 60  # a client that reads nothing for this long is disconnected; heuristic, not tuned
 
 
 @dataclass(frozen=True)
 class Flags:
-    source: str = flag("sft", f"stage of the model, of {', '.join(STAGES)}; several: sft,rl", short="-i")
-    model_tag: str = flag("", "name of the checkpoints; default the one written last", short="-g")
+    source: str = flag("sft", f"stage of the model: {', '.join(STAGES)}; several: sft,rl", short="-i")
+    model_tag: str = flag("", "name of the checkpoints; default: the one saved last", short="-g")
     step: int = flag(-1, "step of the checkpoint; -1 = the newest", short="-s")
-    temperature: float = flag(0.6, "of sampling where a request does not say; 0 = greedy", short="-t")
-    top_k: int = flag(50, "sample among the k likeliest tokens; 0 = among all", short="-k")
-    max_tokens: int = flag(512, "tokens of an answer", short="-m")
+    temperature: float = flag(0.6, "sampling temperature of requests that set none; 0 = greedy", short="-t")
+    top_k: int = flag(50, "sample from the k most likely tokens, for requests that set none; 0 = all", short="-k")
+    max_tokens: int = flag(512, "maximum new tokens per completion, for requests that set none", short="-m")
     device: str = flag("auto", "cuda (all GPUs) | mps | cpu | auto")
-    host: str = flag("127.0.0.1", "address to listen at; 0.0.0.0 = all of this machine's")
-    port: int = flag(8000, "port to listen at")
-    num_rows: int = flag(32, "answers at a time, per device")
-    queue: int = flag(128, "answers that may wait, per model")
-    api_key: str = flag("", "that clients must send; better in $NANOCHAT_API_KEY, where others do not see it")
-    cors_origin: str = flag("", "web sites that may use the API from a browser, with commas; * = all")
-    shutdown_seconds: float = flag(30.0, "that running answers have to end")
-    log_text: bool = flag(False, "write questions and answers to the log")
+    host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 = all interfaces")
+    port: int = flag(8000, "port to listen on; 0 = any free one")
+    num_rows: int = flag(32, "completions generated at a time, per device")
+    queue: int = flag(128, "completions that may wait, per model")
+    api_key: str = flag("", "key that clients must send; $NANOCHAT_API_KEY keeps it out of the process list")
+    cors_origin: str = flag("", "web sites whose pages may use the API, separated by commas; * = all")
+    shutdown_seconds: float = flag(30.0, "time limit for running completions at shutdown, in seconds")
+    log_text: bool = flag(False, "log prompts and completions")
 
 
 @command
@@ -62,59 +62,60 @@ def main(flags: Flags) -> None:
     check(flags, api_key, origins)
     listener = listen(flags.host, flags.port)
     device = hardware.pick_device(flags.device)
-    num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    devices = [torch.device("cuda", i) for i in range(num_gpus)] or [device]
-    service = Service(load_models(flags, devices), lambda stream: print(line(stream, flags.log_text), flush=True))
-    is_private = is_loopback(flags.host) and not api_key and "*" not in origins
-    hosts = ["localhost", *(urlsplit(origin).hostname or "" for origin in origins)] if is_private else []
-    app = create_app(service, Defaults(flags.temperature, flags.top_k, flags.max_tokens), api_key, origins, hosts)
-    host = f"[{flags.host}]" if ":" in flags.host else flags.host  # IPv6
-    address = f"http://{host}:{listener.getsockname()[1]}"
-    print(f"{address}, {len(devices)} x {hardware.describe(devices[0])}. Ctrl-C ends.", flush=True)
-    if not api_key and not is_loopback(flags.host):
-        print("warning: whoever reaches this address may use the model: set NANOCHAT_API_KEY", flush=True)
+    devices = [device]
+    if device.type == "cuda":
+        devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+
+    models = load_models(flags, devices)
+    service = Service(models, log=lambda handle: print(log_line(handle, flags.log_text), flush=True))
+    app = create_app(
+        service,
+        Defaults(flags.temperature, flags.top_k, flags.max_tokens),
+        api_key=api_key,
+        cors_origins=origins,
+        hosts=allowed_hosts(flags.host, api_key, origins),
+    )
     config = uvicorn.Config(
-        app, http=Connection, ws="none", access_log=False, log_level="warning", server_header=False,
+        app,
+        http=Connection,
+        ws="none",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
         timeout_graceful_shutdown=1,
-    )  # fmt: skip
+    )
+    host = f"[{flags.host}]" if ":" in flags.host else flags.host  # IPv6
+    url = f"http://{host}:{listener.getsockname()[1]}"
+    print(f"{url}, {len(devices)} x {hardware.describe(devices[0])}. Press Ctrl-C to stop.", flush=True)
+    if not api_key and not is_loopback(flags.host):
+        print("warning: anyone who can reach this address can use the model: set NANOCHAT_API_KEY", flush=True)
     Server(config, service, flags.shutdown_seconds).run([listener])
 
 
+# ---- flags ----
+
+
 def check(flags: Flags, api_key: str, origins: list[str]) -> None:
-    """UserError for flags that make no sense."""
-    is_within = 0 <= flags.temperature <= MAX_TEMPERATURE and 0 <= flags.top_k <= MAX_TOP_K
-    if not is_within or not 1 <= flags.max_tokens <= MAX_TOKENS:
-        limits = f"--temperature must be 0 to {MAX_TEMPERATURE:g}, --top-k 0 to {MAX_TOP_K}"
-        raise UserError(f"{limits}, --max-tokens 1 to {MAX_TOKENS}")
+    """Raises UserError for flags that are not valid."""
+    if not 0 <= flags.temperature <= MAX_TEMPERATURE:
+        raise UserError(f"--temperature must be 0 to {MAX_TEMPERATURE:g}")
+    if not 0 <= flags.top_k <= MAX_TOP_K:
+        raise UserError(f"--top-k must be 0 to {MAX_TOP_K}")
+    if not 1 <= flags.max_tokens <= MAX_TOKENS:
+        raise UserError(f"--max-tokens must be 1 to {MAX_TOKENS}")
     if not all("!" <= character <= "~" for character in api_key):
-        raise UserError("the API key must be of ASCII letters, digits and signs, for browsers to send it")
+        raise UserError("the API key may have only ASCII letters, digits and punctuation: browsers send no others")
     if not all(origin == "*" or ("://" in origin and origin.count("/") == 2) for origin in origins):
-        raise UserError(f"--cors-origin {flags.cors_origin}: name sites as https://chat.example, without a path, or *")
-    if flags.num_rows < 1 or flags.queue < 0 or not flags.shutdown_seconds >= 0:
-        raise UserError("--num-rows must be at least 1, --queue and --shutdown-seconds at least 0")
+        raise UserError(f"--cors-origin {flags.cors_origin}: write sites as https://chat.example, without a path, or *")
+    if flags.num_rows < 1:
+        raise UserError("--num-rows must be at least 1")
+    if flags.queue < 0 or not flags.shutdown_seconds >= 0:
+        raise UserError("--queue and --shutdown-seconds must be at least 0")
     if not 0 <= flags.port < 65536:
-        raise UserError("--port must be 1 to 65535, or 0 for any that is free")
+        raise UserError("--port must be 0 to 65535")
     stages = flags.source.split(",")
     if len(set(stages)) < len(stages):
-        raise UserError(f"-i {flags.source}: name each stage once")
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that accepts connections. UserError if the address is not ours, or is taken."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # also just after another server
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # who takes nothing in for so long is gone
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, READ_SECONDS * 1000)
-        listener.bind(address)
-        listener.listen(2048)
-    except OSError as error:
-        reason = f"{host} port {port} cannot be listened at ({error.strerror})"
-        raise UserError(f"{reason}: stop what does, or choose another --host or --port") from error
-    return listener
+        raise UserError(f"-i {flags.source}: name each stage only once")
 
 
 def is_loopback(host: str) -> bool:
@@ -124,57 +125,98 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def load_models(flags: Flags, devices: list[torch.device]) -> dict[str, Model]:
-    """By stage. UserError for what cannot be loaded."""
+def allowed_hosts(host: str, api_key: str, origins: list[str]) -> list[str]:
+    """Names allowed in the Host header, for RequestGuard; none = any, where a key protects or others are welcome."""
+    if api_key or "*" in origins or not is_loopback(host):
+        return []
+    return ["localhost", *(urlsplit(origin).hostname or "" for origin in origins)]
+
+
+# ---- socket, models, log ----
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Returns a listening socket. Raises UserError if the address is taken or not one of this machine's."""
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = addresses[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that just ended may have used it
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, READ_SECONDS * 1000)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        remedy = "stop the program that uses it, or choose another --host or --port"
+        raise UserError(f"cannot listen on {host} port {port} ({error.strerror}): {remedy}") from error
+    return listener
+
+
+def load_models(flags: Flags, devices: list[torch.device]) -> list[ServedModel]:
+    """Loads each stage's model onto each device. Raises UserError for a checkpoint that cannot be loaded."""
     tokenizer = Tokenizer.load(default_dir())
     stages = flags.source.split(",")
-    for stage in stages:  # before any is loaded
-        checkpoint_manager.find(stage, flags.model_tag, flags.step)
-    models = {}
     for stage in stages:
-        makers = []
+        checkpoint_manager.find(stage, flags.model_tag, flags.step)  # report a missing one before loading any
+    models = []
+    for stage in stages:
+        engine_makers = []
         for device in devices:
             model, checkpoint = checkpoint_manager.load_model(
                 stage, flags.model_tag, flags.step, tokenizer, device, hardware.pick_dtype(device)
             )
-            makers.append(engine_maker(model, tokenizer, flags.num_rows))
+            engine_makers.append(engine_maker(model, tokenizer, flags.num_rows))
         print(f"{stage}: {checkpoint.path}", flush=True)
-        models[stage] = Model(tokenizer, model.config, makers, flags.queue, checkpoint.path.stat().st_mtime)
+        served = ServedModel(
+            stage,
+            tokenizer,
+            model.config,
+            make_engines=engine_makers,
+            queue_size=flags.queue,
+            created=checkpoint.path.stat().st_mtime,
+        )
+        models.append(served)
     return models
 
 
 def engine_maker(model: GPT, tokenizer: Tokenizer, num_rows: int) -> Callable[[], Engine]:
+    """Returns a function that makes an engine in the thread that calls it."""
+
     def make() -> Engine:
         if model.device.type == "cuda":
-            torch.cuda.set_device(model.device)  # of this thread: captured graphs run on the current one
+            torch.cuda.set_device(model.device)  # per thread: CUDA graphs run on the thread's current device
         return Engine(model, tokenizer, num_rows)
 
     return make
 
 
-def line(stream: Stream, with_text: bool) -> str:
-    """An answered call, for the log."""
+def log_line(handle: ResponseHandle, with_text: bool) -> str:
+    """Returns the log line of a response that has ended; with_text adds the prompt and the completions."""
     now = time.perf_counter()
-    said = sum(len(job.tokens) for job in stream.jobs)
-    ends = ",".join(job.finish for job in stream.jobs)
-    first = f"first after {stream.first - stream.start:.2f} s, " if stream.first else ""
-    client = stream.client.encode("unicode_escape").decode()  # a proxy, or who acts as one, may say anything
-    text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {client} {stream.model} "
-    text += f"{len(stream.jobs[0].request.prompt)} → {said} tokens, {first}{now - stream.start:.2f} s, {ends}"
+    date = time.strftime("%Y-%m-%d %H:%M:%S")
+    client = handle.client.encode("unicode_escape").decode()  # a proxy may send any text, also control characters
+    prompt = handle.generations[0].request.prompt
+    num_tokens = sum(len(generation.tokens) for generation in handle.generations)
+    first = ""
+    if handle.first_token_time:
+        first = f"first after {handle.first_token_time - handle.start_time:.2f} s, "
+    finishes = ",".join(generation.finish for generation in handle.generations)
+    line = f"{date} {client} {handle.model.name} {len(prompt)} → {num_tokens} tokens, "
+    line += f"{first}{now - handle.start_time:.2f} s, {finishes}"
     if with_text:
-        decode = stream.service.models[stream.model].tokenizer.decode
-        texts = [decode(stream.jobs[0].request.prompt), *(decode(job.tokens) for job in stream.jobs)]
-        text += "".join(f"\n  {text!r}" for text in texts)
-    return text
+        for ids in [prompt, *(generation.tokens for generation in handle.generations)]:
+            line += f"\n  {handle.model.tokenizer.decode(ids)!r}"
+    return line
 
 
 class Server(uvicorn.Server):
-    """Ends in two steps: the first signal lets answers end, the second does not."""
+    """A uvicorn server whose first signal lets running completions finish and whose second one cancels them."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, seconds: float):
+    def __init__(self, config: uvicorn.Config, service: Service, shutdown_seconds: float):
         super().__init__(config)
-        self.service, self.seconds = service, seconds
-        self.stopping: asyncio.Task[None] | None = None
+        self.service = service
+        self.shutdown_seconds = shutdown_seconds
+        self.shutdown_task: asyncio.Task[None] | None = None  # held, as the loop keeps only weak references to tasks
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self.loop = asyncio.get_running_loop()
@@ -185,14 +227,14 @@ class Server(uvicorn.Server):
             self.service.deadline = 0
         else:
             self.service.is_stopping = True
-            self.loop.call_soon_threadsafe(self._begin_to_stop)
+            self.loop.call_soon_threadsafe(self._start_shutdown)
 
-    def _begin_to_stop(self) -> None:
-        print("stopping: answers under way may end; again to stop at once", flush=True)
-        self.stopping = self.loop.create_task(self._stop())
+    def _start_shutdown(self) -> None:
+        print("stopping after the running completions; press Ctrl-C again to stop at once", flush=True)
+        self.shutdown_task = self.loop.create_task(self._shut_down())
 
-    async def _stop(self) -> None:
-        await self.service.stop(self.seconds)
+    async def _shut_down(self) -> None:
+        await self.service.stop(self.shutdown_seconds)
         self.should_exit = True
 
 

@@ -1,6 +1,6 @@
 """
-What the web chat needs of HTTP, whatever is served: answers in JSON or as events, errors in one form, and the gate that
-every request comes through.
+The HTTP layer of the web chat: JSON and server-sent-event responses, one form for all errors, and limits on connections
+and request bodies. Starlette and uvicorn do the rest; each class says where it differs from theirs, and why.
 """
 
 import asyncio
@@ -16,130 +16,215 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanochat.common import UserError
-from nanochat.serve.scheduler import Busy, Failed, Stream, Unavailable
+from nanochat.serve.scheduler import GenerationFailed, QueueFull, ResponseHandle, Unavailable
 
-MAX_BODY = 2**19  # bytes; the longest legal request, 32,000 characters as six of ASCII each, is 190 KB
-HEAD_SECONDS, BODY_SECONDS = 10, 30  # that a client may take to send them; arbitrary
-RETRY_SECONDS = 5  # after which to try again; arbitrary
-OPEN_PATHS = ("/", "/health")  # need no key
-TYPE_NAME = re.compile(r"\W|^str$")  # in the place of an error: which of several types it could not be
+MAX_BODY = 2**19  # bytes; the longest valid request, 32,000 characters as six ASCII characters each, is 190 KB
+HEAD_SECONDS = 10  # time limit for a client to send a request's head; heuristic, not tuned
+BODY_SECONDS = 30  # the same for its body; heuristic, not tuned
+RETRY_SECONDS = 5  # value of Retry-After; heuristic, not tuned
+OPEN_PATHS = ("/", "/health")  # need no API key
+# Pydantic puts the name of the type it tried into an error's location where a field allows several: "str", "list[int]".
+TYPE_NAME = re.compile(r"\W|^str$")
 NO_STORE = {"Cache-Control": "no-store"}
 
 
-class ApiError(Exception):
-    """A status and one line, to be told in OpenAI's form; `param` is the field that it is about."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
-        """headers: with _ for -."""
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
-
-    def response(self) -> Response:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
-        about = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return JSON({"error": about}, self.status, self.headers)
+# ---- responses ----
 
 
 def to_json(data: Any) -> bytes:
-    """In ASCII, so that no text fails on its way, however broken."""
+    """Encodes as ASCII, so that text with lone surrogates can be sent too."""
     return json.dumps(data, separators=(",", ":")).encode()
 
 
-def event(data: Any) -> bytes:
-    """https://html.spec.whatwg.org/multipage/server-sent-events.html"""
+def sse(data: Any) -> bytes:
+    """Formats one server-sent event: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
     return b"data: " + to_json(data) + b"\n\n"
 
 
 class JSON(Response):
+    """Like Starlette's JSONResponse, but in ASCII, and never cached."""
+
     media_type = "application/json"
 
     def __init__(self, content: Any, status_code: int = 200, headers: dict[str, str] | None = None):
         super().__init__(to_json(content), status_code, NO_STORE | (headers or {}))
 
 
-class EventStream(Response):
-    """Server-sent events. However their end comes about, it closes the stream that they are made of."""
+class EventStream(StreamingResponse):
+    """
+    A response of server-sent events. Unlike Starlette's StreamingResponse it always closes the ResponseHandle that the
+    events come from, and sends a failure in mid-stream as an event.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, stream: Stream, first: bytes, chunks: AsyncIterator[bytes], headers: dict[str, str]):
-        super().__init__(headers=NO_STORE | {"X-Accel-Buffering": "no"} | headers)
-        del self.headers["content-length"]
-        self.stream, self.first, self.chunks = stream, first, chunks
+    def __init__(self, handle: ResponseHandle, chunks: AsyncIterator[bytes], headers: dict[str, str]):
+        # X-Accel-Buffering: nginx must not collect the events before it passes them on.
+        super().__init__(chunks, headers=NO_STORE | {"X-Accel-Buffering": "no"} | headers)
+        self.handle = handle
 
     @classmethod
-    async def begin(
-        cls, stream: Stream, chunks: AsyncIterator[bytes], headers: dict[str, str] | None = None
+    async def start(
+        cls, handle: ResponseHandle, chunks: AsyncIterator[bytes], headers: dict[str, str] | None = None
     ) -> "EventStream":
-        """Once there is a first chunk: what goes wrong before that has a status of its own."""
+        """Waits for the first chunk, so that a failure before it gets an HTTP status of its own."""
         try:
-            return cls(stream, await anext(chunks), chunks, headers or {})
+            first = await anext(chunks)
         except BaseException:
-            stream.close()
+            handle.close()
             raise
+        return cls(handle, _with_errors(first, chunks), headers or {})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def write(body: bytes, more_body: bool = True) -> None:
-            await send({"type": "http.response.body", "body": body, "more_body": more_body})
+        with contextlib.closing(self.handle):
+            await self.stream_response(send)  # RequestGuard watches for clients that disconnect
 
-        with contextlib.closing(self.stream):
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await write(self.first)
-            try:
-                async for chunk in self.chunks:
-                    await write(chunk)
-            except (Failed, Unavailable) as error:
-                await write(event({"error": str(error)}))
-            await write(b"", more_body=False)
+
+async def _with_errors(first: bytes, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    try:
+        async for chunk in chunks:
+            yield chunk
+    except (GenerationFailed, Unavailable) as error:
+        yield sse({"error": str(error)})
+
+
+# ---- errors ----
+
+
+class ApiError(Exception):
+    """An HTTP status and a one-line message, sent in OpenAI's form. `param` is the field that caused it."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        *,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = headers or {}
+
+    def response(self) -> Response:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return JSON({"error": error}, self.status, self.headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Sends every exception as an ApiError."""
+
+    def handle(kind: type[Exception], to_api_error: Callable[[Any], ApiError]) -> None:
+        async def handler(request: Request, error: Exception) -> Response:
+            return to_api_error(error).response()
+
+        app.add_exception_handler(kind, handler)
+
+    handle(ApiError, lambda error: error)
+    handle(UserError, lambda error: ApiError(400, str(error)))
+    handle(RequestValidationError, _from_validation_error)
+    handle(QueueFull, lambda error: _retry_later(429, error, "queue_full"))
+    handle(Unavailable, lambda error: _retry_later(503, error, "not_ready"))
+    handle(GenerationFailed, lambda error: ApiError(500, str(error)))
+    handle(HTTPException, _from_http_exception)
+    handle(Exception, lambda error: ApiError(500, "internal error: see the server's log"))
+
+
+def _retry_later(status: int, error: Exception, code: str) -> ApiError:
+    headers = {"Retry-After": str(RETRY_SECONDS)}
+    return ApiError(status, f"{error}; try again in {RETRY_SECONDS} s", code=code, headers=headers)
+
+
+def _from_http_exception(error: HTTPException) -> ApiError:
+    messages = {
+        400: "the body is not valid JSON",
+        404: "not found: there is nothing at this path",
+        405: "method not allowed at this path",
+    }
+    message = messages.get(error.status_code, str(error.detail))
+    return ApiError(error.status_code, message, headers=dict(error.headers or {}))
+
+
+def _from_validation_error(error: RequestValidationError) -> ApiError:
+    """Reports the first invalid field. If it may be of several types, pydantic has errors for each of them."""
+    errors = error.errors()
+    first = errors[0]
+    location = first["loc"]  # ("body", field, …)
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first['ctx']['error']} at character {location[-1]}")
+    if len(location) < 2:
+        return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
+    field = location[1]
+    messages: dict[str, list[str]] = {}  # by path within the body
+    for each in errors:
+        if each["loc"][1] == field:
+            path = ".".join(str(part) for part in each["loc"][1:] if not TYPE_NAME.search(str(part)))
+            messages.setdefault(path, []).append(each["msg"])
+    lines = [f"{path}: {', or: '.join(dict.fromkeys(messages[path]))}" for path in messages]
+    return ApiError(400, "; ".join(lines[:3]), str(field))
+
+
+# ---- requests ----
 
 
 class Connection(H11Protocol):
     """
-    Uvicorn's, which waits for ever for the rest of a request's head and, while it answers, takes in as many further
-    requests as a client sends: 3 million made it grow by 100 MB. Here both have bounds.
+    Uvicorn's HTTP/1.1 connection with two limits that it lacks: on the time that a client takes to send a request's
+    head, and on the requests that a client sends ahead while one is being answered (3 million grew the process by
+    100 MB).
     """
 
-    timer: asyncio.TimerHandle | None = None  # while a head is due
+    head_timer: asyncio.TimerHandle | None = None  # runs while the connection waits for a head
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._time_head()
+        self._update_head_timer()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._time_head()
+        self._update_head_timer()
         if len(self.conn.trailing_data[0]) > MAX_BODY:
             self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.timer:
-            self.timer.cancel()
+        if self.head_timer:
+            self.head_timer.cancel()
         super().connection_lost(exc)
 
-    def _time_head(self) -> None:
-        is_due = not self.cycle or self.cycle.response_complete
-        if is_due and not self.timer:
-            self.timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
-        elif self.timer and not is_due:
-            self.timer.cancel()
-            self.timer = None
+    def _update_head_timer(self) -> None:
+        is_waiting = not self.cycle or self.cycle.response_complete
+        if is_waiting and not self.head_timer:
+            self.head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        elif self.head_timer and not is_waiting:
+            self.head_timer.cancel()
+            self.head_timer = None
 
 
-class Gate:
+class RequestGuard:
     """
-    Around the app: asks for the key, minds by what name it is called, reads the body as far as is allowed, and lets go
-    of a request whose client has left, wherever in the app it is.
+    Middleware around the app: validates the Host header and the API key, reads the body up to MAX_BODY, and cancels the
+    request when its client disconnects, wherever in the app it is.
+
+    What Starlette has differs: its TrustedHostMiddleware cannot allow every IP address, its requests wait for a body of
+    any size for as long as it takes, and its responses notice a disconnect only while they stream.
     """
 
     def __init__(self, app: ASGIApp, api_key: str, hosts: Sequence[str]):
-        self.app, self.api_key, self.hosts = app, api_key.encode(), hosts
+        self.app = app
+        self.api_key = api_key.encode()
+        self.hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -150,19 +235,21 @@ class Gate:
             self._check_key(scope)
             body = await asyncio.wait_for(_read_body(scope, receive), BODY_SECONDS)
         except asyncio.TimeoutError:
-            error = ApiError(408, f"the body did not come within {BODY_SECONDS} s", Connection="close")
+            headers = {"Connection": "close"}
+            error = ApiError(408, f"the body did not arrive within {BODY_SECONDS} s", headers=headers)
             await error.response()(scope, receive, send)
         except ApiError as error:
             await error.response()(scope, receive, send)
         else:
             if body is not None:
-                method = scope["method"].replace("HEAD", "GET")  # without the answer's body, which uvicorn leaves out
+                method = scope["method"].replace("HEAD", "GET")  # uvicorn leaves out the body of its response
                 await self._run({**scope, "method": method}, body, receive, send)
 
     def _check_host(self, scope: Scope) -> None:
         """
-        A site can make its own name, though no address, lead to this machine; then a browser takes its scripts for our
-        page's (https://en.wikipedia.org/wiki/DNS_rebinding). ApiError for a name that is not ours.
+        Against DNS rebinding (https://en.wikipedia.org/wiki/DNS_rebinding): a web site can point its own name, though
+        no IP address, at this machine, and the browser then lets its scripts use this server. Raises ApiError for a
+        name that is not in `hosts`. Requests without a Host header do not come from a browser.
         """
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
         name = ""
@@ -171,16 +258,18 @@ class Gate:
             ipaddress.ip_address(name)
         except ValueError as error:
             if self.hosts and host and name not in self.hosts:
-                allowed = f"call it by an address or as {', '.join(self.hosts)}, or give it an API key"
-                raise ApiError(403, f"this server does not know the name {host[:100]!r}: {allowed}") from error
+                remedy = f"use an IP address or {', '.join(self.hosts)}, or start the server with an API key"
+                raise ApiError(403, f"unknown host {host[:100]!r}: {remedy}") from error
 
     def _check_key(self, scope: Scope) -> None:
         if not self.api_key or scope["path"] in OPEN_PATHS:
             return
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        if not hmac.compare_digest(given, b"Bearer " + self.api_key):
-            message = "the API key is wrong" if given else "an API key is needed: send Authorization: Bearer KEY"
-            raise ApiError(401, message, None, "invalid_api_key", WWW_Authenticate="Bearer")
+        authorization = dict(scope["headers"]).get(b"authorization", b"")
+        if not hmac.compare_digest(authorization, b"Bearer " + self.api_key):
+            message = "an API key is needed: send the header Authorization: Bearer KEY"
+            if authorization:
+                message = "the API key is wrong"
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])
@@ -188,21 +277,22 @@ class Gate:
         async def receive_body() -> Message:
             return next(messages, {"type": "http.disconnect"})
 
-        answering = asyncio.ensure_future(self.app(scope, receive_body, send))
-        leaving = asyncio.ensure_future(receive())
+        response = asyncio.ensure_future(self.app(scope, receive_body, send))
+        disconnect = asyncio.ensure_future(receive())
         try:
-            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({response, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            leaving.cancel()
-            answering.cancel()  # nothing, if it is done
+            disconnect.cancel()
+            response.cancel()  # does nothing if it is complete
         with contextlib.suppress(asyncio.CancelledError):
-            await answering
+            await response
 
 
 async def _read_body(scope: Scope, receive: Receive) -> bytes | None:
-    """The whole body; None if the client left meanwhile. ApiError as soon as it is known to be too large."""
-    too_large = ApiError(413, f"the body is larger than {MAX_BODY} bytes", Connection="close")
-    if int(dict(scope["headers"]).get(b"content-length", b"0")) > MAX_BODY:
+    """Returns the whole body, or None if the client disconnects. Raises ApiError once it is known to be too large."""
+    too_large = ApiError(413, f"the body is larger than {MAX_BODY} bytes", headers={"Connection": "close"})
+    content_length = dict(scope["headers"]).get(b"content-length", b"0")
+    if int(content_length) > MAX_BODY:
         raise too_large
     body = bytearray()
     while (message := await receive())["type"] == "http.request":
@@ -212,51 +302,3 @@ async def _read_body(scope: Scope, receive: Receive) -> bytes | None:
         if not message["more_body"]:
             return bytes(body)
     return None
-
-
-def add_error_handlers(app: FastAPI) -> None:
-    """Every error becomes an ApiError."""
-    wait, later = f"; try again in {RETRY_SECONDS} s", {"Retry_After": str(RETRY_SECONDS)}
-
-    def on(kind: type[Exception], api_error: Callable[[Any], ApiError]) -> None:
-        async def handle(request: Request, error: Exception) -> Response:
-            return api_error(error).response()
-
-        app.add_exception_handler(kind, handle)
-
-    on(ApiError, lambda error: error)
-    on(UserError, lambda error: ApiError(400, str(error)))
-    on(RequestValidationError, _invalid)
-    on(Busy, lambda error: ApiError(429, f"{error}{wait}", None, "queue_full", **later))
-    on(Unavailable, lambda error: ApiError(503, f"{error}{wait}", None, "not_ready", **later))
-    on(Failed, lambda error: ApiError(500, str(error)))
-    on(HTTPException, _http_error)
-    on(Exception, lambda error: ApiError(500, "a fault of the server, which its log describes"))
-
-
-def _http_error(error: HTTPException) -> ApiError:
-    lines = {
-        400: "the body cannot be read as JSON",
-        404: "there is nothing at this address",
-        405: "this address knows other methods",
-    }
-    api_error = ApiError(error.status_code, lines.get(error.status_code, str(error.detail)))
-    api_error.headers |= error.headers or {}
-    return api_error
-
-
-def _invalid(error: RequestValidationError) -> ApiError:
-    """What is wrong with the first wrong field. One that may be of several types has a complaint of each of them."""
-    errors = error.errors()
-    where = errors[0]["loc"]
-    if errors[0]["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {errors[0]['ctx']['error']} at character {where[-1]}")
-    if len(where) < 2:
-        return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
-    complaints: dict[str, list[str]] = {}  # by place
-    for e in errors:
-        if e["loc"][1] == where[1]:
-            place = ".".join(str(part) for part in e["loc"][1:] if not TYPE_NAME.search(str(part)))
-            complaints.setdefault(place, []).append(e["msg"])
-    lines = [f"{place}: {', or: '.join(dict.fromkeys(complaints[place]))}" for place in complaints]
-    return ApiError(400, "; ".join(lines[:3]), str(where[1]))

@@ -1,14 +1,19 @@
 """
-Many users, few engines: requests wait in a bounded, fair queue; a thread per engine takes them from there; what they
-say goes to the event loop, with one call per step of an engine. Nothing of HTTP is in here.
+Request scheduler: a bounded fair queue per model and one thread per engine. It knows token ids and nothing of HTTP.
 
-    service = Service({"sft": Model(tokenizer, config, [make_engine], queue_size=128)})
-    service.start()                                             # in a running event loop
-    stream = service.submit("sft", [Request(prompt)], client="10.0.0.7")
-    async for pieces in stream.batches(): …
-    stream.close()                                              # in every case: frees places and slots
+    service = Service([ServedModel("sft", tokenizer, config, make_engines=[make_engine], queue_size=128)])
+    service.start()                                        # needs a running event loop
+    handle = service.submit(service.models["sft"], [Request(prompt)], client="10.0.0.7")
+    async for events in handle.batches(): …
+    handle.close()                                         # always: frees the slots and queue entries
 
-All of it but FairQueue and Worker.run belongs to the event loop's thread.
+`submit` validates the requests and puts one Generation per request into the model's FairQueue. An EngineThread takes
+generations from the queue, adds them to its engine and steps it (continuous batching: they join and leave between any
+two steps). After each step it passes the TokenEvents to the event loop in a single call, and the loop hands them to the
+ResponseHandles.
+
+Threads: FairQueue is shared and has a lock, EngineThread.run is the engine's thread, and everything else runs in the
+thread of the event loop.
 """
 
 import asyncio
@@ -19,127 +24,137 @@ import traceback
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any
 
 from nanochat.common import UserError
 from nanochat.engine import Completion, Engine, Request
 from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import Tokenizer
 
-RATE_SECONDS = 60  # tokens/s are those of so long
-JOIN_SECONDS = 10  # that an engine may take for its last step; arbitrary
+RATE_SECONDS = 60  # tokens/s are averaged over this window
+JOIN_SECONDS = 10  # how long to wait at shutdown for an engine's last step; heuristic, not tuned
 
-# What becomes of an answer: an end token or stop string, max_tokens, the context full; the client went away, the engine
-# failed, or there was no room.
+# How a generation can end: with an end token or stop string, at max_tokens, at the end of the model's context;
+# cancelled by its client, failed with its engine, or refused because there was no room.
 OUTCOMES = ("stop", "length", "context", "cancelled", "failed", "refused")
 
 
 class Unavailable(Exception):
-    """Nobody is served now: loading, stopping, or an engine that failed for good."""
+    """The model takes no requests: it is loading, shutting down, or its engines have failed for good."""
 
 
-class Busy(Unavailable):
-    """The queue is full."""
+class QueueFull(Unavailable):
+    """There is no room in the queue."""
 
 
-class Failed(Exception):
-    """The engine could not go on with this request."""
+class GenerationFailed(Exception):
+    """The engine failed during this request, or the server shut down before its end."""
 
 
-class Piece(NamedTuple):
-    """What a step adds to one of a stream's answers."""
+@dataclass(slots=True)
+class TokenEvent:
+    """One new token of a generation, or its end."""
 
-    answer: int  # its number in the stream
-    token: int | None  # None at the end
-    logprob: float  # of the token, where asked for
-    finish: str  # at the end: as in Completion
-    device: int  # the engine that says it
+    index: int  # of the generation in its ResponseHandle
+    token: int | None  # None: the generation has ended
+    logprob: float  # of the token in nats; 0 unless the request asks for it
+    finish: str  # at the end, as in engine.Completion; else ""
+    device: int  # index of the engine
 
 
 @dataclass(eq=False)
-class Job:
-    """One answer: where it stands."""
+class Generation:
+    """One request and the tokens generated for it so far."""
 
     request: Request
-    stream: "Stream"
+    handle: "ResponseHandle"
     index: int
     is_cancelled: bool = False  # read by the engine's thread before each step
     tokens: list[int] = field(default_factory=list)
-    finish: str = ""
+    finish: str = ""  # one of OUTCOMES once it has ended
 
 
-class Stream:
-    """The answers to one call, as their tokens come. To be closed by whoever asked."""
+class ResponseHandle:
+    """The generations of one API call. The caller must close it."""
 
-    def __init__(self, service: "Service", model: str, requests: Sequence[Request], client: str):
-        self.service, self.model, self.client = service, model, client
-        self.jobs = [Job(request, self, index) for index, request in enumerate(requests)]
-        self.pieces: list[Piece] = []
+    def __init__(self, service: "Service", model: "ServedModel", requests: Sequence[Request], client: str):
+        self.service = service
+        self.model = model
+        self.client = client
+        self.generations = [Generation(request, self, index) for index, request in enumerate(requests)]
         self.error: Exception | None = None
-        self.wake = asyncio.Event()
-        self.start, self.first = time.perf_counter(), 0.0  # seconds; of the first token
+        self.start_time = time.perf_counter()  # seconds
+        self.first_token_time = 0.0  # 0 = there is no token yet
+        self._pending: list[TokenEvent] = []
+        self._wake = asyncio.Event()
 
-    async def batches(self) -> AsyncIterator[list[Piece]]:
+    async def batches(self) -> AsyncIterator[list[TokenEvent]]:
         """
-        What has come since the last look, in order: a slow listener gets more at a time. Unavailable or Failed, once
-        what was said is read.
+        Yields the events since the last batch, in order; a slow reader gets larger batches. Raises Unavailable or
+        GenerationFailed after the last events before the failure.
         """
-        while self.pieces or not all(job.finish for job in self.jobs):
-            await self.wake.wait()
-            self.wake.clear()
-            pieces, self.pieces = self.pieces, []
-            if pieces:
-                yield pieces
+        while self._pending or not all(generation.finish for generation in self.generations):
+            await self._wake.wait()
+            self._wake.clear()
+            events, self._pending = self._pending, []
+            if events:
+                yield events
             if self.error:
                 raise self.error
 
-    def push(self, piece: Piece) -> None:
-        job = self.jobs[piece.answer]
-        if job.is_cancelled:
+    def deliver(self, event: TokenEvent) -> None:
+        """Records an event and wakes the reader."""
+        generation = self.generations[event.index]
+        if generation.is_cancelled:
             return
-        if piece.token is not None:
-            job.tokens.append(piece.token)
-            self.first = self.first or time.perf_counter()
-        job.finish = piece.finish
-        self.pieces.append(piece)
-        self.wake.set()
+        if event.token is not None:
+            generation.tokens.append(event.token)
+            self.first_token_time = self.first_token_time or time.perf_counter()
+        generation.finish = event.finish
+        self._pending.append(event)
+        self._wake.set()
 
     def fail(self, error: Exception) -> None:
+        """Makes `batches` raise this error."""
         self.error = error
-        self.wake.set()
+        self._wake.set()
 
-    def end(self, index: int, finish: str) -> None:
-        """Enough of this answer: its slot, or its place in the queue, is free at the next step."""
-        job = self.jobs[index]
-        if not job.finish:
-            job.finish, job.is_cancelled = finish, True
-            self.service.models[self.model].queue.remove(job)
+    def stop(self, index: int, finish: str) -> None:
+        """Stops one generation early. Its queue entry is free at once, its slot after the engine's current step."""
+        generation = self.generations[index]
+        if not generation.finish:
+            generation.finish = finish
+            generation.is_cancelled = True
+            self.model.queue.remove(generation)
 
     def close(self) -> None:
-        """Ends what has not ended, and writes it all down. A second time, nothing."""
-        finish = "refused" if isinstance(self.error, Unavailable) else "failed" if self.error else "cancelled"
-        for job in self.jobs:
-            self.end(job.index, finish)
-        self.service.forget(self)
+        """Cancels unfinished generations and records all outcomes; idempotent."""
+        if self.error is None:
+            finish = "cancelled"
+        else:
+            finish = "refused" if isinstance(self.error, Unavailable) else "failed"
+        for generation in self.generations:
+            self.stop(generation.index, finish)
+        self.service.record(self)
 
 
-def fail(jobs: Iterable[Job], error: Exception) -> None:
-    for job in jobs:
-        job.stream.fail(error)
+def fail_all(generations: Iterable[Generation], error: Exception) -> None:
+    for generation in generations:
+        generation.handle.fail(error)
 
 
 class FairQueue:
     """
-    Jobs that wait for any of the engines of a model. Next is a job of the client that has the fewest with the engines;
-    among equals, of the one whose turn is longest ago. So who sends many waits for himself, and others pass him.
+    Generations that wait for any engine of a model. The next one belongs to the client with the fewest running
+    generations; ties go to the client that was served longest ago. A heavy client therefore delays only itself.
     """
 
     def __init__(self, size: int):
-        self.size = size  # jobs that may wait
+        self.size = size  # generations that may wait
         self.condition = threading.Condition()
-        self.waiting: dict[str, deque[Job]] = {}  # by client, in the order of their turns
-        self.running: Counter[str] = Counter()  # jobs with the engines, by client
-        self.slots: dict[int, int] = {}  # of the engines that work, by their number
+        self.waiting: dict[str, deque[Generation]] = {}  # by client; the client served longest ago comes first
+        self.running: Counter[str] = Counter()  # generations with the engines, by client
+        self.slots: dict[int, int] = {}  # by index of the engines that are ready
         self.is_closed = False
 
     @property
@@ -148,286 +163,328 @@ class FairQueue:
 
     @property
     def capacity(self) -> int:
-        """Jobs that may wait or run."""
+        """How many generations may wait or run."""
         return sum(self.slots.values()) + self.size
 
-    def put(self, jobs: list[Job]) -> None:
+    def put(self, generations: list[Generation]) -> list[Generation]:
         """
-        Busy if there is no room, unless another client has so many waiting that even without the newest of them, which
-        make room, it has no fewer than this one.
+        Adds the generations of one client. Returns those that had to be evicted to make room: the newest of the client
+        with the most waiting, as long as it keeps at least as many as this client then has. Raises QueueFull otherwise.
         """
-        client = jobs[0].stream.client
+        client = generations[0].handle.client
         with self.condition:
-            excess = self.num_waiting + self.running.total() + len(jobs) - self.capacity
+            evicted = []
+            excess = self.num_waiting + self.running.total() + len(generations) - self.capacity
             if excess > 0:
-                longest = max(self.waiting.values(), key=len, default=deque[Job]())
-                if len(longest) - excess < len(self.waiting.get(client, ())) + len(jobs):
-                    raise Busy(f"all {sum(self.slots.values())} slots and {self.size} places in the queue are taken")
-                for _ in range(excess):
-                    longest.pop().stream.fail(Busy("others wait too: this client's newest request made room for them"))
-            self.waiting.setdefault(client, deque()).extend(jobs)
+                longest = max(self.waiting.values(), key=len, default=deque[Generation]())
+                num_own = len(self.waiting.get(client, ())) + len(generations)
+                if len(longest) - excess < num_own:
+                    num_slots = sum(self.slots.values())
+                    raise QueueFull(f"all {num_slots} slots and {self.size} queue entries are taken")
+                evicted = [longest.pop() for _ in range(excess)]
+            self.waiting.setdefault(client, deque()).extend(generations)
             self.condition.notify_all()
+        return evicted
 
-    def take(self, engine: int, held: int) -> list[Job] | None:
-        """Jobs for an engine that holds so many, not more than its share; waits if it holds none. None: it is over."""
+    def take(self, engine: int, num_held: int) -> list[Generation] | None:
+        """
+        Returns the next generations for an engine that holds `num_held`, up to its share of the load. Blocks while the
+        engine is idle and nothing waits. Returns None once the queue is closed and the engine is idle.
+        """
         with self.condition:
             while True:
                 share = math.ceil((self.num_waiting + self.running.total()) / len(self.slots))
-                room = min(share, self.slots[engine]) - held
-                jobs = [self._next() for _ in range(min(room, self.num_waiting))]
-                if jobs or held:
-                    return jobs
+                room = min(share, self.slots[engine]) - num_held
+                generations = [self._pop_next() for _ in range(min(room, self.num_waiting))]
+                if generations or num_held:
+                    return generations
                 if self.is_closed:
                     return None
                 self.condition.wait()
 
-    def _next(self) -> Job:
+    def _pop_next(self) -> Generation:
         client = min(self.waiting, key=self.running.__getitem__)
-        jobs = self.waiting.pop(client)
+        generations = self.waiting.pop(client)
+        generation = generations.popleft()
+        if generations:
+            self.waiting[client] = generations  # back in as the client served last
         self.running[client] += 1
-        job = jobs.popleft()
-        if jobs:
-            self.waiting[client] = jobs
-        return job
+        return generation
 
-    def done(self, job: Job) -> None:
-        """The engine has let go of it."""
+    def release(self, generation: Generation) -> None:
+        """Notes that an engine no longer works on this generation."""
         with self.condition:
-            self.running[job.stream.client] -= 1
-            self.running += Counter()  # forgets clients with none
+            self.running[generation.handle.client] -= 1
+            self.running += Counter()  # drops clients at zero
 
-    def remove(self, job: Job) -> None:
-        """Nothing, if it does not wait."""
-        client = job.stream.client
+    def remove(self, generation: Generation) -> None:
+        """Removes a generation from the queue; does nothing if it is not waiting."""
+        client = generation.handle.client
         with self.condition:
-            if job in self.waiting.get(client, ()):
-                self.waiting[client].remove(job)
+            if generation in self.waiting.get(client, ()):
+                self.waiting[client].remove(generation)
                 if not self.waiting[client]:
                     del self.waiting[client]
 
-    def open(self, engine: int, slots: int) -> None:
-        """An engine works from now on; or, with 0 slots, no longer."""
+    def set_slots(self, engine: int, num_slots: int) -> None:
+        """Registers an engine that is ready, or with 0 slots removes it."""
         with self.condition:
-            self.slots[engine] = slots
-            if not slots:
+            self.slots[engine] = num_slots
+            if not num_slots:
                 del self.slots[engine]
             self.condition.notify_all()
 
-    def clear(self) -> list[Job]:
+    def clear(self) -> list[Generation]:
+        """Empties the queue; returns what was waiting."""
         with self.condition:
-            jobs = [job for jobs in self.waiting.values() for job in jobs]
+            generations = [generation for waiting in self.waiting.values() for generation in waiting]
             self.waiting.clear()
-        return jobs
+        return generations
 
     def close(self) -> None:
+        """Ends the engines' threads as soon as they are idle."""
         with self.condition:
             self.is_closed = True
             self.condition.notify_all()
 
 
-class Worker(threading.Thread):
+class EngineThread(threading.Thread):
     """
-    Owns an engine: adds what the queue has, steps, and hands over what was said. When a step fails, the requests in it
-    do, and a new engine goes on, if it can say one token.
+    Owns one engine: moves generations from the queue into it, steps it and reports the tokens. When a step fails, so do
+    the generations in it, and the engine is replaced if the new one passes a one-token health check.
     """
 
-    def __init__(self, number: int, queue: FairQueue, make_engine: Callable[[], Engine]):
-        super().__init__(name=f"engine {number}", daemon=True)
-        self.number, self.queue, self.make_engine = number, queue, make_engine
-        self.jobs: dict[int, Job] = {}  # by their number in the engine
-        self.state = "loading"
-        self.tokens = 0
-        self.tokens_at: Counter[int] = Counter()  # by second, of the last minute
+    def __init__(self, index: int, queue: FairQueue, make_engine: Callable[[], Engine]):
+        super().__init__(name=f"engine {index}", daemon=True)
+        self.index = index
+        self.queue = queue
+        self.make_engine = make_engine
+        self.generations: dict[int, Generation] = {}  # by their number in the engine
+        self.state = "loading"  # or "ready", "failed"
+        self.num_tokens = 0
+        self.tokens_by_second: Counter[int] = Counter()  # of the last RATE_SECONDS
 
-    def begin(self) -> None:
+    def start_in_loop(self) -> None:
+        """Starts the thread; its events go to the running event loop."""
         self.loop = asyncio.get_running_loop()
         self.start()
 
     def run(self) -> None:
-        while self._warm_up():
+        while self._load_engine():
             try:
                 self._serve()
                 return
-            except Exception as error:  # noqa: BLE001  whatever it is, its users are told, and others served
+            except Exception as error:  # noqa: BLE001  whatever it is, report it to the clients and keep serving others
                 traceback.print_exc()
                 self.state = "loading"
-                self.queue.open(self.number, 0)
-                self._fail(
-                    Failed(f"the engine failed ({type(error).__name__}): try again, perhaps with a shorter text")
-                )
+                self.queue.set_slots(self.index, 0)
+                self._fail_generations(error)
         self.state = "failed"
         if not self.queue.slots:
-            self._tell(fail, self.queue.clear(), Unavailable("the engine has failed for good"))
+            unavailable = Unavailable("all engines of this model have failed: restart the server")
+            self._call_in_loop(fail_all, self.queue.clear(), unavailable)
 
-    def _warm_up(self) -> bool:
-        """Whether there is an engine now, which has said a token."""
+    def _load_engine(self) -> bool:
+        """Makes an engine and generates one token with it; returns whether that worked."""
         try:
             self.engine = self.make_engine()
             self.engine.generate([Request([self.engine.tokenizer.bos], max_tokens=1)])
-        except Exception:  # noqa: BLE001  the server goes on to say that it is not ready
+        except Exception:  # noqa: BLE001  the server stays up to report that it is not ready
             traceback.print_exc()
             return False
-        self.queue.open(self.number, self.engine.num_rows)
+        self.queue.set_slots(self.index, self.engine.num_rows)
         self.state = "ready"
         return True
 
     def _serve(self) -> None:
-        while (jobs := self.queue.take(self.number, len(self.jobs))) is not None:
-            for job in jobs:
-                self.jobs[self.engine.add(job.request)] = job
-            for number in [number for number, job in self.jobs.items() if job.is_cancelled]:
-                self.engine.cancel(number)
-                self.queue.done(self.jobs.pop(number))
-            said = [self._piece(*event) for event in self.engine.step()] if self.jobs else []
-            if said:
-                self._tell(self._deliver, said)
+        """Steps the engine until the queue is closed."""
+        while True:
+            new = self.queue.take(self.index, len(self.generations))
+            if new is None:
+                return
+            for generation in new:
+                self.generations[self.engine.enqueue(generation.request)] = generation
+            for number, generation in list(self.generations.items()):
+                if generation.is_cancelled:
+                    self.engine.cancel(number)
+                    self._drop(number)
+            if self.generations:
+                events = [self._to_token_event(*event) for event in self.engine.step()]
+                if events:
+                    self._call_in_loop(self._deliver, events)
 
-    def _piece(self, number: int, token: int | None, completion: Completion) -> tuple[Job, Piece]:
-        job = self.jobs[number]
+    def _to_token_event(self, number: int, token: int | None, completion: Completion) -> tuple[Generation, TokenEvent]:
+        generation = self.generations[number]
         if token is None:
-            self.queue.done(self.jobs.pop(number))
-            return job, Piece(job.index, None, 0.0, completion.finish, self.number)
+            self._drop(number)
+            return generation, TokenEvent(generation.index, None, 0.0, completion.finish, self.index)
         logprob = completion.logprobs[len(completion.tokens) - 1] if completion.logprobs else 0.0
-        return job, Piece(job.index, token, logprob, "", self.number)
+        return generation, TokenEvent(generation.index, token, logprob, "", self.index)
 
-    def _deliver(self, said: list[tuple[Job, Piece]]) -> None:
-        num_tokens = sum(piece.token is not None for _, piece in said)
-        self.tokens += num_tokens
-        self.tokens_at[int(time.monotonic())] += num_tokens
-        for job, piece in said:
-            job.stream.push(piece)
+    def _drop(self, number: int) -> None:
+        self.queue.release(self.generations.pop(number))
 
-    def _fail(self, error: Failed) -> None:
-        jobs, self.jobs = list(self.jobs.values()), {}
-        for job in jobs:
-            self.queue.done(job)
-        self._tell(fail, jobs, error)
+    def _deliver(self, events: list[tuple[Generation, TokenEvent]]) -> None:
+        num_tokens = sum(event.token is not None for _, event in events)
+        self.num_tokens += num_tokens
+        self.tokens_by_second[int(time.monotonic())] += num_tokens
+        for generation, event in events:
+            generation.handle.deliver(event)
 
-    def _tell(self, callback: Callable[..., object], *arguments: object) -> None:
+    def _fail_generations(self, error: Exception) -> None:
+        generations = list(self.generations.values())
+        for number in list(self.generations):
+            self._drop(number)
+        advice = "try again, perhaps with a shorter text"
+        self._call_in_loop(
+            fail_all, generations, GenerationFailed(f"the engine failed ({type(error).__name__}): {advice}")
+        )
+
+    def _call_in_loop(self, callback: Callable[..., object], *arguments: object) -> None:
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(callback, *arguments)
 
     def tokens_per_second(self, uptime: float) -> float:
+        """The average over the last RATE_SECONDS, without the current second; `uptime` in seconds."""
         now = int(time.monotonic())
-        for second in [second for second in self.tokens_at if second < now - RATE_SECONDS]:
-            del self.tokens_at[second]
-        recent = sum(count for second, count in self.tokens_at.items() if second < now)
+        for second in list(self.tokens_by_second):
+            if second < now - RATE_SECONDS:
+                del self.tokens_by_second[second]
+        recent = sum(count for second, count in self.tokens_by_second.items() if second < now)
         return recent / max(1.0, min(RATE_SECONDS, uptime))
 
 
-class Model:
-    """A model to be served: an engine per device, one queue for all of them."""
+class ServedModel:
+    """A model under its public name, with one engine per device and one queue for all of them."""
 
     def __init__(
         self,
+        name: str,
         tokenizer: Tokenizer,
         config: GPTConfig,
+        *,
         make_engines: Sequence[Callable[[], Engine]],
         queue_size: int,
         created: float = 0.0,
     ):
-        """make_engines: called in the engine's thread; created: seconds since 1970."""
-        self.tokenizer, self.config, self.created = tokenizer, config, created
+        """make_engines: one function per device, called in the engine's thread. created: seconds since 1970."""
+        self.name = name
+        self.tokenizer = tokenizer
+        self.config = config
+        self.created = created
         self.queue = FairQueue(queue_size)
-        self.workers = [Worker(number, self.queue, make) for number, make in enumerate(make_engines)]
+        self.threads = [EngineThread(index, self.queue, make) for index, make in enumerate(make_engines)]
 
 
 class Service:
-    """All models, the streams under way, and what there is to count."""
+    """All served models, the open responses, and the counters."""
 
-    def __init__(self, models: dict[str, Model], log: Callable[[Stream], object] = lambda stream: None):
-        """log: called with each stream when it is over."""
-        self.models, self.log = models, log
-        self.streams: set[Stream] = set()
-        self.outcomes: Counter[str] = Counter({key: 0 for key in OUTCOMES})
-        self.prompt_tokens = 0
-        self.is_stopping, self.deadline = False, math.inf  # of those still served then, on the monotonic clock
-        self.begun = time.monotonic()
+    def __init__(self, models: Iterable[ServedModel], log: Callable[[ResponseHandle], object] = lambda handle: None):
+        """The first model is the default. log: called with each response that has ended."""
+        self.models = {model.name: model for model in models}
+        self.log = log
+        self.handles: set[ResponseHandle] = set()
+        self.outcomes: Counter[str] = Counter({outcome: 0 for outcome in OUTCOMES})
+        self.num_prompt_tokens = 0
+        self.is_stopping = False
+        self.deadline = math.inf  # when `stop` ends running generations, on the monotonic clock
+        self.start_time = time.monotonic()
 
     @property
-    def workers(self) -> list[Worker]:
-        return [worker for model in self.models.values() for worker in model.workers]
+    def threads(self) -> list[EngineThread]:
+        return [thread for model in self.models.values() for thread in model.threads]
 
     @property
     def status(self) -> str:
-        """ "ok" when every model has an engine that has said a token; else "loading", "stopping" or "failed"."""
+        """ "ok" when every model has an engine that is ready; else "loading", "stopping" or "failed"."""
         if self.is_stopping:
             return "stopping"
         if all(model.queue.slots for model in self.models.values()):
             return "ok"
-        return "loading" if any(worker.state == "loading" for worker in self.workers) else "failed"
+        return "loading" if any(thread.state == "loading" for thread in self.threads) else "failed"
 
     def start(self) -> None:
-        for worker in self.workers:
-            worker.begin()
+        """Starts the engines' threads. Needs a running event loop."""
+        for thread in self.threads:
+            thread.start_in_loop()
 
-    def submit(self, name: str, requests: Sequence[Request], client: str) -> Stream:
-        """UserError for requests that make no sense, Unavailable or Busy if they cannot be served."""
-        model = self.models[name]
+    def submit(self, model: ServedModel, requests: Sequence[Request], client: str) -> ResponseHandle:
+        """
+        Queues the requests of one API call. Raises UserError for requests that are not valid, Unavailable while the
+        model takes no requests, and QueueFull.
+        """
         for request in requests:
             request.check(model.config)
-        stream = Stream(self, name, requests, client)
+        handle = ResponseHandle(self, model, requests, client)
         try:
-            if self.is_stopping or not model.queue.slots:
-                raise Unavailable("the server stops" if self.is_stopping else f"the model {name} is not ready")
+            if self.is_stopping:
+                raise Unavailable("the server is shutting down")
+            if not model.queue.slots:
+                raise Unavailable(f"the model {model.name} is not ready")
             if len(requests) > model.queue.capacity:
-                raise UserError(f"{len(requests)} answers at once: this server has room for {model.queue.capacity}")
-            model.queue.put(stream.jobs)
+                raise UserError(f"{len(requests)} completions at once: this server has room for {model.queue.capacity}")
+            evicted = model.queue.put(handle.generations)
         except Unavailable:
             self.outcomes["refused"] += len(requests)
             raise
-        self.streams.add(stream)
-        return stream
+        fail_all(evicted, QueueFull("the queue is full, and this client's newest request made room for another client"))
+        self.handles.add(handle)
+        return handle
 
-    def forget(self, stream: Stream) -> None:
-        if stream in self.streams:
-            self.streams.remove(stream)
-            self.outcomes.update(job.finish for job in stream.jobs)
-            self.prompt_tokens += len(stream.jobs[0].request.prompt)
-            self.log(stream)
+    def record(self, handle: ResponseHandle) -> None:
+        """Counts and logs a response that has ended; does nothing the second time."""
+        if handle in self.handles:
+            self.handles.remove(handle)
+            self.outcomes.update(generation.finish for generation in handle.generations)
+            self.num_prompt_tokens += len(handle.generations[0].request.prompt)
+            self.log(handle)
 
     async def stop(self, seconds: float) -> None:
-        """Takes nothing new, turns away what waits, and lets the rest end for so many seconds, or until `deadline`."""
+        """Refuses new and waiting requests, and gives running ones this long to end, or until `deadline`."""
         self.is_stopping = True
         for model in self.models.values():
-            fail(model.queue.clear(), Unavailable("the server stops"))
+            fail_all(model.queue.clear(), Unavailable("the server is shutting down"))
         self.deadline = min(self.deadline, time.monotonic() + seconds)
-        while self.streams and time.monotonic() < self.deadline:
+        while self.handles and time.monotonic() < self.deadline:
             await asyncio.sleep(0.05)
-        for stream in self.streams:
-            stream.fail(Failed("the server stops: this is as far as the answer came"))
+        for handle in self.handles:
+            handle.fail(GenerationFailed("the server shut down before the response was complete"))
 
     def close(self) -> None:
-        """Ends the threads, after the step that they are at."""
-        for stream in list(self.streams):
-            stream.close()
+        """Cancels what is open and ends the engines' threads after their current step."""
+        for handle in list(self.handles):
+            handle.close()
         for model in self.models.values():
             model.queue.close()
-        for worker in self.workers:
-            if worker.is_alive():
-                worker.join(JOIN_SECONDS)
+        for thread in self.threads:
+            if thread.is_alive():
+                thread.join(JOIN_SECONDS)
 
-    def stats(self) -> dict:
-        """Counts since the start, and how it stands now."""
-        uptime = time.monotonic() - self.begun
-        devices = [
-            {
-                "model": name,
-                "gpu": worker.number,
-                "running": len(worker.jobs),
-                "slots": model.queue.slots.get(worker.number, 0),
-                "tokens": worker.tokens,
-                "tokens_per_second": round(worker.tokens_per_second(uptime), 1),
-            }
-            for name, model in self.models.items()
-            for worker in model.workers
-        ]
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start, and the current load."""
+        uptime = time.monotonic() - self.start_time
+        devices: list[dict[str, Any]] = []
+        for model in self.models.values():
+            for thread in model.threads:
+                device = {
+                    "model": model.name,
+                    "gpu": thread.index,
+                    "running": len(thread.generations),
+                    "slots": model.queue.slots.get(thread.index, 0),
+                    "tokens": thread.num_tokens,
+                    "tokens_per_second": round(thread.tokens_per_second(uptime), 1),
+                }
+                devices.append(device)
+        totals = {
+            name: sum(device[name] for device in devices)
+            for name in ("running", "slots", "tokens", "tokens_per_second")
+        }
         return {
             "uptime_seconds": round(uptime, 1),
             "status": self.status,
             "waiting": sum(model.queue.num_waiting for model in self.models.values()),
-            **{key: sum(d[key] for d in devices) for key in ("running", "slots", "tokens", "tokens_per_second")},  # type: ignore[misc]
-            "prompt_tokens": self.prompt_tokens,
+            **totals,
+            "prompt_tokens": self.num_prompt_tokens,
             "answers": dict(self.outcomes),
             "devices": devices,
         }

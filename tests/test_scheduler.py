@@ -1,0 +1,137 @@
+"""
+The scheduler: order, bounds and sharing of the queue, and two engines behind one queue.
+
+    python -m pytest tests/test_scheduler.py
+"""
+
+import asyncio
+import threading
+from types import SimpleNamespace
+
+import pytest
+from factories import tiny_gpt
+
+from nanochat.common import UserError
+from nanochat.engine import Engine, Request
+from nanochat.serve.scheduler import FairQueue, Generation, QueueFull, ServedModel, Service, Unavailable
+
+
+def generation(client):
+    return Generation(Request([1]), SimpleNamespace(client=client), 0)
+
+
+def fill(queue, clients):
+    """Puts one generation per letter into the queue, one at a time."""
+    generations = [generation(client) for client in clients]
+    for each in generations:
+        queue.put([each])
+    return generations
+
+
+def queue_of(size, *slots):
+    """A queue with one ready engine for each number of slots."""
+    queue = FairQueue(size)
+    for engine, num_slots in enumerate(slots):
+        queue.set_slots(engine, num_slots)
+    return queue
+
+
+def clients_in_order(clients, slots):
+    """The clients in the order in which the queue serves them if the oldest running generation always ends first."""
+    queue = queue_of(100, slots)
+    fill(queue, clients)
+    running, order = [], ""
+    while queue.num_waiting:
+        taken = queue.take(0, len(running))
+        order += "".join(each.handle.client for each in taken)
+        running += taken
+        queue.release(running.pop(0))
+    return order
+
+
+@pytest.mark.parametrize(
+    "clients, slots, expected",
+    [
+        ("aaaa", 1, "aaaa"),
+        ("aaaab", 1, "abaaa"),
+        ("aaaabbc", 1, "abcabaa"),
+        ("aaaab", 2, "abaaa"),
+        ("aaaabbbb", 4, "abababab"),  # equally many of both
+        ("abcabc", 2, "abcabc"),
+    ],
+)
+def test_fair_queue_serves_clients_in_turn(clients, slots, expected):
+    assert clients_in_order(clients, slots) == expected
+
+
+def test_fair_queue_when_full_evicts_the_newest_of_the_heaviest_client():
+    queue = queue_of(4, 1)
+    heavy = fill(queue, "aaaaa")
+    with pytest.raises(QueueFull, match="all 1 slots and 4 queue entries are taken"):
+        queue.put([generation("a")])
+    assert queue.put([generation("b")]) == [heavy[-1]]
+    assert queue.num_waiting == 5
+    with pytest.raises(QueueFull):
+        queue.put([generation("b"), generation("b"), generation("b")])  # would have more than the other
+    assert queue.num_waiting == 5
+    with pytest.raises(QueueFull):
+        FairQueue(0).put([generation("a")])
+
+
+def test_fair_queue_remove_leaves_no_trace():
+    queue = queue_of(4, 1)
+    first, second = fill(queue, "ab")
+    queue.remove(first)
+    queue.remove(first)
+    assert queue.take(0, 0) == [second] and not queue.waiting
+    queue.release(second)
+    assert not queue.running
+    queue.close()
+    assert queue.take(0, 0) is None
+
+
+def test_fair_queue_shares_the_load_among_engines():
+    queue = queue_of(100, 4, 4)
+    fill(queue, "aaaaaa")
+    assert len(queue.take(0, 0)) == 3 and queue.take(0, 3) == []
+    assert len(queue.take(1, 0)) == 3
+    fill(queue, "a" * 10)
+    assert len(queue.take(1, 3)) == 1 and queue.take(1, 4) == []  # no more than it has slots
+    queue.set_slots(1, 0)  # it has failed
+    assert len(queue.take(0, 3)) == 1 and queue.capacity == 104
+
+
+def test_service_with_two_engines_generates_what_one_engine_does(golden_tokenizer):
+    model = tiny_gpt(n_layer=1, initial=True)
+    requests = [Request([1 + i, 2], 10, seed=i) for i in range(20)]
+    expected = [completion.tokens for completion in Engine(model, golden_tokenizer).generate(requests)]
+
+    async def collect(handle):
+        events = [event async for batch in handle.batches() for event in batch]
+        handle.close()
+        return [event.token for event in events if event.token is not None], {event.device for event in events}
+
+    async def main():
+        service.start()
+        served = service.models["m"]
+        while service.status == "loading":
+            await asyncio.sleep(0.01)
+        handles = [service.submit(served, [request], "client") for request in requests]
+        results = await asyncio.gather(*map(collect, handles))
+        with pytest.raises(UserError, match="max_tokens 0"):
+            service.submit(served, [Request([1], 0)], "client")
+        await service.stop(1)
+        with pytest.raises(Unavailable, match="the server is shutting down"):
+            service.submit(served, requests, "client")
+        service.close()
+        return results
+
+    make_engines = [lambda: Engine(model, golden_tokenizer, 3)] * 2
+    service = Service([ServedModel("m", golden_tokenizer, model.config, make_engines=make_engines, queue_size=100)])
+    results = asyncio.run(main())
+    assert [tokens for tokens, _ in results] == expected
+    assert all(len(devices) == 1 for _, devices in results)
+    assert {0, 1} == set().union(*(devices for _, devices in results))
+    stats = service.stats()
+    assert stats["tokens"] == sum(map(len, expected)) == sum(device["tokens"] for device in stats["devices"])
+    assert not any("engine" in thread.name for thread in threading.enumerate())
