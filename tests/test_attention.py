@@ -1,6 +1,6 @@
 """
-Attention against the textbook formula, written out with one loop per head: windows, grouped heads, a cache; every
-kernel that runs here, stand-ins for the packages that do not, and how one of them is chosen.
+Attention against the textbook formula: windows, grouped heads, a cache; the kernels that run on this machine, stand-ins
+for packages that need a GPU, and the choice of a kernel.
 
     python -m pytest tests/test_attention.py
 """
@@ -11,6 +11,7 @@ import types
 
 import pytest
 import torch
+from factories import tiny_gpt
 
 from nanochat import attention
 from nanochat.attention import (
@@ -24,16 +25,16 @@ from nanochat.attention import (
     probe,
 )
 from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.kernels import cpu
 
 
-def naive_attention(q_BTHD, k_BSKD, v_BSKD, sees_BTS):
-    """A masked softmax per query head, nothing clever; sees (B, T, S) is true where a query sees a key."""
+def naive_attention(q_BTHD, k_BSKD, v_BSKD, mask_BTS):
+    """A masked softmax per query head; the mask is true where a query sees a key."""
     num_heads, group = q_BTHD.size(2), q_BTHD.size(2) // k_BSKD.size(2)
     outputs = []
     for head in range(num_heads):
         q, k, v = q_BTHD[:, :, head], k_BSKD[:, :, head // group], v_BSKD[:, :, head // group]
-        scores_BTS = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(~sees_BTS, -math.inf)
+        scores_BTS = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(~mask_BTS, -math.inf)
         outputs.append(scores_BTS.softmax(dim=-1) @ v)
     return torch.stack(outputs, dim=2)
 
@@ -71,7 +72,7 @@ def test_attend_equals_a_masked_softmax_forward_and_backward(num_tokens, window,
 
 
 @pytest.mark.parametrize("window", [0, 1, 3, 100])
-def test_the_future_and_what_lies_before_the_window_have_no_influence(window):
+def test_attend_ignores_keys_after_the_query_and_before_its_window(window):
     q, k, v = (x.detach() for x in random_heads(9, 2, 1))
     before = attend(q, k, v, window)
     k[:, 5], v[:, 5] = 50.0, 50.0
@@ -79,14 +80,14 @@ def test_the_future_and_what_lies_before_the_window_have_no_influence(window):
     assert changed.tolist() == [5 <= t <= 5 + window for t in range(9)]
 
 
-def test_band_mask_takes_any_positions_and_any_range_of_keys():
+def test_band_mask_of_any_positions_and_range_of_keys():
     mask = band_mask(torch.tensor([[4, 5], [0, 9]]), 2, 7, window=2)  # keys 2 3 4 5 6
     assert mask.int().tolist() == [[[1, 1, 1, 0, 0], [0, 1, 1, 1, 0]], [[0, 0, 0, 0, 0], [0, 0, 0, 0, 0]]]
     assert torch.equal(band_mask(torch.arange(11), 0, 11, 4)[None], naive_window(11, 4))
 
 
 @pytest.mark.parametrize("num_heads, num_kv_heads", [(2, 2), (4, 1)])
-def test_attend_cached_gives_the_last_rows_of_the_whole(num_heads, num_kv_heads):
+def test_attend_cached_equals_the_last_tokens_of_attend(num_heads, num_kv_heads):
     q, k, v = random_heads(23, num_heads, num_kv_heads)
     for new_tokens in (1, 6):
         positions_BT = torch.arange(23 - new_tokens, 23).expand(2, -1)
@@ -102,8 +103,8 @@ def window_shape(num_tokens=200, num_heads=4, num_kv_heads=2, head_dim=16, windo
     return AttentionShape(num_tokens, num_heads, num_kv_heads, head_dim, windows)
 
 
-def close(kernel, qkv, window, tolerance):
-    """Output and gradients against the textbook's in float32, in the norm."""
+def assert_close(kernel, qkv, window, tolerance):
+    """Compares output and gradients with those of naive_attention in float32, in the norm."""
     grad = torch.randn(qkv[0].shape, generator=torch.Generator().manual_seed(1))
     expected_inputs = [x.detach().float().requires_grad_() for x in qkv]
     expected = naive_attention(*expected_inputs, naive_window(qkv[0].size(1), window))
@@ -121,34 +122,35 @@ def close(kernel, qkv, window, tolerance):
 def test_blocks_equal_a_masked_softmax(num_tokens, window, num_heads, num_kv_heads, dtype, tolerance):
     q, k, v = random_heads(num_tokens, num_heads, num_kv_heads, head_dim=16)
     qkv = [x.detach().to(dtype).requires_grad_() for x in (1.2 * rms_norm(q), 1.2 * rms_norm(k), v)]
-    close(LOADERS["blocks"](), qkv, window, tolerance)
+    assert_close(LOADERS["blocks"](), qkv, window, tolerance)
 
 
-def test_blocks_that_keep_no_weights_and_take_few_heads_at_a_time_give_the_same(monkeypatch):
+def test_blocks_do_not_depend_on_saved_weights_and_heads_at_a_time(monkeypatch):
     qkv, grad = random_heads(300, 4, 2), torch.randn(2, 300, 4, 8)
     results = []
-    for kept, cached in ((2**24, 2**21), (0, 2**21), (2**24, 3 * 128 * 256), (0, 1)):
-        monkeypatch.setattr(attention, "KEPT_WEIGHTS", kept)
-        monkeypatch.setattr(attention, "CACHED_SCORES", cached)
+    for saved, cached in ((2**24, 2**21), (0, 2**21), (2**24, 3 * 128 * 256), (0, 1)):
+        monkeypatch.setattr(cpu, "SAVED_WEIGHTS", saved)
+        monkeypatch.setattr(cpu, "CACHED_SCORES", cached)
         output = LOADERS["blocks"]()(*qkv, 128)
         results.append([output, *torch.autograd.grad(output, qkv, grad)])
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
 
 
-def test_blocks_hold_the_largest_scores_that_normed_heads_can_have():
+def test_blocks_do_not_overflow_at_the_largest_scores_of_normed_heads():
     q = torch.ones(1, 130, 1, 128) * 1.2
     v = torch.randn(1, 130, 1, 128)
     mean = v.cumsum(dim=1) / torch.arange(1, 131)[:, None, None]  # all keys are alike
     torch.testing.assert_close(LOADERS["blocks"]()(q, q, v, 130), mean, rtol=1e-4, atol=1e-5)
 
 
-def test_the_simple_way_equals_a_masked_softmax():
+def test_sdpa_equals_a_masked_softmax():
     for window in (5, 60):
-        close(LOADERS["sdpa"](), random_heads(61, 4, 2), window, 1e-5)
+        assert_close(LOADERS["sdpa"](), random_heads(61, 4, 2), window, 1e-5)
 
 
-def test_flex_attention_forward():
+@pytest.mark.slow
+def test_flex_forward_equals_a_masked_softmax():
     kernel = LOADERS["flex"]()
     q, k, v = (x.detach() for x in random_heads(64, 2, 1, head_dim=16))
     torch.testing.assert_close(kernel(q, k, v, 9), naive_attention(q, k, v, naive_window(64, 9)), rtol=1e-4, atol=1e-5)
@@ -162,7 +164,7 @@ def scores_and_lse(q, k, window):
 
 
 class StandIn(types.ModuleType):
-    """In the place of a package with CUDA kernels: the same functions, which compute with SDPA."""
+    """A module that replaces a package of CUDA kernels: the same functions, computed on the CPU."""
 
     def __init__(self, name, wrong_by=0.0):
         super().__init__(name)
@@ -215,45 +217,44 @@ class FA4(StandIn):
         return self.backward(dout, q, k, v, out, lse, window_size_left)
 
 
-class FA2(StandIn):
-    def flash_attn_func(self, q, k, v, causal=False, window_size=(-1, -1)):
-        assert causal and window_size[1] == 0
-        return attend(q, k, v, q.size(1) if window_size[0] == -1 else window_size[0])
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A function that installs a stand-in for a package; afterwards, the loaders look for the real one again."""
 
-
-def stand_in(monkeypatch, name, **options):
-    """Installs one; its operators are made anew."""
-    module = {"fa2": FA2, "fa3": FA3, "fa4": FA4}[name](name, **options)
-    if name == "fa3":
-        monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
-    elif name == "fa2":
-        monkeypatch.setitem(sys.modules, "flash_attn", module)
-    else:
+    def install(name, **options):
+        LOADERS[name].cache_clear()
+        if name == "fa3":
+            module = FA3(name, **options)
+            monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+            return module
+        module = FA4(name, **options)
         cute = types.ModuleType("flash_attn.cute")
         cute.interface = module
-        for path, part in (("", types.ModuleType("flash_attn")), (".cute", cute), (".cute.interface", module)):
-            monkeypatch.setitem(sys.modules, f"flash_attn{path}", part)
-    if name != "fa2":
+        monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+        monkeypatch.setitem(sys.modules, "flash_attn.cute", cute)
+        monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", module)
+        return module
+
+    yield install
+    for name in ("fa3", "fa4"):
         LOADERS[name].cache_clear()
-    return module
 
 
-@pytest.mark.parametrize("name", ["fa2", "fa3", "fa4"])
-def test_the_packages_are_called_as_they_want_to_be(monkeypatch, name):
-    module = stand_in(monkeypatch, name)
+@pytest.mark.parametrize("name", ["fa3", "fa4"])
+def test_packages_get_their_arguments_as_documented(stand_in, name):
+    module = stand_in(name)
     kernel = LOADERS[name]()
     for window in (5, 36, 37, 99):
-        close(kernel, random_heads(37, 4, 2), window, 1e-5)
-    if name != "fa2":
-        assert module.calls == [(way, w) for w in (5, 37, 37, 37) for way in ("forward", "backward")]
+        assert_close(kernel, random_heads(37, 4, 2), window, 1e-5)
+    assert module.calls == [(way, w) for w in (5, 37, 37, 37) for way in ("forward", "backward")]
 
 
 @pytest.mark.parametrize("name", ["fa3", "fa4", "blocks"])
-def test_operators_are_sound_and_compile_into_one_graph(monkeypatch, name):
+def test_operators_pass_opcheck_and_compile_into_one_graph(stand_in, name):
     if name != "blocks":
-        stand_in(monkeypatch, name)
+        stand_in(name)
     kernel, qkv = LOADERS[name](), random_heads(40, 4, 2)
-    if name == "blocks":  # whose operator is one of heads
+    if name == "blocks":  # its operator takes blocks of heads
         heads = [torch.randn(2, 6, 128, 8, requires_grad=True) for _ in range(3)]
         for keep in (True, False):
             torch.library.opcheck(torch.ops.nanochat.blocks.default, (*heads, 7, keep))
@@ -268,71 +269,69 @@ def test_operators_are_sound_and_compile_into_one_graph(monkeypatch, name):
 # ---- the choice ----
 
 
-def chosen(name="auto", device="cpu", dtype=torch.float32, **shape):
-    said = []
-    found, kernel = choose(name, window_shape(**shape), torch.device(device), dtype, said.append)
-    return found, kernel, said
+def choose_here(name="auto", dtype=torch.float32):
+    """Name and function of the kernel chosen on the CPU, and the lines that were logged."""
+    lines = []
+    found, kernel = choose(name, window_shape(), torch.device("cpu"), dtype, lines.append)
+    return found, kernel, lines
 
 
-def test_a_cpu_takes_blocks_where_onednn_multiplies(monkeypatch):
-    assert chosen(dtype=torch.bfloat16)[::2] == ("blocks", [])
+def test_auto_takes_blocks_on_a_cpu_where_onednn_multiplies(monkeypatch):
+    assert choose_here(dtype=torch.bfloat16)[::2] == ("blocks", [])
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
-    assert chosen()[::2] == ("banded", [])
+    assert choose_here()[::2] == ("banded", [])
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
-    assert chosen()[::2] == ("blocks", [])
-    assert chosen(dtype=torch.float16)[::2] == ("banded", [])
+    assert choose_here()[::2] == ("blocks", [])
+    assert choose_here(dtype=torch.float16)[::2] == ("banded", [])
 
 
-def test_what_does_not_work_is_passed_over_with_a_line(monkeypatch):
-    order = ("fa3", "fa2", "sdpa")
-    monkeypatch.setattr(attention, "_candidates", lambda device, dtype: order)
-    monkeypatch.setitem(sys.modules, "flash_attn", None)  # not installed: nobody need know
-    stand_in(monkeypatch, "fa3", wrong_by=0.1)
-    name, kernel, said = chosen()
-    assert (name, kernel) == ("sdpa", attend_masked)
-    assert len(said) == 1 and "fa3 passed over" in said[0] and "output is wrong by 0.1" in said[0]
+def test_auto_skips_kernels_that_do_not_work_and_logs_why(monkeypatch, stand_in):
+    monkeypatch.setattr(attention, "_candidates", lambda device, dtype: ("fa3", "fa4", "banded"))
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # not installed: skipped without a line
+    stand_in("fa3", wrong_by=0.1)
+    name, kernel, lines = choose_here()
+    assert (name, kernel) == ("banded", attend)
+    assert len(lines) == 1 and "fa3 does not work here" in lines[0] and "output is wrong by 0.1" in lines[0]
 
-    module = stand_in(monkeypatch, "fa3")
+    module = stand_in("fa3")
     module.forward = lambda *_: (_ for _ in ()).throw(RuntimeError("CUDA error:\nno kernel image"))
-    name, _, said = chosen()
-    assert name == "sdpa" and said == [
-        "attention: fa3 passed over, it does not work here (RuntimeError: CUDA error: no kernel image)"
+    name, _, lines = choose_here()
+    assert name == "banded" and lines == [
+        "attention: fa3 does not work here (RuntimeError: CUDA error: no kernel image), trying the next kernel"
     ]
-    stand_in(monkeypatch, "fa3")
-    assert chosen()[::2] == ("fa3", [])
+    stand_in("fa3")
+    assert choose_here()[::2] == ("fa3", [])
 
 
-def test_a_kernel_that_is_asked_for_must_work(monkeypatch):
-    assert chosen("sdpa")[0] == "sdpa"
+def test_named_kernel_that_does_not_work_is_a_user_error(monkeypatch):
+    assert choose_here("sdpa")[:2] == ("sdpa", attend_masked)
     with pytest.raises(UserError, match="--attention best: unknown.*fa3.*banded"):
-        chosen("best")
+        choose_here("best")
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    with pytest.raises(UserError, match="--attention fa2: its package is not installed"):
-        chosen("fa2")
+    LOADERS["fa4"].cache_clear()
+    with pytest.raises(UserError, match="--attention fa4: its package is not installed"):
+        choose_here("fa4")
     with pytest.raises(UserError, match="--attention blocks does not work here .*float16"):
-        chosen("blocks", dtype=torch.float16)
+        choose_here("blocks", dtype=torch.float16)
     with pytest.raises(UserError, match="--attention flash does not work here"):
-        chosen("flash")
+        choose_here("flash")
 
 
-def test_a_model_trains_with_the_kernel_it_was_given():
-    config = GPTConfig(160, 50, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, window_pattern="S")
-    torch.manual_seed(0)
-    model = GPT.create(config)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+def test_model_trains_with_the_kernel_that_was_set():
+    model = tiny_gpt(sequence_len=160, window_pattern="S")
     idx_BT = torch.randint(50, (2, 160))
     results = []
     for name in ("banded", "blocks"):
-        model.use_attention(choose(name, config.attention_shape, torch.device("cpu"), torch.float32)[1])
+        model.use_attention(choose(name, model.config.attention_shape, torch.device("cpu"), torch.float32)[1])
         loss = model(idx_BT, idx_BT)
         results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("name", ["fa3", "fa4", "fa2", "flash", "flex", "banded", "sdpa"])
-def test_on_a_gpu_every_kernel_that_is_installed_works_compiled(name):
+@pytest.mark.parametrize("name", ["fa3", "fa4", "flash", "flex", "banded", "sdpa"])
+def test_installed_kernel_works_compiled_on_a_gpu(name):
     device = torch.device("cuda")
     try:
         kernel = LOADERS[name]()

@@ -39,7 +39,7 @@ ENVIRONMENT = {"sys.argv", "os.environ", "os.getenv", "open", "torch.device", "t
 # Where the name of a module differs from that of its package.
 PACKAGE_OF = {
     "PIL": "pillow",
-    "flash_attn": "flash-attn",
+    "flash_attn": "flash-attn-4",
     "flash_attn_interface": "flash-attn-3",
     "yaml": "pyyaml",
 }
