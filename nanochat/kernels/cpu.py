@@ -81,9 +81,9 @@ def load_blocks() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], t
 
 def blocks_forward(q, k, v, window: int, save_weights: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Attention of q, k, v (m, N, t, D), q already scaled. Returns the unnormalised output exp(scores) @ v (m, N, t, D), the
-    softmax denominators (m, N, t, 1) in float32, and all weights exp(scores) in one flat tensor, empty if they are
-    not to be saved.
+    Attention of q, k, v (m, N, t, D), where q is already scaled. Returns the unnormalised output exp(scores) @ v
+    (m, N, t, D), the softmax denominators (m, N, t, 1) in float32, and the weights exp(scores) of all tiles in one flat
+    tensor, which is empty without save_weights.
     """
     y = torch.empty_like(q)
     sums = q.new_empty((*q.shape[:3], 1), dtype=torch.float32)
