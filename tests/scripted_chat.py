@@ -1,7 +1,9 @@
 """
-The chat in the terminal with a model that says what it is told to: what tests/test_chat_cli.py runs in a terminal.
+The terminal chat with a model that gives scripted responses: tests/test_chat_cli.py runs this in a terminal.
 
-    python tests/scripted_chat.py folder      # answers.json in it: [[seconds per token, content], …]; the history too
+    python tests/scripted_chat.py folder
+
+The folder holds responses.json, [[seconds per token, content], …], and the history file.
 """
 
 import json
@@ -12,26 +14,29 @@ from types import SimpleNamespace
 
 from conftest import GOLDEN
 
-from nanochat.chat.session import Chat
+from nanochat.chat.session import ChatSession
 from nanochat.chat.terminal import LineEditor, make_console
 from nanochat.conversation import render
 from nanochat.engine import Completion, Request
 from nanochat.tokenizer import Tokenizer
-from scripts.chat_cli import talk
+from scripts.chat_cli import chat
 
 
 class ScriptedEngine:
-    """Answers in order, whatever is asked; the last one again and again."""
+    """Gives the responses in order, whatever the prompt is, and then the last one again and again."""
 
-    def __init__(self, answers, tokenizer, context=2048):
-        self.answers, self.tokenizer, self.requests = list(answers), tokenizer, []
+    def __init__(self, responses, tokenizer, context=2048):
+        self.responses = list(responses)
+        self.tokenizer = tokenizer
+        self.requests = []
         self.model = SimpleNamespace(config=SimpleNamespace(sequence_len=context))
 
     def stream(self, requests):
         self.requests += requests
-        seconds, content = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        question, completion = {"role": "user", "content": ""}, Completion()
-        ids, _ = render({"messages": [question, {"role": "assistant", "content": content}]}, self.tokenizer)
+        seconds, content = self.responses.pop(0) if len(self.responses) > 1 else self.responses[0]
+        messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": content}]
+        ids, _ = render({"messages": messages}, self.tokenizer)
+        completion = Completion()
         for token in ids[4:-1]:  # after bos, user_start, user_end and assistant_start
             time.sleep(seconds)
             completion.tokens.append(token)
@@ -42,7 +47,7 @@ class ScriptedEngine:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    answers = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+    responses = json.loads((folder / "responses.json").read_text(encoding="utf-8"))
     console = make_console()
-    chat = Chat(ScriptedEngine(answers, Tokenizer.load(GOLDEN / "tokenizer")), Request([], 512))
-    talk(chat, console, LineEditor(console, folder / "history.jsonl"))
+    session = ChatSession(ScriptedEngine(responses, Tokenizer.load(GOLDEN / "tokenizer")), Request([], 512))
+    chat(session, console, LineEditor(console, folder / "history.jsonl"))
