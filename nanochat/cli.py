@@ -1,5 +1,5 @@
 """
-Command-line flags from a frozen dataclass: one field, one flag, one line of help.
+Command-line flags from a frozen dataclass, for all scripts: one field is one flag with one line of help.
 
     @dataclass(frozen=True)
     class Flags:
@@ -9,12 +9,15 @@ Command-line flags from a frozen dataclass: one field, one flag, one line of hel
     @command
     def main(flags: Flags) -> None: ...
 
-    main()                    # reads sys.argv; `--help` shows each text with its default
-    main(["--depth", "4"])    # what the tests call
+    main()                    # reads sys.argv; `--help` shows each line of help with its default
+    main(["--depth", "4"])    # how tests call it
+
+Errors that a user can fix end the program with one line. NANOCHAT_DEBUG=1 shows the traceback instead.
 """
 
 import argparse
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field, fields
@@ -26,7 +29,7 @@ T = TypeVar("T")
 
 
 def flag(default: Any, help: str, short: str = "", choices: Sequence[Any] | None = None) -> Any:
-    """A dataclass field that carries its help text, a short name and the values it may take."""
+    """A dataclass field with its default, help text, short name and allowed values."""
     return field(default=default, metadata={"help": help, "short": short, "choices": choices})
 
 
@@ -52,8 +55,8 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
 
 def command(main: Callable[[Any], T]) -> Callable[..., T]:
     """
-    Turns main(flags) into main(argv=None), which parses. What the user can put right, and what the user interrupts,
-    ends as one line, code 1.
+    Turns main(flags) into main(argv=None), which parses the command line. UserError, OSError and Ctrl-C end the program
+    with one line on stderr and exit code 1.
     """
     cls = next(iter(get_type_hints(main).values()))
 
@@ -63,6 +66,8 @@ def command(main: Callable[[Any], T]) -> Callable[..., T]:
         try:
             return main(flags)
         except (UserError, OSError) as error:  # OSErrors name their file: no permission, no space left
+            if os.environ.get("NANOCHAT_DEBUG"):
+                raise
             raise SystemExit(f"error: {' '.join(str(error).split())}") from error
         except KeyboardInterrupt as interrupt:
             raise SystemExit("interrupted") from interrupt
@@ -76,4 +81,4 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The script's docstring as it stands, and every flag's default."""
+    """Shows the script's docstring with its line breaks, and the default of every flag."""

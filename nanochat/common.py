@@ -1,4 +1,4 @@
-"""What every part needs: where files live, errors a user can act on, files that are whole or absent, formatting."""
+"""Shared by all modules: the base folder, errors for users, atomic file writes, seeds, formatting of numbers."""
 
 import errno
 import os
@@ -12,16 +12,16 @@ import torch
 
 
 class UserError(ValueError):
-    """Something the user can put right. The message is one line and names the remedy."""
+    """An error that the user can fix. Its message is one line and names the remedy."""
 
 
 def base_dir() -> Path:
-    """Where everything generated lives: $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat."""
+    """The folder of all generated files: $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat."""
     return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python's and torch's generators, on every device."""
+    """Seeds the random generators of Python and of torch on every device."""
     random.seed(seed)
     torch.manual_seed(seed)
 
@@ -29,8 +29,8 @@ def seed_everything(seed: int) -> None:
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """
-    Yields a temporary path beside `path`; what was written there, a file or a folder, replaces `path` when the block
-    ends, and is removed when it raises. A crash leaves the old content or the new, never half of it.
+    Yields a temporary path beside `path` for a file or a folder. When the block ends, it is flushed to the disk and
+    replaces `path`; when the block raises, it is removed. A crash leaves the old content or all of the new.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -40,7 +40,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             fsync(file)
         old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
         if path.is_dir():
-            os.replace(path, old)  # a rename cannot replace a folder that holds something
+            os.replace(path, old)  # a rename cannot replace a folder that is not empty
         os.replace(temporary, path)
         fsync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
@@ -55,7 +55,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def fsync(path: Path) -> None:
-    """Forces a file, or a folder's list of names, to the disk."""
+    """Flushes a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -64,7 +64,12 @@ def fsync(path: Path) -> None:
 
 
 def human(number: float) -> str:
-    """1234567 -> '1.23M'."""
+    """
+    A number with at most three digits and a unit.
+
+    >>> human(1234567)
+    '1.23M'
+    """
     for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(number) >= limit:
             return f"{number / limit:.3g}{suffix}"
@@ -72,7 +77,14 @@ def human(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """95 -> '1m35s'."""
+    """
+    A time span with its two largest units.
+
+    >>> duration(95)
+    '1m35s'
+    """
     hours, rest = divmod(round(seconds), 3600)
     minutes, seconds = divmod(rest, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -1,9 +1,12 @@
 """
-Processes that train together. Started plainly there is one; under torchrun there are many, joined in a process group
-(nccl on CUDA, gloo elsewhere). Every method works in both cases, so no caller asks which one it is.
+Distributed training for all stages: one `Dist` per process, which also works when there is only one process.
+
+Under torchrun the processes join a process group (nccl on CUDA, gloo elsewhere); without it a process is rank 0 of 1.
+Every method works in both cases, so callers need not distinguish them.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +18,12 @@ import torch.distributed as dist
 
 from nanochat.hardware import pick_device
 
-TIMEOUT = timedelta(minutes=60)  # rank 0 may evaluate or download alone for long while the others wait; arbitrary
+TIMEOUT = timedelta(minutes=60)  # rank 0 may evaluate or download for long while the others wait (not tuned)
 
 
 @dataclass(frozen=True)
 class Dist:
-    """This process among its peers."""
+    """This process: its device and its rank among all processes."""
 
     device: torch.device
     rank: int = 0
@@ -41,7 +44,7 @@ class Dist:
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item()) if self.world_size > 1 else flag
 
     def gather(self, value: Any) -> list[Any]:
-        """Everybody's picklable value, in the order of ranks, on every rank."""
+        """The picklable values of all ranks in order, on every rank."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
@@ -52,14 +55,14 @@ class Dist:
             dist.barrier()
 
     def print0(self, *args: Any) -> None:
-        """print, once for all ranks."""
+        """print on rank 0 only."""
         if self.is_main:
             print(*args, flush=True)
 
 
 @contextmanager
 def init(device_name: str = "auto") -> Iterator[Dist]:
-    """Joins the process group that torchrun's environment describes, if any, for the length of a `with` block."""
+    """Joins the process group that torchrun's environment variables describe, if any, until the block ends."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = pick_device(device_name, local_rank)
@@ -74,3 +77,9 @@ def init(device_name: str = "auto") -> Iterator[Dist]:
         yield Dist(device, dist.get_rank(), world_size)
     finally:
         dist.destroy_process_group()
+
+
+def warn0(message: str) -> None:
+    """Prints a warning to stderr, on rank 0 only; for code that has no Dist."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr, flush=True)

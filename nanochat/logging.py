@@ -1,6 +1,6 @@
 """
-What a person sees of a run: lines on the console, a metrics file to plot, wandb if asked, and a summary that the stages
-add to one after the other.
+Logging of training runs and evaluations: console lines, a metrics file to plot, wandb on request, and the final numbers
+of all stages.
 
     <base>/report/metrics/<stage>-<tag>.jsonl    one JSON object per logged step
     <base>/report/<stage>.json                   the stage's final numbers
@@ -21,8 +21,8 @@ from nanochat.distributed import Dist
 from nanochat.hardware import gpu_peaks, peak_memory
 from nanochat.train import UNTIMED_STEPS, TrainState
 
-CONSOLE_SECONDS = 5.0  # between two lines about the loss; arbitrary
-PROGRESS_SECONDS = 30.0  # between two lines about an evaluation; arbitrary
+CONSOLE_SECONDS = 5.0  # between two console lines about the loss (heuristic, not tuned)
+PROGRESS_SECONDS = 30.0  # between two console lines about an evaluation (heuristic, not tuned)
 
 
 def report_dir() -> Path:
@@ -30,33 +30,34 @@ def report_dir() -> Path:
 
 
 class Logger:
-    """Logs one run of one stage. Rank 0 writes; the others do nothing."""
+    """Logs one run. Rank 0 writes; on the other ranks all methods do nothing."""
 
     def __init__(
         self,
-        stage: str,
-        tag: str,
-        config: dict[str, Any],
+        path: Path,  # of the metrics file
         dist: Dist,
-        run: str = "",  # wandb run name; empty = no wandb
+        *,
+        config: dict[str, Any],
+        wandb_run: str = "",  # name; empty = no wandb
         num_steps: int = 0,  # of the whole run, for the time left; 0 = unknown
-        flops_per_token: float = 0.0,
-        first_step: int = 0,  # a resumed run forgets what was logged after this
+        flops_per_token: float = 0.0,  # for the utilization (MFU) on GPUs whose peak is known
+        first_step: int = 0,  # of a resumed run: lines after it are removed from the file
     ):
-        self.stage, self.dist, self.num_steps = stage, dist, num_steps
-        self.flops_per_token, self.peaks = flops_per_token, gpu_peaks(dist.device)
-        self.last_line = 0.0
+        self.dist = dist
+        self.num_steps = num_steps
+        self.flops_per_token = flops_per_token
+        self.peaks = gpu_peaks(dist.device)
+        self.last_line = 0.0  # time of the last console line about the loss
         self.latest: dict[str, float] = {}
         self.wandb: Any = None
         self.file: Any = None
-        if not dist.is_main:
-            return
-        self.file = append_after(first_step, report_dir() / "metrics" / f"{stage}-{tag}.jsonl", {"config": config})
-        if run:
-            self.wandb = start_wandb(run, f"{stage}-{tag}", config)
+        if dist.is_main:
+            self.file = append_after(first_step, path, {"config": config})
+            if wandb_run:
+                self.wandb = start_wandb(wandb_run, path.name.lstrip(".").partition(".jsonl")[0], config)
 
     def log(self, state: TrainState, metrics: dict[str, float]) -> None:
-        """Writes the metrics of a step; the loss goes to the console every few seconds, everything else always."""
+        """Writes the metrics of a step. The console shows evaluations always and the loss every few seconds."""
         if not self.dist.is_main:
             return
         if self.peaks and self.flops_per_token and "train/tokens_per_second" in metrics:
@@ -71,18 +72,20 @@ class Logger:
         now = time.monotonic()
         if not is_loss or now - self.last_line > CONSOLE_SECONDS or state.step in (1, self.num_steps):
             self.last_line = now if is_loss else self.last_line
-            print(f"{self._progress(state)} | {' | '.join(_format(*item) for item in metrics.items())}", flush=True)
+            shown = [_format(name, value) for name, value in metrics.items() if not name.startswith("lr/")]
+            print(f"{self._progress(state)} | {' | '.join(shown)}", flush=True)
 
-    def finish(self, state: TrainState, **numbers: Any) -> None:
-        """Keeps the stage's final numbers for the summary, the last evaluations among them, and ends the run."""
+    def finish(self, stage: str, state: TrainState, **numbers: Any) -> None:
+        """Ends the run: adds its final numbers to the report, the last evaluations among them."""
         if not self.dist.is_main:
             return
-        final: dict[str, Any] = {name: value for name, value in self.latest.items() if not name.startswith("train/tok")}
+        skipped = ("train/tok", "lr/")
+        final: dict[str, Any] = {name: value for name, value in self.latest.items() if not name.startswith(skipped)}
         final |= {"steps": state.step, "training time": duration(state.seconds)}
         if state.seconds:
             final["tokens/s"] = round(state.tokens / state.seconds)
         final["peak memory"] = f"{peak_memory(self.dist.device) / 2**30:.2f} GiB"
-        save_numbers(self.stage, final | numbers)
+        save_numbers(stage, final | numbers)
         self.file.close()
         if self.wandb:
             self.wandb.summary.update(final | numbers)
@@ -93,8 +96,8 @@ class Logger:
             return f"step {state.step}"
         left = ""
         if state.seconds and state.tokens:
-            per_step = state.seconds / max(1, state.step - UNTIMED_STEPS)
-            left = f", {duration(per_step * (self.num_steps - state.step))} left"
+            seconds_per_step = state.seconds / max(1, state.step - UNTIMED_STEPS)
+            left = f", {duration(seconds_per_step * (self.num_steps - state.step))} left"
         return f"step {state.step}/{self.num_steps}{left}"
 
 
@@ -106,7 +109,7 @@ def _format(name: str, value: float) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A number of the summary: four decimals, or four digits where these would be all zeros or endless."""
+    """A number of the report: four decimals, or four significant digits for very small and very large ones."""
     if not isinstance(value, float):
         return str(value)
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
@@ -114,8 +117,8 @@ def _shown(value: Any) -> str:
 
 def append_after(step: int, path: Path, *head: dict[str, Any]) -> TextIO:
     """
-    Opens a file of JSON objects, one a line, for appending as a run is resumed after `step`: `head`, then of what is
-    there all up to that step. A run that begins, with step 0, keeps nothing.
+    Opens a JSON-lines file to append to, for a run that is resumed after `step`: the file then holds `head` and its
+    own lines of the steps up to this one. A new run (step 0) keeps none.
     """
     kept = [line for line in _lines(path) if line.get("step", math.inf) <= step] if step else []
     with atomic_path(path) as temporary:
@@ -124,7 +127,7 @@ def append_after(step: int, path: Path, *head: dict[str, Any]) -> TextIO:
 
 
 def _lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
-    """The file's JSON objects, one a line or the whole file one; what a crash cut short is left out."""
+    """The JSON objects of a file, one per line or the whole file one; a last one that a crash truncated is left out."""
     text = path.read_text() if path.exists() else ""
     lines = []
     for line in [text] if whole else text.splitlines():
@@ -136,21 +139,32 @@ def _lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
 
 
 def progress(total: int, dist: Dist) -> Callable[[int], None]:
-    """A function that is told how many of `total` items are done, and every now and then says how far that is."""
-    start = last = time.monotonic()
+    """Returns a function to call with the number of items done, which prints the progress every 30 seconds."""
+    start = time.monotonic()
+    last = start
 
-    def say(done: int) -> None:
+    def report(done: int) -> None:
         nonlocal last
-        if (now := time.monotonic()) - last > PROGRESS_SECONDS:
+        now = time.monotonic()
+        if now - last > PROGRESS_SECONDS:
             left = (total - done) * (now - start) / done
             dist.print0(f"{done:,} of {total:,} items, about {duration(left)} left")
             last = now
 
-    return say
+    return report
+
+
+def print_table(title: str, rows: list[tuple[str, ...]]) -> None:
+    """Prints aligned columns, which also read well in a log file."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    print(title)
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  " + "  ".join(cells).rstrip(), flush=True)
 
 
 def check_wandb(run: str) -> None:
-    """UserError if the run is to be logged to wandb and that is not installed."""
+    """UserError if the run asks for wandb and it is not installed."""
     if not run:
         return
     try:
@@ -160,7 +174,7 @@ def check_wandb(run: str) -> None:
 
 
 def start_wandb(run: str, group: str, config: dict[str, Any]) -> Any:
-    """A wandb run; offline, with a word about it, where there is no account or no network."""
+    """Starts a wandb run, offline and with a notice where there is no account or no network."""
     check_wandb(run)
     import wandb
 
@@ -174,17 +188,17 @@ def start_wandb(run: str, group: str, config: dict[str, Any]) -> Any:
 
 
 def save_numbers(stage: str, numbers: dict[str, Any]) -> None:
-    """Keeps a stage's final numbers for the summary, beside earlier ones of the same "model"."""
+    """Saves a stage's final numbers for the report, and keeps earlier ones of the same "model"."""
     path = report_dir() / f"{stage}.json"
     earlier = next(iter(_lines(path, whole=True)), {})
     if earlier.get("model") == numbers.get("model"):
         numbers = earlier | numbers
-    with atomic_path(report_dir() / f"{stage}.json") as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(numbers | {"time": time.time()}, indent=1))
 
 
 def print_summary(stages: list[str]) -> None:
-    """A table of the final numbers of those stages that have run, and the same as report/report.md."""
+    """Prints the final numbers of the stages that have run, and writes them to report/report.md."""
     table = Table("stage", "result", "value")
     markdown = ["# Report", "", "| stage | result | value |", "|---|---|---|"]
     for stage in stages:

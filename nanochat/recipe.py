@@ -1,39 +1,98 @@
 """
-Depth is the one dial: width, batch, learning rates, weight decay and number of steps follow from it. Everything here
-is pure arithmetic.
+Derives every hyperparameter of a run: `--depth` goes in; width, batch size, learning rates, weight decay and number of
+optimizer steps come out. Pure arithmetic, in the order in which one value follows from another:
 
-1. Shape. Width = depth * aspect ratio, rounded up to whole heads.
-2. Horizon. D = ratio * N tokens, N being the parameters that follow scaling laws best: block matrices and lm_head.
-3. Batch. Grows with the horizon, B = 2^19 * (D / D_ref)^0.383 (arXiv 2505.13738), rounded to a power of two; the
-   reference is the depth-12 model of the same family, for which 2^19 tokens were found best.
-4. Learning rates * sqrt(B / 2^19): the noise of Adam-like updates falls with the root of the batch.
-5. Weight decay * sqrt(B / 2^19) * D_ref / D: keeps the time scale of the weights' average a fixed part of the run
-   (arXiv 2405.13698).
+1. Model. Width = depth * aspect ratio, rounded up to whole attention heads.
+2. Horizon. D = ratio * N training tokens, where N counts the parameters that scaling laws fit best: the matrices of the
+   blocks and lm_head.
+3. Batch. B = 2^19 * (D / D_12)^0.383 tokens, rounded to a power of two (arXiv 2505.13738). D_12 is the horizon of the
+   depth-12 model, for which 2^19 tokens were found best.
+4. Learning rates. All of them * sqrt(B / 2^19): the gradient noise of Adam-like optimizers falls with the root of the
+   batch (arXiv 2205.10287).
+5. Weight decay. 0.28 * sqrt(B / 2^19) * D_12 / D: the weights are an average over the last 1 / (lr * decay) steps, and
+   this keeps that span a constant share of the run (arXiv 2405.13698).
+
+The values and the reference point are those of Karpathy's nanochat. `explain` gives the derivation of a run as a table.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
-from nanochat.common import UserError
+from nanochat.cli import flag
+from nanochat.common import UserError, human
 from nanochat.gpt import PORTABLE, GPTConfig, flops_per_token, param_counts
-from nanochat.muon import MuonAdamW
+from nanochat.muon import ParamGroup
 
 REFERENCE_DEPTH = 12
-REFERENCE_BATCH = 2**19  # tokens
-BATCH_EXPONENT = 0.383
-REFERENCE_WEIGHT_DECAY = 0.28
+REFERENCE_BATCH = 2**19  # tokens: the best batch of the depth-12 model
+REFERENCE_WIDTH = 768  # channels: the learning rates of tables and lm_head were tuned at depth 12
+BATCH_EXPONENT = 0.383  # arXiv 2505.13738
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """
+    Batch sizes and learning rates of pretraining. They are saved in each checkpoint, and later stages start from them.
+    The learning rates are those of the reference (batch 2^19, width 768), before any scaling.
+    """
+
+    device_batch_size: int = 32  # rows per forward pass and rank
+    total_batch_size: int = REFERENCE_BATCH  # tokens per optimizer step over all ranks
+    embedding_lr: float = 0.3
+    unembedding_lr: float = 0.008
+    matrix_lr: float = 0.02
+    scalar_lr: float = 0.5
+
+    @property
+    def batch_lr_scale(self) -> float:
+        """The factor on the learning rates that follows from the batch size (step 4 above)."""
+        return math.sqrt(self.total_batch_size / REFERENCE_BATCH)
+
+
+@dataclass(frozen=True)
+class RecipeFlags:
+    """The flags of pretraining that decide the recipe. Their defaults stand here and nowhere else."""
+
+    depth: int = flag(20, "transformer layers; width, batch, steps and learning rates follow (nanochat/recipe.py)")
+    aspect_ratio: int = flag(64, "channels of width per layer")
+    head_dim: int = flag(128, "channels per attention head")
+    max_seq_len: int = flag(2048, "tokens of context")
+    window_pattern: str = flag("SSSL", "attention windows, tiled over the layers: S = quarter of the context, L = all")
+    portable: bool = flag(False, "a plain model that can be exported to every format; use tok_train --portable with it")
+    num_iterations: int = flag(-1, "optimizer steps; -1 = from --target-flops or the ratio")
+    target_flops: float = flag(-1.0, "training FLOPs to spend; -1 = from the ratio")
+    target_param_data_ratio: float = flag(12.0, "training tokens per parameter (block matrices and lm_head)")
+    device_batch_size: int = flag(
+        Hyperparameters.device_batch_size, "rows per forward pass and rank; lower it if memory runs out"
+    )
+    total_batch_size: int = flag(-1, "tokens per optimizer step over all ranks; -1 = from the horizon")
+    embedding_lr: float = flag(Hyperparameters.embedding_lr, "learning rate of the token embeddings, before scaling")
+    unembedding_lr: float = flag(Hyperparameters.unembedding_lr, "learning rate of lm_head, before scaling")
+    matrix_lr: float = flag(Hyperparameters.matrix_lr, "learning rate of the block matrices (Muon), before scaling")
+    scalar_lr: float = flag(Hyperparameters.scalar_lr, "learning rate of the residual scalars, before scaling")
+    weight_decay: float = flag(0.28, "Muon's weight decay at the reference batch and horizon")
+    warmup_steps: int = flag(40, "steps of linear learning-rate warm-up")
+    warmdown_ratio: float = flag(0.65, "last share of the run, over which the learning rate falls linearly")
+    final_lr_frac: float = flag(0.05, "learning rate at the end, as a share of the full one")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a pretraining run is made of."""
+    """The recipe of one pretraining run. All values are final: nothing is scaled any further."""
 
     model: GPTConfig
-    total_batch_size: int  # tokens per optimizer update, over all ranks
-    num_iterations: int  # optimizer updates
-    batch_factor: float  # on the learning rates
+    num_iterations: int  # optimizer steps
+    horizon: int  # tokens that batch size and weight decay were chosen for
     weight_decay: float  # Muon's
-    horizon: int  # tokens that batch and weight decay were chosen for
+    hyperparameters: Hyperparameters
+    groups: tuple[ParamGroup, ...]
+
+    @property
+    def total_batch_size(self) -> int:
+        """Tokens per optimizer step over all ranks."""
+        return self.hyperparameters.total_batch_size
 
     @property
     def num_tokens(self) -> int:
@@ -44,6 +103,57 @@ class Recipe:
         return float(flops_per_token(self.model)) * self.num_tokens
 
 
+def derive(flags: RecipeFlags, vocab_size: int) -> Recipe:
+    """
+    Returns the recipe that the flags ask for. UserError names the flag that makes it impossible. An explicit number of
+    steps or FLOPs sets the horizon that batch size and weight decay follow.
+    """
+    _check(flags)
+    config = model_of_flags(flags, flags.depth, vocab_size)
+    flops = flops_per_token(config)
+    reference_horizon = horizon_of_depth(flags, REFERENCE_DEPTH, vocab_size)
+    given_batch = flags.total_batch_size if flags.total_batch_size > 0 else None
+
+    if flags.num_iterations > 0:
+        num_iterations = flags.num_iterations
+        batch = given_batch or batch_for_steps(num_iterations, reference_horizon)
+        horizon = num_iterations * batch
+    elif flags.target_flops > 0:
+        horizon = max(1, int(flags.target_flops / flops))
+        batch = given_batch or batch_for_horizon(horizon, reference_horizon)
+        num_iterations = round(flags.target_flops / (flops * batch))
+    else:
+        horizon = max(1, horizon_of_depth(flags, flags.depth, vocab_size))
+        batch = given_batch or batch_for_horizon(horizon, reference_horizon)
+        num_iterations = horizon // batch
+    if num_iterations < 1:
+        raise UserError(f"{horizon} tokens are less than one batch of {batch}: lower --total-batch-size")
+
+    hyperparameters = Hyperparameters(
+        device_batch_size=flags.device_batch_size,
+        total_batch_size=batch,
+        embedding_lr=flags.embedding_lr,
+        unembedding_lr=flags.unembedding_lr,
+        matrix_lr=flags.matrix_lr,
+        scalar_lr=flags.scalar_lr,
+    )
+    weight_decay = flags.weight_decay * hyperparameters.batch_lr_scale * reference_horizon / horizon
+    groups = param_groups(config, hyperparameters, weight_decay=weight_decay)
+    return Recipe(config, num_iterations, horizon, weight_decay, hyperparameters, groups)
+
+
+def _check(flags: RecipeFlags) -> None:
+    if flags.target_param_data_ratio <= 0:
+        raise UserError(f"--target-param-data-ratio {flags.target_param_data_ratio}: must be above 0")
+    for name in ("num_iterations", "total_batch_size"):
+        value = getattr(flags, name)
+        if value < 1 and value != -1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1, or -1 to follow from the depth")
+
+
+# ---- 1. model ----
+
+
 def model_config(
     depth: int,
     vocab_size: int,
@@ -51,64 +161,55 @@ def model_config(
     head_dim: int = 128,
     sequence_len: int = 2048,
     window_pattern: str = "SSSL",
-    portable: bool = False,  # gpt.PORTABLE: only parts that other programs implement too
+    *,
+    portable: bool = False,
 ) -> GPTConfig:
-    """The model of a depth: aspect_ratio channels per layer, rounded up to whole heads."""
+    """
+    The model of a depth: aspect_ratio channels per layer, rounded up to whole heads of head_dim channels. A portable
+    model has only parts that other programs implement (gpt.PORTABLE), and full windows whatever the pattern.
+    """
     for name, value in (("depth", depth), ("aspect-ratio", aspect_ratio), ("max-seq-len", sequence_len)):
         if value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
-    if head_dim < 16 or head_dim % 2:  # the value gates look at 12 channels, smear at 24; rotary needs pairs
+    if head_dim < 16 or head_dim % 2:  # value gates read 12 channels, smear reads 24, and rotary rotates pairs
         raise UserError(f"--head-dim {head_dim}: must be even and at least 16")
     n_head = math.ceil(depth * aspect_ratio / head_dim)
     config = GPTConfig(sequence_len, vocab_size, depth, n_head, n_head, n_head * head_dim, window_pattern)
     return replace(config, **PORTABLE) if portable else config
 
 
-def derive(
-    depth: int,
-    vocab_size: int,
-    aspect_ratio: int = 64,
-    head_dim: int = 128,
-    sequence_len: int = 2048,
-    window_pattern: str = "SSSL",
-    data_ratio: float = 12.0,  # tokens per scaling parameter
-    total_batch_size: int = -1,  # -1: from the horizon
-    num_iterations: int = -1,  # -1: from target_flops or the ratio
-    target_flops: float = -1.0,  # -1: from the ratio
-    weight_decay: float = REFERENCE_WEIGHT_DECAY,
-) -> Recipe:
-    """The recipe of a depth. An explicit number of steps or FLOPs sets the horizon that batch and decay follow."""
-    if data_ratio <= 0:
-        raise UserError(f"--target-param-data-ratio {data_ratio}: must be above 0")
-    for name, value in (("num-iterations", num_iterations), ("total-batch-size", total_batch_size)):
-        if value < 1 and value != -1:
-            raise UserError(f"--{name} {value}: must be at least 1, or -1 to follow from the depth")
-    config = model_config(depth, vocab_size, aspect_ratio, head_dim, sequence_len, window_pattern)
-    reference = model_config(REFERENCE_DEPTH, vocab_size, aspect_ratio, head_dim, sequence_len, window_pattern)
-    reference_horizon = int(data_ratio * scaling_params(reference))
-    given_batch = total_batch_size if total_batch_size > 0 else None
+def model_of_flags(flags: RecipeFlags, depth: int, vocab_size: int) -> GPTConfig:
+    """The model of a depth with the other flags as they are: for the run itself and for its reference model."""
+    return model_config(
+        depth,
+        vocab_size,
+        flags.aspect_ratio,
+        flags.head_dim,
+        flags.max_seq_len,
+        flags.window_pattern,
+        portable=flags.portable,
+    )
 
-    if num_iterations > 0:
-        batch = given_batch or batch_for_steps(num_iterations, reference_horizon)
-        horizon = num_iterations * batch
-    else:
-        flops = flops_per_token(config)
-        horizon = max(1, int(target_flops / flops if target_flops > 0 else data_ratio * scaling_params(config)))
-        batch = given_batch or batch_for_horizon(horizon, reference_horizon)
-        num_iterations = round(target_flops / (flops * batch)) if target_flops > 0 else horizon // batch
-        if num_iterations < 1:
-            raise UserError(f"{horizon} tokens are less than one batch of {batch}: lower --total-batch-size")
-    batch_factor = math.sqrt(batch / REFERENCE_BATCH)
-    decay = weight_decay * batch_factor * reference_horizon / horizon
-    return Recipe(config, batch, num_iterations, batch_factor, decay, horizon)
+
+# ---- 2. horizon ----
 
 
 def scaling_params(config: GPTConfig) -> int:
+    """N: the block matrices and lm_head. Embedding tables are left out: they are looked up, not multiplied."""
     counts = param_counts(config)
     return counts["transformer_matrices"] + counts["lm_head"]
 
 
+def horizon_of_depth(flags: RecipeFlags, depth: int, vocab_size: int) -> int:
+    """Training tokens that the ratio gives for a depth."""
+    return int(flags.target_param_data_ratio * scaling_params(model_of_flags(flags, depth, vocab_size)))
+
+
+# ---- 3. batch ----
+
+
 def batch_for_horizon(horizon: float, reference_horizon: float) -> int:
+    """Tokens per optimizer step: a power of two."""
     return 2 ** round(math.log2(REFERENCE_BATCH * (horizon / reference_horizon) ** BATCH_EXPONENT))
 
 
@@ -119,43 +220,107 @@ def batch_for_steps(num_iterations: int, reference_horizon: float) -> int:
 
 
 def accumulation_steps(total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:
-    """Micro-batches per rank and update. UserError if that is not whole, with the nearest batch sizes that work."""
+    """
+    Micro-batches per rank and optimizer step. UserError when that is not a whole number; it names the nearest batch
+    sizes that work.
+    """
     if device_batch_size < 1:
         raise UserError(f"--device-batch-size {device_batch_size}: must be at least 1")
     if total_batch_size < 1:
         raise UserError(f"--total-batch-size {total_batch_size}: must be at least 1 token")
-    per_pass = device_batch_size * sequence_len * world_size
-    if total_batch_size % per_pass == 0:
-        return total_batch_size // per_pass
-    below, above = total_batch_size // per_pass * per_pass, math.ceil(total_batch_size / per_pass) * per_pass
-    totals = " or ".join(str(b) for b in (below, above) if b)
+    tokens_per_pass = device_batch_size * sequence_len * world_size
+    if total_batch_size % tokens_per_pass == 0:
+        return total_batch_size // tokens_per_pass
+
+    below = total_batch_size // tokens_per_pass * tokens_per_pass
+    nearest = [total for total in (below, below + tokens_per_pass) if total > 0]
+    remedy = f"use --total-batch-size {' or '.join(map(str, nearest))}"
     rows, rest = divmod(total_batch_size, sequence_len * world_size)
-    fitting = 0 if rest else max((b for b in range(1, min(rows, device_batch_size) + 1) if rows % b == 0), default=0)
-    remedy = f" or --device-batch-size {fitting}" if fitting else ""
+    divisors = [size for size in range(1, min(rows, device_batch_size) + 1) if rows % size == 0]
+    if rest == 0 and divisors:
+        remedy += f" or --device-batch-size {divisors[-1]}"
     raise UserError(
-        f"a total batch of {total_batch_size} tokens is no multiple of {per_pass} ({device_batch_size} rows x "
-        f"{sequence_len} tokens x {world_size} ranks): use --total-batch-size {totals}{remedy}"
+        f"a total batch of {total_batch_size} tokens is no multiple of {tokens_per_pass} ({device_batch_size} rows x "
+        f"{sequence_len} tokens x {world_size} ranks): {remedy}"
     )
+
+
+# ---- 4. and 5. learning rates and weight decay ----
+
+
+def param_groups(
+    config: GPTConfig,
+    hyperparameters: Hyperparameters | None = None,
+    *,
+    weight_decay: float = RecipeFlags.weight_decay,  # Muon's, final
+    lr_frac: float = 1.0,  # share of pretraining's learning rates; fine-tuning takes less than all
+) -> tuple[ParamGroup, ...]:
+    """The optimizer's parameter groups with their final learning rates."""
+    base = hyperparameters or Hyperparameters()
+    by_batch = lr_frac * base.batch_lr_scale
+    # Adam's steps do not shrink with the gradient, so wider tables and a wider head need smaller ones: each logit is a
+    # sum over C channels. C^-0.5 is the public recipe's choice; muP would scale with 1 / C (arXiv 2203.03466).
+    by_width = by_batch * (config.n_embd / REFERENCE_WIDTH) ** -0.5
+    return (
+        ParamGroup("lm_head", ("lm_head.",), base.unembedding_lr * by_width, 0.01, (0.8, 0.96)),
+        # A row of a table gets a gradient only when its token occurs, so the second moment averages over 200 steps.
+        ParamGroup("wte", ("transformer.wte.",), base.embedding_lr * by_width, 0.001, (0.8, 0.995)),
+        ParamGroup("value_embeds", ("value_embeds.",), base.embedding_lr / 2 * by_width, 0.01, (0.8, 0.995)),
+        # A hundredth: these multiply the whole residual stream in every layer, so their changes compound with depth.
+        ParamGroup("resid", ("resid_lambdas",), 0.01 * base.scalar_lr * by_batch, 0.05, (0.8, 0.95), is_scalar=True),
+        ParamGroup("x0", ("x0_lambdas",), base.scalar_lr * by_batch, 0.0, (0.96, 0.95), is_scalar=True),
+        # Not scaled with the batch. With small batches this is fast: at depth 4 and 8,192 tokens a step it drives
+        # backout_lambda to 1 within 20 steps, where the loss spikes in float32 (8.2 to 9.5) before it recovers.
+        ParamGroup("smear_backout", ("smear_", "backout_"), 0.2 * lr_frac, 0.0, (0.8, 0.95), is_scalar=True),
+        ParamGroup("muon", ("transformer.h.",), base.matrix_lr * by_batch, weight_decay),
+    )
+
+
+def load_hyperparameters(meta: dict[str, Any]) -> Hyperparameters:
+    """
+    The hyperparameters of the run that saved a checkpoint with this meta data; the defaults where it lacks them. Older
+    checkpoints have them in other sections, where -1 means that another section has the derived value.
+    """
+    known: dict[str, Any] = {}
+    for section in (meta.get("user_config"), meta.get("flags"), meta, meta.get("recipe"), meta.get("settings")):
+        known |= {name: value for name, value in (section or {}).items() if value not in (None, -1)}
+    names = [field.name for field in fields(Hyperparameters)]
+    return Hyperparameters(**{name: known[name] for name in names if name in known})
 
 
 # ---- schedules: pure functions of the step ----
 
 
+class StepSchedule(NamedTuple):
+    """What a schedule sets for one optimizer step."""
+
+    lr_multiplier: float  # on the learning rates of all groups
+    muon_momentum: float
+    decay_multiplier: float = 1.0  # on Muon's weight decay; AdamW's is constant
+    scalar_lr_multiplier: float = 1.0  # on top of lr_multiplier, for the groups of residual scalars
+
+
+class Schedule(Protocol):
+    """step: optimizer steps before this one; progress: share of the run before this step, in [0, 1)."""
+
+    def __call__(self, step: int, progress: float) -> StepSchedule: ...
+
+
 def lr_multiplier(
-    step: int, num_iterations: int, warmup_steps: int = 40, warmdown_ratio: float = 0.65, final_frac: float = 0.05
+    step: int, num_iterations: int, *, warmup_steps: int = 40, warmdown_ratio: float = 0.65, final_frac: float = 0.05
 ) -> float:
-    """Linear warm-up, constant, linear to final_frac over the last warmdown_ratio of the run."""
+    """Linear warm-up, constant, then linear to final_frac over the last warmdown_ratio of the run (a trapezoid)."""
     warmdown_steps = round(warmdown_ratio * num_iterations)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if step <= num_iterations - warmdown_steps:
         return 1.0
-    left = (num_iterations - step) / warmdown_steps
-    return left + (1 - left) * final_frac
+    remaining = (num_iterations - step) / warmdown_steps
+    return remaining + (1 - remaining) * final_frac
 
 
 def muon_momentum(step: int, num_iterations: int, warmdown_ratio: float = 0.65) -> float:
-    """0.85 → 0.97 over 400 steps, then → 0.90 over the warm-down."""
+    """0.85 → 0.97 over 400 steps, then → 0.90 over the warm-down: a shorter memory as the steps get smaller."""
     warmdown_steps = round(warmdown_ratio * num_iterations)
     warmdown_start = num_iterations - warmdown_steps
     if step < 400:
@@ -170,26 +335,88 @@ def decay_multiplier(step: int, num_iterations: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / num_iterations))
 
 
-def pretrain_schedule(
-    optimizer: MuonAdamW, step: int, num_iterations: int, warmup_steps: int, warmdown_ratio: float, final_frac: float
-) -> None:
-    """Sets the optimizer's rates for one step of pretraining."""
-    lr = lr_multiplier(step, num_iterations, warmup_steps, warmdown_ratio, final_frac)
-    momentum = muon_momentum(step, num_iterations, warmdown_ratio)
-    optimizer.set_schedule(lr, momentum, decay_multiplier(step, num_iterations))
-    for group in optimizer.param_groups if step == 0 else ():
-        # At first every block is the identity, and a norm follows: the scalars of the residual stream have no gradient
-        # but rounding errors near 1e-11, of which Adam would make steps of full length. Without this, two kernels that
-        # agree to 1e-7 part by 5.7 % in the loss within 50 steps (depth 4, 8,192 tokens a step); with it, by 0.07 %.
-        if group["name"] in ("resid", "x0", "smear_backout"):
-            group["lr"] = 0.0
+def pretrain_schedule(flags: RecipeFlags, num_iterations: int) -> Schedule:
+    """The schedule of pretraining for a run of that many steps."""
+    return partial(_pretrain_step, flags, num_iterations)
 
 
-def finetune_schedule(optimizer: MuonAdamW, step: int, progress: float) -> None:
-    """SFT: constant, then linear to 0 over the last half; momentum 0.85 → 0.95 over 300 steps. progress in [0, 1]."""
-    optimizer.set_schedule(min(1.0, 2 * (1 - progress)), 0.85 + 0.10 * min(step / 300, 1), 1.0)
+def _pretrain_step(flags: RecipeFlags, num_iterations: int, step: int, progress: float) -> StepSchedule:
+    lr = lr_multiplier(
+        step,
+        num_iterations,
+        warmup_steps=flags.warmup_steps,
+        warmdown_ratio=flags.warmdown_ratio,
+        final_frac=flags.final_lr_frac,
+    )
+    momentum = muon_momentum(step, num_iterations, flags.warmdown_ratio)
+    # The residual scalars rest in the very first step. All blocks are the identity then, and a norm follows, so the
+    # gradients of the scalars are rounding errors near 1e-11, which Adam would turn into steps of full length. Without
+    # this rule two kernels that agree to 1e-7 differ by 5.7 % in the loss within 50 steps (depth 4, 8,192 tokens a
+    # step); with it, by 0.07 %.
+    scalar_lr_multiplier = 0.0 if step == 0 else 1.0
+    return StepSchedule(lr, momentum, decay_multiplier(step, num_iterations), scalar_lr_multiplier)
 
 
-def rl_schedule(optimizer: MuonAdamW, step: int, progress: float) -> None:
-    """Reinforcement learning: linear to 0; momentum 0.85 → 0.95 over 300 steps, as in SFT. progress in [0, 1]."""
-    optimizer.set_schedule(1 - progress, 0.85 + 0.10 * min(step / 300, 1), 1.0)
+def finetune_schedule(step: int, progress: float) -> StepSchedule:
+    """SFT: constant, then linear to 0 over the last half of the run; momentum 0.85 → 0.95 over 300 steps."""
+    return StepSchedule(min(1.0, 2 * (1 - progress)), _finetune_momentum(step))
+
+
+def rl_schedule(step: int, progress: float) -> StepSchedule:
+    """Reinforcement learning: linear to 0 over the whole run; momentum as in SFT."""
+    return StepSchedule(1 - progress, _finetune_momentum(step))
+
+
+def _finetune_momentum(step: int) -> float:
+    return 0.85 + 0.10 * min(step / 300, 1)
+
+
+# ---- the derivation as a table ----
+
+
+def explain(flags: RecipeFlags, recipe: Recipe) -> list[tuple[str, str, str]]:
+    """Rows (what, value, how it was derived) for people who want to check a run against the papers."""
+    model, base = recipe.model, recipe.hyperparameters
+    reference_horizon = horizon_of_depth(flags, REFERENCE_DEPTH, model.vocab_size)
+    width = f"depth {flags.depth} x {flags.aspect_ratio} (--aspect-ratio), rounded up to heads of {flags.head_dim}"
+    counted = "matrices of the blocks + lm_head: the count that scaling laws fit best"
+    if flags.num_iterations > 0:
+        horizon, steps = "steps x batch", "--num-iterations"
+    elif flags.target_flops > 0:
+        horizon, steps = "--target-flops / FLOPs per token", "--target-flops / (FLOPs per token x batch)"
+    else:
+        horizon, steps = f"{flags.target_param_data_ratio:g} x N (--target-param-data-ratio)", "D / B"
+    batch = "2^19 (D / D_12)^0.383, to a power of two (arXiv 2505.13738)"
+    if flags.total_batch_size > 0:
+        batch = "--total-batch-size"
+    decay = f"{flags.weight_decay:g} sqrt(B / 2^19) D_12 / D (arXiv 2405.13698)"
+    rows = [
+        ("width C", f"{model.n_embd}", width),
+        ("parameters N", human(scaling_params(model)), counted),
+        ("horizon D", f"{human(recipe.horizon)} tokens", horizon),
+        ("reference horizon D_12", f"{human(reference_horizon)} tokens", "the same ratio at depth 12, where B = 2^19"),
+        ("batch B", f"{base.total_batch_size:,} tokens", batch),
+        ("optimizer steps", f"{recipe.num_iterations:,}", steps),
+        ("learning rates x", f"{base.batch_lr_scale:.4f}", "sqrt(B / 2^19) (arXiv 2205.10287)"),
+        ("Muon's weight decay", f"{recipe.weight_decay:.4f}", decay),
+    ]
+    return rows + explain_groups(recipe.groups, base, model.n_embd)
+
+
+def explain_groups(
+    groups: tuple[ParamGroup, ...], base: Hyperparameters, width: int, lr_frac: float = 1.0
+) -> list[tuple[str, str, str]]:
+    """Rows (what, value, how it was derived) for the learning rate of each parameter group."""
+    share = "" if lr_frac == 1 else f"{lr_frac:g} x "
+    by_batch = f"{share}sqrt(B / 2^19)"
+    by_width = f"{by_batch} x ({width} / {REFERENCE_WIDTH})^-0.5"
+    how = {
+        "lm_head": f"--unembedding-lr {base.unembedding_lr:g} x {by_width}",
+        "wte": f"--embedding-lr {base.embedding_lr:g} x {by_width}",
+        "value_embeds": "half of wte's",
+        "resid": f"--scalar-lr {base.scalar_lr:g} x 0.01 x {by_batch}",
+        "x0": f"--scalar-lr {base.scalar_lr:g} x {by_batch}",
+        "smear_backout": f"{share}0.2, whatever the batch",
+        "muon": f"--matrix-lr {base.matrix_lr:g} x {by_batch}",
+    }
+    return [(f"lr of {group.name}", f"{group.lr:.4g}", how[group.name]) for group in groups]

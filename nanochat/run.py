@@ -1,200 +1,246 @@
 """
-What every training stage does around the loop of train.py: check, build, run.
+A run of a training stage, for the stage scripts: checks, builds and restores everything around the loop of train.py.
 
-    with distributed.init(flags.device) as dist:
-        start = prepare("sft", tag, source, tokenizer, dist, flags.resume)       # checks only
-        run = start.build(settings.rates(0.8), settings.batch_factor, config)    # model, optimizer, where it stands
-        logger = run.logger(flags.run)
-        hooks = [Hook(flags.eval_every, evaluate), run.save_hook(flags.save_every)]
-        state = run.train(steps, token_loss, finetune_schedule, hooks, logger)
-        logger.finish(state, model=start.checkpoints.good)
+    with Run.open("sft", tag, source, flags, tokenizer=tokenizer, dist=dist) as run:   # checks only, nothing is built
+        run.build(groups, metadata)                                     # model, optimizer, state of a resumed run
+        logger = run.open_log(num_steps)
+        hooks = [Hook(flags.eval_every, evaluate), run.save_hook()]
+        run.train(steps, token_loss, finetune_schedule, hooks)
+        run.finish()
 
-`source` is what a new run starts from: a configuration, which means random weights, or a checkpoint of another stage.
+`source` is what a new run starts from: a model configuration (random weights) or a checkpoint of another stage.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanochat import hardware
-from nanochat.attention import choose
-from nanochat.checkpoint_manager import STAGES, Checkpoint, CheckpointDir
+from nanochat import attention, hardware, logging
+from nanochat.checkpoint_manager import STAGES, Checkpoint, CheckpointReader, CheckpointWriter, run_lock
+from nanochat.cli import flag
 from nanochat.common import seed_everything
 from nanochat.distributed import Dist
-from nanochat.fp8 import use_fp8
 from nanochat.gpt import GPT, GPTConfig, flops_per_token
-from nanochat.logging import Logger
-from nanochat.muon import LearningRates, MuonAdamW, build_optimizer
-from nanochat.recipe import REFERENCE_BATCH
+from nanochat.muon import MuonAdamW, ParamGroup, build_optimizer
+from nanochat.recipe import Schedule
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import Hook, Step, TrainState, train
+from nanochat.train import Hook, LossFunction, Step, Stopped, Trainer, TrainState
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a run hands on to the stages after it; its checkpoints say it under "settings"."""
+class RunFlags:
+    """The flags that all training stages share."""
 
-    device_batch_size: int = 32  # rows per forward pass and rank
-    total_batch_size: int = REFERENCE_BATCH  # tokens per update over all ranks
-    embedding_lr: float = 0.3  # these four as pretraining had them, before batch and width factors
-    unembedding_lr: float = 0.008
-    matrix_lr: float = 0.02
-    scalar_lr: float = 0.5
+    model_tag: str = flag("", "name of the checkpoints; default d<depth>, or that of the checkpoint it starts from")
+    save_every: int = flag(-1, "steps between checkpoints besides the last; -1 = none")
+    keep_last: int = flag(-1, "checkpoints to keep; -1 = all")
+    resume: bool = flag(False, "continue from the newest intact checkpoint of this tag, if there is one")
+    device: str = flag("auto", "cuda | mps | cpu | auto")
+    run: str = flag("", "wandb run name; empty = console and metrics file only")
+
+
+class Run:
+    """One run of one stage. `build` must be called before the attributes from `model` on are used."""
+
+    model: GPT
+    train_model: Any  # the model, compiled where that pays
+    eval_model: Any  # the model as validations should call it
+    optimizer: MuonAdamW
+    compiled: bool
+    state: TrainState
+    data_states: Sequence[dict[str, Any]]  # of all ranks that saved the resumed checkpoint; empty for a new run
+    metadata: dict[str, Any]  # saved with each checkpoint
+    logger: logging.Logger
+
+    def __init__(
+        self, stage: str, tag: str, source: GPTConfig | Checkpoint, flags: RunFlags, *, tokenizer: Tokenizer, dist: Dist
+    ):
+        """UserError unless the run can start, or be resumed, with this source and tokenizer."""
+        self.stage = stage  # one of checkpoint_manager.STAGES
+        self.tag = tag
+        self.source = source
+        self.flags = flags
+        self.tokenizer = tokenizer
+        self.dist = dist
+        logging.check_wandb(flags.run)
+        if isinstance(source, Checkpoint):
+            source.check_tokenizer(tokenizer)
+        self.resumed = self._find_resumed() if flags.resume else None
+        saved_dtype = self.resumed.meta.get("dtype", "") if self.resumed else ""
+        self.dtype = dist.gather(hardware.pick_training_dtype(dist.device, saved_dtype))[0]  # that of rank 0 on all
+        if self.resumed:
+            config = source.config if isinstance(source, Checkpoint) else source
+            self.resumed.check_resumable(tokenizer, config, self.dtype)
+        self.writer = CheckpointWriter(stage, tag, dist, keep_last=flags.keep_last, resumed=self.resumed)
+        if self.writer.earlier:
+            print(
+                f"the tag {tag!r} holds an earlier run, which keeps its name until this one saves its first checkpoint "
+                "(to continue the earlier run instead, stop this one and add --resume)",
+                flush=True,
+            )
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, stage: str, tag: str, source: GPTConfig | Checkpoint, flags: RunFlags, *, tokenizer: Tokenizer, dist: Dist
+    ) -> Iterator["Run"]:
+        """A checked run, alone on its tag until the block ends. See __init__ for errors."""
+        with run_lock(stage, tag, dist):
+            run = cls(stage, tag, source, flags, tokenizer=tokenizer, dist=dist)
+            try:
+                yield run
+            except Stopped:
+                run.writer.wait()
+                raise
+            except BaseException:
+                run.writer.close()
+                raise
+            run.writer.wait()
 
     @property
-    def batch_factor(self) -> float:
-        """On the learning rates: nanochat/recipe.py, 4."""
-        return math.sqrt(self.total_batch_size / REFERENCE_BATCH)
-
-    def rates(self, share: float = 1.0) -> LearningRates:
-        """The learning rates of a stage that takes this share of pretraining's."""
-        embedding = share * self.embedding_lr
-        value_embedding = embedding / 2  # as in the defaults; they are embeddings too
-        unembedding, matrix, scalar = share * self.unembedding_lr, share * self.matrix_lr, share * self.scalar_lr
-        smear_backout = share * LearningRates.smear_backout  # no flag of pretraining's sets it
-        return LearningRates(unembedding, embedding, value_embedding, matrix, scalar, smear_backout)
-
-
-def settings_of(checkpoint: Checkpoint) -> Settings:
-    """The settings of the run that a checkpoint is from; the defaults for what an older one does not say."""
-    meta = checkpoint.meta
-    known: dict[str, Any] = {}
-    for place in (meta.get("user_config"), meta.get("flags"), meta, meta.get("recipe"), meta.get("settings")):
-        known |= {name: value for name, value in (place or {}).items() if value not in (None, -1)}  # -1: left open
-    return Settings(**{f.name: known[f.name] for f in fields(Settings) if f.name in known})
-
-
-def changed_flags(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """In words, for a run that goes on: what may well be meant, but should not go unnoticed."""
-    changes = [f"{k} {before[k]} → {now[k]}" for k in before if k in now and k != "resume" and before[k] != now[k]]
-    return f"going on with other flags: {', '.join(changes)}" if changes else "going on with the same flags"
-
-
-@dataclass(frozen=True)
-class Start:
-    """A run of a stage, checked and not yet built."""
-
-    stage: str  # of checkpoint_manager.STAGES
-    source: GPTConfig | Checkpoint
-    tokenizer: Tokenizer
-    dist: Dist
-    dtype: torch.dtype  # of the computation
-    checkpoints: CheckpointDir
-    saved: Checkpoint | None  # what a resumed run goes on from
+    def parent_checkpoint(self) -> str:
+        """Path of the checkpoint that the run started from, also after it was resumed."""
+        if self.resumed:
+            return self.resumed.meta["base"]
+        return str(self.source.path) if isinstance(self.source, Checkpoint) else ""
 
     def build(
         self,
-        rates: LearningRates,
-        batch_factor: float,
-        config: dict[str, Any],  # for checkpoints and log: flags, settings, and what else the stage has to say
-        weight_decay: float = 0.0,
-        compile: bool = True,  # model and optimizer, where the machine can
-        load_momentum: bool = False,  # of the source's optimizer; else it starts from zero
+        groups: Iterable[ParamGroup],
+        metadata: dict[str, Any],  # for checkpoints and log: hyperparameters and what else the stage wants to keep
+        *,
+        compile: bool = True,  # model and optimizer, where the machine can and it pays
+        attention: str = "auto",  # kernel for whole sequences, see attention.py
         seed: int = 42,  # of initial weights and sampling
-        attention: str = "auto",  # kernel for whole sequences: the fastest that works here, or one of attention.LOADERS
-        fp8: bool = False,  # matrix products of training in FP8, where fp8.check has found that this can be
-        flops: float = math.inf,  # of the whole run, over all ranks: a short one is not worth compiling for
-    ) -> "Run":
-        """The new run, or the resumed one as it was left. Collective; tunes the process and seeds its generators."""
-        self.checkpoints.lock()
-        dist, device, origin = self.dist, self.dist.device, self.saved or self.source
-        precision = hardware.tune_process(device, self.saved.meta["matmul_precision"] if self.saved else "")
-        precision = hardware.tune_process(device, dist.gather(precision)[0])  # all ranks as the first
+        total_flops: float = math.inf,  # of the whole run over all ranks: compiling does not pay for a short one
+    ) -> None:
+        """Builds model and optimizer, and restores them when the run is resumed. Collective."""
+        precision = self._tune_process()
         seed_everything(seed)
+        self.model = self._build_model(attention)
+        self.compiled = compile and self._can_and_should_compile(total_flops)
+        if self.compiled:
+            hardware.ready_compiler(self.dist.device)  # in the background
+        self.optimizer = build_optimizer(
+            self.model, groups, rank=self.dist.rank, world_size=self.dist.world_size, compile=self.compiled
+        )
+        self._restore()
+        self._compile()
+        self.metadata = metadata | {
+            "flags": asdict(self.flags),
+            "tokenizer": self.tokenizer.fingerprint,
+            "matmul_precision": precision,
+            "dtype": str(self.dtype),
+            "compiled": self.compiled,
+        }
+
+    def inherit_momentum(self) -> None:
+        """Starts a new run with the optimizer state of its source, where that has one."""
+        if self.resumed or not isinstance(self.source, Checkpoint):
+            return
+        if not self.source.restore_optimizer(self.optimizer):
+            self.dist.print0(f"{self.source.path} has no optimizer state: momentum starts from zero")
+
+    def open_log(self, num_steps: int = 0) -> logging.Logger:
+        """Opens the metrics file of the run. num_steps: of the whole run; 0 = unknown."""
+        self.logger = logging.Logger(
+            self.log_file("metrics"),
+            self.dist,
+            config=self.metadata,
+            wandb_run=self.flags.run,
+            num_steps=num_steps,
+            flops_per_token=flops_per_token(self.model.config),
+            first_step=self.state.step,
+        )
+        return self.logger
+
+    def log_file(self, folder: str) -> Path:
+        """Where this run writes its JSON lines in a folder of the report: <folder>/<script>-<tag>.jsonl."""
+        path = logging.report_dir() / folder / f"{STAGES[self.stage][1]}-{self.tag}.jsonl"
+        return self.writer.earlier.provisional(path) if self.writer.earlier else path
+
+    def save_hook(self) -> Hook:
+        """Saves every --save-every steps, at the end, and when a signal ends the run."""
+        return self.writer.save_hook(self.flags.save_every, self.model, self.optimizer, self.metadata)
+
+    def train(self, steps: Iterable[Step], loss_fn: LossFunction, schedule: Schedule, hooks: list[Hook]) -> TrainState:
+        """Runs the loop of train.py to its end and waits for the last checkpoint."""
+        trainer = Trainer(
+            self.train_model,
+            self.optimizer,
+            self.state,
+            self.dist,
+            log=self.logger.log,
+            scales_loss=self.dtype == torch.float16,
+            last_saved=lambda: self.writer.last_saved,
+        )
+        trainer.fit(steps, loss_fn, schedule, hooks)
+        self.writer.wait()
+        return self.state
+
+    def finish(self, **numbers: Any) -> None:
+        """Adds the final numbers of the run to the report."""
+        self.logger.finish(STAGES[self.stage][1], self.state, model=self.writer.last_saved, **numbers)
+
+    # ---- the steps of opening and building ----
+
+    def _find_resumed(self) -> Checkpoint | None:
+        reader = CheckpointReader(self.stage, self.tag)
+        if reader.steps():
+            return reader.load()
+        message = f"nothing to resume in {reader.path}: starting from the beginning"
+        earlier = sorted(folder.name for folder in reader.path.parent.glob(f"{self.tag}.*"))
+        if earlier:
+            message += f" (earlier runs of this tag: {', '.join(earlier)})"
+        self.dist.print0(message)
+        return None
+
+    def _tune_process(self) -> str:
+        """Sets up torch for training, alike on all ranks and after a resume; returns the matmul precision."""
+        saved = self.resumed.meta["matmul_precision"] if self.resumed else ""
+        precision = hardware.tune_process(self.dist.device, saved)
+        return hardware.tune_process(self.dist.device, self.dist.gather(precision)[0])
+
+    def _build_model(self, attention_name: str) -> GPT:
+        device = self.dist.device
+        origin = self.resumed or self.source
         if isinstance(origin, Checkpoint):
             model = origin.build_model(device, self.dtype)
         else:
             model = GPT.create(origin, device, self.dtype)
-        kernel_name, kernel = choose(attention, model.config.attention_shape, device, self.dtype, dist.print0)
+        shape = model.config.attention_shape
+        name, kernel = attention.choose(attention_name, shape, device, self.dtype, self.dist.print0)
         model.use_attention(kernel)
-        compiling = compile and hardware.can_compile(device) and self._compiling_pays(model.config, flops)
-        if compiling:
-            hardware.ready_compiler(device)
-        dist.print0(f"computing in {self.dtype}, attention {kernel_name}, {'' if compiling else 'not '}compiled")
-        optimizer = build_optimizer(model, rates, batch_factor, weight_decay, dist.rank, dist.world_size, compiling)
-        state, data_states = TrainState(), list[dict[str, Any]]()
-        if self.saved:
-            dist.print0(changed_flags(self.saved.meta.get("flags", {}), config["flags"]))
-            state, data_states = self.saved.restore_run(optimizer, dist)
-        elif load_momentum and isinstance(origin, Checkpoint) and not origin.restore_optimizer(optimizer):
-            dist.print0(f"{origin.path} has no optimizer state: momentum starts from zero")
-        if fp8:
-            use_fp8(model, optimizer, compiling)
-        config = config | {"tokenizer": self.tokenizer.fingerprint}
-        config |= {"matmul_precision": precision, "dtype": str(self.dtype), "compiled": compiling}
-        return Run(self, model, optimizer, compiling, state, data_states, config)
+        self.dist.print0(f"computing in {self.dtype}, attention {name}")
+        return model
 
-    def _compiling_pays(self, config: GPTConfig, flops: float) -> bool:
-        """The same on all ranks, and after a break as before it."""
-        if self.saved:
-            return self.saved.meta.get("compiled", True)
-        pays = hardware.compiling_pays(self.dist.device, self.dtype, flops / self.dist.world_size, config.n_layer)
-        return self.dist.gather(pays)[0]
+    def _can_and_should_compile(self, total_flops: float) -> bool:
+        """The same decision on all ranks, and the saved one after a resume."""
+        device = self.dist.device
+        if not hardware.can_compile(device):
+            return False
+        if self.resumed:
+            return self.resumed.meta.get("compiled", True)
+        flops = total_flops / self.dist.world_size
+        return self.dist.gather(hardware.compiling_pays(device, self.dtype, flops, self.model.config.n_layer))[0]
 
+    def _compile(self) -> None:
+        self.dist.print0("compiling the model" if self.compiled else "running the model without torch.compile")
+        self.train_model = torch.compile(self.model, dynamic=False) if self.compiled else self.model
+        # On a CPU compiling the validation graph takes longer than validating.
+        self.eval_model = self.train_model if self.dist.device.type == "cuda" else self.model
 
-def prepare(
-    stage: str,
-    tag: str,
-    source: GPTConfig | Checkpoint,
-    tokenizer: Tokenizer,
-    dist: Dist,
-    resume: bool = False,
-    keep_last: int = -1,  # checkpoints; -1 = all
-) -> Start:
-    """UserError unless a run of this stage can begin, or with `resume` go on, with this tokenizer and model."""
-    if isinstance(source, Checkpoint):
-        source.check_tokenizer(tokenizer)
-    checkpoints = CheckpointDir(stage, tag, dist, keep_last)
-    saved = checkpoints.load_newest() if resume else None
-    dtype = hardware.pick_training_dtype(dist.device, saved.meta.get("dtype", "") if saved else "")
-    dtype = dist.gather(dtype)[0]  # all ranks as the first
-    if saved:
-        saved.check_resumable(tokenizer, source.config if isinstance(source, Checkpoint) else source, dtype)
-    return Start(stage, source, tokenizer, dist, dtype, checkpoints, saved)
-
-
-class Run:
-    """A run of a stage, ready to train."""
-
-    def __init__(
-        self,
-        start: Start,
-        model: GPT,
-        optimizer: MuonAdamW,
-        compiling: bool,
-        state: TrainState,
-        data_states: list[dict[str, Any]],  # of all ranks that saved; empty for a new run
-        config: dict[str, Any],
-    ):
-        self.start, self.model, self.optimizer, self.compiling = start, model, optimizer, compiling
-        self.state, self.data_states, self.config = state, data_states, config
-        self.fast_model: Any = torch.compile(model, dynamic=False) if compiling else model
-        # On a CPU compiling costs more than a validation.
-        self.eval_model = self.fast_model if start.dist.device.type == "cuda" else model
-
-    def logger(self, wandb_run: str = "", num_steps: int = 0) -> Logger:
-        """The stage's log; num_steps: of the whole run, 0 = unknown."""
-        stage, tag, flops = STAGES[self.start.stage][1], self.start.checkpoints.tag, flops_per_token(self.model.config)
-        return Logger(stage, tag, self.config, self.start.dist, wandb_run, num_steps, flops, self.state.step)
-
-    def save_hook(self, every: int) -> Hook:
-        return self.start.checkpoints.save_hook(every, self.model, self.optimizer, self.config)
-
-    def train(
-        self,
-        steps: Iterable[Step],
-        loss_fn: Callable[[torch.nn.Module, Any], torch.Tensor],
-        set_schedule: Callable[[MuonAdamW, int, float], None],
-        hooks: list[Hook],
-        logger: Logger,
-    ) -> TrainState:
-        """The loop, as described in train.py, and the wait until the last checkpoint is on the disk."""
-        checkpoints = self.start.checkpoints
-        with checkpoints:
-            return train(
-                self.fast_model, self.optimizer, steps, loss_fn, set_schedule, hooks, logger.log, self.state,
-                self.start.dist, self.start.dtype == torch.float16, lambda: checkpoints.good,
-            )  # fmt: skip
+    def _restore(self) -> None:
+        self.state, self.data_states = TrainState(), []
+        if not self.resumed:
+            return
+        self.state, self.data_states = self.resumed.restore_run(self.optimizer, self.dist)
+        before, now = self.resumed.meta.get("flags", {}), asdict(self.flags)
+        names = [name for name in before if name in now and name != "resume" and before[name] != now[name]]
+        changes = ", ".join(f"{name} {before[name]} → {now[name]}" for name in names)
+        self.dist.print0(f"resuming after step {self.state.step} with {changes or 'the same flags'}")

@@ -1,11 +1,13 @@
 """
-The training loop, shared by pretraining, fine-tuning and reinforcement learning.
+The training loop that all stages share: pretraining, fine-tuning and reinforcement learning.
 
-Beyond model, optimizer and schedule, stages differ in three things only, and pass them in:
-- steps:   iterator of Step, one per optimizer update. It is pulled lazily, so RL rollouts are on-policy by
-           construction; pretraining and SFT wrap theirs in a prefetcher, safe because the data state travels along
-- loss_fn: (model, micro_batch) → scalar loss, already normalized over the whole step and over all ranks
-- hooks:   what happens every so often (evaluate, sample, save)
+A stage gives the loop four things:
+- steps:    an iterator of Step, one per optimizer step. It is pulled lazily, so the rollouts of reinforcement learning
+            are on-policy by construction. The loaders of the other stages run ahead in a thread, which is safe because
+            each Step carries the state of the data for resuming after it.
+- loss_fn:  (model, micro_batch) → scalar loss, already normalized over the whole step and over all ranks
+- schedule: (step, progress) → multipliers of learning rate and weight decay, momentum (nanochat/recipe.py)
+- hooks:    what happens every N steps: evaluate, sample, save
 """
 
 import gc
@@ -22,49 +24,54 @@ import torch
 from nanochat.common import UserError
 from nanochat.distributed import Dist
 from nanochat.muon import MuonAdamW
+from nanochat.recipe import Schedule
 
-LOSS_EMA_BETA = 0.9  # smoothing of the logged loss; logging only
+LOSS_EMA_BETA = 0.9  # smooths the logged loss; nothing else depends on it
 UNTIMED_STEPS = 3  # compilation and allocator warm-up, left out of the throughput
+LOSS_SCALE_GROWTH_STEPS = 2000  # float16: as torch.amp.GradScaler has it
+
+LossFunction = Callable[[torch.nn.Module, Any], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Step:
-    """The data of one optimizer update."""
+    """The data of one optimizer step."""
 
     micro_batches: list[Any]
-    progress: float  # fraction of the run done before this step, in [0, 1)
-    num_tokens: int  # over all ranks; 0 = nothing to learn from: the step counts, and no weight moves
-    data_state: dict[str, Any]  # where the data source stands after this step, for resume
-    position: str = ""  # the same in words
+    progress: float  # share of the run done before this step, in [0, 1)
+    num_tokens: int  # over all ranks; 0 = nothing to learn from: the step counts, but no weight changes
+    data_state: dict[str, Any]  # the state of the data source after this step, for resuming
+    position: str = ""  # the same for error messages
     metrics: dict[str, float] = field(default_factory=dict)  # of the data itself, logged with the loss
 
 
 @dataclass
 class TrainState:
-    """All that must survive a restart besides model, optimizer and data."""
+    """What must survive a restart besides model, optimizer and data."""
 
-    step: int = 0  # updates applied so far
-    loss_ema: float = 0.0  # biased; read smooth_loss instead
+    step: int = 0  # optimizer steps so far
+    loss_ema: float = 0.0  # biased towards 0; read smooth_loss instead
     seconds: float = 0.0  # timed training time
     tokens: int = 0  # trained on in that time
     loss_scale: float = 2.0**16  # float16 only
-    good_steps: int = 0  # updates since the loss scale last changed
+    good_steps: int = 0  # steps without overflow since the loss scale last changed
     data_state: dict[str, Any] = field(default_factory=dict)
 
     @property
     def smooth_loss(self) -> float:
+        """The moving average of the loss, without the bias of its start at 0 (as Adam corrects its moments)."""
         return self.loss_ema / (1 - LOSS_EMA_BETA**self.step) if self.step else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers; the data state, which is each rank's own, is saved apart."""
+        """Plain numbers. The state of the data differs between the ranks and is saved separately."""
         return {key: value for key, value in asdict(self).items() if key != "data_state"}
 
 
 @dataclass(frozen=True)
 class Hook:
-    """Runs after every `every` updates, and once after the last one; returns metrics to log."""
+    """Runs after every `every` steps and once after the last one; returns metrics to log."""
 
-    every: int  # in updates; 0 = only after the last one, -1 = never
+    every: int  # in steps; 0 = only after the last one, -1 = never
     run: Callable[[TrainState], dict[str, float]]
     when_stopped: bool = False  # also when a signal ends the run early
 
@@ -73,104 +80,127 @@ class Hook:
 
 
 class Stopped(SystemExit):
-    """A signal ended the run after its state was saved."""
+    """A signal ended the run, and its state was saved."""
 
 
-def train(
-    model: torch.nn.Module,
-    optimizer: MuonAdamW,
-    steps: Iterable[Step],
-    loss_fn: Callable[[torch.nn.Module, Any], torch.Tensor],
-    set_schedule: Callable[[MuonAdamW, int, float], None],  # (optimizer, step, progress)
-    hooks: list[Hook],
-    log: Callable[[TrainState, dict[str, float]], None],
-    state: TrainState,
-    dist: Dist,
-    scale_loss: bool = False,  # float16: dynamic loss scaling
-    last_checkpoint: Callable[[], str] = lambda: "no checkpoint",  # in words, for the error below
-) -> TrainState:
-    """
-    Trains until `steps` ends; all ranks must see the same number of steps. SIGTERM and SIGINT end the run after the
-    step at hand: the hooks that ask for it run, then Stopped is raised. UserError when the loss is not finite.
-    """
-    model.train()
-    first, just_run = state.step, list[Hook]()
-    with stop_signals() as stop:
-        start = time.perf_counter()
-        for step in steps:
-            set_schedule(optimizer, state.step, step.progress)
-            loss = accumulate(model, step.micro_batches, loss_fn, state.loss_scale if scale_loss else 1.0, dist)
-            if step.num_tokens and (not scale_loss or unscale(optimizer, state, dist)):
-                optimizer.step()  # not without gradients: momentum alone would go on moving the weights
-            optimizer.zero_grad(set_to_none=True)
-            numbers = torch.stack([loss, torch.tensor(float(bool(stop)), device=loss.device)])
-            loss_value, stopping = dist.sum(numbers).tolist()  # the only host-device sync of the step
-            seconds = time.perf_counter() - start  # with the wait for the data
+@dataclass
+class Trainer:
+    """The loop with what it works on. All ranks must see the same number of steps."""
 
-            if not math.isfinite(loss_value):
-                where = f"step {state.step} (data: {step.position})"
-                raise UserError(f"the loss is {loss_value} at {where}; last good: {last_checkpoint()}")
-            state.step += 1
-            state.loss_ema = LOSS_EMA_BETA * state.loss_ema + (1 - LOSS_EMA_BETA) * loss_value
-            if state.step - first > UNTIMED_STEPS:
-                state.seconds += seconds
-                state.tokens += step.num_tokens
-            state.data_state = step.data_state
-            speed = {"train/tokens_per_second": step.num_tokens / seconds}
-            log(state, {"train/loss": state.smooth_loss} | step.metrics | speed)
-            if stopping:
-                run_hooks(model, [h for h in hooks if h.when_stopped], log, state)
-                raise Stopped(f"stopped by a signal after step {state.step}, all saved: go on with --resume")
-            just_run = [h for h in hooks if h.is_due(state.step)]
-            run_hooks(model, just_run, log, state)
-            if state.step == first + 1:
-                gc.collect()
-                gc.freeze()  # what set-up made never dies: keep the collector from scanning it
+    model: torch.nn.Module
+    optimizer: MuonAdamW
+    state: TrainState
+    dist: Dist
+    log: Callable[[TrainState, dict[str, float]], None]
+    scales_loss: bool = False  # dynamic loss scaling, for float16
+    last_saved: Callable[[], str] = lambda: "no checkpoint"  # for error messages
+
+    def fit(self, steps: Iterable[Step], loss_fn: LossFunction, schedule: Schedule, hooks: list[Hook]) -> TrainState:
+        """
+        Trains until `steps` ends. SIGTERM and SIGINT end the run after the current step: the hooks with when_stopped
+        run, then Stopped is raised. UserError when the loss or the gradient is not finite.
+        """
+        state = self.state
+        first_step = state.step
+        just_run: list[Hook] = []
+        self.model.train()
+        with stop_signals() as stop:
             start = time.perf_counter()
-    run_hooks(model, [h for h in hooks if h.every >= 0 and h not in just_run], log, state)
-    return state
+            for step in steps:
+                metrics, stopped = self._train_step(step, loss_fn, schedule, stopping=bool(stop))
+                seconds = time.perf_counter() - start  # includes waiting for the data
+                if state.step - first_step > UNTIMED_STEPS:
+                    state.seconds += seconds
+                    state.tokens += step.num_tokens
+                self.log(state, metrics | step.metrics | {"train/tokens_per_second": step.num_tokens / seconds})
+                if stopped:
+                    self._run_hooks([hook for hook in hooks if hook.when_stopped])
+                    raise Stopped(f"stopped by a signal after step {state.step}, saved: continue with --resume")
+                just_run = [hook for hook in hooks if hook.is_due(state.step)]
+                self._run_hooks(just_run)
+                if state.step == first_step + 1:
+                    gc.collect()
+                    gc.freeze()  # objects made during set-up live to the end: the collector need not scan them
+                start = time.perf_counter()
+        self._run_hooks([hook for hook in hooks if hook.every >= 0 and hook not in just_run])
+        return state
 
+    def _train_step(
+        self, step: Step, loss_fn: LossFunction, schedule: Schedule, stopping: bool
+    ) -> tuple[dict[str, float], bool]:
+        """One optimizer step. Returns its metrics and whether any rank was asked to stop."""
+        state, optimizer = self.state, self.optimizer
+        optimizer.set_schedule(*schedule(state.step, step.progress))
+        loss = self._accumulate(step.micro_batches, loss_fn)
+        can_step = step.num_tokens > 0  # without gradients momentum alone would keep moving the weights
+        if can_step and self.scales_loss:
+            can_step = self._unscale_gradients()
+        square_norm = optimizer.reduce_gradients() if can_step else torch.zeros_like(loss)
 
-def accumulate(model, micro_batches: list[Any], loss_fn: Callable, loss_scale: float, dist: Dist) -> torch.Tensor:
-    """Forward and backward of one step's micro-batches; returns the sum of their losses, unscaled, on the device."""
-    total = torch.zeros((), device=dist.device)
-    for micro_batch in micro_batches:
-        loss = loss_fn(model, micro_batch)
-        (loss * loss_scale if loss_scale != 1.0 else loss).backward()
-        total += loss.detach()
-    return total
+        # The only host-device synchronization of a step. It comes before the optimizer, so that a loss that is not
+        # finite never reaches the weights.
+        numbers = torch.stack([loss, square_norm, torch.tensor(float(stopping), device=loss.device)])
+        loss_value, square_norm_value, num_stopping = self.dist.sum(numbers).tolist()
+        grad_norm = math.sqrt(square_norm_value) if square_norm_value >= 0 else math.nan
+        for name, value in (("loss", loss_value), ("gradient norm", grad_norm)):
+            if not math.isfinite(value):
+                where = f"step {state.step} (data: {step.position})"
+                raise UserError(f"the {name} is {value} at {where}; last checkpoint: {self.last_saved()}")
 
+        if can_step:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.loss_ema = LOSS_EMA_BETA * state.loss_ema + (1 - LOSS_EMA_BETA) * loss_value
+        state.data_state = step.data_state
+        rates = {f"lr/{name}": lr for name, lr in optimizer.learning_rates().items()}
+        return {"train/loss": state.smooth_loss, "train/grad_norm": grad_norm} | rates, num_stopping > 0
 
-def unscale(optimizer: MuonAdamW, state: TrainState, dist: Dist) -> bool:
-    """
-    float16's dynamic loss scale: divides the gradients by it and says whether they are finite on all ranks. Halved on
-    overflow, doubled after 2,000 good steps, as torch's GradScaler does; that class knows nothing of other ranks.
-    """
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if grads:  # a rank may be without supervised tokens in a step
-        torch._foreach_mul_(grads, 1 / state.loss_scale)
-    overflow = dist.any_rank(not all(bool(torch.isfinite(g).all()) for g in grads))
-    state.good_steps = 0 if overflow else state.good_steps + 1
-    if overflow:
-        state.loss_scale /= 2
-    elif state.good_steps % 2000 == 0:
-        state.loss_scale *= 2
-    return not overflow
+    def _accumulate(self, micro_batches: list[Any], loss_fn: LossFunction) -> torch.Tensor:
+        """Forward and backward pass of each micro-batch; returns the sum of their losses, () on the device."""
+        total = torch.zeros((), device=self.dist.device)
+        for micro_batch in micro_batches:
+            loss = loss_fn(self.model, micro_batch)
+            total += loss.detach()
+            if self.scales_loss:
+                loss = loss * self.state.loss_scale
+            loss.backward()
+        return total
 
+    def _unscale_gradients(self) -> bool:
+        """
+        float16: divides the gradients by the loss scale and returns whether they are finite on all ranks. The scale is
+        halved on overflow and doubled after 2,000 steps without one, as by torch's GradScaler, which cannot be used
+        because it does not know the other ranks.
+        """
+        state = self.state
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        grads = [p.grad for p in params if p.grad is not None]
+        if grads:  # a rank may have no supervised tokens in a step
+            torch._foreach_mul_(grads, 1 / state.loss_scale)
+        overflow = self.dist.any_rank(not all(bool(torch.isfinite(grad).all()) for grad in grads))
+        if overflow:
+            state.loss_scale /= 2
+            state.good_steps = 0
+            return False
+        state.good_steps += 1
+        if state.good_steps % LOSS_SCALE_GROWTH_STEPS == 0:
+            state.loss_scale *= 2
+        return True
 
-def run_hooks(model: torch.nn.Module, hooks: list[Hook], log: Callable, state: TrainState) -> None:
-    """Runs the hooks with the model in eval mode."""
-    model.eval()
-    for hook in hooks:
-        metrics = hook.run(state)
-        if metrics:
-            log(state, metrics)
-    model.train()
+    def _run_hooks(self, hooks: list[Hook]) -> None:
+        """Runs the hooks with the model in eval mode."""
+        self.model.eval()
+        for hook in hooks:
+            metrics = hook.run(self.state)
+            if metrics:
+                self.log(self.state, metrics)
+        self.model.train()
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that fills with the SIGTERM and SIGINT received in the block; a second one acts as it would outside."""
+    """A list that fills with the SIGTERM and SIGINT received in the block; a second one has its usual effect."""
     received: list[int] = []
     previous: dict[int, Any] = {}
 
@@ -179,9 +209,9 @@ def stop_signals() -> Iterator[list[int]]:
         signal.signal(number, previous[number])
 
     try:
-        for received_signal in (signal.SIGTERM, signal.SIGINT):
-            previous[received_signal] = signal.signal(received_signal, note)
-    except ValueError:  # signals belong to the main thread; elsewhere the run cannot be stopped this way
+        for stop_signal in (signal.SIGTERM, signal.SIGINT):
+            previous[stop_signal] = signal.signal(stop_signal, note)
+    except ValueError:  # Python handles signals in the main thread only; elsewhere a run cannot be stopped this way
         pass
     try:
         yield received
@@ -191,6 +221,6 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def token_loss(model: torch.nn.Module, micro_batch: tuple[torch.Tensor, torch.Tensor, int]) -> torch.Tensor:
-    """Cross entropy of next tokens, of a micro-batch (inputs, targets, number of targets in the whole step)."""
+    """Next-token cross entropy of a micro-batch (inputs, targets, number of targets in the whole step)."""
     x_BT, y_BT, num_targets = micro_batch
     return model(x_BT, y_BT, reduction="sum") / num_targets

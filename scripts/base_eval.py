@@ -25,7 +25,7 @@ from nanochat.eval.core import REFERENCES, core_metric, evaluate_core, save_scor
 from nanochat.eval.core_tasks import CoreTask, load_tasks, resolve_bundle
 from nanochat.gpt import GPT
 from nanochat.logging import progress, save_numbers
-from nanochat.run import settings_of
+from nanochat.recipe import load_hyperparameters
 from nanochat.tokenizer import Tokenizer, default_dir
 
 EVALUATIONS = ("core", "bpb", "sample")
@@ -129,7 +129,7 @@ def bits_per_byte(
 ) -> dict[str, float]:
     B, T = flags.device_batch_size, model.config.sequence_len
     if B == -1:
-        B = settings_of(checkpoint).device_batch_size
+        B = load_hyperparameters(checkpoint.meta).device_batch_size
     num_batches = max(1, flags.split_tokens // (B * T * dist.world_size))
     numbers = {}
     for split, files in zip(("train", "val"), shards, strict=True):

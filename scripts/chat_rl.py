@@ -19,10 +19,10 @@ from nanochat.checkpoint_manager import Checkpoint
 from nanochat.cli import command, flag
 from nanochat.common import UserError
 from nanochat.engine import Engine
-from nanochat.logging import append_after, check_wandb, report_dir
-from nanochat.recipe import rl_schedule
+from nanochat.logging import append_after
+from nanochat.recipe import load_hyperparameters, param_groups, rl_schedule
 from nanochat.rollout import PolicyLoss, Question, Rollout, RolloutBatch, RolloutConfig, RolloutPlan
-from nanochat.run import prepare, settings_of
+from nanochat.run import Run, RunFlags
 from nanochat.tokenizer import Tokenizer, default_dir
 from nanochat.train import Hook, TrainState
 from tasks.common import Task, limited
@@ -39,11 +39,10 @@ TASKS: dict[str, Callable[[str], Task]] = {  # each called with a split; the tas
 
 
 @dataclass(frozen=True)
-class Flags:
+class Flags(RunFlags):
     source: str = flag("sft", "stage to start from", short="-i", choices=("base", "mid", "sft", "rl"))
     base_tag: str = flag("", "tag of the checkpoint to start from; default the one written last")
     base_step: int = flag(-1, "step of the checkpoint to start from; -1 = the newest")
-    model_tag: str = flag("", "tag of the new checkpoints; default that of the checkpoint to start from")
     task: str = flag("gsm8k", "questions to train on", choices=tuple(TASKS))
     num_epochs: int = flag(1, "passes over the task's training questions")
     num_iterations: int = flag(-1, "optimizer steps; -1 = as many as the epochs need")
@@ -62,73 +61,72 @@ class Flags:
     eval_examples: int = flag(400, "test questions to evaluate on")
     eval_samples: int = flag(8, "completions per test question: pass@1, pass@2, pass@4 … up to this")
     save_every: int = flag(60, "optimizer steps between checkpoints, besides the last; -1 = only the last")
-    keep_last: int = flag(-1, "checkpoints to keep; -1 = all")
-    resume: bool = flag(False, "continue from the newest intact checkpoint of this tag, if there is one")
-    device: str = flag("auto", "cuda | mps | cpu | auto")
-    run: str = flag("", "wandb run name; empty = console and metrics file only")
 
 
 @command
 def main(flags: Flags) -> None:
     validate_flags(flags)
     with distributed.init(flags.device) as dist:
-        check_wandb(flags.run)
         tokenizer = Tokenizer.load(default_dir())
         source, tag = find_source(flags)
-        start = prepare("rl", tag, source, tokenizer, dist, flags.resume, flags.keep_last)
-        questions, test_questions, num_skipped = load_questions(flags, tokenizer, source.config.sequence_len)
-        plan = plan_rollouts(flags, len(questions))
+        with Run.open("rl", tag, source, flags, tokenizer=tokenizer, dist=dist) as run:
+            train_on_rollouts(flags, run, source)
 
-        # The model that the run starts from is the reference of the KL term. It is built before the run, because making
-        # a model draws random numbers, and a resumed run restores its random generators.
-        parent = start.saved.meta["base"] if start.saved else str(source.path)
-        reference = checkpoint_manager.at(parent).build_model(dist.device, start.dtype) if flags.kl_coef else None
-        settings = settings_of(start.saved or source)
-        rates = settings.rates(flags.init_lr_frac)
-        config = {"flags": asdict(flags), "base": parent, "settings": asdict(settings)}
-        run = start.build(rates, settings.batch_factor, config, compile=False)  # every batch has another shape
-        engine = Engine(run.model, tokenizer, flags.rollout_batch_size)
-        logger = run.logger(flags.run, plan.num_steps)
 
-        sampling = RolloutConfig(flags.num_samples, flags.max_new_tokens, flags.temperature, flags.top_k)
-        eval_sampling = replace(sampling, num_samples=flags.eval_samples)
-        sampling = replace(sampling, logprobs=flags.clip_ratio > 0)
-        loss_fn = PolicyLoss(sampling, flags.clip_ratio, flags.kl_coef, reference)
-        transcript_path = report_dir() / "transcripts" / f"chat_rl-{tag}.jsonl"
-        transcripts = append_after(run.state.step, transcript_path) if dist.is_main else None
-        dist.print0(
-            f"{tag} from {parent}: {len(questions)} questions of {flags.task}, {len(test_questions)} test questions "
-            f"({num_skipped} too long), {plan.num_steps} optimizer steps, {flags.examples_per_step} x "
-            f"{flags.num_samples} completions; {hardware.describe(dist.device)}, {start.dtype}"
-        )
+def train_on_rollouts(flags: Flags, run: Run, source: Checkpoint) -> None:
+    """Builds the run and trains it to its end."""
+    dist, tokenizer = run.dist, run.tokenizer
+    questions, test_questions, num_skipped = load_questions(flags, tokenizer, source.config.sequence_len)
+    plan = plan_rollouts(flags, len(questions))
 
-        def draw(first: int, step: int) -> list[Rollout]:
-            engine.refresh_weights()
-            numbers = range(first, first + flags.examples_per_step)
-            batch = [questions[number % len(questions)] for number in numbers]
-            rollouts = rollout.sample_rollouts(engine, batch, numbers, sampling, dist)
-            if transcripts:
-                transcripts.writelines(transcript(r, step, tokenizer) for r in rollouts[: flags.num_samples])
-                transcripts.flush()
-            return rollouts
+    # Build. The model that the run starts from is the reference of the KL term.
+    reference = None
+    if flags.kl_coef:
+        reference = checkpoint_manager.find_by_path(run.parent_checkpoint).build_model(dist.device, run.dtype)
+    base = load_hyperparameters((run.resumed or source).meta)
+    groups = param_groups(source.config, base, weight_decay=0.0, lr_frac=flags.init_lr_frac)
+    metadata = {"base": run.parent_checkpoint, "settings": asdict(base)}
+    run.build(groups, metadata, compile=False)  # every batch has another shape
+    engine = Engine(run.model, tokenizer, flags.rollout_batch_size)
+    logger = run.open_log(plan.num_steps)
 
-        def evaluate(state: TrainState) -> dict[str, float]:
-            engine.refresh_weights()
-            return rollout.evaluate_pass_at_k(engine, test_questions, eval_sampling, dist)
+    sampling = RolloutConfig(flags.num_samples, flags.max_new_tokens, flags.temperature, flags.top_k)
+    eval_sampling = replace(sampling, num_samples=flags.eval_samples)
+    sampling = replace(sampling, logprobs=flags.clip_ratio > 0)
+    loss_fn = PolicyLoss(sampling, flags.clip_ratio, flags.kl_coef, reference)
+    transcript_path = run.log_file("transcripts")
+    transcripts = append_after(run.state.step, transcript_path) if dist.is_main else None
+    dist.print0(
+        f"{run.tag} from {run.parent_checkpoint}: {len(questions)} questions of {flags.task}, {len(test_questions)} "
+        f"test questions ({num_skipped} too long), {plan.num_steps} optimizer steps, {flags.examples_per_step} x "
+        f"{flags.num_samples} completions; {hardware.describe(dist.device)}"
+    )
 
-        def pack(rollouts: Sequence[Rollout]) -> tuple[list[RolloutBatch], int]:
-            keep_zero_advantage = flags.kl_coef > 0
-            return rollout.pack_micro_batches(rollouts, flags.device_batch_size, dist, keep_zero_advantage)
+    # Train.
+    def draw(first: int, step: int) -> list[Rollout]:
+        engine.refresh_weights()
+        numbers = range(first, first + flags.examples_per_step)
+        batch = [questions[number % len(questions)] for number in numbers]
+        rollouts = rollout.sample_rollouts(engine, batch, numbers, sampling, dist)
+        if transcripts:
+            transcripts.writelines(transcript(r, step, tokenizer) for r in rollouts[: flags.num_samples])
+            transcripts.flush()
+        return rollouts
 
-        if flags.eval_every >= 0 and run.state.step == 0:
-            logger.log(run.state, evaluate(run.state))
-        data_state = run.data_states[0] if run.data_states else None
-        steps = rollout.rollout_steps(plan, draw, pack, dist, data_state)
-        hooks = [Hook(flags.eval_every, evaluate), run.save_hook(flags.save_every)]
-        state = run.train(steps, loss_fn, rl_schedule, hooks, logger)
+    def evaluate(state: TrainState) -> dict[str, float]:
+        engine.refresh_weights()
+        return rollout.evaluate_pass_at_k(engine, test_questions, eval_sampling, dist)
 
-        numbers = {"questions": len(questions), "too long": num_skipped, "transcripts": str(transcript_path)}
-        logger.finish(state, model=start.checkpoints.good, **numbers)
+    def pack(rollouts: Sequence[Rollout]) -> tuple[list[RolloutBatch], int]:
+        keep_zero_advantage = flags.kl_coef > 0
+        return rollout.pack_micro_batches(rollouts, flags.device_batch_size, dist, keep_zero_advantage)
+
+    if flags.eval_every >= 0 and run.state.step == 0:
+        logger.log(run.state, evaluate(run.state))
+    data_state = run.data_states[0] if run.data_states else None
+    steps = rollout.rollout_steps(plan, draw, pack, dist, data_state)
+    run.train(steps, loss_fn, rl_schedule, [Hook(flags.eval_every, evaluate), run.save_hook()])
+    run.finish(**{"questions": len(questions), "too long": num_skipped, "transcripts": str(transcript_path)})
 
 
 def validate_flags(flags: Flags) -> None:

@@ -1,28 +1,168 @@
-"""
-Fine-tune a base model on conversations.
+r"""
+Fine-tune a base model on conversations (SFT).
 
     python -m scripts.chat_sft                                                        # the usual mixture
-    python -m scripts.chat_sft --smoltalk-epochs 0 --mmlu-epochs 0 --gsm8k-epochs 0 \\
-        --simplespelling-epochs 0 --spellingbee-epochs 0 --primer-epochs 2            # the primer's conversations alone
+    python -m scripts.chat_sft --smoltalk-epochs 0 --mmlu-epochs 0 --gsm8k-epochs 0 \
+        --simplespelling-epochs 0 --spellingbee-epochs 0 --primer-epochs 2            # the primer's conversations only
     python -m scripts.chat_sft --identity-file mine.jsonl                             # with conversations of your own
-    python -m scripts.chat_sft -i mid                                                 # of a model that mid_train made
+    python -m scripts.chat_sft -i mid                                                 # from a model of mid_train
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft
+
+Batch sizes, learning rates and momentum continue from the run that trained the base model.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 
+from nanochat import checkpoint_manager, distributed, hardware, recipe
 from nanochat.cli import command, flag
-from tasks import finetune
+from nanochat.common import UserError, human
+from nanochat.dataloader import ConversationLoader, prefetch
+from nanochat.eval.bpb import evaluate_bpb
+from nanochat.gpt import flops_per_token
+from nanochat.logging import print_table
+from nanochat.run import Run, RunFlags
+from nanochat.tokenizer import Tokenizer, default_dir
+from nanochat.train import Hook, TrainState, token_loss
+from tasks.common import Task, TaskMixture, limited
+from tasks.customjson import CustomJSON
+from tasks.gsm8k import GSM8K
+from tasks.mmlu import MMLU
+from tasks.quiz import PrimerChat
+from tasks.smoltalk import SmolTalk
+from tasks.spelling import SimpleSpelling, SpellingBee
 
 
 @dataclass(frozen=True)
-class Flags(finetune.Flags):
+class FinetuneFlags(RunFlags):
+    """The flags of the stages that train on conversations: this one and scripts/mid_train.py."""
+
+    base_tag: str = flag("", "name of the checkpoints to start from; default the one written last")
+    base_step: int = flag(-1, "step of the checkpoint to start from; -1 = the newest")
+    smoltalk_epochs: int = flag(1, "times through SmolTalk; 0 = without")
+    mmlu_epochs: int = flag(3, "times through MMLU's auxiliary training questions; 0 = without")
+    gsm8k_epochs: int = flag(4, "times through GSM8K's training problems; 0 = without")
+    simplespelling_epochs: int = flag(1, "times through 200,000 words to spell; 0 = without")
+    spellingbee_epochs: int = flag(1, "times through 80,000 words with letters to count; 0 = without")
+    identity_epochs: int = flag(2, "times through the conversations about who the model is; 0 = without")
+    identity_file: str = flag("", "JSONL of these, one array of messages per line; empty = the built-in ones")
+    primer_epochs: int = flag(0, "times through the conversations of the embedded corpus; 0 = without")
+    num_iterations: int = flag(-1, "optimizer steps; -1 = once through the mixture")
+    device_batch_size: int = flag(-1, "rows per forward pass and rank; -1 = as the run it starts from")
+    total_batch_size: int = flag(-1, "tokens per optimizer step over all ranks; -1 = as the run it starts from")
+    init_lr_frac: float = flag(0.8, "initial learning rates, as a share of pretraining's")
+    load_optimizer: bool = flag(True, "start with the optimizer's momentum of the run it starts from")
+    eval_every: int = flag(200, "steps between validations; 0 = only at the end, -1 = never")
+    eval_examples: int = flag(1000, "held-out conversations to validate on")
+    compile: bool = flag(True, "torch.compile model and optimizer where the machine can")
+
+
+@dataclass(frozen=True)
+class Flags(FinetuneFlags):
     source: str = flag("base", "stage to start from", short="-i", choices=("base", "mid"))
 
 
 @command
 def main(flags: Flags) -> None:
-    finetune.finetune("sft", flags.source, flags)
+    finetune("sft", flags.source, flags)
+
+
+def finetune(stage: str, source_stage: str, flags: FinetuneFlags) -> None:
+    """Trains a model of source_stage on conversations; both are stages of checkpoint_manager.STAGES."""
+    if flags.num_iterations < 1 and flags.num_iterations != -1:
+        raise UserError(f"--num-iterations {flags.num_iterations}: must be at least 1, or -1 for one pass")
+    with distributed.init(flags.device) as dist:
+        tokenizer = Tokenizer.load(default_dir())
+        source = checkpoint_manager.find(source_stage, flags.base_tag, flags.base_step)
+        tag = flags.model_tag or source.tag
+        with Run.open(stage, tag, source, flags, tokenizer=tokenizer, dist=dist) as run:
+            # Check.
+            base = inherited_hyperparameters(flags, run)
+            B, T = base.device_batch_size, source.config.sequence_len
+            accumulation = recipe.accumulation_steps(base.total_batch_size, B, T, dist.world_size)
+            train_data, val_data = mixture(flags, tokenizer)
+
+            # Build.
+            groups = recipe.param_groups(source.config, base, weight_decay=0.0, lr_frac=flags.init_lr_frac)
+            num_tokens = flags.num_iterations * base.total_batch_size if flags.num_iterations > 0 else math.inf
+            run.build(
+                groups,
+                {"base": run.parent_checkpoint, "settings": asdict(base)},
+                compile=flags.compile,
+                total_flops=num_tokens * flops_per_token(source.config),  # unknown before one pass has been rendered
+            )
+            if flags.load_optimizer:
+                run.inherit_momentum()
+            loader = ConversationLoader(
+                tokenizer, train_data, batch_size=B, sequence_len=T, dist=dist, states=run.data_states
+            )
+            steps = prefetch(loader.steps(accumulation, flags.num_iterations), dist.device)
+            run.open_log(max(flags.num_iterations, 0))
+            if dist.is_main:
+                rows = recipe.explain_groups(groups, base, source.config.n_embd, flags.init_lr_frac)
+                print_table(f"Learning rates of {tag}", rows)
+            dist.print0(
+                f"{tag} from {run.parent_checkpoint}: {human(len(train_data))} conversations, steps of "
+                f"{base.total_batch_size:,} tokens ({accumulation} x {B} x {T} x {dist.world_size} ranks); "
+                f"{hardware.describe(dist.device)}"
+            )
+
+            # Train.
+            def evaluate(state: TrainState) -> dict[str, float]:
+                val_loader = ConversationLoader(tokenizer, val_data, batch_size=B, sequence_len=T, dist=dist)
+                return {"val/bpb": evaluate_bpb(run.eval_model, val_loader.batches(), tokenizer.token_bytes(), dist)}
+
+            hooks = [Hook(flags.eval_every, evaluate), run.save_hook()]
+            state = run.train(steps, token_loss, recipe.finetune_schedule, hooks)
+            truncated = state.data_state.get("truncated", 0)
+            run.finish(**{"conversations": len(train_data), "conversations truncated to a row": truncated})
+
+
+def inherited_hyperparameters(flags: FinetuneFlags, run: Run) -> recipe.Hyperparameters:
+    """Those of the resumed run, or of the run that trained the source; flags override batch sizes."""
+    checkpoint = run.resumed or run.source
+    assert isinstance(checkpoint, checkpoint_manager.Checkpoint)
+    base = recipe.load_hyperparameters(checkpoint.meta)
+    if flags.device_batch_size != -1:
+        base = replace(base, device_batch_size=flags.device_batch_size)
+    if flags.total_batch_size != -1:
+        base = replace(base, total_batch_size=flags.total_batch_size)
+    return base
+
+
+def mixture(flags: FinetuneFlags, tokenizer: Tokenizer) -> tuple[TaskMixture, Task]:
+    """
+    Conversations to train on and to validate on. Validation comes from held-out training splits, so that no score that
+    is reported later has been validated on.
+    """
+    # (epochs, training split, held-out split if there is one): called only where epochs are above 0
+    sources: list[tuple[int, Callable[[], Task], Callable[[], Task] | None]] = [
+        (flags.smoltalk_epochs, lambda: SmolTalk("train"), lambda: SmolTalk("test")),
+        (flags.mmlu_epochs, lambda: MMLU("auxiliary_train"), lambda: MMLU("validation")),
+        (flags.gsm8k_epochs, lambda: GSM8K("train"), None),
+        (flags.simplespelling_epochs, lambda: SimpleSpelling("train", 200_000, tokenizer), None),
+        (flags.spellingbee_epochs, lambda: SpellingBee("train", 80_000, tokenizer), None),
+        (flags.identity_epochs, lambda: identity(flags.identity_file), None),
+        (flags.primer_epochs, lambda: PrimerChat("train"), lambda: PrimerChat("val")),
+    ]
+    train_tasks: list[Task] = []
+    val_tasks: list[Task] = []
+    for epochs, training, validation in sources:
+        if epochs > 0:
+            train_tasks += [training()] * epochs
+            if validation:
+                val_tasks.append(validation())
+    if not train_tasks:
+        raise UserError("nothing to train on: give at least one source an epoch, such as --smoltalk-epochs 1")
+    if not val_tasks:
+        print("validation: these sources hold nothing out, so it uses conversations that are trained on")
+        val_tasks = train_tasks[:1]
+    return TaskMixture(train_tasks), limited(TaskMixture(val_tasks), flags.eval_examples)
+
+
+def identity(file: str) -> Task:
+    return CustomJSON(file) if file else PrimerChat("train", kinds=("who", "greeting"))
 
 
 if __name__ == "__main__":

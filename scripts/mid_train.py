@@ -1,31 +1,31 @@
-"""
-Train a base model on conversations before it is fine-tuned: the second of four stages in older recipes. It is the loop
-of scripts/chat_sft.py with other defaults: questions and problems once, at the learning rates of pretraining.
+r"""
+Train a base model on conversations before fine-tuning: the second of four stages in older recipes. It is the loop of
+scripts/chat_sft.py with other defaults: questions and problems once, at the learning rates of pretraining.
 
     python -m scripts.mid_train                                                       # base → mid
     python -m scripts.chat_sft -i mid                                                 # mid → sft
-    python -m scripts.mid_train --smoltalk-epochs 0 --mmlu-epochs 0 --gsm8k-epochs 0 \\
-        --simplespelling-epochs 0 --spellingbee-epochs 0 --primer-epochs 1            # the primer's conversations alone
+    python -m scripts.mid_train --smoltalk-epochs 0 --mmlu-epochs 0 --gsm8k-epochs 0 \
+        --simplespelling-epochs 0 --spellingbee-epochs 0 --primer-epochs 1            # the primer's conversations only
     torchrun --standalone --nproc_per_node=8 -m scripts.mid_train
 """
 
 from dataclasses import dataclass
 
 from nanochat.cli import command, flag
-from tasks import finetune
+from scripts.chat_sft import FinetuneFlags, finetune
 
 
 @dataclass(frozen=True)
-class Flags(finetune.Flags):
+class Flags(FinetuneFlags):
     mmlu_epochs: int = flag(1, "times through MMLU's auxiliary training questions; 0 = without")
     gsm8k_epochs: int = flag(1, "times through GSM8K's training problems; 0 = without")
-    # 0.085 bits per byte on the primer's conversations against 0.088 with 0.8, depth 4, one run each.
-    init_lr_frac: float = flag(1.0, "learning rates at the start, as a share of the base's")
+    # 0.085 bits per byte on the primer's conversations against 0.088 with 0.8 (depth 4, one run each).
+    init_lr_frac: float = flag(1.0, "initial learning rates, as a share of pretraining's")
 
 
 @command
 def main(flags: Flags) -> None:
-    finetune.finetune("mid", "base", flags)
+    finetune("mid", "base", flags)
 
 
 if __name__ == "__main__":

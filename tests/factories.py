@@ -19,11 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from nanochat.checkpoint_manager import CheckpointDir
+from nanochat.checkpoint_manager import CheckpointWriter
+from nanochat.distributed import Dist
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, PORTABLE, GPTConfig
 from nanochat.legacy import VINTAGES
-from nanochat.muon import LearningRates, MuonAdamW, build_optimizer
+from nanochat.muon import MuonAdamW, build_optimizer
+from nanochat.recipe import param_groups
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import TrainState
 
@@ -84,7 +86,7 @@ def randomize(model: torch.nn.Module, *, seed: int = 0, std: float = RANDOM_STD)
 
 def tiny_optimizer(model: GPT, **options: Any) -> MuonAdamW:
     """The optimizer of the training stages with its default learning rates."""
-    return build_optimizer(model, LearningRates(), **options)
+    return build_optimizer(model, param_groups(model.config), **options)
 
 
 def tiny_engine(model: GPT, tokenizer: Tokenizer, *, num_rows: int = 4, stop: bool = False, **options: Any) -> Engine:
@@ -115,13 +117,13 @@ def save_checkpoint(
     saves that too and ties the checkpoint to it.
     """
     meta = dict(meta or {})
-    directory = CheckpointDir(stage, tag)
+    writer = CheckpointWriter(stage, tag, Dist(CPU))
     if tokenizer is not None:
         meta["tokenizer"] = tokenizer.fingerprint
-        tokenizer.save(directory.path.parent.parent / "tokenizer")
-    directory.save(model, tiny_optimizer(model), TrainState(step), meta)
-    directory.wait()
-    return directory.path
+        tokenizer.save(writer.path.parent.parent / "tokenizer")
+    writer.save(model, tiny_optimizer(model), TrainState(step), meta)
+    writer.wait()
+    return writer.path
 
 
 def write_shard(

@@ -1,5 +1,5 @@
 """
-Checkpoints: the golden ones that people have, exact round trips, and whatever can happen to a disk.
+Checkpoints: older formats, exact round trips, finding, replacing an earlier run, damaged files, full disks, kills.
 
     python -m pytest tests/test_checkpoint_manager.py
 """
@@ -22,7 +22,18 @@ from conftest import golden
 from safetensors.torch import load_file, save_file
 
 from nanochat import checkpoint_manager
-from nanochat.checkpoint_manager import FORMAT, Checkpoint, CheckpointDir, at, find, load_model, stage_dir
+from nanochat.checkpoint_manager import (
+    FORMAT,
+    Checkpoint,
+    CheckpointReader,
+    CheckpointWriter,
+    EarlierRun,
+    find,
+    find_by_path,
+    load_model,
+    run_lock,
+    stage_dir,
+)
 from nanochat.common import UserError
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import RowGroups, split_shards
@@ -30,8 +41,9 @@ from nanochat.distributed import Dist
 from nanochat.eval.bpb import evaluate_bpb
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.legacy import VINTAGES
-from nanochat.muon import LearningRates, build_optimizer
-from nanochat.train import Stopped, TrainState
+from nanochat.muon import build_optimizer
+from nanochat.recipe import param_groups
+from nanochat.train import TrainState
 
 CPU = torch.device("cpu")
 V = 50
@@ -46,7 +58,7 @@ def base_dir(tmp_path, monkeypatch):
 def make(seed=0, config=None):
     torch.manual_seed(seed)
     model = GPT.create(config or GPTConfig(8, V, n_layer=2, n_head=2, n_kv_head=1, n_embd=32))
-    return model, build_optimizer(model, LearningRates())
+    return model, build_optimizer(model, param_groups(model.config))
 
 
 def train(model, optimizer, num_steps=1):
@@ -57,18 +69,34 @@ def train(model, optimizer, num_steps=1):
         optimizer.zero_grad()
 
 
-def save(step, tag="d2", directory=None, meta=None):
-    """Saves a model whose backout says which step it is; returns the folder."""
+def save(step, tag="d2", writer=None, meta=None):
+    """Saves a model whose backout_lambda is the step, as part of the run of that tag; returns the folder."""
     model, optimizer = make()
     model.backout_lambda.data.fill_(step)
-    directory = directory or opened(tag)
-    directory.save(model, optimizer, TrainState(step, data_state={"unit": step, "ids": torch.arange(3)}), meta or {})
-    directory.wait()
+    writer = writer or continued(tag)
+    writer.save(model, optimizer, TrainState(step, data_state={"unit": step, "ids": torch.arange(3)}), meta or {})
+    writer.wait()
     return stage_dir("base") / tag / f"step_{step:06d}"
 
 
-def opened(tag="d2", **options):
-    return CheckpointDir("base", tag, **options)
+def new_run(tag="d2", dist=None, **options):
+    """The writer of a new run."""
+    return CheckpointWriter("base", tag, dist or Dist(CPU), **options)
+
+
+def continued(tag="d2", **options):
+    """The writer of a run that has been resumed, if there is something to resume; it saves any step."""
+    writer = new_run(tag, **options)
+    writer.earlier = None
+    return writer
+
+
+def resumed(tag="d2"):
+    return new_run(tag, resumed=CheckpointReader("base", tag).load())
+
+
+def saved_steps(tag="d2"):
+    return CheckpointReader("base", tag).steps()
 
 
 def step_of(checkpoint):
@@ -91,7 +119,7 @@ def legacy(base_dir, vintage):
     return folder
 
 
-def test_golden_modern_bits_per_byte(base_dir, golden_tokenizer):
+def test_modern_checkpoint_matches_golden_bits_per_byte(base_dir, golden_tokenizer):
     expected = json.loads((legacy(base_dir, "modern") / "expected.json").read_text())
     model, checkpoint = load_model("base", "modern", -1, golden_tokenizer, CPU, torch.float32)
     assert (checkpoint.step, checkpoint.tag) == (expected["step"], "modern")
@@ -107,7 +135,7 @@ def test_golden_modern_bits_per_byte(base_dir, golden_tokenizer):
     assert bpb == pytest.approx(expected["val_bpb"], abs=1e-5)
 
 
-def test_golden_classic_logits(base_dir, golden_tokenizer):
+def test_classic_checkpoint_matches_golden_logits(base_dir, golden_tokenizer):
     folder = legacy(base_dir, "classic")
     expected = torch.load(folder / "expected.pt", weights_only=True)
     meta_file = min(folder.glob("meta_*.json"))
@@ -133,7 +161,7 @@ def legacy_model():
     return model.state_dict(), config, optimizer
 
 
-def test_a_legacy_checkpoint_as_saved_by_a_compiled_model(base_dir):
+def test_legacy_checkpoint_of_a_compiled_model_loads(base_dir):
     weights, config, optimizer = legacy_model()
     compiled = {f"_orig_mod.{name}": weight.bfloat16() for name, weight in weights.items()}
     write_legacy(base_dir / "base_checkpoints/old", 7, compiled, config)
@@ -146,7 +174,7 @@ def test_a_legacy_checkpoint_as_saved_by_a_compiled_model(base_dir):
 
 
 @pytest.mark.parametrize("gone, new", [("smear_lambda", None), (None, "lm_head.bias"), ("x0_lambdas", "x1_lambdas")])
-def test_another_set_of_parameters_is_refused_by_name(base_dir, gone, new):
+def test_missing_and_surplus_parameters_are_named(base_dir, gone, new):
     weights, config, _ = legacy_model()
     weights |= {new: torch.zeros(1)} if new else {}
     weights.pop(gone, None)
@@ -156,14 +184,14 @@ def test_another_set_of_parameters_is_refused_by_name(base_dir, gone, new):
     assert f"missing {[gone] if gone else []}, surplus {[new] if new else []}" in str(caught.value)
 
 
-def test_a_parameter_of_another_shape_is_refused_by_name(base_dir):
+def test_parameter_of_another_shape_is_named(base_dir):
     weights, config, _ = legacy_model()
     write_legacy(base_dir / "base_checkpoints/old", 7, weights | {"x0_lambdas": torch.zeros(5)}, config)
     with pytest.raises(UserError, match=r"x0_lambdas is \(5,\), not \(2,\)"):
         find("base").build_model(CPU, torch.float32)
 
 
-def test_a_legacy_checkpoint_that_would_run_code_is_not_run(base_dir, capsys):
+def test_code_in_a_legacy_checkpoint_is_not_executed(base_dir, capsys):
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(base_dir / "ran"),)
@@ -179,20 +207,20 @@ def test_a_legacy_checkpoint_that_would_run_code_is_not_run(base_dir, capsys):
 # ---- round trips ----
 
 
-def test_a_saved_run_comes_back_bitwise(monkeypatch):
+def test_saved_run_is_restored_bitwise(monkeypatch):
     trained_on = threading.Event()
     monkeypatch.setattr(checkpoint_manager, "save_file", lambda *args: trained_on.wait(60) and save_file(*args))
     model, optimizer = make()
     train(model, optimizer, 3)
     data_state = {"unit": 4, "texts_done": 128, "waiting": torch.arange(9, dtype=torch.int32)}
     state = TrainState(3, 0.7, 1.25, 4096, 2.0**12, 5, data_state)
-    directory = CheckpointDir("base", "d2")
-    directory.save(model, optimizer, state, {"flags": {"depth": 2}})
+    writer = new_run()
+    writer.save(model, optimizer, state, {"flags": {"depth": 2}})
     random_state = torch.get_rng_state()
     expected = {name: p.clone() for name, p in model.named_parameters()}, optimizer.full_state()
-    train(model, optimizer)  # training goes on before a byte is written: the thread has copies
+    train(model, optimizer)  # training continues before a byte is written: the thread has copies
     trained_on.set()
-    directory.wait()
+    writer.wait()
 
     torch.manual_seed(99)
     checkpoint = find("base", "d2", 3)
@@ -208,51 +236,48 @@ def test_a_saved_run_comes_back_bitwise(monkeypatch):
 
 
 class TwoRanks(Dist):
-    """Rank 0 of two; the other one is said to hold other data."""
+    """Rank 0 of two; the other one is simulated."""
 
     def gather(self, value):
         numbers, tensors = value
         return [value, (numbers | {"unit": 1}, tensors | {"waiting": tensors["waiting"] + 10})]
 
 
-def test_every_ranks_data_is_saved():
+def test_data_states_of_all_ranks_are_saved():
     model, optimizer = make()
     state = TrainState(1, data_state={"unit": 0, "waiting": torch.arange(2)})
-    directory = CheckpointDir("base", "d2", TwoRanks(CPU))
-    directory.save(model, optimizer, state, {})
-    directory.wait()
+    writer = new_run(dist=TwoRanks(CPU))
+    writer.save(model, optimizer, state, {})
+    writer.wait()
     _, data_states = find("base").restore_run(optimizer, Dist(CPU, rank=1, world_size=2))
     assert [state["unit"] for state in data_states] == [0, 1]
     assert [state["waiting"].tolist() for state in data_states] == [[0, 1], [10, 11]]
 
 
-def test_the_hook_saves_and_a_stopped_run_waits_for_the_disk(monkeypatch):
+def test_save_hook_saves_at_the_end_even_without_an_interval():
     model, optimizer = make()
-    monkeypatch.setattr(checkpoint_manager, "save_file", lambda *args: (time.sleep(0.05), save_file(*args)))
-    directory = CheckpointDir("base", "d2")
-    hook = directory.save_hook(5, model, optimizer, {})
+    writer = new_run()
+    hook = writer.save_hook(5, model, optimizer, {})
     assert (hook.every, hook.when_stopped) == (5, True)
-    with pytest.raises(Stopped):
-        with directory:
-            hook.run(TrainState(5))
-            raise Stopped("signal")
+    hook.run(TrainState(5))
+    writer.wait()
     assert find("base").step == 5
-    assert directory.save_hook(-1, model, optimizer, {}).every == 0  # at the end all the same
+    assert writer.save_hook(-1, model, optimizer, {}).every == 0
 
 
 # ---- which one ----
 
 
-def test_the_newest_is_found_and_any_other_on_request(capsys):
+def test_find_returns_the_newest_step_or_the_given_one(capsys):
     for step in (20, 100, 3):
         save(step)
-    assert opened().steps() == [3, 20, 100]
+    assert saved_steps() == [3, 20, 100]
     assert [step_of(find("base", "d2", step)) for step in (-1, 20, 3)] == [100, 20, 3]
     with pytest.raises(UserError, match="no checkpoint of step 50: it has 3, 20, 100"):
         find("base", "d2", 50)
 
 
-def test_the_tag_written_last_is_the_default():
+def test_default_tag_is_the_one_written_last():
     for tag, hours_ago in (("d2", 3), ("d12", 1), ("d20", 2)):
         written = time.time() - 3600 * hours_ago
         os.utime(save(1, tag) / "manifest.json", (written, written))
@@ -261,23 +286,23 @@ def test_the_tag_written_last_is_the_default():
         find("base", "d4")
 
 
-def test_a_checkpoint_that_a_run_noted_is_found_where_the_base_folder_is_now(base_dir):
+def test_find_by_path_works_after_the_base_folder_has_moved(base_dir):
     for step in (1, 2):
         save(step)
     noted = f"/somewhere/else/{stage_dir('base').name}/d2/step_000001"
-    assert step_of(at(noted)) == 1
+    assert step_of(find_by_path(noted)) == 1
     with pytest.raises(UserError, match="no checkpoint of step 7: it has 1, 2"):
-        at(noted.replace("1", "7"))
+        find_by_path(noted.replace("1", "7"))
 
 
-def test_without_any_checkpoint_the_error_says_how_to_train_one():
+def test_missing_checkpoint_error_names_the_training_script():
     with pytest.raises(UserError, match="scripts.chat_sft"):
         find("sft")
     with pytest.raises(UserError, match="unknown stage"):
         find("raw")
 
 
-def test_foreign_files_are_no_checkpoints(base_dir):
+def test_other_files_in_the_folder_are_ignored(base_dir):
     folder = save(7)
     shutil.copytree(folder, folder.with_name("step_000007_before_the_move"))
     (folder.parent / "step_000009").mkdir()  # without a manifest
@@ -286,59 +311,95 @@ def test_foreign_files_are_no_checkpoints(base_dir):
 
 
 @pytest.mark.parametrize("keep_last, kept", [(-1, [1, 2, 3, 4]), (1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])])
-def test_old_ones_are_pruned_on_request(keep_last, kept):
-    directory = opened(keep_last=keep_last)
+def test_keep_last_prunes_old_checkpoints(keep_last, kept):
+    writer = new_run(keep_last=keep_last)
     for step in (1, 2, 3, 4):
-        save(step, directory=directory)
-    assert directory.steps() == kept
+        save(step, writer=writer)
+    assert saved_steps() == kept
 
 
-def test_a_new_run_sets_the_old_one_aside(base_dir, capsys):
+# ---- a new run under the tag of an earlier one ----
+
+
+def test_earlier_run_keeps_its_name_until_the_new_one_has_saved(capsys):
     save(100)
-    with CheckpointDir("base", "d2") as directory:
-        assert not directory.steps()  # from the very start: a kill before the first save must not revive the old run
-        save(7, directory=directory)
-    assert step_of(find("base", "d2")) == 7  # and not 100, which is another run's
-    assert "'d2.1'" in capsys.readouterr().out
+    writer = new_run()
+    assert step_of(find("base", "d2")) == 100  # a new run that fails now leaves everything as it was
+    save(7, writer=writer)
+    assert step_of(find("base", "d2")) == 7
     assert step_of(find("base", "d2.1")) == 100
-    with CheckpointDir("base", "d2") as directory:
-        save(5, directory=directory)
+    assert "'d2.1'" in capsys.readouterr().out
+    save(5, writer=new_run())
     assert [step_of(find("base", tag)) for tag in ("d2", "d2.1", "d2.2")] == [5, 100, 7]
 
 
-def test_a_run_that_saved_nothing_yet_has_no_last_good_checkpoint():
+def test_earlier_run_keeps_its_name_when_the_first_save_fails(monkeypatch):
     save(100)
-    assert CheckpointDir("base", "d2").good == "no checkpoint"
-    resumed = CheckpointDir("base", "d2")
-    assert resumed.load_newest().step == 100
-    assert resumed.good.endswith("step_000100")
+    writer = new_run()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_manager, "save_file", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(UserError, match="disk full"):
+            save(7, writer=writer)
+    assert step_of(find("base", "d2")) == 100
+    save(8, writer=writer)
+    assert (step_of(find("base", "d2")), step_of(find("base", "d2.1"))) == (8, 100)
 
 
-def test_a_run_resumed_at_its_end_leaves_its_checkpoint_alone():
+def test_metrics_are_renamed_with_their_run(base_dir):
+    save(100)
+    metrics = base_dir / "base_train-d2.jsonl"
+    metrics.write_text("earlier")
+    writer = new_run()
+    provisional = writer.earlier.provisional(metrics)
+    provisional.write_text("new")
+    assert metrics.read_text() == "earlier"
+    save(7, writer=writer)
+    assert metrics.read_text() == "new" and not provisional.exists()
+    assert (base_dir / "base_train-d2.1.jsonl").read_text() == "earlier"
+
+
+def test_swap_killed_between_its_two_renames_is_completed_by_the_next_run(base_dir):
+    folder = save(100).parent
+    earlier = EarlierRun(folder)
+    shutil.copytree(folder / "step_000100", earlier.new_folder / "step_000007")
+    folder.rename(folder.with_name("d2.1"))  # the kill comes here
+    with run_lock("base", "d2", Dist(CPU)):
+        assert saved_steps() == [7]
+
+
+def test_leftovers_of_a_failed_new_run_are_not_found_as_a_tag():
+    folder = save(100).parent
+    shutil.copytree(folder, EarlierRun(folder).new_folder)
+    with pytest.raises(UserError, match="there are d2$"):
+        find("base", "d9")
+
+
+def test_last_saved_is_the_resumed_checkpoint_or_none():
+    save(100)
+    assert new_run().last_saved == "no checkpoint"
+    assert resumed().last_saved.endswith("step_000100")
+
+
+def test_run_resumed_at_its_end_does_not_rewrite_its_checkpoint():
     path = save(100)
     before = (path / "state.json").read_text()
-    resumed = CheckpointDir("base", "d2")
-    assert resumed.load_newest().step == 100
+    writer = resumed()
     model, optimizer = make()
-    resumed.save(model, optimizer, TrainState(100), {})
-    resumed.wait()
+    writer.save(model, optimizer, TrainState(100), {})
+    writer.wait()
     assert (path / "state.json").read_text() == before
 
 
 @pytest.mark.parametrize("tag", ["a/b", "../d2", ".hidden", ""])
-def test_a_tag_is_a_plain_name(tag):
+def test_tag_that_is_no_plain_folder_name_raises(tag):
     with pytest.raises(UserError, match="plain folder name"):
-        CheckpointDir("base", tag)
+        CheckpointReader("base", tag)
 
 
-def test_resuming_goes_on_in_the_same_folder(capsys):
-    assert CheckpointDir("base", "d2").load_newest() is None
-    assert "nothing to resume" in capsys.readouterr().out
+def test_resumed_run_saves_into_the_same_folder():
     save(5)
-    resumed = CheckpointDir("base", "d2")
-    assert step_of(resumed.load_newest()) == 5
-    save(10, directory=resumed)
-    assert resumed.steps() == [5, 10]
+    save(10, writer=resumed())
+    assert saved_steps() == [5, 10]
 
 
 def test_saving_a_step_again_replaces_it():
@@ -375,7 +436,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_newest_one_falls_back_to_the_one_before(damage, capsys):
+def test_damaged_newest_checkpoint_falls_back_to_the_previous_one(damage, capsys):
     save(10)
     damage(save(20))
     assert step_of(find("base", "d2")) == 10
@@ -384,7 +445,7 @@ def test_a_damaged_newest_one_falls_back_to_the_one_before(damage, capsys):
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_nothing_takes_the_place_of_a_damaged_one_asked_for(damage):
+def test_damaged_checkpoint_given_by_step_raises(damage):
     save(10)
     damage(save(20))
     with pytest.raises(UserError) as caught:
@@ -394,23 +455,23 @@ def test_nothing_takes_the_place_of_a_damaged_one_asked_for(damage):
     assert "it has 10" in message and "falling back" not in message and "\n" not in message
 
 
-def test_all_damaged_is_an_error():
+def test_only_damaged_checkpoints_raise():
     for step in (10, 20):
         flip_a_byte(save(step))
     with pytest.raises(UserError, match="no intact checkpoint"):
         find("base")
 
 
-def test_a_damaged_one_is_written_anew_by_the_run_that_goes_on():
+def test_resumed_run_overwrites_a_damaged_checkpoint():
     save(10)
     flip_a_byte(save(20))
-    resumed = CheckpointDir("base", "d2")
-    assert step_of(resumed.load_newest()) == 10
-    save(20, directory=resumed)
+    writer = resumed()
+    assert writer.resumed.step == 10
+    save(20, writer=writer)
     assert step_of(find("base")) == 20
 
 
-def test_a_format_from_the_future_is_refused():
+def test_newer_format_version_raises():
     save(10)
     folder = save(20)
     state = json.loads((folder / "state.json").read_text())
@@ -425,16 +486,16 @@ def test_a_format_from_the_future_is_refused():
         find("base")
 
 
-def test_what_a_killed_save_left_behind_is_ignored_and_cleared_away():
+def test_leftovers_of_a_killed_save_are_ignored_and_removed():
     folder = save(10)
     leftover = folder.with_name(".step_000020.4711.tmp")
     shutil.copytree(folder, leftover)
     assert step_of(find("base")) == 10
     save(30)
-    assert not leftover.exists() and opened().steps() == [10, 30]
+    assert not leftover.exists() and saved_steps() == [10, 30]
 
 
-def test_a_full_disk_leaves_the_one_before_and_says_so(monkeypatch, capsys):
+def test_full_disk_keeps_the_previous_checkpoint_and_raises(monkeypatch, capsys):
     full = [False]
 
     def save_file_if_room(tensors, path):
@@ -443,36 +504,37 @@ def test_a_full_disk_leaves_the_one_before_and_says_so(monkeypatch, capsys):
         save_file(tensors, path)
 
     monkeypatch.setattr(checkpoint_manager, "save_file", save_file_if_room)
-    directory = opened()
-    save(10, directory=directory)
+    writer = new_run()
+    save(10, writer=writer)
     full[0] = True
-    with pytest.raises(UserError, match="No space left on device.*last good: .*step_000010"):
-        save(20, directory=directory)
+    with pytest.raises(UserError, match="No space left on device.*last one: .*step_000010"):
+        save(20, writer=writer)
     assert step_of(find("base")) == 10
-    assert [p.name for p in directory.path.iterdir()] == ["step_000010"]  # the half one is gone
+    assert [p.name for p in writer.path.iterdir()] == ["step_000010"]  # the incomplete one is gone
 
-    full[0] = False  # a later save succeeds, and the run ends well
-    save(30, directory=directory)
+    model, optimizer = make()
+    writer.save(model, optimizer, TrainState(25), {})
+    writer.thread.join()  # fails too
+    full[0] = False
+    save(30, writer=writer)  # a later save succeeds, and the run ends well
     assert "could not be written" in capsys.readouterr().err
     assert step_of(find("base")) == 30
 
 
 SAVE_FOREVER = """
-import sys
-import torch
-from tests.test_checkpoint_manager import make, opened, save
+from tests.test_checkpoint_manager import new_run, save
 
-directory = opened()
+writer = new_run()
 step = 0
 while True:
     step += 1
-    save(step, directory=directory)
+    save(step, writer=writer)
     print(step, flush=True)
 """
 
 
 @pytest.mark.parametrize("after", [0.0, 0.004, 0.011, 0.02])
-def test_a_kill_in_the_middle_of_saving(base_dir, after):
+def test_kill_while_saving_leaves_only_complete_checkpoints(base_dir, after):
     root = Path(__file__).parent.parent
     environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}"}
     command = [sys.executable, "-c", SAVE_FOREVER]
@@ -483,8 +545,8 @@ def test_a_kill_in_the_middle_of_saving(base_dir, after):
         said += [int(line) for line in process.stdout]
     newest = find("base")
     assert said[-1] <= step_of(newest) <= said[-1] + 1
-    assert opened().steps() == list(range(1, newest.step + 1))
-    for step in opened().steps():  # none that only looks whole
+    assert saved_steps() == list(range(1, newest.step + 1))
+    for step in saved_steps():  # none that only looks whole
         assert find("base", "d2", step).weights().keys() == dict(make()[0].named_parameters()).keys()
 
 
@@ -493,13 +555,13 @@ def test_a_kill_in_the_middle_of_saving(base_dir, after):
 
 def golden_sized(base_dir, golden_tokenizer, fingerprint=None):
     model, optimizer = make(config=GPTConfig(8, golden_tokenizer.vocab_size, 1, 1, 1, 32))
-    directory = CheckpointDir("base", "d1")
-    directory.save(model, optimizer, TrainState(1), {"tokenizer": fingerprint or golden_tokenizer.fingerprint})
-    directory.wait()
+    writer = continued("d1")
+    writer.save(model, optimizer, TrainState(1), {"tokenizer": fingerprint or golden_tokenizer.fingerprint})
+    writer.wait()
     return find("base")
 
 
-def test_the_tokenizer_must_be_the_one_it_was_trained_with(base_dir, golden_tokenizer):
+def test_other_tokenizer_raises(base_dir, golden_tokenizer):
     checkpoint = golden_sized(base_dir, golden_tokenizer)
     checkpoint.check_tokenizer(golden_tokenizer)
     checkpoint.check_resumable(golden_tokenizer, checkpoint.config, torch.float32)
@@ -510,14 +572,14 @@ def test_the_tokenizer_must_be_the_one_it_was_trained_with(base_dir, golden_toke
         load_model("base", "d2", -1, golden_tokenizer, CPU, torch.float32)
 
 
-def test_another_model_cannot_resume(base_dir, golden_tokenizer):
+def test_resuming_another_model_raises(base_dir, golden_tokenizer):
     checkpoint = golden_sized(base_dir, golden_tokenizer)
     with pytest.raises(UserError, match="another model"):
         other = GPTConfig(16, golden_tokenizer.vocab_size, 1, 1, 1, 32)
         checkpoint.check_resumable(golden_tokenizer, other, torch.float32)
 
 
-def test_files_are_plain_safetensors():
+def test_files_are_safetensors_and_json():
     folder = save(3)
     assert sorted(p.name for p in folder.iterdir()) == [
         "data.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json",
@@ -527,18 +589,17 @@ def test_files_are_plain_safetensors():
     assert all(weight.dtype == torch.float32 for weight in weights.values())
 
 
-def test_a_run_goes_on_in_the_dtype_it_was_begun_in(golden_tokenizer):
+def test_resuming_in_another_dtype_raises(golden_tokenizer):
     checkpoint = Checkpoint(Path("step_000001"), 1, {"model_config": {"vocab_size": 1024}, "dtype": "torch.bfloat16"})
     checkpoint.check_resumable(golden_tokenizer, checkpoint.config, torch.bfloat16)
     with pytest.raises(UserError, match="NANOCHAT_DTYPE=bfloat16"):
         checkpoint.check_resumable(golden_tokenizer, checkpoint.config, torch.float32)
 
 
-def test_one_run_at_a_time_works_under_a_tag(base_dir):
-    first, second, other = CheckpointDir("sft", "d2"), CheckpointDir("sft", "d2"), CheckpointDir("base", "d2")
-    with first:
-        first.lock()
-        other.lock()
+def test_second_run_on_a_tag_raises_until_the_first_has_ended():
+    with run_lock("sft", "d2", Dist(CPU)), run_lock("base", "d2", Dist(CPU)):
         with pytest.raises(UserError, match="another run works on .*chatsft_checkpoints/d2: .*--model-tag"):
-            second.lock()
-    second.lock()  # the first one is over
+            with run_lock("sft", "d2", Dist(CPU)):
+                pass
+    with run_lock("sft", "d2", Dist(CPU)):
+        pass

@@ -1,5 +1,5 @@
 """
-Two processes over gloo train like one with twice the accumulation, and their state is the state of one.
+Distributed training: two processes over gloo train like one with twice the accumulation.
 
     python -m pytest tests/test_distributed.py
 """
@@ -14,11 +14,12 @@ from nanochat import distributed
 from nanochat.common import UserError
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.muon import SHARD_MIN_NUMEL, LearningRates, build_optimizer
-from nanochat.train import Step, TrainState, token_loss, train
+from nanochat.muon import SHARD_MIN_NUMEL, build_optimizer
+from nanochat.recipe import StepSchedule, param_groups
+from nanochat.train import Step, Trainer, TrainState, token_loss
 
 WORLD_SIZE, NUM_STEPS = 2, 3
-V, T, ROWS = 256, 48, 4  # vocabulary, tokens per row, rows per update
+V, T, ROWS = 256, 48, 4  # vocabulary, tokens per row, rows per optimizer step
 
 
 def make(dist, seed=0):
@@ -29,11 +30,11 @@ def make(dist, seed=0):
         if not p.any():  # projections start at zero, where gradients are zero: no test of anything
             torch.nn.init.normal_(p, std=0.02)
     assert model.transformer.wte.weight.numel() >= SHARD_MIN_NUMEL > model.value_embeds["1"].weight.numel()
-    return model, build_optimizer(model, LearningRates(), rank=dist.rank, world_size=dist.world_size)
+    return model, build_optimizer(model, param_groups(model.config), rank=dist.rank, world_size=dist.world_size)
 
 
 def steps(dist, first, last):
-    """The same rows in every update, dealt out to the ranks; together always two micro-batches of two rows."""
+    """The same rows in every step, split between the ranks; together always two micro-batches of two rows."""
     for i in range(first, last):
         ids = torch.randint(V, (ROWS, T + 1), generator=torch.Generator().manual_seed(i))
         halves = [(half[:, :-1], half[:, 1:], ROWS * T) for half in ids.chunk(2)]
@@ -41,30 +42,32 @@ def steps(dist, first, last):
 
 
 def run(dist, model, optimizer, first, last):
-    losses = []
+    losses, grad_norms = [], []
 
-    def schedule(optimizer, step, progress):
-        optimizer.set_schedule(0.1 * (1 - progress), 0.9, 1.0)
+    def schedule(step, progress):
+        return StepSchedule(0.1 * (1 - progress), 0.9)
 
     def log(state, metrics):
         losses.append(metrics["train/loss"])
+        grad_norms.append(metrics["train/grad_norm"])
 
-    train(model, optimizer, steps(dist, first, last), token_loss, schedule, [], log, TrainState(), dist)
-    return losses
+    trainer = Trainer(model, optimizer, TrainState(), dist, log=log)
+    trainer.fit(steps(dist, first, last), token_loss, schedule, [])
+    return {"losses": losses, "grad_norms": grad_norms}
 
 
 def report(dist, restore_from=None):
-    """What one rank knows after training: weights, state, losses."""
+    """Weights, optimizer state and metrics of one rank after training."""
     model, optimizer = make(dist)
     if restore_from:
         model, optimizer = make(dist, seed=1)
         model.load_state_dict(restore_from["weights"])
         optimizer.load_full_state(restore_from["state"])
-        losses = run(dist, model, optimizer, NUM_STEPS, 2 * NUM_STEPS)
+        metrics = run(dist, model, optimizer, NUM_STEPS, 2 * NUM_STEPS)
     else:
-        losses = run(dist, model, optimizer, 0, NUM_STEPS)
+        metrics = run(dist, model, optimizer, 0, NUM_STEPS)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return {"weights": weights, "state": optimizer.full_state(), "losses": losses}
+    return {"weights": weights, "state": optimizer.full_state()} | metrics
 
 
 def worker(rank, port, folder):
@@ -87,7 +90,7 @@ def worker(rank, port, folder):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """(one rank after 3 updates, the same after 3 more, what each of two ranks reports)."""
+    """(one rank after 3 steps, the same after 3 more, the reports of two ranks)."""
     folder = tmp_path_factory.mktemp("ranks")
     alone = Dist(torch.device("cpu"))
     first = report(alone)
@@ -108,24 +111,25 @@ def assert_close(ours, theirs):
         assert error <= 1e-3 * norm, f"{name}: {error / norm:.1e}"
 
 
-def test_two_ranks_train_like_one_with_twice_the_accumulation(results):
+def test_two_ranks_train_like_one_rank_with_twice_the_accumulation(results):
     one, _, ranks = results
     for rank in ranks:
         assert_close(rank["trained"]["weights"], one["weights"])
         assert rank["trained"]["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert rank["trained"]["grad_norms"] == pytest.approx(one["grad_norms"], rel=1e-4)
     for name, weight in ranks[0]["trained"]["weights"].items():
         assert torch.equal(weight, ranks[1]["trained"]["weights"][name]), f"{name} differs between the ranks"
 
 
-def test_the_gathered_state_is_the_state_of_one_rank(results):
+def test_full_state_of_two_ranks_equals_that_of_one(results):
     one, _, (first, other) = results
     state = first["trained"]["state"]
     assert {name: tensor.shape for name, tensor in state.items()} == {n: t.shape for n, t in one["state"].items()}
     assert_close(state, one["state"])
-    assert not other["trained"]["state"]  # one copy in the host's memory is enough
+    assert not other["trained"]["state"]  # only rank 0 gathers it
 
 
-def test_the_state_of_one_rank_restores_into_two(results):
+def test_full_state_of_one_rank_loads_on_two(results):
     _, second, ranks = results
     for rank in ranks:
         assert_close(rank["restored"]["weights"], second["weights"])
@@ -133,7 +137,7 @@ def test_the_state_of_one_rank_restores_into_two(results):
     assert_close(ranks[0]["restored"]["state"], second["state"])
 
 
-def test_collectives(results):
+def test_collectives_agree_on_all_ranks(results):
     *_, ranks = results
     assert [rank["is_main"] for rank in ranks] == [True, False]
     for rank in ranks:
@@ -142,7 +146,7 @@ def test_collectives(results):
         assert rank["gather"] == [{"rank": 0}, {"rank": 1}]
 
 
-def test_a_single_process_needs_no_group(monkeypatch):
+def test_single_process_works_without_process_group(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with distributed.init("cpu") as dist:
         assert (dist.rank, dist.world_size, dist.is_main) == (0, 1, True)
@@ -153,7 +157,7 @@ def test_a_single_process_needs_no_group(monkeypatch):
         assert not torch.distributed.is_initialized()
 
 
-def test_an_unknown_device_is_found_before_anything_is_joined(monkeypatch):
+def test_init_with_unknown_device_raises_before_joining_a_group(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="--device"), distributed.init("tpu"):
         pass

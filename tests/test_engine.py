@@ -16,7 +16,7 @@ from conftest import golden
 from factories import FAMILY
 
 from nanochat import checkpoint_manager, engine
-from nanochat.checkpoint_manager import CheckpointDir
+from nanochat.checkpoint_manager import find
 from nanochat.common import UserError
 from nanochat.engine import Completion, Engine, Request
 from nanochat.gpt import GPT, GPTConfig
@@ -235,7 +235,7 @@ def test_golden_classic_tokens(golden_tokenizer, monkeypatch):
     folder = golden("checkpoint/classic")
     expected = torch.load(folder / "expected.pt", weights_only=True)
     monkeypatch.setattr(checkpoint_manager, "stage_dir", lambda stage: folder.parent)
-    model = CheckpointDir("base", "classic").load().build_model(CPU, torch.float32)
+    model = find("base", "classic").build_model(CPU, torch.float32)
     (completion,) = unstoppable(model, golden_tokenizer).generate([greedy(expected["prompt"], len(expected["greedy"]))])
     assert completion.tokens == expected["greedy"]
 

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 
 from nanochat import fp8, hardware
 from nanochat.common import UserError
-from nanochat.distributed import Dist
 from nanochat.fp8 import Fp8Linear, quantize, use_fp8
 from nanochat.gpt import GPT, GPTConfig, Linear
-from nanochat.muon import LearningRates, build_optimizer
-from nanochat.run import prepare
+from nanochat.muon import build_optimizer
+from nanochat.recipe import param_groups
 
 CPU = torch.device("cpu")
 HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= fp8.MIN_CAPABILITY
@@ -45,7 +44,7 @@ def make_layer(features_in, features_out, device):
 def make(dtype=torch.float32, with_fp8=True, seed=0):
     torch.manual_seed(seed)
     model = GPT.create(CONFIG, dtype=dtype)
-    optimizer = build_optimizer(model, LearningRates(), weight_decay=0.0)
+    optimizer = build_optimizer(model, param_groups(model.config, weight_decay=0.0))
     layers = use_fp8(model, optimizer, compile=False) if with_fp8 else []
     return model.train(), optimizer, layers
 
@@ -215,14 +214,6 @@ def test_resuming_needs_nothing_of_fp8():
     optimizer.load_full_state(saved[1])
     use_fp8(model, optimizer, compile=False)
     assert train(model, optimizer, 2, 4) == expected
-
-
-def test_a_stage_trains_in_fp8_when_asked_to(monkeypatch, tmp_path, golden_tokenizer):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    start = prepare("base", "tag", CONFIG, golden_tokenizer, Dist(CPU))
-    for wanted in (False, True):
-        run = start.build(LearningRates(), 1.0, {}, compile=False, fp8=wanted)
-        assert any(isinstance(module, Fp8Linear) for module in run.model.modules()) is wanted
 
 
 # ---- what cannot be ----

@@ -17,7 +17,8 @@ from test_attention import naive_attention, naive_window
 from nanochat import gpt
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.muon import LearningRates, MuonAdamW, build_optimizer
+from nanochat.muon import MuonAdamW, build_optimizer
+from nanochat.recipe import param_groups
 
 CASES = ["gpt/case0.pt", "gpt/case1.pt", "gpt/case2.pt"]  # in the repository: case1, logits of the last 16 tokens only
 
@@ -305,8 +306,9 @@ def test_small_updates_survive_in_float32_masters():
     model = GPT(config, dtype=torch.bfloat16)
     table = model.transformer.wte.weight
     torch.nn.init.constant_(table, 0.8)
-    (group,) = [g for g in build_optimizer(model, LearningRates()).param_groups if g["name"] == "wte"]
-    optimizer = MuonAdamW([group | {"lr": 0.001, "decay": 0.0}], 0, 1, False, model.dtype)
+    (group,) = [g for g in build_optimizer(model, param_groups(model.config)).param_groups if g["name"] == "wte"]
+    group = group | {"lr": 0.001, "decay": 0.0}
+    optimizer = MuonAdamW([group], rank=0, world_size=1, compile=False, dtype=model.dtype)
     table.grad = torch.ones_like(table)  # Adam's update on a constant gradient is the learning rate
     for _ in range(1000):
         optimizer.step()

@@ -14,7 +14,8 @@ from conftest import golden
 from nanochat import recipe
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig, flops_per_token, param_counts
-from nanochat.muon import LearningRates, build_optimizer
+from nanochat.muon import build_optimizer
+from nanochat.recipe import Hyperparameters, RecipeFlags, param_groups
 
 CASES = json.loads(golden("recipe/recipe.json").read_text())
 
@@ -24,16 +25,16 @@ def exactly(value):
 
 
 @pytest.mark.parametrize("case", CASES["derived"], ids=lambda c: f"d{c['depth']}-{c['requested_total_batch_size']}")
-def test_golden_recipes(case):
-    ours = recipe.derive(
-        case["depth"],
-        case["vocab_size"],
+def test_derived_recipe_matches_golden(case):
+    flags = RecipeFlags(
+        depth=case["depth"],
         head_dim=case["head_dim"],
-        sequence_len=case["max_seq_len"],
+        max_seq_len=case["max_seq_len"],
         window_pattern=case["window_pattern"],
-        data_ratio=case["target_param_data_ratio"],
+        target_param_data_ratio=case["target_param_data_ratio"],
         total_batch_size=case["requested_total_batch_size"],
     )
+    ours = recipe.derive(flags, case["vocab_size"])
     assert (ours.model.n_embd, ours.model.n_head) == (case["model_dim"], case["n_head"])
     assert param_counts(ours.model) == case["param_counts"]
     assert recipe.scaling_params(ours.model) == case["scaling_params"]
@@ -41,25 +42,26 @@ def test_golden_recipes(case):
     assert ours.horizon == case["target_tokens"]
     assert ours.total_batch_size == case["total_batch_size"]
     assert ours.num_iterations == case["num_iterations"]
-    assert ours.batch_factor == exactly(case["lr_scale"])
+    assert ours.hyperparameters.batch_lr_scale == exactly(case["lr_scale"])
     assert ours.weight_decay == exactly(case["weight_decay"])
     assert ours.flops == exactly(case["flops_per_token"] * case["num_iterations"] * case["total_batch_size"])
 
 
 @pytest.mark.parametrize("case", CASES["derived"][::4], ids=lambda c: f"d{c['depth']}")
-def test_golden_width_factor_of_the_learning_rates(case):
-    model = GPT(GPTConfig(16, 64, 1, 1, 1, case["model_dim"]), device="meta")
-    optimizer = build_optimizer(model, LearningRates(), batch_factor=case["lr_scale"])
-    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-    assert rates["wte"] == exactly(0.3 * case["adamw_dmodel_lr_scale"] * case["lr_scale"])
+def test_width_factor_of_the_learning_rates_matches_golden(case):
+    config = GPTConfig(16, 64, 1, 1, 1, case["model_dim"])
+    groups = param_groups(config, Hyperparameters(total_batch_size=case["total_batch_size"]))
+    learning_rates = {group.name: group.lr for group in groups}
+    assert learning_rates["wte"] == exactly(0.3 * case["adamw_dmodel_lr_scale"] * case["lr_scale"])
 
 
 @pytest.mark.parametrize("case", CASES["schedules"], ids=lambda c: f"{c['num_iterations']} steps")
-def test_golden_schedules(case):
+def test_schedules_match_golden(case):
     steps, warmdown = case["num_iterations"], case["warmdown_ratio"]
     for point in case["points"]:
         step = point["step"]
-        multiplier = recipe.lr_multiplier(step, steps, case["warmup_steps"], warmdown, case["final_lr_frac"])
+        options = {"warmup_steps": case["warmup_steps"], "final_frac": case["final_lr_frac"]}
+        multiplier = recipe.lr_multiplier(step, steps, warmdown_ratio=warmdown, **options)
         assert multiplier == exactly(point["lr_multiplier"]), step
         assert recipe.muon_momentum(step, steps, warmdown) == exactly(point["muon_momentum"]), step
         assert recipe.decay_multiplier(step, steps) == exactly(point["weight_decay_fraction"]), step
@@ -67,32 +69,91 @@ def test_golden_schedules(case):
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 39, 40, 41, 100, 399, 401, 1500])
 @pytest.mark.parametrize("warmup, warmdown", [(40, 0.65), (0, 1.0), (0, 0.0), (10, 0.2)])
-def test_schedules_are_sane_for_any_length(steps, warmup, warmdown):
+def test_schedules_stay_in_range_for_any_length(steps, warmup, warmdown):
     for step in range(steps):
-        assert 0 < recipe.lr_multiplier(step, steps, warmup, warmdown, 0.05) <= 1
+        assert 0 < recipe.lr_multiplier(step, steps, warmup_steps=warmup, warmdown_ratio=warmdown) <= 1
         assert 0.85 <= recipe.muon_momentum(step, steps, warmdown) <= 0.97
         assert 0 <= recipe.decay_multiplier(step, steps) <= 1
 
 
-def test_the_schedule_reaches_the_optimizer():
-    optimizer = build_optimizer(GPT.create(GPTConfig(16, 64, 2, 2, 2, 32)), LearningRates(), weight_decay=0.5)
-    recipe.pretrain_schedule(optimizer, 75, 100, warmup_steps=10, warmdown_ratio=0.5, final_frac=0.0)
+def test_schedule_values_reach_the_optimizer():
+    model = GPT.create(GPTConfig(16, 64, 2, 2, 2, 32))
+    optimizer = build_optimizer(model, param_groups(model.config, weight_decay=0.5))
+    schedule = recipe.pretrain_schedule(RecipeFlags(warmup_steps=10, warmdown_ratio=0.5, final_lr_frac=0.0), 100)
+    optimizer.set_schedule(*schedule(75, 0.75))
     for group in optimizer.param_groups:
         assert group["lr"] == exactly(group["initial_lr"] * 0.5)
         if group["kind"] == "muon":
             assert group["momentum"] == exactly(0.85 + 0.12 * 75 / 400)
             assert group["decay"] == exactly(0.5 * recipe.decay_multiplier(75, 100))
-    recipe.pretrain_schedule(optimizer, 0, 100, warmup_steps=10, warmdown_ratio=0.5, final_frac=0.0)
-    resting = {g["name"] for g in optimizer.param_groups if not g["lr"]}
+
+
+def test_residual_scalars_rest_in_the_first_step_of_pretraining():
+    model = GPT.create(GPTConfig(16, 64, 2, 2, 2, 32))
+    optimizer = build_optimizer(model, param_groups(model.config))
+    schedule = recipe.pretrain_schedule(RecipeFlags(warmup_steps=10), 100)
+    optimizer.set_schedule(*schedule(0, 0.0))
+    resting = {group["name"] for group in optimizer.param_groups if group["lr"] == 0}
     assert resting == {"resid", "x0", "smear_backout"}  # their first gradients are rounding errors
-    recipe.pretrain_schedule(optimizer, 1, 100, warmup_steps=10, warmdown_ratio=0.5, final_frac=0.0)
-    assert all(g["lr"] == exactly(g["initial_lr"] * 0.2) for g in optimizer.param_groups)
-    recipe.finetune_schedule(optimizer, 150, 0.75)
-    assert {g["lr"] / g["initial_lr"] for g in optimizer.param_groups} == {0.5}
-    assert all(g["momentum"] == exactly(0.90) for g in optimizer.param_groups if g["kind"] == "muon")
-    recipe.rl_schedule(optimizer, 300, 0.75)
-    assert {g["lr"] / g["initial_lr"] for g in optimizer.param_groups} == {0.25}
-    assert all(g["momentum"] == exactly(0.95) for g in optimizer.param_groups if g["kind"] == "muon")
+    optimizer.set_schedule(*schedule(1, 0.01))
+    assert all(group["lr"] == exactly(group["initial_lr"] * 0.2) for group in optimizer.param_groups)
+
+
+def test_finetuning_schedules_fall_to_zero_from_half_or_from_the_start():
+    assert recipe.finetune_schedule(150, 0.75) == exactly((0.5, 0.90, 1.0, 1.0))
+    assert recipe.finetune_schedule(0, 0.5).lr_multiplier == 1.0
+    assert recipe.rl_schedule(300, 0.75) == exactly((0.25, 0.95, 1.0, 1.0))
+
+
+def test_finetuning_takes_its_share_of_each_learning_rate():
+    config = GPTConfig(16, 64, 2, 2, 2, 32)
+    whole, share = param_groups(config), param_groups(config, lr_frac=0.05)
+    assert [group.lr for group in share] == exactly([0.05 * group.lr for group in whole])
+
+
+# ---- hyperparameters of checkpoints ----
+
+
+@pytest.mark.parametrize(
+    "meta, expected",
+    [
+        ({}, Hyperparameters()),
+        (  # as other versions of nanochat save them
+            {
+                "user_config": {"device_batch_size": 8, "matrix_lr": 0.04, "total_batch_size": -1},
+                "total_batch_size": 4096,
+            },
+            Hyperparameters(8, 4096, matrix_lr=0.04),
+        ),
+        (
+            {"flags": {"device_batch_size": 8, "total_batch_size": -1}, "recipe": {"total_batch_size": 1024}},
+            Hyperparameters(8, 1024),
+        ),
+        (  # of a fine-tuning run, whose flags leave the batch sizes to its source
+            {"flags": {"device_batch_size": -1, "total_batch_size": -1}, "settings": {"device_batch_size": 2}},
+            Hyperparameters(2),
+        ),
+    ],
+)
+def test_hyperparameters_are_found_in_all_kinds_of_checkpoints(meta, expected):
+    assert recipe.load_hyperparameters(meta) == expected
+
+
+# ---- the table for users ----
+
+
+@pytest.mark.parametrize("options", [{}, {"num_iterations": 100}, {"target_flops": 1e17}, {"total_batch_size": 4096}])
+def test_explanation_shows_the_derived_values(options):
+    flags = RecipeFlags(depth=4, **options)
+    plan = recipe.derive(flags, 32768)
+    rows = {name: (value, how) for name, value, how in recipe.explain(flags, plan)}
+    assert rows["batch B"][0] == f"{plan.total_batch_size:,} tokens"
+    assert rows["optimizer steps"][0] == f"{plan.num_iterations:,}"
+    assert float(rows["lr of wte"][0]) == pytest.approx(plan.groups[1].lr, rel=1e-3)
+    given = {"num_iterations": "--num-iterations", "target_flops": "--target-flops"}
+    for name, text in given.items():
+        assert (text in rows["optimizer steps"][1]) == (name in options)
+    assert (rows["batch B"][1] == "--total-batch-size") == ("total_batch_size" in options)
 
 
 # ---- explicit length ----
@@ -100,8 +161,8 @@ def test_the_schedule_reaches_the_optimizer():
 
 @pytest.mark.parametrize("depth", [2, 4, 12, 24])
 @pytest.mark.parametrize("num_iterations", [1, 10, 300, 5000, 100_000])
-def test_explicit_steps_set_the_horizon_that_batch_and_decay_follow(depth, num_iterations):
-    ours = recipe.derive(depth, 32768, num_iterations=num_iterations)
+def test_explicit_steps_set_the_horizon_for_batch_and_weight_decay(depth, num_iterations):
+    ours = recipe.derive(RecipeFlags(depth=depth, num_iterations=num_iterations), 32768)
     reference = 12 * recipe.scaling_params(recipe.model_config(12, 32768))
     assert ours.num_iterations == num_iterations
     assert ours.horizon == ours.num_tokens == num_iterations * ours.total_batch_size
@@ -109,16 +170,16 @@ def test_explicit_steps_set_the_horizon_that_batch_and_decay_follow(depth, num_i
     assert ours.weight_decay == exactly(0.28 * (ours.total_batch_size / 2**19) ** 0.5 * reference / ours.horizon)
 
 
-def test_the_steps_of_the_ratio_given_explicitly_give_the_same_batch():
-    by_ratio = recipe.derive(12, 32768)
-    by_steps = recipe.derive(12, 32768, num_iterations=by_ratio.num_iterations)
+def test_explicit_steps_equal_to_the_derived_ones_give_the_same_batch():
+    by_ratio = recipe.derive(RecipeFlags(depth=12), 32768)
+    by_steps = recipe.derive(RecipeFlags(depth=12, num_iterations=by_ratio.num_iterations), 32768)
     assert by_steps.total_batch_size == by_ratio.total_batch_size
     assert by_steps.weight_decay == pytest.approx(by_ratio.weight_decay, rel=1e-3)
 
 
 @pytest.mark.parametrize("target_flops", [1e16, 1e18, 3e19])
 def test_explicit_flops_set_the_horizon(target_flops):
-    ours = recipe.derive(8, 32768, target_flops=target_flops)
+    ours = recipe.derive(RecipeFlags(depth=8, target_flops=target_flops), 32768)
     reference = 12 * recipe.scaling_params(recipe.model_config(12, 32768))
     one_step = flops_per_token(ours.model) * ours.total_batch_size
     assert abs(ours.flops - target_flops) <= one_step / 2
@@ -126,8 +187,8 @@ def test_explicit_flops_set_the_horizon(target_flops):
     assert abs(ours.horizon - ours.num_tokens) <= ours.total_batch_size / 2 + 1
 
 
-def test_a_given_batch_is_kept():
-    ours = recipe.derive(4, 32768, total_batch_size=4096, num_iterations=50)
+def test_explicit_batch_is_kept():
+    ours = recipe.derive(RecipeFlags(depth=4, total_batch_size=4096, num_iterations=50), 32768)
     assert (ours.total_batch_size, ours.horizon) == (4096, 50 * 4096)
 
 
@@ -138,22 +199,22 @@ def test_a_given_batch_is_kept():
         {"head_dim": 7},
         {"head_dim": 8},
         {"aspect_ratio": 0},
-        {"sequence_len": 0},
+        {"max_seq_len": 0},
         {"window_pattern": "XL"},
         {"target_flops": 1.0},  # less than one token
-        {"data_ratio": -1.0},
+        {"target_param_data_ratio": -1.0},
         {"total_batch_size": 2**50},
     ],
 )
-def test_impossible_settings_are_user_errors(options):
+def test_impossible_flags_raise_user_error(options):
     with pytest.raises(UserError):
-        recipe.derive(**{"depth": 4, "vocab_size": 32768} | options)
+        recipe.derive(RecipeFlags(**{"depth": 4} | options), 32768)
 
 
 # ---- accumulation ----
 
 
-def test_accumulation_is_whole_or_an_error_that_names_values_that_work():
+def test_accumulation_is_whole_or_the_error_names_working_batch_sizes():
     generator = torch.Generator().manual_seed(0)
 
     def draw(choices):
@@ -182,6 +243,6 @@ def test_accumulation_is_whole_or_an_error_that_names_values_that_work():
 
 
 @pytest.mark.parametrize("rows", [0, -1])
-def test_a_device_batch_of_nothing_is_refused(rows):
+def test_device_batch_below_one_raises_user_error(rows):
     with pytest.raises(UserError, match="device-batch-size"):
         recipe.accumulation_steps(1024, rows, 32, 1)

@@ -14,16 +14,16 @@ from functools import partial
 
 import pytest
 import torch
-from factories import GOLDEN_VOCAB_SIZE, tiny_gpt
+from factories import GOLDEN_VOCAB_SIZE, tiny_gpt, tiny_optimizer
 
 from nanochat import rollout
 from nanochat.common import UserError
 from nanochat.distributed import Dist
 from nanochat.engine import Completion, Engine
-from nanochat.muon import LearningRates, build_optimizer
-from nanochat.recipe import rl_schedule
+from nanochat.muon import build_optimizer
+from nanochat.recipe import param_groups, rl_schedule
 from nanochat.rollout import PolicyLoss, Question, Rollout, RolloutBatch, RolloutConfig, RolloutPlan
-from nanochat.train import TrainState, train
+from nanochat.train import Trainer, TrainState
 
 CPU = Dist(torch.device("cpu"))
 SAMPLING = RolloutConfig(num_samples=4, max_tokens=12, top_k=7)
@@ -376,7 +376,7 @@ def test_rollout_steps_state_of_earlier_version_loads():
 @pytest.mark.parametrize("scale_loss", [False, True])
 def test_train_step_without_signal_counts_but_changes_no_weight(scale_loss):
     model = tiny_gpt()
-    optimizer = build_optimizer(model, LearningRates())
+    optimizer = tiny_optimizer(model)
     seen, logged = [], []
 
     def data():
@@ -385,10 +385,9 @@ def test_train_step_without_signal_counts_but_changes_no_weight(scale_loss):
             seen.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
 
     state = TrainState(loss_scale=256.0)
-    train(
-        model, optimizer, data(), PolicyLoss(RolloutConfig(top_k=0)), rl_schedule, [],
-        lambda state, metrics: logged.append(metrics), state, CPU, scale_loss,
-    )  # fmt: skip
+    log = lambda state, metrics: logged.append(metrics)  # noqa: E731
+    trainer = Trainer(model, optimizer, state, CPU, log=log, scales_loss=scale_loss)
+    trainer.fit(data(), PolicyLoss(RolloutConfig(top_k=0)), rl_schedule, [])
     assert state.step == 3 and not torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2])
     assert [line["rl/signal"] for line in logged] == [1.0, 1.0, 0.0]
     assert torch.isfinite(seen[2]).all()
@@ -397,7 +396,8 @@ def test_train_step_without_signal_counts_but_changes_no_weight(scale_loss):
 def test_train_rewarded_letter_becomes_more_frequent(golden_tokenizer):
     """A random model learns to write the letter e from rewards alone."""
     model = tiny_gpt()
-    optimizer = build_optimizer(model, LearningRates(0.01, 0.01, 0.01, 0.01, 0.0, 0.0))
+    groups = [replace(group, lr=0.0 if group.is_scalar else 0.01) for group in param_groups(model.config)]
+    optimizer = build_optimizer(model, groups)
     engine = Engine(model, golden_tokenizer)
     asked = questions(golden_tokenizer)
     sampling = RolloutConfig(num_samples=16, max_tokens=6, top_k=0)
@@ -409,8 +409,8 @@ def test_train_rewarded_letter_becomes_more_frequent(golden_tokenizer):
     pack = partial(rollout.pack_micro_batches, device_batch_size=16, dist=CPU)
     steps = rollout.rollout_steps(RolloutPlan(num_steps=25, questions_per_batch=3), draw, pack, CPU)
     rewards = []
-    train(
-        model, optimizer, steps, PolicyLoss(sampling), rl_schedule, [],
-        lambda state, metrics: rewards.append(metrics["rl/reward"]), TrainState(), CPU,
-    )  # fmt: skip
+    trainer = Trainer(
+        model, optimizer, TrainState(), CPU, log=lambda state, metrics: rewards.append(metrics["rl/reward"])
+    )
+    trainer.fit(steps, PolicyLoss(sampling), rl_schedule, [])
     assert rewards[-1] > 3 * rewards[0]

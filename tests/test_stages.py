@@ -1,6 +1,6 @@
 """
-Every stage through its command line, on the primer and a tiny model: from raw text to a chat, interrupted and resumed;
-and what each says when it is given something wrong.
+All stages through their command lines, on the primer and a tiny model: from raw text to a chat, interrupted and
+resumed; and the one-line errors for wrong input.
 
     python -m pytest tests/test_stages.py
 """
@@ -11,9 +11,7 @@ import os
 import shutil
 import signal
 from contextlib import redirect_stdout
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -22,12 +20,10 @@ import torch
 from conftest import GOLDEN
 
 from nanochat import checkpoint_manager, hardware, rollout
-from nanochat.checkpoint_manager import Checkpoint
 from nanochat.eval.chat import CHATCORE
 from nanochat.eval.metrics import core_metric
 from nanochat.gpt import GPT
-from nanochat.muon import LearningRates
-from nanochat.run import Settings, settings_of
+from nanochat.recipe import load_hyperparameters
 from nanochat.tokenizer import Tokenizer
 from scripts import (
     base_eval,
@@ -43,7 +39,6 @@ from scripts import (
     tok_eval,
     tok_train,
 )
-from tasks import finetune
 from tasks.common import Task
 
 VOCAB = 600
@@ -60,8 +55,8 @@ CPU = ["--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A base folder with the primer, a tokenizer, a base model and a chat model, each made by its stage."""
+def workspace(tmp_path_factory):
+    """A base folder with the primer, a tokenizer, a base model and chat models, each made by its stage."""
     base_dir = tmp_path_factory.mktemp("base")
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
         patch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
@@ -80,9 +75,9 @@ def place(tmp_path_factory):
         yield base_dir
 
 
-def metrics(place, name):
-    """The metrics file without what depends on the clock."""
-    lines = [json.loads(line) for line in (place / f"report/metrics/{name}.jsonl").read_text().splitlines()]
+def metrics(workspace, name):
+    """The metrics file without values that depend on the clock."""
+    lines = [json.loads(line) for line in (workspace / f"report/metrics/{name}.jsonl").read_text().splitlines()]
     timed = ("seconds", "train/tokens_per_second")
     return [{key: value for key, value in line.items() if key not in timed} for line in lines if "step" in line]
 
@@ -97,8 +92,8 @@ def files_of(folder):
 @pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 )
-def test_nothing_is_compiled_again(place, monkeypatch, device):
-    """Six updates of two micro-batches, validations, checkpoints, samples: one graph, on a GPU another to validate."""
+def test_model_is_compiled_once(workspace, monkeypatch, device):
+    """Six steps of two micro-batches, validations, checkpoints, samples: one graph, on a GPU another to validate."""
     graphs = []
 
     def count(graph, inputs):
@@ -112,30 +107,31 @@ def test_nothing_is_compiled_again(place, monkeypatch, device):
     models = [graph for graph in graphs if "nanochat::blocks" in graph.code or "scaled_dot_product" in graph.code]
     assert len(models) == (1 if device == "cpu" else 2)
     if device == "cpu":
-        assert len(graphs) == 1 and metrics(place, "base_train-compiled") == metrics(place, "base_train-d2")
-    shutil.rmtree(place / "base_checkpoints/compiled")  # other tests name all that there are
+        assert len(graphs) == 1 and metrics(workspace, "base_train-compiled") == metrics(workspace, "base_train-d2")
+    shutil.rmtree(workspace / "base_checkpoints/compiled")  # other tests list all tags
 
 
-def test_the_tokenizer(place, capsys):
-    assert Tokenizer.load(place / "tokenizer").vocab_size == VOCAB
+def test_tokenizer_is_trained_and_evaluated(workspace, capsys):
+    assert Tokenizer.load(workspace / "tokenizer").vocab_size == VOCAB
     results = tok_eval.main([])
     assert results["val split"]["ours"] > 1.5
 
 
-def test_base_train(place):
-    log = (place / "log.txt").read_text()
-    assert "d2: " in log and "6 updates of 1,024 tokens (2 x 4 x 128 x 1 ranks)" in log
+def test_base_train_logs_samples_and_saves(workspace):
+    log = (workspace / "log.txt").read_text()
+    assert "d2: " in log and "6 steps of 1,024 tokens (2 x 4 x 128 x 1 ranks)" in log
     assert "'Once upon a time' → " in log  # samples, at the end
-    lines = metrics(place, "base_train-d2")
+    assert "lr of lm_head" in log and "arXiv 2205.10287" in log  # the derivation of the recipe
+    lines = metrics(workspace, "base_train-d2")
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert len(losses) == 6 and losses[-1] < losses[0]
     assert [line["step"] for line in lines if "val/bpb" in line] == [3, 6]
-    folder = place / "base_checkpoints/d2"
+    folder = workspace / "base_checkpoints/d2"
     assert sorted(path.name for path in folder.iterdir()) == ["step_000003", "step_000006"]
 
 
-def test_chat_sft(place):
-    lines = metrics(place, "chat_sft-d2")
+def test_chat_sft_starts_from_the_base_model(workspace):
+    lines = metrics(workspace, "chat_sft-d2")
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert len(losses) == 6 and losses[-1] < losses[0]
     checkpoint = checkpoint_manager.find("sft")
@@ -143,8 +139,8 @@ def test_chat_sft(place):
     assert checkpoint.meta["base"].endswith("base_checkpoints/d2/step_000006")
 
 
-def test_mid_train(place, capsys):
-    losses = [line["train/loss"] for line in metrics(place, "mid_train-d2") if "train/loss" in line]
+def test_mid_train_starts_from_the_base_model(workspace, capsys):
+    losses = [line["train/loss"] for line in metrics(workspace, "mid_train-d2") if "train/loss" in line]
     assert len(losses) == 6 and losses[-1] < losses[0]
     checkpoint = checkpoint_manager.find("mid")
     assert (checkpoint.tag, checkpoint.step) == ("d2", 6)
@@ -152,42 +148,23 @@ def test_mid_train(place, capsys):
     assert checkpoint.meta["flags"]["init_lr_frac"] == 1.0  # its own default
 
 
-def test_chat_sft_goes_on_from_mid_as_it_would_from_base(place, capsys):
+def test_chat_sft_starts_from_mid_with_inherited_hyperparameters(workspace, capsys):
     chat_sft.main([*SFT, "-i", "mid", "--model-tag", "from-mid"])
     assert "(2 x 4 x 128 x 1 ranks)" in capsys.readouterr().out  # batches handed on from base_train through mid_train
     checkpoint, mid = checkpoint_manager.find("sft", "from-mid"), checkpoint_manager.find("mid")
     assert checkpoint.meta["base"] == str(mid.path)
-    assert settings_of(checkpoint) == settings_of(mid) == settings_of(checkpoint_manager.find("base"))
-    first = [metrics(place, f"chat_sft-{tag}")[0]["train/loss"] for tag in ("d2", "from-mid")]
+    inherited = [load_hyperparameters(c.meta) for c in (checkpoint, mid, checkpoint_manager.find("base"))]
+    assert inherited[0] == inherited[1] == inherited[2]
+    first = [metrics(workspace, f"chat_sft-{tag}")[0]["train/loss"] for tag in ("d2", "from-mid")]
     assert first[1] < first[0]  # it has seen conversations before
     shutil.rmtree(checkpoint.path.parent)
 
 
-def test_settings_are_found_in_older_checkpoints():
-    def settings(**meta):
-        return settings_of(Checkpoint(Path("older"), 0, meta))
-
-    assert settings() == Settings()
-    upstream = {"device_batch_size": 8, "matrix_lr": 0.04, "total_batch_size": -1, "depth": 4}
-    assert settings(user_config=upstream, total_batch_size=4096) == Settings(8, 4096, matrix_lr=0.04)
-    assert settings(flags=upstream, recipe={"total_batch_size": 1024}) == Settings(8, 1024, matrix_lr=0.04)
-    inherited = {"device_batch_size": -1, "total_batch_size": -1}  # as chat_sft's flags are by default
-    assert settings(flags=inherited, settings={"device_batch_size": 2}) == Settings(2)
-
-
-def test_a_stage_takes_its_share_of_every_learning_rate():
-    whole, share = Settings().rates(), Settings().rates(0.05)
-    assert asdict(share) == pytest.approx({name: 0.05 * rate for name, rate in asdict(whole).items()})
-    assert whole == LearningRates()
-
-
-STAGES = [(base_train, BASE, "base", base_train), (mid_train, SFT, "mid", finetune), (chat_sft, SFT, "sft", finetune)]
+STAGES = [(base_train, BASE, "base", base_train), (mid_train, SFT, "mid", chat_sft), (chat_sft, SFT, "sft", chat_sft)]
 
 
 @pytest.mark.parametrize("script, argv, stage, module", STAGES, ids=["base", "mid", "sft"])
-def test_a_run_that_was_stopped_and_resumed_is_bitwise_the_same(
-    place, monkeypatch, capsys, script, argv, stage, module
-):
+def test_stopped_and_resumed_run_is_bitwise_equal(workspace, monkeypatch, capsys, script, argv, stage, module):
     if stage != "base":
         argv = [*argv, "--base-tag", "d2"]
     whole, name = checkpoint_manager.stage_dir(stage) / "d2", script.__name__.removeprefix("scripts.")
@@ -207,11 +184,11 @@ def test_a_run_that_was_stopped_and_resumed_is_bitwise_the_same(
     script.main([*argv, "--model-tag", "parts", "--resume"])
 
     assert files_of(parts / "step_000006") == files_of(whole / "step_000006")
-    assert metrics(place, f"{name}-parts") == metrics(place, f"{name}-d2")
+    assert metrics(workspace, f"{name}-parts") == metrics(workspace, f"{name}-d2")
     shutil.rmtree(parts)
 
 
-def test_a_resumed_run_keeps_what_it_was_begun_with(place, capsys):
+def test_resumed_run_keeps_its_source_and_batch_size(workspace, capsys):
     other = ["--model-tag", "other", "--total-batch-size", "512", "--sample-every", "-1"]
     base_train.main([*BASE, *other, "--num-iterations", "1"])
     chat_sft.main([*SFT, "--model-tag", "kept", "--base-tag", "d2", "--num-iterations", "1"])
@@ -219,12 +196,12 @@ def test_a_resumed_run_keeps_what_it_was_begun_with(place, capsys):
     chat_sft.main([*SFT, "--model-tag", "kept", "--base-tag", "other", "--num-iterations", "2", "--resume"])
     out = capsys.readouterr().out
     assert "base_checkpoints/d2/step_000006" in out and "(2 x 4 x 128 x 1 ranks)" in out
-    shutil.rmtree(place / "base_checkpoints/other")
-    shutil.rmtree(place / "chatsft_checkpoints/kept")
+    shutil.rmtree(workspace / "base_checkpoints/other")
+    shutil.rmtree(workspace / "chatsft_checkpoints/kept")
 
 
 class Letters(Task):
-    """Something that a model which knows nothing has rewards for: the share of vowels in what it says."""
+    """A task that rewards even an untrained model: the share of vowels in its completion."""
 
     kind = "generative"
 
@@ -241,24 +218,26 @@ class Letters(Task):
         return sum(letter in "aeiou" for letter in completion) / (len(completion) + 1)
 
 
-def transcripts(place, tag):
-    return [json.loads(line) for line in (place / f"report/transcripts/chat_rl-{tag}.jsonl").read_text().splitlines()]
+def transcripts(workspace, tag):
+    return [
+        json.loads(line) for line in (workspace / f"report/transcripts/chat_rl-{tag}.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.parametrize("options", [[], ["--updates-per-batch", "2", "--clip-ratio", "0.2", "--kl-coef", "0.1"]])
 @pytest.mark.parametrize("how", ["stopped", "killed"])
-def test_reinforcement_learning_goes_on_as_if_nothing_had_happened(place, monkeypatch, capsys, options, how):
+def test_interrupted_and_resumed_rl_run_is_bitwise_equal(workspace, monkeypatch, capsys, options, how):
     monkeypatch.setitem(chat_rl.TASKS, "hardsums", Letters)
     argv = [*RL, *options, "--base-tag", "d2"]
     whole, parts = (checkpoint_manager.stage_dir("rl") / tag for tag in ("whole", "parts"))
     chat_rl.main([*argv, "--model-tag", "whole"])
     summary = "5 questions of hardsums, 2 test questions (0 too long), 6 optimizer steps, 2 x 4 completions"
     assert summary in capsys.readouterr().out
-    lines = metrics(place, "chat_rl-whole")
+    lines = metrics(workspace, "chat_rl-whole")
     assert [line["step"] for line in lines if "eval/pass@2" in line] == [0, 3, 6]
     rewards = [line["rl/reward"] for line in lines if "rl/reward" in line]
     assert len(rewards) == 6 and len(set(rewards)) == (3 if options else 6)
-    shown = transcripts(place, "whole")
+    shown = transcripts(workspace, "whole")
     assert [line["step"] for line in shown[::4]] == ([1, 3, 5] if options else [1, 2, 3, 4, 5, 6])
     assert shown[0].keys() == {"step", "prompt", "answer", "reward", "advantage"} and "oak" in shown[0]["prompt"]
 
@@ -288,39 +267,39 @@ def test_reinforcement_learning_goes_on_as_if_nothing_had_happened(place, monkey
             chat_rl.main([*argv, "--model-tag", "parts"])
     last = {"stopped": "step_000004", "killed": "step_000003"}[how]
     assert max(path.name for path in parts.iterdir()) == last
-    assert transcripts(place, "parts")[-1]["step"] == (3 if options else 4)
+    assert transcripts(workspace, "parts")[-1]["step"] == (3 if options else 4)
     torch.manual_seed(12345)
     chat_rl.main([*argv, "--model-tag", "parts", "--resume"])
 
     assert files_of(parts / "step_000006") == files_of(whole / "step_000006")
-    assert metrics(place, "chat_rl-parts") == metrics(place, "chat_rl-whole")
-    assert transcripts(place, "parts") == transcripts(place, "whole")
+    assert metrics(workspace, "chat_rl-parts") == metrics(workspace, "chat_rl-whole")
+    assert transcripts(workspace, "parts") == transcripts(workspace, "whole")
     report.main([])
-    assert "| chat_rl | eval/pass@1 |" in (place / "report/report.md").read_text()
+    assert "| chat_rl | eval/pass@1 |" in (workspace / "report/report.md").read_text()
     shutil.rmtree(parts.parent)
 
 
-def test_resuming_where_nothing_was_saved_starts_anew(place, capsys):
+def test_resume_without_checkpoint_starts_from_the_beginning(workspace, capsys):
     base_train.main([*BASE, "--model-tag", "fresh", "--resume", "--num-iterations", "1", "--sample-every", "-1"])
     assert "starting from the beginning" in capsys.readouterr().out
-    shutil.rmtree(place / "base_checkpoints/fresh")
+    shutil.rmtree(workspace / "base_checkpoints/fresh")
 
 
-def test_base_eval(place, capsys):
+def test_base_eval_repeats_the_last_validation(workspace, capsys):
     numbers = base_eval.main([*CPU, "--split-tokens", "2048", "--device-batch-size", "4"])
     out = capsys.readouterr().out
     assert "val bits per byte" in out and "The capital of France is" in out and "Without a prompt" in out
-    expected = metrics(place, "base_train-d2")[-1]["val/bpb"]  # the same batches as the last validation
+    expected = metrics(workspace, "base_train-d2")[-1]["val/bpb"]  # the same batches as the last validation
     assert numbers["val bpb"] == pytest.approx(expected, rel=1e-9)
     assert list(base_eval.main([*CPU, "--eval", "sample"])) == []
 
 
-def test_base_eval_of_a_chat_model(place, capsys):
+def test_base_eval_works_on_a_chat_model(workspace, capsys):
     numbers = base_eval.main([*CPU, "-i", "sft", "--eval", "bpb", "--split-tokens", "2048"])
     assert numbers.keys() == {"train bpb", "val bpb"}
 
 
-def test_chat_eval(place, capsys):
+def test_chat_eval_scores_and_records_each_task(workspace, capsys):
     argv = [*CPU, "-a", "QuizFree,QuizChoice,Sums", "-x", "4", "-m", "8", "-b", "3"]
     scores = chat_eval.main(argv)
     assert [score.total for score in scores.values()] == [4, 4, 4]
@@ -328,29 +307,29 @@ def test_chat_eval(place, capsys):
     assert out.count("95 % sure") == 3 and "chatsft_checkpoints/d2" in out
     assert chat_eval.main([*argv, "-i", "base"]).keys() == scores.keys()
     assert "ChatCORE" not in out  # which is of other tasks
-    lines = (place / "report/chat_eval/sft-d2-000006-first-4/Sums.jsonl").read_text().splitlines()
+    lines = (workspace / "report/chat_eval/sft-d2-000006-first-4/Sums.jsonl").read_text().splitlines()
     assert [json.loads(line)["problem"] for line in lines] == [0, 1, 2, 3]
 
 
-def test_chat_eval_with_several_answers_to_each_question(place, capsys):
+def test_chat_eval_with_several_samples_reports_pass_at_k(workspace, capsys):
     argv = [*CPU, "-a", "SpellingBee", "-x", "3", "-m", "8", "-t", "1", "-n", "4", "--pass-k", "1,4"]
     score = chat_eval.main(argv)["SpellingBee"]
     assert (score.total, score.num_samples, score.pass_at.keys()) == (3, 4, {1, 4})
     assert "pass@4" in capsys.readouterr().out
-    numbers = json.loads((place / "report/chat_eval_sft.json").read_text())
+    numbers = json.loads((workspace / "report/chat_eval_sft.json").read_text())
     assert numbers["SpellingBee (first 3, temperature 1.0), pass@4"] == score.pass_at[4]
 
 
-def test_chatcore(place, monkeypatch, capsys):
+def test_chatcore_is_the_mean_of_centered_scores(workspace, monkeypatch, capsys):
     for name in CHATCORE:  # as if they were all like this one, which needs no dataset
         monkeypatch.setitem(chat_eval.TASKS, name, chat_eval.TASKS["Sums"])
     scores = chat_eval.main([*CPU, "-a", ",".join(CHATCORE), "-x", "3", "-m", "8"])
     core, margin = core_metric([scores[name] for name in CHATCORE])
     assert f"ChatCORE       {core:7.4f}  (± {margin:.4f}" in capsys.readouterr().out
-    assert json.loads((place / "report/chat_eval_sft.json").read_text())["ChatCORE (first 3)"] == core
+    assert json.loads((workspace / "report/chat_eval_sft.json").read_text())["ChatCORE (first 3)"] == core
 
 
-def test_one_answer_in_the_terminal(place, capsys):
+def test_chat_cli_with_a_prompt_prints_one_completion(workspace, capsys):
     argv = [*CPU, "-p", "Why is the sky blue?", "-m", "12"]
     answers = []
     for seed in ("1", "1", "2"):
@@ -360,7 +339,7 @@ def test_one_answer_in_the_terminal(place, capsys):
     assert "checkpoints" not in answers[0]  # the answer alone
 
 
-def test_a_conversation_in_the_terminal(place, capsys, monkeypatch):
+def test_chat_cli_drops_old_messages_when_the_context_is_full(workspace, capsys, monkeypatch):
     long = "so " * 500
     said = iter(["hello", "and then?", *["tell me more of that"] * 4, long, "clear", "hello", "", "quit"])
     monkeypatch.setattr("builtins.input", lambda *args: next(said))
@@ -372,16 +351,16 @@ def test_a_conversation_in_the_terminal(place, capsys, monkeypatch):
     assert not list(said)
 
 
-def test_the_report(place, capsys):
+def test_report_lists_all_stages(workspace, capsys):
     report.main([])
-    text = (place / "report/report.md").read_text()
+    text = (workspace / "report/report.md").read_text()
     for row in ("tok_train | vocabulary | 600", "base_train | val/bpb", "base_train | steps", "chat_sft | steps"):
         assert f"| {row} |" in text
     assert text.index("| base_train | steps") < text.index("| mid_train | steps") < text.index("| chat_sft | steps")
     assert "base_train" in capsys.readouterr().out
 
 
-def test_show_conversation(place, tmp_path, capsys):
+def test_show_conversation_colours_supervised_tokens(workspace, tmp_path, capsys):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     (tmp_path / "mine.jsonl").write_text(json.dumps(messages))
     show_conversation.main(["--path", str(tmp_path / "mine.jsonl")])
@@ -391,88 +370,88 @@ def test_show_conversation(place, tmp_path, capsys):
     assert capsys.readouterr().out.count("<|python_start|>") == 2
 
 
-def test_words_to_spell_are_learned_from(place, capsys):
+def test_chat_sft_trains_on_spelling(workspace, capsys):
     argv = [*SFT, "--primer-epochs", "0", "--identity-epochs", "0", "--simplespelling-epochs", "1"]
     argv += ["--spellingbee-epochs", "1", "--model-tag", "spelling", "--num-iterations", "1"]
     chat_sft.main(argv)
     assert "280K conversations" in capsys.readouterr().out
-    shutil.rmtree(place / "chatsft_checkpoints/spelling")
+    shutil.rmtree(workspace / "chatsft_checkpoints/spelling")
 
 
-def test_conversations_of_ones_own(place, tmp_path, capsys):
+def test_chat_sft_trains_on_own_conversations(workspace, tmp_path, capsys):
     messages = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "me"}]
     (tmp_path / "mine.jsonl").write_text("\n".join([json.dumps(messages)] * 20))
     argv = [*SFT, "--primer-epochs", "0", "--identity-file", str(tmp_path / "mine.jsonl"), "--model-tag", "mine"]
     chat_sft.main([*argv, "--num-iterations", "1"])
     assert "20 conversations" in capsys.readouterr().out
-    shutil.rmtree(place / "chatsft_checkpoints/mine")
+    shutil.rmtree(workspace / "chatsft_checkpoints/mine")
 
 
 # ---- what can be wrong ----
 
 
 @pytest.fixture
-def broken(place, tmp_path, monkeypatch):
-    """A copy of the place to spoil; shards in data/."""
+def broken(workspace, tmp_path, monkeypatch):
+    """A copy of the workspace to damage; shards in data/."""
     copy = tmp_path / "copy"
-    shutil.copytree(place, copy, ignore=shutil.ignore_patterns("primer", "report"))
+    shutil.copytree(workspace, copy, ignore=shutil.ignore_patterns("primer", "report"))
     (copy / "data").mkdir()
-    for shard in (place / "primer").glob("*.parquet"):
+    for shard in (workspace / "primer").glob("*.parquet"):
         (copy / "data" / shard.name).symlink_to(shard)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(copy))
     monkeypatch.setenv("NANOCHAT_DATA_DIR", str(copy / "data"))
     return copy
 
 
-def nothing(place):
+def nothing(workspace):
     pass
 
 
-def no_shards(place):
-    shutil.rmtree(place / "data")
+def no_shards(workspace):
+    shutil.rmtree(workspace / "data")
 
 
-def one_shard(place):
-    for shard in sorted((place / "data").iterdir())[1:]:
+def one_shard(workspace):
+    for shard in sorted((workspace / "data").iterdir())[1:]:
         shard.unlink()
 
 
-def replace_first_shard(place):
-    shard = min((place / "data").iterdir())
+def replace_first_shard(workspace):
+    shard = min((workspace / "data").iterdir())
     shard.unlink()
     return shard
 
 
-def corrupt_shard(place):
-    replace_first_shard(place).write_bytes(b"PAR1 and no more")
+def corrupt_shard(workspace):
+    replace_first_shard(workspace).write_bytes(b"PAR1 and no more")
 
 
-def no_text_column(place):
-    pyarrow.parquet.write_table(pyarrow.table({"words": ["a"]}), replace_first_shard(place))
+def no_text_column(workspace):
+    pyarrow.parquet.write_table(pyarrow.table({"words": ["a"]}), replace_first_shard(workspace))
 
 
-def no_tokenizer(place):
-    shutil.rmtree(place / "tokenizer")
+def no_tokenizer(workspace):
+    shutil.rmtree(workspace / "tokenizer")
 
 
-def broken_tokenizer(place):
-    (place / "tokenizer/tokenizer.json").write_text("{")
+def broken_tokenizer(workspace):
+    (workspace / "tokenizer/tokenizer.json").write_text("{")
 
 
-def other_tokenizer(place):
-    Tokenizer.load(GOLDEN / "tokenizer").save(place / "tokenizer")
+def other_tokenizer(workspace):
+    Tokenizer.load(GOLDEN / "tokenizer").save(workspace / "tokenizer")
 
 
-def no_checkpoints(place):
+def no_checkpoints(workspace):
     for stage in ("base", "mid", "chatsft"):
-        shutil.rmtree(place / f"{stage}_checkpoints")
+        shutil.rmtree(workspace / f"{stage}_checkpoints")
 
 
 def damage(*steps):
-    def flip_a_byte(place):
+    def flip_a_byte(workspace):
         for stage in ("base", "chatsft"):
             for step in steps:
-                path = place / f"{stage}_checkpoints/d2/step_{step:06d}/model.safetensors"
+                path = workspace / f"{stage}_checkpoints/d2/step_{step:06d}/model.safetensors"
                 content = bytearray(path.read_bytes())
                 content[-1] ^= 1
                 path.write_bytes(content)
@@ -484,9 +463,9 @@ WRONG = [  # what was done, script, flags, words of the error
     (no_shards, base_train, BASE, "nanochat.dataset"),
     (no_shards, tok_train, [], "nanochat.dataset"),
     (no_shards, base_eval, CPU, "nanochat.dataset"),
-    (one_shard, base_train, BASE, "one shard only"),
-    (corrupt_shard, base_train, BASE, "not a whole parquet file: delete it"),
-    (corrupt_shard, tok_train, [], "not a whole parquet file: delete it"),
+    (one_shard, base_train, BASE, "only one shard"),
+    (corrupt_shard, base_train, BASE, "not a complete parquet file: delete it"),
+    (corrupt_shard, tok_train, [], "not a complete parquet file: delete it"),
     (no_text_column, base_train, BASE, "needs a column `text`"),
     (no_tokenizer, base_train, BASE, "scripts.tok_train"),
     (no_tokenizer, base_eval, CPU, "scripts.tok_train"),
@@ -587,7 +566,7 @@ def case_name(case):
 
 
 @pytest.mark.parametrize("done, script, argv, words", WRONG, ids=map(case_name, WRONG))
-def test_what_is_wrong_is_said_in_one_line(broken, monkeypatch, capsys, done, script, argv, words):
+def test_user_mistake_ends_in_one_line_before_a_model_is_built(broken, monkeypatch, capsys, done, script, argv, words):
     done(broken)
     if "-p" not in argv:  # that takes a model to see
         monkeypatch.setattr(GPT, "__init__", lambda *args: pytest.fail("a model was built first"))
@@ -607,11 +586,11 @@ def refusal(script, argv, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("script", [base_train, base_eval, mid_train, chat_sft, chat_rl, chat_eval, chat_cli])
-def test_a_gpu_that_is_not_there(broken, capsys, script):
+def test_missing_gpu_ends_in_one_line(broken, capsys, script):
     assert "use --device cpu" in refusal(script, ["--device", "cuda"], capsys)
 
 
-def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_taken(broken, capsys):
+def test_damaged_newest_checkpoint_warns_and_falls_back(broken, capsys):
     damage(6)(broken)
     chat_cli.main([*CPU, "-p", "hello", "-m", "4"])
     out = capsys.readouterr()

@@ -1,6 +1,6 @@
 """
-The loop: a resumed run equals an uninterrupted one, hooks, signals, losses that are not finite, float16's loss scale;
-and pretraining, SFT and RL all fit through the same function.
+The training loop: exact resume, hooks, signals, losses that are not finite, float16 loss scaling; one loop for
+pretraining, SFT and RL.
 
     python -m pytest tests/test_train.py
 """
@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from nanochat.common import UserError
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.muon import LearningRates, build_optimizer
-from nanochat.train import Hook, Step, Stopped, TrainState, token_loss, train
+from nanochat.muon import build_optimizer
+from nanochat.recipe import StepSchedule, param_groups
+from nanochat.train import Hook, Step, Stopped, Trainer, TrainState, token_loss
 
 V, B, T = 50, 4, 8  # vocabulary, rows, tokens per row
 CPU = Dist(torch.device("cpu"))
@@ -28,7 +29,7 @@ CPU = Dist(torch.device("cpu"))
 def make(seed=0):
     torch.manual_seed(seed)
     model = GPT.create(GPTConfig(T, V, n_layer=2, n_head=2, n_kv_head=1, n_embd=32))
-    return model, build_optimizer(model, LearningRates())
+    return model, build_optimizer(model, param_groups(model.config))
 
 
 def steps(num_steps, start=0):
@@ -39,13 +40,13 @@ def steps(num_steps, start=0):
         yield Step([batch], i / num_steps, B * T, {"next": i + 1}, f"rows {i}")
 
 
-def decay(optimizer, step, progress):
-    optimizer.set_schedule(1 - progress, 0.9, 1.0)
+def decay(step, progress):
+    return StepSchedule(1 - progress, 0.9)
 
 
 def run(model, optimizer, data, state=None, loss_fn=token_loss, hooks=(), log=lambda state, metrics: None, **options):
-    state = state or TrainState()
-    return train(model, optimizer, data, loss_fn, decay, list(hooks), log, state, CPU, **options)
+    trainer = Trainer(model, optimizer, state or TrainState(), CPU, log=log, **options)
+    return trainer.fit(data, loss_fn, decay, list(hooks))
 
 
 def weights(model):
@@ -64,7 +65,7 @@ def snapshot(model, optimizer, state):
 
 
 @pytest.mark.parametrize("after", [1, 7])
-def test_resume_is_bitwise_equal_to_no_interruption(after):
+def test_resumed_run_is_bitwise_equal_to_uninterrupted_run(after):
     losses = {"whole": [], "again": []}
     model, optimizer = make()
     run(model, optimizer, steps(12), log=lambda state, m: losses["whole"].append(m["train/loss"]))
@@ -130,14 +131,14 @@ def test_smooth_loss_is_the_weighted_mean_of_the_losses():
 
 
 @pytest.mark.parametrize("every, expected", [(-1, []), (0, [10]), (4, [4, 8, 10]), (5, [5, 10]), (99, [10])])
-def test_hooks_run_every_n_updates_and_at_the_end(every, expected):
+def test_hooks_run_every_n_steps_and_at_the_end(every, expected):
     ran = []
     model, optimizer = make()
     run(model, optimizer, steps(10), hooks=[Hook(every, lambda state: ran.append(state.step) or {})])
     assert ran == expected
 
 
-def test_hooks_see_the_model_in_eval_mode_and_their_metrics_are_logged():
+def test_hooks_run_in_eval_mode_and_their_metrics_are_logged():
     modes, logged = [], []
     model, optimizer = make()
     hook = Hook(2, lambda state: modes.append(model.training) or {"val/bpb": 1.0})
@@ -147,7 +148,7 @@ def test_hooks_see_the_model_in_eval_mode_and_their_metrics_are_logged():
 
 
 def test_steps_are_pulled_lazily():
-    """RL is on-policy only if the data of an update are made after the update before it."""
+    """RL is on-policy only if the data of a step are made after the step before it."""
     model, optimizer = make()
     versions = []
 
@@ -164,7 +165,7 @@ def test_steps_are_pulled_lazily():
 
 
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_after_the_step_and_saves(which):
+def test_signal_ends_the_run_after_the_current_step_and_saves(which):
     ran = []
     model, optimizer = make()
 
@@ -185,7 +186,7 @@ def test_a_signal_ends_the_run_after_the_step_and_saves(which):
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 
 
-def test_a_stopped_run_goes_on_bitwise():
+def test_run_stopped_by_a_signal_resumes_bitwise():
     model, optimizer = make()
     run(model, optimizer, steps(8))
 
@@ -209,7 +210,7 @@ def test_a_stopped_run_goes_on_bitwise():
     assert torch.equal(weights(model), weights(again))
 
 
-def test_a_loss_that_is_not_finite_names_step_data_and_checkpoint():
+def test_loss_that_is_not_finite_raises_before_the_optimizer_step():
     model, optimizer = make()
     ran = []
 
@@ -219,19 +220,46 @@ def test_a_loss_that_is_not_finite_names_step_data_and_checkpoint():
 
     options = {
         "hooks": [Hook(1, lambda state: ran.append(state.step) or {})],
-        "last_checkpoint": lambda: "step 2 in d4",
+        "last_saved": lambda: "step 2 in d4",
     }
     with pytest.raises(UserError) as caught:
         run(model, optimizer, steps(10), loss_fn=loss_fn, **options)
     for part in ("nan", "step 3", "rows 3", "step 2 in d4"):
         assert part in str(caught.value)
-    assert ran == [1, 2, 3]  # nothing was saved after the bad step
+    assert ran == [1, 2, 3] and optimizer.num_steps == 3  # neither an update nor a checkpoint after the bad loss
+    assert torch.isfinite(weights(model)).all()
+
+
+def test_gradient_that_is_not_finite_raises_before_the_optimizer_step():
+    model, optimizer = make()
+    before = weights(model)
+
+    def loss_fn(model, batch):
+        return token_loss(model, batch) + torch.sqrt(model.smear_lambda).sum()  # sqrt has no finite slope at 0
+
+    with pytest.raises(UserError, match="gradient norm is (inf|nan) at step 0"):
+        run(model, optimizer, steps(1), loss_fn=loss_fn)
+    assert torch.equal(weights(model), before)
+
+
+def test_gradient_norm_and_learning_rates_are_logged():
+    model, optimizer = make()
+    logged = []
+    token_loss(model, next(steps(1)).micro_batches[0]).backward()
+    expected = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
+    optimizer.zero_grad()
+    run(model, optimizer, steps(2), log=lambda state, metrics: logged.append(metrics))
+    assert logged[0]["train/grad_norm"] == pytest.approx(expected, rel=1e-5)
+    assert logged[1]["lr/wte"] == pytest.approx(0.5 * logged[0]["lr/wte"])
+    assert {name for name in logged[0] if name.startswith("lr/")} == {
+        f"lr/{group.name}" for group in param_groups(model.config)
+    }
 
 
 # ---- float16 ----
 
 
-def test_the_loss_scale_halves_on_overflow_and_the_update_is_skipped():
+def test_overflow_halves_the_loss_scale_and_skips_the_step():
     model, optimizer = make()
     before = weights(model)
     big = [replace(step, micro_batches=step.micro_batches * 2) for step in steps(1)]
@@ -239,33 +267,33 @@ def test_the_loss_scale_halves_on_overflow_and_the_update_is_skipped():
     def overflowing(model, batch):
         return token_loss(model, batch) / 2 + (model.smear_lambda * 1e38).sum() * 0.5  # finite itself, as it is 0
 
-    state = run(model, optimizer, big, loss_fn=overflowing, scale_loss=True)
+    state = run(model, optimizer, big, loss_fn=overflowing, scales_loss=True)
     assert (state.loss_scale, state.good_steps, state.step) == (2.0**15, 0, 1)
     assert torch.equal(weights(model), before) and optimizer.num_steps == 0
-    state = run(model, optimizer, steps(1), state, scale_loss=True)
+    state = run(model, optimizer, steps(1), state, scales_loss=True)
     assert (state.loss_scale, state.good_steps) == (2.0**15, 1)
     assert not torch.equal(weights(model), before)
 
 
-def test_the_loss_scale_doubles_after_2000_good_steps():
+def test_loss_scale_doubles_after_2000_steps_without_overflow():
     model, optimizer = make()
-    state = run(model, optimizer, steps(1), TrainState(good_steps=1999), scale_loss=True)
+    state = run(model, optimizer, steps(1), TrainState(good_steps=1999), scales_loss=True)
     assert state.loss_scale == 2.0**17
 
 
-def test_scaling_the_loss_changes_neither_loss_nor_weights():
+def test_loss_scaling_changes_neither_loss_nor_weights():
     results = []
-    for scale_loss in (False, True):  # a power of two: exact in floating point
+    for scales_loss in (False, True):  # a power of two: exact in floating point
         model, optimizer = make()
-        state = run(model, optimizer, steps(3), scale_loss=scale_loss)
+        state = run(model, optimizer, steps(3), scales_loss=scales_loss)
         results.append((weights(model), state.smooth_loss))
     assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
 
 
-def test_a_rank_without_targets_in_a_step_goes_along():
-    for scale_loss in (False, True):
+def test_step_without_micro_batches_on_this_rank_is_counted():
+    for scales_loss in (False, True):
         model, optimizer = make()
-        state = run(model, optimizer, [Step([], 0.0, B * T, {})], scale_loss=scale_loss)
+        state = run(model, optimizer, [Step([], 0.0, B * T, {})], scales_loss=scales_loss)
         assert state.step == 1 and state.smooth_loss == 0
 
 
@@ -278,7 +306,7 @@ def policy_gradient(model, batch):
     return -(logp_BT * advantage_B[:, None]).sum() / (y_BT >= 0).sum()
 
 
-def test_sft_and_rl_go_through_the_same_loop():
+def test_sft_and_rl_losses_work_in_the_same_loop():
     model, optimizer = make()
     (step,) = steps(1)
     x, y, _ = step.micro_batches[0]
@@ -295,7 +323,7 @@ def test_sft_and_rl_go_through_the_same_loop():
     assert not torch.equal(before, weights(model))
 
 
-def test_it_learns():
+def test_loss_falls_on_repeated_data():
     model, optimizer = make()
     (step,) = steps(1)
     losses = []

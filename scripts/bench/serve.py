@@ -37,13 +37,14 @@ from pathlib import Path
 
 import torch
 
-from nanochat.checkpoint_manager import STAGES, CheckpointDir
+from nanochat.checkpoint_manager import STAGES, CheckpointWriter
 from nanochat.cli import command, flag
 from nanochat.common import UserError, base_dir, human
+from nanochat.distributed import Dist
 from nanochat.gpt import GPT
-from nanochat.muon import LearningRates, build_optimizer
+from nanochat.muon import build_optimizer
 from nanochat.primer.documents import quiz
-from nanochat.recipe import model_config
+from nanochat.recipe import model_config, param_groups
 from nanochat.tokenizer import NUM_BYTES, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, default_dir
 from nanochat.train import TrainState
 from scripts.bench.harness import medians, print_table, report, require_positive
@@ -194,10 +195,11 @@ def save_fresh_model(folder: Path) -> None:
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=model.config.n_embd**-0.5)
-    checkpoints = CheckpointDir("sft", "fresh")
-    checkpoints.path = folder / STAGES["sft"][0] / "fresh"
-    checkpoints.save(model, build_optimizer(model, LearningRates()), TrainState(), {"tokenizer": tokenizer.fingerprint})
-    checkpoints.wait()
+    writer = CheckpointWriter("sft", "fresh", Dist(model.device))
+    writer.path = folder / STAGES["sft"][0] / "fresh"
+    optimizer = build_optimizer(model, param_groups(model.config))
+    writer.save(model, optimizer, TrainState(), {"tokenizer": tokenizer.fingerprint})
+    writer.wait()
 
 
 @contextmanager

@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import attention, dataset, hardware, recipe
-from nanochat.checkpoint_manager import CheckpointDir
 from nanochat.cli import command, flag
 from nanochat.common import human
 from nanochat.dataloader import PretrainLoader, prefetch, to_device
@@ -35,7 +34,7 @@ from nanochat.gpt import GPT, GPTConfig, flops_per_token
 from nanochat.loss import cross_entropy
 from nanochat.muon import MuonAdamW, adamw_update, build_optimizer
 from nanochat.primer import documents as primer
-from nanochat.run import Settings, Start
+from nanochat.run import Run, RunFlags
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Step, token_loss
 from scripts.bench.harness import (
@@ -162,13 +161,14 @@ def nanochat_side(
     flags: Flags, config: GPTConfig, device: torch.device, tokenizer: Tokenizer, steps: Iterator[Step]
 ) -> Side:
     """Trains as scripts/base_train.py does."""
-    dist, settings = Dist(device), Settings(total_batch_size=flags.total_batch_size)
-    dtype = hardware.DTYPES.get(flags.dtype) or hardware.pick_training_dtype(device)
-    start = Start("base", config, tokenizer, dist, dtype, CheckpointDir("base", "bench", dist), None)
-    run = start.build(settings.rates(), settings.batch_factor, {}, 0.28, flags.compile, attention=flags.attention)
+    run = Run("base", "bench", config, RunFlags(), tokenizer=tokenizer, dist=Dist(device))
+    if flags.dtype != "auto":
+        run.dtype = hardware.DTYPES[flags.dtype]
+    groups = recipe.param_groups(config, recipe.Hyperparameters(total_batch_size=flags.total_batch_size))
+    run.build(groups, {}, compile=flags.compile, attention=flags.attention)
 
     def loss(batch: Any) -> torch.Tensor:
-        return token_loss(run.fast_model, batch)
+        return token_loss(run.train_model, batch)
 
     def loss_alone(hidden_BTC: torch.Tensor, y_BT: torch.Tensor) -> torch.Tensor:
         hidden_NC, weight, y_N = hidden_BTC.flatten(0, 1), run.model.lm_head.weight, y_BT.flatten()
@@ -184,7 +184,7 @@ def plain_side(
     torch.manual_seed(42)
     model = GPT.create(config, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     model.use_attention(attention.attend_masked)
-    optimizer = one_tensor_at_a_time(model, Settings(total_batch_size=flags.total_batch_size))
+    optimizer = one_tensor_at_a_time(model, recipe.Hyperparameters(total_batch_size=flags.total_batch_size))
 
     def loss_alone(hidden_BTC: torch.Tensor, y_BT: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model.logits(hidden_BTC).flatten(0, 1), y_BT.flatten(), reduction="sum")
@@ -197,13 +197,13 @@ def plain_side(
     return Side(model, steps, optimizer, lambda batch: fast_loss(*batch), loss_alone)
 
 
-def one_tensor_at_a_time(model: GPT, settings: Settings) -> MuonAdamW:
+def one_tensor_at_a_time(model: GPT, base: recipe.Hyperparameters) -> MuonAdamW:
     """The optimizer of the training stages, but with a parameter group and an update for each tensor."""
     groups = []
-    for group in build_optimizer(model, settings.rates(), settings.batch_factor).param_groups:
+    for group in build_optimizer(model, recipe.param_groups(model.config, base)).param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             groups.append(group | {"names": [name], "params": [parameter]})
-    optimizer = MuonAdamW(groups, 0, 1, False, model.dtype)
+    optimizer = MuonAdamW(groups, rank=0, world_size=1, compile=False, dtype=model.dtype)
     optimizer.adamw_update = adamw_update
     return optimizer
 

@@ -1,7 +1,7 @@
 """
-Flags from a dataclass, and errors that are one line.
+Command-line flags from a dataclass, and one-line errors.
 
-    python -m pytest tests/test_flags.py
+    python -m pytest tests/test_cli.py
 """
 
 from dataclasses import MISSING, dataclass
@@ -36,17 +36,17 @@ def main(flags: Flags) -> Flags:
     return flags
 
 
-def test_defaults():
+def test_parse_without_arguments_gives_the_defaults():
     assert parse(Flags, []) == Flags(20, 0.02, "sft", 4, True, False)
 
 
-def test_every_kind_of_flag():
+def test_parse_reads_every_kind_of_flag():
     argv = ["--depth", "4", "--matrix-lr=1e-3", "-i", "base", "--workers", "2", "--no-compile", "--resume"]
     assert parse(Flags, argv) == Flags(4, 0.001, "base", 2, False, True)
     assert parse(Flags, ["--source", "base", "--compile", "--no-resume"]) == Flags(source="base")
 
 
-def test_a_negative_number_is_a_value():
+def test_negative_number_is_a_value():
     assert parse(Flags, ["--depth", "-1"]).depth == -1
 
 
@@ -61,7 +61,7 @@ def test_a_negative_number_is_a_value():
         (["stray"], "stray"),
     ],
 )
-def test_a_bad_flag_is_one_line_and_exit_code_2(capsys, argv, named):
+def test_bad_flag_prints_one_line_and_exits_with_2(capsys, argv, named):
     with pytest.raises(SystemExit) as caught:
         main(argv)
     shown = capsys.readouterr()
@@ -69,23 +69,29 @@ def test_a_bad_flag_is_one_line_and_exit_code_2(capsys, argv, named):
     assert shown.out == "" and shown.err.count("\n") == 1 and shown.err.startswith("error: ") and named in shown.err
 
 
-def test_help_shows_the_docstring_every_flag_and_its_default(capsys):
+def test_help_shows_docstring_flags_and_defaults(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
     shown = capsys.readouterr().out
     assert caught.value.code == 0
-    assert "python -m pytest tests/test_flags.py" in shown  # the commands to paste keep their lines
+    assert "python -m pytest tests/test_cli.py" in shown  # the commands to paste keep their lines
     for text in ("--depth", "transformer layers", "default: 20", "-i", "--no-compile"):
         assert text in shown
 
 
-def test_a_user_error_is_one_line_and_exit_code_1():
+def test_user_error_prints_one_line_and_exits_with_1():
     with pytest.raises(SystemExit) as caught:
         main(["--depth", "101"])
     assert caught.value.code == "error: --depth 101: at most 100"  # Python prints it to stderr and exits with 1
 
 
-def test_any_other_error_keeps_its_traceback():
+def test_debug_variable_shows_the_traceback_of_a_user_error(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_DEBUG", "1")
+    with pytest.raises(UserError):
+        main(["--depth", "101"])
+
+
+def test_other_errors_keep_their_traceback():
     with pytest.raises(KeyError):
         main(["--depth", "-1"])
 
@@ -94,14 +100,14 @@ def test_main_returns_what_the_function_returns():
     assert main(["--depth", "4"]) == Flags(depth=4)
 
 
-def test_a_flag_without_a_default_is_required(capsys):
+def test_flag_without_default_is_required(capsys):
     assert parse(Required, ["-p", "hello"]) == Required("hello")
     with pytest.raises(SystemExit) as caught:
         parse(Required, [])
     assert caught.value.code == 2 and "--prompt" in capsys.readouterr().err
 
 
-def test_an_interruption_is_one_line():
+def test_ctrl_c_prints_one_line():
     @command
     def endless(flags: Flags) -> None:
         raise KeyboardInterrupt

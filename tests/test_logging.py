@@ -1,7 +1,7 @@
 """
-What a person sees of a run: the metrics file, the console, wandb's absence, and the summary.
+Logging: the metrics file, console lines, wandb, and the final numbers of all stages.
 
-    python -m pytest tests/test_report.py
+    python -m pytest tests/test_logging.py
 """
 
 import json
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanochat import logging as report
+from nanochat import logging
 from nanochat.common import UserError
 from nanochat.distributed import Dist
 from nanochat.logging import Logger, print_summary, report_dir, save_numbers, start_wandb
@@ -27,11 +27,15 @@ def base_dir(tmp_path, monkeypatch):
 
 
 def lines(name="base_train-d2"):
-    return [json.loads(line) for line in (report_dir() / f"metrics/{name}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in metrics_file(name).read_text().splitlines()]
 
 
-def logger(**options):
-    return Logger("base_train", "d2", {"flags": {"depth": 2}}, CPU, **options)
+def metrics_file(name="base_train-d2"):
+    return report_dir() / f"metrics/{name}.jsonl"
+
+
+def logger(dist=CPU, **options):
+    return Logger(metrics_file(), dist, config={"flags": {"depth": 2}}, **options)
 
 
 def log_steps(log, steps):
@@ -39,7 +43,7 @@ def log_steps(log, steps):
         log.log(TrainState(step, seconds=step / 3), {"train/loss": 1 / step})
 
 
-def test_metrics_are_one_json_object_a_line():
+def test_metrics_file_has_one_json_object_per_line():
     log = logger()
     log_steps(log, (1, 2))
     log.log(TrainState(2, seconds=2 / 3), {"val/bpb": 0.9})
@@ -51,19 +55,19 @@ def test_metrics_are_one_json_object_a_line():
     ]
 
 
-def test_a_new_run_begins_a_new_file():
+def test_new_run_starts_a_new_metrics_file():
     log_steps(logger(), (1, 2))
     log_steps(logger(), (1,))
     assert [line.get("step") for line in lines()] == [None, 1]
 
 
-def test_a_resumed_run_forgets_what_was_logged_after_its_checkpoint():
+def test_resumed_run_drops_lines_after_its_checkpoint():
     log_steps(logger(), (1, 2, 3, 4))
     log_steps(logger(first_step=2), (3,))
     assert [line.get("step") for line in lines()] == [None, 1, 2, 3]
 
 
-def test_a_last_line_that_a_crash_cut_short_is_left_out():
+def test_truncated_last_line_is_dropped():
     log_steps(logger(), (1, 2))
     path = report_dir() / "metrics/base_train-d2.jsonl"
     path.write_text(path.read_text() + '{"step": 3, "sec')
@@ -71,19 +75,19 @@ def test_a_last_line_that_a_crash_cut_short_is_left_out():
     assert [line.get("step") for line in lines()] == [None, 1, 2, 4]
 
 
-def test_stages_and_tags_have_files_of_their_own():
-    log_steps(Logger("chat_sft", "mine", {}, CPU), (1,))
+def test_stages_and_tags_have_separate_files():
+    log_steps(Logger(metrics_file("chat_sft-mine"), CPU, config={}), (1,))
     assert [line.get("step") for line in lines("chat_sft-mine")] == [None, 1]
 
 
 def test_only_rank_0_writes(base_dir, capsys):
-    log = Logger("base_train", "d2", {}, Dist(CPU.device, rank=1, world_size=2), run="x")
+    log = logger(Dist(CPU.device, rank=1, world_size=2), wandb_run="x")
     log_steps(log, (1,))
-    log.finish(TrainState(1))
+    log.finish("base_train", TrainState(1))
     assert not report_dir().exists() and not capsys.readouterr().out
 
 
-def test_the_console_shows_first_and_last_step_and_every_evaluation(capsys):
+def test_console_shows_first_and_last_step_and_all_evaluations(capsys):
     log = logger(num_steps=5)
     for step in range(1, 6):
         log.log(TrainState(step), {"train/loss": 2.0, "train/tokens_per_second": 12345.6})
@@ -95,24 +99,30 @@ def test_the_console_shows_first_and_last_step_and_every_evaluation(capsys):
     ]
 
 
-def test_the_time_left_follows_from_the_timed_steps(capsys):
+def test_learning_rates_are_in_the_file_and_not_on_the_console(capsys):
+    logger().log(TrainState(1), {"train/loss": 2.0, "lr/wte": 0.3})
+    assert lines()[-1]["lr/wte"] == 0.3
+    assert "lr/wte" not in capsys.readouterr().out
+
+
+def test_time_left_is_computed_from_timed_steps(capsys):
     log = logger(num_steps=103)
     log.log(TrainState(13, seconds=20.0, tokens=1000), {"val/bpb": 1.0})
     assert "step 13/103, 3m00s left" in capsys.readouterr().out
 
 
-def test_utilization_where_the_gpus_peak_is_known(monkeypatch, capsys):
-    monkeypatch.setattr(report, "gpu_peaks", lambda device: (1e12, 1e12))
-    log = Logger("base_train", "d2", {}, CPU, flops_per_token=1e6)
+def test_mfu_is_logged_where_the_peak_is_known(monkeypatch, capsys):
+    monkeypatch.setattr(logging, "gpu_peaks", lambda device: (1e12, 1e12))
+    log = logger(flops_per_token=1e6)
     log.log(TrainState(1), {"train/loss": 1.0, "train/tokens_per_second": 4e5})
     assert lines()[-1]["train/mfu"] == pytest.approx(0.4)
 
 
-def test_the_final_numbers():
+def test_finish_saves_the_final_numbers():
     log = logger()
     log.log(TrainState(1), {"train/loss": 3.0, "train/tokens_per_second": 10.0})
     log.log(TrainState(2), {"val/bpb": 0.8})
-    log.finish(TrainState(2, seconds=95.0, tokens=9500), parameters=7)
+    log.finish("base_train", TrainState(2, seconds=95.0, tokens=9500), parameters=7)
     numbers = json.loads((report_dir() / "base_train.json").read_text())
     expected = {
         "train/loss": 3.0,
@@ -127,7 +137,7 @@ def test_the_final_numbers():
     assert "train/tokens_per_second" not in numbers
 
 
-def test_the_summary_has_the_stages_that_ran_in_the_order_asked_for(capsys):
+def test_summary_lists_finished_stages_in_the_given_order(capsys):
     save_numbers("chat_sft", {"val/bpb": 0.51239, "time left": "none"})
     save_numbers("base_train", {"steps": 3})
     print_summary(["base_train", "mid_train", "chat_sft"])
@@ -144,7 +154,7 @@ def test_the_summary_has_the_stages_that_ran_in_the_order_asked_for(capsys):
     assert out.index("base_train") < out.index("chat_sft") and "0.5124" in out and "mid_train" not in out
 
 
-def test_large_numbers_are_short_and_small_ones_not_lost(capsys):
+def test_summary_shows_very_large_and_small_numbers_in_scientific_notation(capsys):
     save_numbers("base_train", {"flops": 1.234e18, "rate": 1.5e-5, "zero": 0.0})
     print_summary(["base_train"])
     text = (report_dir() / "report.md").read_text()
@@ -154,10 +164,10 @@ def test_large_numbers_are_short_and_small_ones_not_lost(capsys):
 # ---- wandb ----
 
 
-def test_without_wandb_the_remedy_is_named(monkeypatch):
+def test_missing_wandb_raises_with_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # what makes an import fail
     with pytest.raises(UserError, match=r"pip install 'nanochat\[wandb\]'"):
-        logger(run="mine")
+        logger(wandb_run="mine")
 
 
 class FakeWandb:
@@ -179,12 +189,12 @@ class FakeWandb:
         )
 
 
-def test_wandb_gets_what_is_logged(monkeypatch):
+def test_metrics_are_sent_to_wandb(monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    log = logger(run="mine")
+    log = logger(wandb_run="mine")
     log_steps(log, (1,))
-    log.finish(TrainState(1), parameters=7)
+    log.finish("base_train", TrainState(1), parameters=7)
     assert (
         fake.inits[0].items() >= {"name": "mine", "group": "base_train-d2", "config": {"flags": {"depth": 2}}}.items()
     )
@@ -192,7 +202,7 @@ def test_wandb_gets_what_is_logged(monkeypatch):
     assert fake.summary["parameters"] == 7
 
 
-def test_wandb_without_a_network_logs_offline_and_says_so(monkeypatch, capsys):
+def test_wandb_without_network_logs_offline_with_a_notice(monkeypatch, capsys):
     fake = FakeWandb(reachable=False)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     start_wandb("mine", "group", {})
