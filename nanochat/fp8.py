@@ -1,10 +1,14 @@
 """
-FP8 linear layers for training: e4m3 for activations and weights, e5m2 for gradients, one scale per tensor (arXiv
-2209.05433). All three products of a layer, forward and backward, are in FP8.
+FP8 training (--fp8): the linear layers of the blocks compute in 8 bits, on GPUs from Ada and Hopper on.
 
-A scale follows from the largest magnitude at hand, so there is no history to keep or to save. It is plain torch code:
-torch.compile fuses casts and maxima with what comes before them. Weights change once per optimizer step, so they are
-cast after it rather than in every micro-batch. In eval mode the layers are ordinary ones that compute in x's dtype.
+A float8 number has a range of a few powers of two only, so each tensor is divided by a scale first, and the product is
+multiplied by both scales. All three products of a layer run in FP8: y = x W^T in the forward pass, dx = dy W and
+dW = dy^T x in the backward pass. Activations and weights use e4m3 (more precision), gradients e5m2 (more range), with
+one scale per tensor (arXiv 2209.05433).
+
+The scale follows from the tensor's own largest magnitude ("dynamic scaling"): there is no history of maxima to keep in
+checkpoints, and torch.compile fuses the maximum and the cast with the operation before them. Weights change once per
+optimizer step, so they are cast after the step and not in every micro-batch. In eval mode the layers are ordinary ones.
 
 Shapes: M rows (tokens), K input features, N output features.
 """
@@ -19,22 +23,23 @@ from nanochat.common import UserError
 from nanochat.gpt import GPT, Block, GPTConfig, Linear
 from nanochat.muon import MuonAdamW
 
-FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2  # more precision, more range
-MULTIPLE = 16  # what the kernels ask of every dimension
-MIN_FEATURES = 128  # of either side of a layer; below it the casts cost more than the product saves (specification)
-MIN_AMAX = 1e-30  # keeps the scale of an all-zero tensor finite, far below what gradients come to
+FORWARD = torch.float8_e4m3fn
+BACKWARD = torch.float8_e5m2
+MULTIPLE = 16  # the kernels require it of every dimension
+MIN_FEATURES = 128  # of a layer's inputs and outputs: below, the casts cost more than the product saves
+MIN_AMAX = 1e-30  # keeps the scale of an all-zero tensor above 0; gradients are far larger
 MIN_CAPABILITY = (8, 9)  # Ada; Hopper has 9.0
 
 
 def check(config: GPTConfig, rows: int, device: torch.device) -> None:
-    """UserError unless this device can train the model in FP8 with that many rows (tokens) at a time."""
-    needed = "a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell)"
+    """UserError unless this device can train the model in FP8 with this many rows (tokens) per micro-batch."""
+    required = "a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell)"
     if device.type != "cuda":
-        raise UserError(f"--fp8 needs {needed}, the device is {device.type}: leave out --fp8")
+        raise UserError(f"--fp8 needs {required}, the device is {device.type}: leave out --fp8")
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         name = torch.cuda.get_device_name(device)
-        raise UserError(f"--fp8 needs {needed}, {name} has {capability[0]}.{capability[1]}: leave out --fp8")
+        raise UserError(f"--fp8 needs {required}, {name} has {capability[0]}.{capability[1]}: leave out --fp8")
     if config.n_embd % MULTIPLE or config.n_embd < MIN_FEATURES:
         raise UserError(
             f"--fp8 needs a width of at least {MIN_FEATURES} and a multiple of {MULTIPLE}, this model has "
@@ -48,19 +53,19 @@ def check(config: GPTConfig, rows: int, device: torch.device) -> None:
 
 def use_fp8(model: GPT, optimizer: MuonAdamW, compile: bool) -> list["Fp8Linear"]:
     """
-    Puts FP8 layers in the place of the blocks' linear layers that are large enough, and has the optimizer cast their
-    weights after every step. The parameters stay the same objects under the same names. To be called once the weights
-    are loaded, before the model is compiled. Returns the layers.
+    Replaces the large linear layers of the blocks by FP8 layers and returns these. The optimizer casts their weights
+    after every step. Parameters stay the same objects under the same names, so checkpoints do not change.
+
+    Call it when the weights have their values, and before the model is compiled.
     """
     layers = []
     for block in cast(Iterable[Block], model.transformer.h):
         for parent in (block.attn, block.mlp):
             for name, child in list(parent.named_children()):
-                if isinstance(child, Linear) and all(
-                    n >= MIN_FEATURES and n % MULTIPLE == 0 for n in child.weight.shape
-                ):
-                    layers.append(Fp8Linear(child))
-                    setattr(parent, name, layers[-1])
+                if isinstance(child, Linear) and _is_large(child):
+                    layer = Fp8Linear(child)
+                    setattr(parent, name, layer)
+                    layers.append(layer)
     cast_weight = torch.compile(_cast_weight, dynamic=False) if compile else _cast_weight
 
     def cast_weights(*_: object) -> None:
@@ -72,8 +77,15 @@ def use_fp8(model: GPT, optimizer: MuonAdamW, compile: bool) -> list["Fp8Linear"
     return layers
 
 
+def _is_large(linear: Linear) -> bool:
+    return all(n >= MIN_FEATURES and n % MULTIPLE == 0 for n in linear.weight.shape)
+
+
 class Fp8Linear(Linear):
-    """Takes over a layer's weight; its FP8 copies, in both layouts, are good until the weight changes."""
+    """
+    A linear layer that shares the weight of another one and keeps FP8 copies of it in both layouts: one for the forward
+    and one for the backward pass. Whoever changes the weight must update the copies (_cast_weight).
+    """
 
     weight_NK: torch.Tensor
     weight_KN: torch.Tensor
@@ -84,8 +96,10 @@ class Fp8Linear(Linear):
             super().__init__(linear.in_features, linear.out_features)
         self.weight = linear.weight
         device = linear.weight.device
-        for name, shape in (("weight_NK", linear.weight.shape), ("weight_KN", linear.weight.T.shape)):
-            self.register_buffer(name, torch.empty(shape, dtype=FORWARD, device=device), persistent=False)
+        weight_NK = torch.empty(linear.weight.shape, dtype=FORWARD, device=device)
+        weight_KN = torch.empty(linear.weight.T.shape, dtype=FORWARD, device=device)
+        self.register_buffer("weight_NK", weight_NK, persistent=False)
+        self.register_buffer("weight_KN", weight_KN, persistent=False)
         self.register_buffer("scale", torch.empty((), device=device), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -98,9 +112,8 @@ class Fp8Linear(Linear):
 
 class _Fp8Product(torch.autograd.Function):
     """
-    x @ weight.T from the weight's FP8 copies; the weight itself, unread, is what the gradient goes to. torch._scaled_mm
-    wants its first operand row-major and its second column-major. As in torchao, sums of partial products are kept
-    short (fast accumulation) in the forward pass only.
+    x W^T from the FP8 copies of the weight. The weight itself is an argument only so that it receives a gradient.
+    Partial sums are kept short ("fast accumulation") in the forward pass only, as in torchao.
     """
 
     @staticmethod
@@ -108,29 +121,43 @@ class _Fp8Product(torch.autograd.Function):
         x8_MK, x_scale = quantize(x_MK, FORWARD)
         ctx.save_for_backward(x8_MK, x_scale, weight_KN, weight_scale)
         ctx.weight_dtype = weight.dtype
-        return torch._scaled_mm(
-            x8_MK, weight_NK.T, scale_a=x_scale, scale_b=weight_scale, out_dtype=x_MK.dtype, use_fast_accum=True
-        )
+        return scaled_product(x8_MK, weight_NK.T, x_scale, weight_scale, dtype=x_MK.dtype, fast=True)
 
     @staticmethod
     def backward(ctx, grad_MN):
         x8_MK, x_scale, weight_KN, weight_scale = ctx.saved_tensors
         g8_MN, g_scale = quantize(grad_MN, BACKWARD)
-        grad_x_MK = torch._scaled_mm(g8_MN, weight_KN.T, scale_a=g_scale, scale_b=weight_scale, out_dtype=grad_MN.dtype)
+        grad_x_MK = scaled_product(g8_MN, weight_KN.T, g_scale, weight_scale, dtype=grad_MN.dtype)
         g8_NM, x8_KM = g8_MN.T.contiguous(), x8_MK.T.contiguous()
-        grad_weight_NK = torch._scaled_mm(g8_NM, x8_KM.T, scale_a=g_scale, scale_b=x_scale, out_dtype=ctx.weight_dtype)
+        grad_weight_NK = scaled_product(g8_NM, x8_KM.T, g_scale, x_scale, dtype=ctx.weight_dtype)
         return grad_x_MK, grad_weight_NK, None, None, None
 
 
+def scaled_product(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    *,
+    dtype: torch.dtype,
+    fast: bool = False,
+) -> torch.Tensor:
+    """(scale_a * a) @ (scale_b * b) in the given dtype, of FP8 matrices: a row-major, b column-major."""
+    return torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=fast)
+
+
 def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """x in FP8, row-major, and the scale () in float32 to multiply it with; the largest magnitude fills the range."""
+    """
+    x in FP8, row-major, and its scale, a float32 scalar: x is about scale * result. The scale maps the largest
+    magnitude to the largest number of the format.
+    """
     scale = x.abs().amax().float().clamp_min(MIN_AMAX) / torch.finfo(dtype).max
     return (x.float() / scale).to(dtype).contiguous(), scale
 
 
 @torch.no_grad()
 def _cast_weight(weight: torch.Tensor, weight_NK: torch.Tensor, weight_KN: torch.Tensor, scale: torch.Tensor) -> None:
-    """Fills a layer's FP8 copies."""
+    """Updates the FP8 copies of a layer from its weight."""
     quantized_NK, new_scale = quantize(weight, FORWARD)
     weight_NK.copy_(quantized_NK)
     weight_KN.copy_(quantized_NK.T)
