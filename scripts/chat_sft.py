@@ -162,7 +162,7 @@ def mixture(flags: FinetuneFlags, tokenizer: Tokenizer) -> tuple[TaskMixture, Ta
 
 
 def identity(file: str) -> Task:
-    return CustomJSON(file) if file else PrimerChat("train", kinds=("who", "greeting"))
+    return CustomJSON(file) if file else PrimerChat("train", kinds=("identity", "greeting"))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-Write the embedded corpus as ordinary pretraining shards: a child's encyclopaedia, generated, no network needed.
+Write the primer, a small generated corpus, as pretraining shards. Needs no network.
 
     python -m scripts.primer --data-dir ~/primer
     NANOCHAT_DATA_DIR=~/primer python -m scripts.tok_train --vocab-size 2048
@@ -8,15 +8,17 @@ Write the embedded corpus as ordinary pretraining shards: a child's encyclopaedi
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat import primer
 from nanochat.cli import command, flag
 from nanochat.common import base_dir
-from nanochat.primer import documents as primer
 
 
 @dataclass(frozen=True)
 class Flags:
-    data_dir: str = flag("", "folder for the shards; default <base>/primer")
-    seed: int = flag(0, "of the wordings and their order")
+    data_dir: str = flag(
+        "", "folder for the shards, empty or with an earlier primer; default $NANOCHAT_BASE_DIR/primer"
+    )
+    seed: int = flag(0, "seed of the wordings and their order")
 
 
 @command

@@ -1,20 +1,24 @@
-"""The primer's examination, questions and sums that training never shows in these wordings; and its conversations."""
+"""
+Tasks over the primer (nanochat/primer): its quiz and sums, for evaluation and reinforcement learning, and its
+conversations, for fine-tuning. Training text shows neither the wordings of the quiz nor the numbers of the test sums.
+"""
 
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from nanochat.primer import documents as primer
-from nanochat.primer.wordings import names
+from nanochat.primer import contains_phrase, generate_conversations, generate_quiz, generate_sums
 from tasks.common import Conversation, Task
 
 
 class QuizFree(Task):
+    """Questions to be answered freely. A completion is correct if it contains the answer and no wrong choice."""
+
     kind = "generative"
     item_kind = "free"
 
     def __init__(self) -> None:
-        self.items = [item for item in primer.quiz() if item["kind"] == self.item_kind]
+        self.items = [item for item in generate_quiz() if item["kind"] == self.item_kind]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -28,50 +32,57 @@ class QuizFree(Task):
         return {"messages": messages, "answer": item["answer"], "choices": item.get("choices", [])}
 
     def is_correct(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the completion names the answer, as whole words, and no other choice."""
-        others = [choice for choice in conversation["choices"] if choice != conversation["answer"]]
-        return names(completion, conversation["answer"]) and not any(names(completion, other) for other in others)
+        answer = conversation["answer"]
+        wrong = [choice for choice in conversation["choices"] if choice != answer]
+        if any(contains_phrase(completion, choice) for choice in wrong):
+            return False
+        return contains_phrase(completion, answer)
 
 
 class QuizChoice(QuizFree):
-    """The same with four choices in the question."""
+    """Questions that list four choices."""
 
     item_kind = "choice"
 
 
 class Sums(Task):
+    """Sums, of which the last number of a completion is taken as the result."""
+
     kind = "generative"
     hard = False
 
-    def __init__(self, split: str) -> None:
-        """split: "train" or "test"."""
-        self.items = primer.sums(split, hard=self.hard)
+    def __init__(self, split: str) -> None:  # "train" or "test"
+        self.items = generate_sums(split, hard=self.hard)
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.items[index]
-        return {"messages": item["conversation"]["messages"], "answer": item["answer"]}
+        messages = [
+            {"role": "user", "content": item["question"]},
+            {"role": "assistant", "content": item["reply"]},
+        ]
+        return {"messages": messages, "answer": item["answer"]}
 
     def is_correct(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the last number of the completion is the result."""
         numbers = re.findall(r"-?\d+", completion)
         return bool(numbers) and numbers[-1] == conversation["answer"]
 
 
 class HardSums(Sums):
-    """With larger numbers than the primer's conversations have: something left to learn by reinforcement."""
+    """Sums of larger numbers than in the primer's conversations, so that reinforcement learning can improve on SFT."""
 
     hard = True
 
 
 class PrimerChat(Task):
+    """The primer's conversations. `kinds` selects some of primer.CONVERSATION_MIX, by default all."""
+
     kind = "conversations"
 
-    def __init__(self, split: str, kinds: Sequence[str] = ()) -> None:
-        """split: "train" or "val"; kinds: some of primer.CONVERSATION_MIX, as ("who", "greeting"), all without."""
-        self.items = primer.conversations(split, kinds=kinds)
+    def __init__(self, split: str, kinds: Sequence[str] = ()) -> None:  # "train" or "val"
+        self.items = generate_conversations(split, kinds=kinds)
 
     def __len__(self) -> int:
         return len(self.items)

@@ -6,7 +6,7 @@ from pathlib import Path
 from zlib import crc32
 
 from nanochat.common import UserError
-from nanochat.primer.conversations import WORDS, all_facts
+from nanochat.primer import SPELLING_WORDS, all_facts
 from nanochat.tokenizer import Tokenizer
 
 WORD = re.compile(r"[a-z]{3,20}")
@@ -22,7 +22,7 @@ def words(split: str, tokenizer: Tokenizer | None = None) -> list[str]:
     """
     assert split in ("train", "test"), split
     found = set(WORD.findall(" ".join(f"{fact.subject} {fact.answer}" for _, fact in all_facts()).lower()))
-    found |= set(WORDS)
+    found |= set(SPELLING_WORDS)
     if tokenizer:
         texts = [token[1:].decode("utf-8", errors="replace") for token in tokenizer.tokens if token.startswith(b" ")]
         found |= set(filter(WORD.fullmatch, texts))
@@ -33,7 +33,7 @@ def words(split: str, tokenizer: Tokenizer | None = None) -> list[str]:
 
 def is_held_out(word: str) -> bool:
     """Whether the word is for testing. Those that the primer's own conversations spell never are."""
-    return crc32(word.encode()) % TEST_SHARE == 0 and word not in WORDS
+    return crc32(word.encode()) % TEST_SHARE == 0 and word not in SPELLING_WORDS
 
 
 def read_words(path: Path) -> set[str]:

@@ -11,12 +11,11 @@ import pytest
 import torch
 from factories import tiny_config
 
-from nanochat import attention, dataset, recipe
+from nanochat import attention, dataset, primer, recipe
 from nanochat.dataloader import PretrainLoader
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT
 from nanochat.muon import build_optimizer
-from nanochat.primer import documents as primer
 from nanochat.tokenizer import Tokenizer
 from scripts.bench import __main__ as bench
 from scripts.bench import train as bench_train

@@ -13,7 +13,7 @@ import pytest
 
 from nanochat.common import UserError
 from nanochat.conversation import render
-from nanochat.primer.conversations import WORDS
+from nanochat.primer import SPELLING_WORDS
 from nanochat.tools import calculate
 from tasks.common import limited
 from tasks.spelling import QUOTES, WORDINGS, SimpleSpelling, SpellingBee, casually, spell, tally
@@ -38,7 +38,7 @@ def test_words():
     train, test = words("train"), words("test")
     assert len(train) > 900 and len(test) > 200 and not set(train) & set(test)
     assert all(re.fullmatch("[a-z]{3,20}", word) for word in train + test)
-    assert set(WORDS) <= set(train), "the primer's conversations spell them"
+    assert set(SPELLING_WORDS) <= set(train), "the primer's conversations spell them"
 
 
 def test_words_of_a_tokenizer(golden_tokenizer):

@@ -1,0 +1,33 @@
+"""
+The primer: a small generated corpus, so that every stage can run on a laptop in minutes without a network.
+
+It is a child's encyclopaedia in plain English with sums and spelling:
+
+    generate_documents()       pretraining text; write_shards() writes it as parquet shards
+    generate_conversations()   fine-tuning conversations
+    generate_quiz()            evaluation: questions about the same facts in wordings that training never shows
+    generate_sums()            evaluation and reinforcement learning: sums of numbers that training never shows
+
+A model of a few million parameters learns these facts, so the result of a short run can be judged. Everything is
+determined by a seed. The facts are in facts.py, their wordings in wordings.txt.
+"""
+
+from nanochat.primer.conversations import CONVERSATION_MIX, generate_conversations
+from nanochat.primer.documents import DOCUMENT_MIX, generate_documents, write_shards
+from nanochat.primer.facts import SPELLING_WORDS
+from nanochat.primer.questions import generate_quiz
+from nanochat.primer.relations import all_facts, contains_phrase
+from nanochat.primer.sums import generate_sums
+
+__all__ = [
+    "CONVERSATION_MIX",
+    "DOCUMENT_MIX",
+    "SPELLING_WORDS",
+    "all_facts",
+    "contains_phrase",
+    "generate_conversations",
+    "generate_documents",
+    "generate_quiz",
+    "generate_sums",
+    "write_shards",
+]

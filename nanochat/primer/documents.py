@@ -1,48 +1,27 @@
-"""
-The embedded corpus: a child's encyclopaedia in plain English, generated, with no network and nothing to download.
+"""The documents of the primer, which a model is pretrained on, and the shards that hold them."""
 
-    documents()         what a model is pretrained on           write_shards()   the same as parquet shards
-    conversations()     what it is finetuned on                 quiz(), sums()   what it is examined with
-
-It exists so that a laptop can go through every stage in minutes and the result can be judged: a model of a few million
-parameters learns these facts, and the exam asks for them in wordings, and for sums of numbers, that it never saw.
-Everything follows from the seed. Tables: primer_facts.py; wordings: primer_wordings.py.
-"""
-
+import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-from nanochat.common import atomic_path
-from nanochat.primer.conversations import (
-    CONVERSATION_MIX,
-    GREETINGS,
-    SUM_OPERATORS,
-    WHO_REPLIES,
-    WORDS,
-    Deck,
-    all_facts,
-    ask_choice,
-    ask_free,
-    compute,
-    conversations,
-    distinct,
-    operands,
-    quiz,
-    sums,
-)
-from nanochat.primer.facts import CAST, Fact, number_words
-from nanochat.primer.wordings import Relation, sentence
+from nanochat.common import UserError, atomic_path
+from nanochat.primer.conversations import GREETINGS, IDENTITY_REPLIES
+from nanochat.primer.facts import CAST, CAST_FIELDS, SPELLING_WORDS, Fact, number_words
+from nanochat.primer.questions import Deck, ask_choice, ask_free, distinct
+from nanochat.primer.relations import Relation, all_facts, sentence
+from nanochat.primer.sums import OPERATORS, compute, draw_operands
 
-__all__ = ["CONVERSATION_MIX", "DOCUMENT_MIX", "conversations", "documents", "quiz", "sums", "write_shards"]
-
-# Documents per kind. Proportions by reasoning, not by experiment: most of the text tells or asks facts, each 40 to 70
-# times in all. Multiple choice is in words: see CONVERSATION_MIX for why there are no letters.
+# Documents per kind. The proportions are reasoned, not tuned: most of the text states facts or asks for them, each fact
+# 40 to 70 times in all. Multiple choice has no letters, see CONVERSATION_MIX.
 DOCUMENT_MIX = {
     "entry": 5500, "theme": 5500, "list": 2500, "questions": 6500, "dialogue": 2000, "choice": 2500,
     "sum": 3000, "numbers": 500, "spelling": 500, "story": 900,
 }  # fmt: skip
-VAL_SHARE = 0.03  # of the documents: the last shard, which is the validation split by convention
+VAL_SHARE = 0.03  # of the documents, in the last shard, which is the validation split by convention
 ROWS_PER_GROUP = 512
+MARKER = "primer.json"  # names the shards that write_shards wrote, with the hashes of their texts
 
 QUESTION_STYLES = ("{} {}", "{}\n{}", "Question: {}\nAnswer: {}", "Q: {}\nA: {}")
 SUM_PHRASES = {"+": "{a} plus {b}", "-": "{a} minus {b}", "*": "{a} times {b}", "/": "{a} divided by {b}"}
@@ -53,16 +32,18 @@ STORY_OPENINGS = (
 STORY_MIDDLES = (
     "{name} has a {pet}, and the {pet} is called {pet_name}.", "{pet_name} the {pet} ran to the {place}.",
     "{name} ate {food}, because {food} is what {name} likes best.", "{pet_name} was hungry, so {name} fed the {pet}.",
-    "Then {name} met {friend}, who lives in {friend_home}.", "{friend} came with {friend_pet} the {friend_animal}.",
+    "Then {name} met {friend_name}, who lives in {friend_home}.",
+    "{friend_name} came with {friend_pet_name} the {friend_pet}.",
     "{name} wore a {colour} hat, for {colour} is the colour {name} likes best.",
-    "{name} and {friend} walked to the {place}.", "{name} likes {hobby} more than anything.",
-    "{friend} talked about {friend_hobby} all the time.", "At the {place} they found a {thing}.",
-    "{pet_name} and {friend_pet} played with the {thing}.", "{name} could not find {possessive} {thing}.",
-    "{friend} helped {name} to look for the {thing}.", "They shared {friend_food}, which {friend} had brought along.",
+    "{name} and {friend_name} walked to the {place}.", "{name} likes {hobby} more than anything.",
+    "{friend_name} talked about {friend_hobby} all the time.", "At the {place} they found a {thing}.",
+    "{pet_name} and {friend_pet_name} played with the {thing}.", "{name} could not find {possessive} {thing}.",
+    "{friend_name} helped {name} to look for the {thing}.",
+    "They shared {friend_food}, which {friend_name} had brought along.",
 )  # fmt: skip
 STORY_ENDS = (
     "In the evening {name} went back to {home}.", "Then {name} and {pet_name} went home and slept.",
-    "It was a good {time}, {name} said.", "{friend} said goodbye, and {name} was happy.",
+    "It was a good {time}, {name} said.", "{friend_name} said goodbye, and {name} was happy.",
 )  # fmt: skip
 STORY_WORDS = {
     "time": ("morning", "day", "afternoon", "evening"),
@@ -72,100 +53,102 @@ STORY_WORDS = {
 }
 
 
-class Writer:
-    """Writes documents, one kind per method named in DOCUMENT_MIX."""
+class DocumentWriter:
+    """Writes documents; one method per kind in DOCUMENT_MIX."""
 
     def __init__(self, rng: Random) -> None:
         self.rng = rng
         facts = all_facts()
-        self.facts, self.operators = Deck(rng, facts), Deck(rng, SUM_OPERATORS)
-        self.within = {relation.name: Deck(rng, relation.facts) for relation, _ in facts}
-        subjects: dict[str, list[tuple[Relation, Fact]]] = {}
+        self.facts = Deck(rng, facts)
+        self.operators = Deck(rng, OPERATORS)
+        self.facts_of_relation = {relation.name: Deck(rng, relation.facts) for relation, _ in facts}
+        by_subject: dict[str, list[tuple[Relation, Fact]]] = {}
         for relation, fact in facts:
-            subjects.setdefault(fact.subject, []).append((relation, fact))
-        self.subjects = Deck(rng, [several for several in subjects.values() if len(several) > 1])
+            by_subject.setdefault(fact.subject, []).append((relation, fact))
+        self.subjects = Deck(rng, [about for about in by_subject.values() if len(about) > 1])
         self.cast = [person.strip().split(", ") for person in CAST.strip().split("\n")]
 
-    def same_kind(self, count: int) -> tuple[Relation, list[Fact]]:
-        """Up to `count` facts of one relation, large relations as much oftener as they have more facts."""
-        relation, _ = self.facts.deal()
-        deck = self.within[relation.name]
-        return relation, list(dict.fromkeys(deck.deal() for _ in range(count)))
+    def draw_related(self, count: int) -> tuple[Relation, list[Fact]]:
+        """Up to `count` facts of one relation. A relation is drawn in proportion to the number of its facts."""
+        relation, _ = self.facts.draw()
+        deck = self.facts_of_relation[relation.name]
+        return relation, list(dict.fromkeys(deck.draw() for _ in range(count)))
 
-    def some(self, count: int) -> list[tuple[Relation, Fact]]:
-        """Facts of one relation or, as often, of any."""
+    def draw_facts(self, count: int) -> list[tuple[Relation, Fact]]:
+        """Facts of one relation or, equally often, of any."""
         if self.rng.random() < 0.5:
-            return [self.facts.deal() for _ in range(count)]
-        relation, facts = self.same_kind(count)
+            return [self.facts.draw() for _ in range(count)]
+        relation, facts = self.draw_related(count)
         return [(relation, fact) for fact in facts]
 
     def entry(self) -> str:
-        """All about one subject."""
-        clauses = [
-            clause
-            for relation, fact in self.subjects.deal()
-            for clause in self.rng.sample(relation.statements(fact), self.rng.choice((1, 2, 2)))
-        ]
+        """All facts about one subject."""
+        clauses: list[str] = []
+        for relation, fact in self.subjects.draw():
+            statements = relation.statements(fact)
+            clauses += self.rng.sample(statements, self.rng.choice((1, 2, 2)))
         self.rng.shuffle(clauses)
-        return " ".join(map(sentence, clauses))
+        return " ".join(sentence(clause) for clause in clauses)
 
     def theme(self) -> str:
-        """Several facts of one kind, some set side by side."""
-        relation, facts = self.same_kind(self.rng.choice((4, 5, 6)))
+        """Several facts of one relation, sometimes two in one sentence."""
+        relation, facts = self.draw_related(self.rng.choice((4, 5, 6)))
         clauses = [self.rng.choice(relation.statements(fact)) for fact in facts]
         if self.rng.random() < 0.4 and len(clauses) > 2:
-            clauses[:2] = [self.rng.choice((", and ", ", but ", ", while ")).join(clauses[:2])]
-        return " ".join(map(sentence, clauses))
+            conjunction = self.rng.choice((", and ", ", but ", ", while "))
+            clauses = [conjunction.join(clauses[:2]), *clauses[2:]]
+        return " ".join(sentence(clause) for clause in clauses)
 
     def list(self) -> str:
-        relation, facts = self.same_kind(self.rng.choice((6, 8, 10)))
-        title = relation.wordings["t"][0]
+        relation, facts = self.draw_related(self.rng.choice((6, 8, 10)))
+        title = sentence(relation.wordings["title"][0])[:-1] + ":"
         mark = self.rng.choice((": ", ": ", " - "))
-        return "\n".join([sentence(title)[:-1] + ":", *(f"{fact.subject}{mark}{fact.answer}" for fact in facts)])
+        return "\n".join([title, *(f"{fact.subject}{mark}{fact.answer}" for fact in facts)])
 
     def questions(self) -> str:
-        asked = [ask_free(self.rng, *fact) for fact in self.some(self.rng.choice((3, 4, 5)))]
+        asked = [ask_free(self.rng, *fact) for fact in self.draw_facts(self.rng.choice((3, 4, 5)))]
         style = self.rng.choice(QUESTION_STYLES)
         return "\n".join(style.format(question, answer) for question, answer in asked)
 
     def dialogue(self) -> str:
-        (asker, *_), (teller, *_) = self.rng.sample(self.cast, 2)
+        people = self.rng.sample(self.cast, 2)
+        asker, teller = people[0][0], people[1][0]
         lines = []
         if self.rng.random() < 0.3:
             teller = "nanochat"
-            question = self.rng.choice(list(WHO_REPLIES))
-            lines = [f"{asker}: {question}", f"{teller}: {WHO_REPLIES[question]}"]
+            question = self.rng.choice(list(IDENTITY_REPLIES))
+            lines = [f"{asker}: {question}", f"{teller}: {IDENTITY_REPLIES[question]}"]
         elif self.rng.random() < 0.3:
             lines = [f"{asker}: {self.rng.choice(GREETINGS)}, {teller}!", f"{teller}: Hello, {asker}!"]
-        for fact in self.some(self.rng.choice((2, 3, 4))):
+        for fact in self.draw_facts(self.rng.choice((2, 3, 4))):
             question, answer = ask_free(self.rng, *fact)
             lines += [f"{asker}: {question}", f"{teller}: {answer}"]
         return "\n".join(lines)
 
     def choice(self) -> str:
-        """Multiple choice, in words."""
+        """Multiple choice."""
         style = self.rng.choice(QUESTION_STYLES)
-        asked = [ask_choice(self.rng, self.facts.deal) for _ in range(self.rng.choice((1, 2)))]
+        asked = [ask_choice(self.rng, self.facts.draw) for _ in range(self.rng.choice((1, 2)))]
         return "\n".join(style.format(choice.question, choice.reply) for choice in asked)
 
     def sum(self) -> str:
         lines = []
         for _ in range(self.rng.choice((2, 3, 4))):
-            operator = self.operators.deal()
-            a, b = operands(self.rng, operator)
-            words, result = SUM_PHRASES[operator].format(a=a, b=b), compute(a, operator, b)
-            lines.append(
-                self.rng.choice((
-                    f"What is {words}? {a}{operator}{b}={result}. {a} {operator} {b} = {result}.",
-                    f"To work out {words}, type {a}{operator}{b}. The calculator shows {result}.",
-                    f"{sentence(words)[:-1]} is {result}: {a} {operator} {b} = {result}.",
-                    f"{a} {operator} {b} = {result}",
-                ))
-            )  # fmt: skip
+            operator = self.operators.draw()
+            a, b = draw_operands(self.rng, operator)
+            phrase = SUM_PHRASES[operator].format(a=a, b=b)
+            result = compute(a, operator, b)
+            wordings = (
+                f"What is {phrase}? {a}{operator}{b}={result}. {a} {operator} {b} = {result}.",
+                f"To work out {phrase}, type {a}{operator}{b}. The calculator shows {result}.",
+                f"{sentence(phrase)[:-1]} is {result}: {a} {operator} {b} = {result}.",
+                f"{a} {operator} {b} = {result}",
+            )
+            lines.append(self.rng.choice(wordings))
         return "\n".join(lines)
 
     def numbers(self) -> str:
-        """Which is larger; counting on."""
+        """Which of two numbers is larger; counting in steps."""
         limit = self.rng.choice((20, 100, 1000))
         low, high = sorted(self.rng.sample(range(limit), 2))
         start, step = self.rng.randrange(limit), self.rng.choice((1, 1, 2, 5, 10))
@@ -180,54 +163,105 @@ class Writer:
 
     def spelling(self) -> str:
         lines = []
-        for word in self.rng.sample(WORDS, 3):
-            letter, letters = self.rng.choice(word), ", ".join(word)
-            often = {1: "once", 2: "twice"}.get(word.count(letter), f"{number_words(word.count(letter))} times")
-            lines += self.rng.sample([
+        for word in self.rng.sample(SPELLING_WORDS, 3):
+            letter = self.rng.choice(word)
+            letters = ", ".join(word)
+            number = word.count(letter)
+            times = {1: "once", 2: "twice"}.get(number, f"{number_words(number)} times")
+            wordings = [
                 f"The word {word} is spelled {letters}. It has {len(word)} letters.",
-                f"{word}: {letters}. The letter {letter} occurs {often} in {word}.",
+                f"{word}: {letters}. The letter {letter} occurs {times} in {word}.",
                 f"How do you spell {word}? {letters}.",
-            ], 2)  # fmt: skip
+            ]
+            lines += self.rng.sample(wordings, 2)
         return "\n".join(lines)
 
     def story(self) -> str:
-        me, friend = self.rng.sample(self.cast, 2)
-        name, possessive, pet, pet_name, home, colour, food, hobby = me
-        words: dict[str, str] = {key: self.rng.choice(values) for key, values in STORY_WORDS.items()}
-        words |= {"name": name, "possessive": possessive, "pet": pet, "home": home}
-        words |= {"pet_name": pet_name, "colour": colour, "food": food, "hobby": hobby, "friend": friend[0]}
-        words |= {"friend_animal": friend[2], "friend_pet": friend[3], "friend_home": friend[4]}
-        words |= {"friend_food": friend[6], "friend_hobby": friend[7]}
+        person, friend = self.rng.sample(self.cast, 2)
+        words = {key: self.rng.choice(values) for key, values in STORY_WORDS.items()}
+        for key, own, of_friend in zip(CAST_FIELDS, person, friend, strict=True):
+            words[key] = own
+            words[f"friend_{key}"] = of_friend
         middles = sorted(self.rng.sample(range(len(STORY_MIDDLES)), self.rng.choice((3, 4, 5))))
-        told = [self.rng.choice(STORY_OPENINGS), *(STORY_MIDDLES[i] for i in middles), self.rng.choice(STORY_ENDS)]
-        return " ".join(line.format(**words) for line in told)
+        opening = self.rng.choice(STORY_OPENINGS)
+        ending = self.rng.choice(STORY_ENDS)
+        lines = [opening, *(STORY_MIDDLES[i] for i in middles), ending]
+        return " ".join(line.format(**words) for line in lines)
 
 
-def documents(seed: int = 0) -> list[str]:
-    """Every document, no two alike, in random order."""
+def generate_documents(seed: int = 0) -> list[str]:
+    """Return all documents, no two alike, in random order."""
     rng = Random(f"documents {seed}")
-    writer, seen = Writer(rng), set[str]()
-    several = [
-        text for kind, count in DOCUMENT_MIX.items() for text in distinct(getattr(writer, kind), count, str, seen)
-    ]
-    rng.shuffle(several)
-    return several
+    writer = DocumentWriter(rng)
+    seen: set[str] = set()
+    texts: list[str] = []
+    for kind, count in DOCUMENT_MIX.items():
+        texts += distinct(getattr(writer, kind), count, str, seen)
+    rng.shuffle(texts)
+    return texts
 
 
 def write_shards(directory: Path, seed: int = 0, num_shards: int = 4) -> list[Path]:
-    """Writes the documents as shard_00000.parquet … with one column, "text"; the last, small shard is validation."""
+    """
+    Write the documents as shard_00000.parquet, … with one column "text" and return the paths. The last and smallest
+    shard is the validation split.
+
+    Raises UserError if the folder holds anything that this function has not written.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    assert num_shards >= 2, "one shard for training and one for validation, at least"
-    texts = documents(seed)
-    val = round(len(texts) * VAL_SHARE)
-    train, per_shard = len(texts) - val, -(-(len(texts) - val) // (num_shards - 1))
-    starts = [min(i * per_shard, train) for i in range(num_shards)]
-    paths = []
-    for i, (start, end) in enumerate(zip(starts, [*starts[1:], len(texts)], strict=True)):
-        paths.append(directory / f"shard_{i:05d}.parquet")
-        with atomic_path(paths[-1]) as temporary:
-            table = pa.table({"text": texts[start:end]})
-            pq.write_table(table, temporary, row_group_size=ROWS_PER_GROUP, compression="zstd")
-    return paths
+    assert num_shards >= 2, "at least one shard for training and one for validation"
+    shards = _split_documents(generate_documents(seed), num_shards)
+    hashes = {name: _hash_texts(texts) for name, texts in shards.items()}
+    _require_own_folder(directory, hashes)
+    for name, texts in shards.items():
+        with atomic_path(directory / name) as temporary:
+            pq.write_table(pa.table({"text": texts}), temporary, row_group_size=ROWS_PER_GROUP, compression="zstd")
+    with atomic_path(directory / MARKER) as temporary:
+        temporary.write_text(json.dumps({"seed": seed, "sha256": hashes}, indent=1), encoding="utf-8")
+    return [directory / name for name in shards]
+
+
+def _split_documents(texts: list[str], num_shards: int) -> dict[str, list[str]]:
+    """The texts of each shard, by file name."""
+    num_train = len(texts) - round(len(texts) * VAL_SHARE)
+    per_shard = -(-num_train // (num_shards - 1))  # rounded up
+    starts = [min(i * per_shard, num_train) for i in range(num_shards)]
+    ends = [*starts[1:], len(texts)]
+    return {f"shard_{i:05d}.parquet": texts[start:end] for i, (start, end) in enumerate(zip(starts, ends, strict=True))}
+
+
+def _require_own_folder(directory: Path, hashes: dict[str, str]) -> None:
+    """
+    UserError if a file in the folder is not part of a primer. Shards are recognised by the hashes in the marker file.
+    `hashes`, of the shards to be written, recognises what an interrupted run, or a version without marker, wrote.
+    """
+    if not directory.exists():
+        return
+    known = set(hashes.items())
+    marker = directory / MARKER
+    if marker.exists():
+        known |= set(json.loads(marker.read_text(encoding="utf-8"))["sha256"].items())
+    for path in sorted(directory.iterdir()):
+        is_hidden = path.name.startswith(".")  # temporary files
+        if not is_hidden and path != marker and (path.name, _hash_shard(path)) not in known:
+            raise UserError(
+                f"{directory} holds {path.name}, which is not part of a primer and could be overwritten: "
+                "choose an empty or new folder with --data-dir"
+            )
+
+
+def _hash_shard(path: Path) -> str:
+    """The hash of a shard's texts; empty if it is not a shard."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return _hash_texts(pq.read_table(path, columns=["text"])["text"].to_pylist())
+    except (OSError, ValueError, KeyError, pa.ArrowException):
+        return ""
+
+
+def _hash_texts(texts: Sequence[str | None]) -> str:
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()

@@ -1,8 +1,8 @@
 """
-The primer's tables: what a child's encyclopaedia knows. `fact_table()` turns them into facts (relation, subject,
-answer); primer_wordings.py says them in many ways.
+The facts of the primer, as tables: countries, elements, animals, colours and so on.
 
-Accents are left out (Yaounde, Brasilia), so that names stay plain letters for a small vocabulary.
+`fact_table()` turns the tables into facts (relation, subject, answer). Accents are left out (Yaounde, Brasilia), so
+that a small vocabulary can spell all names in plain letters.
 """
 
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ Nauru: Yaren; New Zealand: Wellington; Palau: Ngerulmud; Papua New Guinea: Port 
 the Solomon Islands: Honiara; Tonga: Nuku'alofa; Tuvalu: Funafuti; Vanuatu: Port Vila""",
 }
 
-# The language most spoken in public life, where one stands out.
+# The language most spoken in public life, for countries where there is one.
 LANGUAGES = """
 France: French; Germany: German; Austria: German; Spain: Spanish; Mexico: Spanish; Argentina: Spanish; Cuba: Spanish;
 Chile: Spanish; Colombia: Spanish; Venezuela: Spanish; Italy: Italian; Portugal: Portuguese; Brazil: Portuguese;
@@ -87,7 +87,7 @@ nobelium No; lawrencium Lr; rutherfordium Rf; dubnium Db; seaborgium Sg; bohrium
 darmstadtium Ds; roentgenium Rg; copernicium Cn; nihonium Nh; flerovium Fl; moscovium Mc; livermorium Lv;
 tennessine Ts; oganesson Og"""
 
-# animal: class, young, sound (verb), home, legs; "-" where there is no one plain answer.
+# animal: class, young, sound (verb), home, legs; "-" where there is no single plain answer.
 ANIMALS = """
 dog: mammal, puppy, bark, kennel, four; cat: mammal, kitten, meow, -, four; cow: mammal, calf, moo, barn, four;
 horse: mammal, foal, neigh, stable, four; sheep: mammal, lamb, bleat, fold, four; goat: mammal, kid, bleat, -, four;
@@ -155,7 +155,7 @@ millilitres in a litre: 1000; inches in a foot: 12; feet in a yard: 3; cents in 
 seasons in a year: 4; letters in the English alphabet: 26; planets in the solar system: 8; sides in a triangle: 3;
 sides in a square: 4; sides in a pentagon: 5; sides in a hexagon: 6; sides in a heptagon: 7; sides in an octagon: 8"""
 
-# Things known by what they are; choices are drawn from the same group.
+# Descriptions and what they describe. The wrong choices for an answer come from its own group.
 KNOWN = """
 the largest planet: Jupiter; the smallest planet: Mercury; the hottest planet: Venus; the planet called the red
 planet: Mars; the planet we live on: Earth; the planet farthest from the Sun: Neptune
@@ -188,7 +188,8 @@ hair: the barber
 the tool for cutting paper: a pair of scissors; the tool for hitting nails: a hammer; the tool for telling the time: a
 clock; the tool for sweeping the floor: a broom; the tool for digging: a spade; the tool for opening a lock: a key"""
 
-# name, possessive, pet, the pet's name, home, favourite colour, favourite food, hobby
+# The people of the stories and dialogues.
+CAST_FIELDS = ("name", "possessive", "pet", "pet_name", "home", "colour", "food", "hobby")  # the last three: favourites
 CAST = """
 Anna, her, cat, Milo, a red house by the river, blue, apple pie, painting
 Ben, his, dog, Rusty, a farm on the hill, green, pancakes, football
@@ -210,19 +211,48 @@ class Fact:
 
 
 def entries(table: str) -> list[tuple[str, str]]:
-    """'a: b; c: d' -> [('a', 'b'), ('c', 'd')]."""
-    pairs = (entry.strip().rsplit(": ", 1) for entry in table.replace("\n", " ").split(";"))
-    return [(subject, answer) for subject, answer in pairs]
+    """
+    >>> entries("grass: green; snow: white")
+    [('grass', 'green'), ('snow', 'white')]
+    """
+    pairs = []
+    for entry in table.replace("\n", " ").split(";"):
+        subject, answer = entry.strip().rsplit(": ", 1)
+        pairs.append((subject, answer))
+    return pairs
+
+
+SPELLING_WORDS = tuple(
+    """
+apple banana cherry strawberry raspberry blueberry orange lemon tomato potato carrot onion pepper cabbage butter bread
+cheese cookie coffee water summer winter spring autumn window door kitchen table chair bottle pillow blanket mirror
+letter pencil paper school teacher pupil lesson number hammer ladder garden flower tree forest river mountain valley
+island ocean village castle bridge street market doctor farmer baker sailor soldier driver singer dancer mother father
+sister brother daughter family friend rabbit kitten puppy chicken elephant giraffe kangaroo crocodile butterfly beetle
+spider rocket planet galaxy moon star cloud thunder rain snow wind storm rainbow yellow purple green silver golden
+happy little pretty clever strong gentle funny hungry sleepy angry coming running swimming jumping reading writing
+singing balloon bicycle engine train wagon tunnel paddle needle thread button jacket mitten slipper pocket basket
+barrel candle lantern puzzle marble kettle saucer pepperoni committee address success bookkeeper mississippi coconut
+pineapple avocado cucumber broccoli spinach mushroom peanut almond walnut raisin muffin pancake waffle pudding noodle
+""".split()
+) + tuple(animal for animal, _ in entries(ANIMALS))
 
 
 def number_words(number: int) -> str:
-    """47 -> 'forty-seven'; for 0 to 100."""
+    """
+    Numbers from 0 to 100 as text.
+
+    >>> number_words(47)
+    'forty-seven'
+    """
     if number < 20:
         return SMALL_NUMBERS[number]
     if number == 100:
         return "one hundred"
-    tens, ones = TENS[number // 10 - 2], number % 10
-    return f"{tens}-{SMALL_NUMBERS[ones]}" if ones else tens
+    tens, ones = divmod(number, 10)
+    if ones == 0:
+        return TENS[tens - 2]
+    return f"{TENS[tens - 2]}-{SMALL_NUMBERS[ones]}"
 
 
 def plural(noun: str) -> str:
@@ -231,11 +261,14 @@ def plural(noun: str) -> str:
 
 @cache
 def fact_table() -> dict[str, list[Fact]]:
-    """Every fact by relation; 'known:0', 'known:1' … share the wordings of 'known'."""
+    """All facts by relation. The relations known:0, known:1, … share the wordings of "known"."""
     pairs: dict[str, list[tuple[str, str]]] = {}
-    countries = [(country, capital, land) for land, table in COUNTRIES.items() for country, capital in entries(table)]
-    pairs["capital"] = [(country, capital) for country, capital, _ in countries if capital != "-"]
-    pairs["continent"] = [(country, land) for country, _, land in countries]
+    pairs["capital"], pairs["continent"] = [], []
+    for continent, table in COUNTRIES.items():
+        for country, capital in entries(table):
+            pairs["continent"].append((country, continent))
+            if capital != "-":
+                pairs["capital"].append((country, capital))
     pairs["language"] = entries(LANGUAGES)
     elements = [entry.split() for entry in ELEMENTS.replace("\n", " ").split(";")]
     pairs["symbol"] = [(name, symbol) for name, symbol in elements]
@@ -248,22 +281,24 @@ def fact_table() -> dict[str, list[Fact]]:
     pairs["opposite"] = opposites + [(b, a) for a, b in opposites]
     pairs["colour"] = entries(COLOURS)
     mixtures = entries(MIXTURES)
-    pairs["mixture"] = mixtures + [(" and ".join(reversed(pair.split(" and "))), result) for pair, result in mixtures]
+    swapped = [(" and ".join(reversed(colours.split(" and "))), result) for colours, result in mixtures]
+    pairs["mixture"] = mixtures + swapped
     pairs |= _calendar()
     pairs["planet"] = list(zip(PLANETS, ORDINALS, strict=False))
     pairs["number_word"] = [(str(n), number_words(n)) for n in [*range(41), *range(50, 101, 10)]]
     letters = [chr(code) for code in range(ord("A"), ord("Z") + 1)]
     pairs["letter_after"] = list(zip(letters, letters[1:], strict=False))
     pairs["unit"] = entries(UNITS)
-    pairs |= {f"known:{i}": entries(line) for i, line in enumerate(KNOWN.strip().split("\n\n"))}
+    for i, group in enumerate(KNOWN.strip().split("\n\n")):
+        pairs[f"known:{i}"] = entries(group)
     return {name: [Fact(name, subject, answer) for subject, answer in rows] for name, rows in pairs.items()}
 
 
 def _calendar() -> dict[str, list[tuple[str, str]]]:
-    month_days = [(month, days) for month, days in (entry.split() for entry in MONTHS.split(", "))]
-    months = [month for month, _ in month_days]
+    days_of_month = dict(entry.split() for entry in MONTHS.split(", "))
+    months = list(days_of_month)
     return {
-        "month_days": month_days,
+        "month_days": list(days_of_month.items()),
         "month_order": list(zip(months, ORDINALS, strict=True)),
         "month_after": list(zip(months, months[1:] + months[:1], strict=True)),
         "month_before": list(zip(months, months[-1:] + months[:-1], strict=True)),

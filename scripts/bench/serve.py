@@ -43,7 +43,7 @@ from nanochat.common import UserError, base_dir, human
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT
 from nanochat.muon import build_optimizer
-from nanochat.primer.documents import quiz
+from nanochat.primer import generate_quiz
 from nanochat.recipe import model_config, param_groups
 from nanochat.tokenizer import NUM_BYTES, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, default_dir
 from nanochat.train import TrainState
@@ -109,7 +109,7 @@ class LoadTest:
 
     def __init__(self, port: int, pid: int, flags: Flags):
         rng = random.Random(0)
-        texts = [item["question"] for item in quiz()]
+        texts = [item["question"] for item in generate_quiz()]
         questions = [" ".join(rng.sample(texts, 1 + i % 8)) for i in range(flags.users)]
         self.client = LoadClient(port, questions, flags.max_tokens)
         self.pid = pid

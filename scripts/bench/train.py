@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nanochat import attention, dataset, hardware, recipe
+from nanochat import attention, dataset, hardware, primer, recipe
 from nanochat.cli import command, flag
 from nanochat.common import human
 from nanochat.dataloader import PretrainLoader, prefetch, to_device
@@ -33,7 +33,6 @@ from nanochat.distributed import Dist
 from nanochat.gpt import GPT, GPTConfig, flops_per_token
 from nanochat.loss import cross_entropy
 from nanochat.muon import MuonAdamW, adamw_update, build_optimizer
-from nanochat.primer import documents as primer
 from nanochat.run import Run, RunFlags
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Step, token_loss

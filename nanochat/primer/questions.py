@@ -1,0 +1,117 @@
+"""Questions about the facts of the primer, free or multiple choice, and the quiz that evaluates a trained model."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any, TypeVar
+
+from nanochat.primer.facts import Fact
+from nanochat.primer.relations import UNCLEAR_CHOICES, Relation, all_facts, contains_phrase, sentence, with_choices
+
+T = TypeVar("T")
+
+QUIZ_ITEMS = 400
+
+
+class Deck:
+    """Draws items in random order and reshuffles when all are drawn, so that each is drawn equally often."""
+
+    def __init__(self, rng: Random, items: Sequence[Any]) -> None:
+        self.rng = rng
+        self.items = list(items)
+        self.rest: list[Any] = []
+
+    def draw(self) -> Any:
+        if not self.rest:
+            self.rest = self.items.copy()
+            self.rng.shuffle(self.rest)
+        return self.rest.pop()
+
+
+def distinct(make: Callable[[], T], count: int, key: Callable[[T], str], seen: set[str]) -> Iterator[T]:
+    """Yield `count` results of `make` whose keys differ from each other and from `seen`; add the keys to `seen`."""
+    misses = 0
+    while count > 0:
+        item = make()
+        if key(item) not in seen:
+            seen.add(key(item))
+            count -= 1
+            misses = 0
+            yield item
+        else:
+            misses += 1
+            assert misses <= 1000, "the wordings are used up: ask for fewer of this kind"
+
+
+@dataclass(frozen=True)
+class Choice:
+    question: str  # with the choices in it
+    choices: list[str]
+    right: str
+    reply: str
+
+
+def ask_choice(
+    rng: Random,
+    draw: Callable[[], tuple[Relation, Fact]],
+    *,
+    held_out: bool = False,
+    right_index: int | None = None,
+) -> Choice:
+    """
+    Return a multiple-choice question about the first fact drawn that gives a clear one: the question does not contain
+    the right choice, nor the reply a wrong one. right_index is the index of the right choice, by default random.
+    """
+    while True:
+        relation, fact = draw()
+        use_reverse_choice = not held_out and relation.has_ambiguous_reverse
+        reverse = rng.random() < 0.3 and (use_reverse_choice or relation.is_reversible(fact))
+        nouns = relation.render("reverse noun" if reverse else "noun", fact)
+        if reverse and use_reverse_choice:
+            question = sentence(rng.choice(relation.render("reverse choice question", fact)))
+        elif nouns and not held_out and rng.random() < 0.15:
+            question = f"Which of these is {rng.choice(nouns)}?"
+        else:
+            question = relation.ask(rng, fact, held_out, reverse)
+        right = fact.subject if reverse else fact.answer
+        reply = relation.reply(fact, reverse)
+        choices = relation.choices(rng, fact, reverse, context=f"{question} {reply}")
+        if len(choices) == 4 and right not in UNCLEAR_CHOICES and not contains_phrase(question, right):
+            if right_index is not None:
+                index = choices.index(right)
+                choices[index], choices[right_index] = choices[right_index], choices[index]
+            return Choice(with_choices(rng, question, choices), choices, right, reply)
+
+
+def ask_free(rng: Random, relation: Relation, fact: Fact) -> tuple[str, str]:
+    """Return a question and its short, regular answer."""
+    reverse = rng.random() < 0.3 and relation.is_reversible(fact)
+    return relation.ask(rng, fact, reverse=reverse), relation.reply(fact, reverse)
+
+
+def generate_quiz(seed: int = 0) -> list[dict[str, Any]]:
+    """
+    Return QUIZ_ITEMS questions in held-out wordings over evenly drawn facts, half multiple choice, half free.
+
+    An item has the keys kind ("choice" or "free"), question, answer and, for a choice, choices. A completion is correct
+    if it contains the answer. The question does not contain it, except among the choices, where it is equally often at
+    each index.
+    """
+    rng = Random(f"quiz {seed}")
+    facts = Deck(rng, all_facts())
+    right_indices = Deck(rng, range(4))
+    items: list[dict[str, Any]] = []
+    while len(items) < QUIZ_ITEMS:
+        if len(items) % 2 == 1:
+            choice = ask_choice(rng, facts.draw, held_out=True, right_index=right_indices.draw())
+            items.append(
+                {"kind": "choice", "question": choice.question, "choices": choice.choices, "answer": choice.right}
+            )
+            continue
+        relation, fact = facts.draw()
+        reverse = rng.random() < 0.25 and relation.is_reversible(fact)
+        question = relation.ask(rng, fact, held_out=True, reverse=reverse)
+        answer = fact.subject if reverse else fact.answer
+        if not contains_phrase(question, answer):
+            items.append({"kind": "free", "question": question, "answer": answer})
+    return items

@@ -1,0 +1,222 @@
+"""
+How facts become sentences and questions, in many wordings, some of which are held out for the quiz.
+
+The wordings are data, in wordings.txt, which also explains their kinds ("statement", "reverse question", …). A Relation
+holds all facts of one kind, such as capitals, and states them and asks for them. "Reverse" always means from the answer
+back to the subject: "which country has the capital Paris?".
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from random import Random
+
+from nanochat.primer.facts import COLOUR_NAMES, PLANETS, SMALL_NUMBERS, Fact, fact_table, plural
+
+# Frames for noun phrases. A frame listed twice is used twice as often.
+TRAIN_FRAMES = (
+    "what is {}?", "what is {}?", "tell me {}.", "name {}.", "please tell me {}.", "do you know {}?", "give me {}.",
+    "I want to know {}.", "can you name {}?", "tell me what {} is.", "could you tell me {}?", "do you know what {} is?",
+    "I would like to know {}.", "say what {} is.", "{}?", "what would you say is {}?", "please name {}.",
+    "I want to know what {} is.", "can you say what {} is?", "so what is {}?", "{} is what?",
+)  # fmt: skip
+HELD_OUT_FRAMES = (
+    "can you tell me what {} is?", "I need to know {}.", "please say what {} is.", "could you name {}?",
+    "I would like you to tell me {}.", "do you happen to know {}?",
+)  # fmt: skip
+
+# A question without its mark, the mark, and the choices: "Which city is it" + "?" + "Rome, Oslo, Bern or Minsk".
+CHOICE_FRAMES = (
+    "{question}: {any}{mark}", "{question}: {any}{mark}", "{question}{mark} {Any}?",
+    "{question}{mark} Choose from {all}.", "Choose from {all}. {question}{mark}", "{Any}? {question}{mark}",
+)  # fmt: skip
+UNCLEAR_CHOICES = ("A", "I")  # letters that are words too, so they can occur in any question or reply
+
+# Answers too close to be each other's wrong choices: a fox's cub is also called a kit, an owlet is a chick.
+NEAR_SYNONYMS = (
+    {"cub", "pup", "kit", "puppy", "kitten"}, {"larva", "caterpillar", "maggot", "nymph", "tadpole"}, {"fry", "pup"},
+    {"chick", "owlet", "eaglet", "squab", "poult", "duckling", "gosling", "cygnet"}, {"barn", "stable", "fold", "sty"},
+    {"bark", "growl", "roar", "howl"}, {"chirp", "chatter", "squeak", "squawk", "screech", "caw", "coo", "sing"},
+    {"grunt", "oink"}, {"click", "sing"}, {"nest", "drey", "eyrie", "roost", "loft", "hole", "hive"}, {"bleat", "moo"},
+    {"den", "burrow", "hole", "sett", "lodge", "holt"}, {"pond", "sea"},
+    {"less", "few"}, {"more", "many"}, {"soft", "easy"}, {"hard", "difficult"}, {"short", "small", "low", "shallow"},
+    {"tall", "big", "high", "deep"}, {"in", "inside"}, {"out", "outside"}, {"thick", "wide"}, {"thin", "narrow"},
+)  # fmt: skip
+
+# Wrong choices for relations whose own answers are too few.
+EXTRA_CHOICES = {
+    "month_days": ("29", "27"),
+    "mixture": COLOUR_NAMES,
+    "colour": COLOUR_NAMES,
+    "legs": tuple(SMALL_NUMBERS[2:11]),
+    "known:0": PLANETS,
+}
+
+
+@dataclass(frozen=True)
+class Relation:
+    """All facts of one kind with their wordings."""
+
+    name: str
+    facts: tuple[Fact, ...]
+    choice_pool: tuple[str, ...]  # answers that multiple choice may offer
+    unique_answers: frozenset[str]  # answers of one fact only
+    wordings: dict[str, tuple[str, ...]]  # by kind, see wordings.txt
+
+    def render(self, kind: str, fact: Fact) -> list[str]:
+        """Return the fact in every wording of this kind."""
+        values = _fields(fact)
+        return [wording.format(**values) for wording in self.wordings.get(kind, ())]
+
+    def ask(self, rng: Random, fact: Fact, held_out: bool = False, reverse: bool = False) -> str:
+        """
+        Return a random question, in training wordings or held-out ones. Framed noun phrases and special questions are
+        equally likely.
+        """
+        direction = "reverse " if reverse else ""
+        nouns = self.render(f"{direction}noun", fact)
+        questions = self.render(f"{direction}held-out question" if held_out else f"{direction}question", fact)
+        if nouns and (not questions or rng.random() < 0.5):
+            frame = rng.choice(HELD_OUT_FRAMES if held_out else TRAIN_FRAMES)
+            return sentence(frame.format(rng.choice(nouns)))
+        return sentence(rng.choice(questions))
+
+    def reply(self, fact: Fact, reverse: bool = False) -> str:
+        return sentence(self.render("reverse reply" if reverse else "reply", fact)[0])
+
+    def statements(self, fact: Fact) -> list[str]:
+        """Return the clauses that state the fact; `sentence` turns a clause into a sentence."""
+        clauses = self.render("statement", fact) + self.render("reply", fact)
+        if not self.has_ambiguous_reverse:
+            clauses += self.render("reverse reply", fact)
+        return clauses
+
+    @property
+    def has_ambiguous_reverse(self) -> bool:
+        """Whether many subjects share an answer, so that only multiple choice can ask for the subject."""
+        return "reverse choice question" in self.wordings
+
+    def is_reversible(self, fact: Fact) -> bool:
+        """Whether the subject can be asked for and is the only one with this answer."""
+        return "reverse question" in self.wordings and fact.answer in self.unique_answers
+
+    def plainest_question(self, fact: Fact) -> str:
+        nouns = self.render("noun", fact)
+        if nouns:
+            return sentence(f"what is {nouns[0]}?")
+        return sentence(self.render("question", fact)[0])
+
+    def choices(self, rng: Random, fact: Fact, reverse: bool = False, context: str = "") -> list[str]:
+        """
+        Return the right answer and three wrong ones, in random order. No choice contains another, and no wrong one
+        occurs in `context`, the text around them. Fewer than four where the relation has too few answers.
+        """
+        right = fact.subject if reverse else fact.answer
+        similar = {answer for group in NEAR_SYNONYMS if fact.answer in group for answer in group}
+        if reverse:
+            others = [f.subject for f in self.facts if f.answer != fact.answer and f.answer not in similar]
+        else:
+            others = [answer for answer in self.choice_pool if answer != right and answer not in similar]
+        choices = [right]
+        for other in rng.sample(others, len(others)):
+            if len(choices) == 4:
+                break
+            if other in UNCLEAR_CHOICES or contains_phrase(context, other):
+                continue
+            if not any(contains_phrase(choice, other) or contains_phrase(other, choice) for choice in choices):
+                choices.append(other)
+        rng.shuffle(choices)
+        return choices
+
+
+@cache
+def relations() -> dict[str, Relation]:
+    """All relations by name, in the order of facts.fact_table."""
+    wordings = _read_wordings()
+    found = {}
+    for name, facts in fact_table().items():
+        count = Counter(fact.answer for fact in facts)
+        found[name] = Relation(
+            name,
+            facts=tuple(facts),
+            choice_pool=tuple(sorted({*count, *EXTRA_CHOICES.get(name, ())})),
+            unique_answers=frozenset(answer for answer in count if count[answer] == 1),
+            wordings=wordings[name.split(":")[0]],
+        )
+    return found
+
+
+def all_facts() -> list[tuple[Relation, Fact]]:
+    return [(relation, fact) for relation in relations().values() for fact in relation.facts]
+
+
+def _read_wordings() -> dict[str, dict[str, tuple[str, ...]]]:
+    """wordings.txt as relation name → kind → wordings."""
+    sections: dict[str, dict[str, tuple[str, ...]]] = {}
+    for line in files("nanochat.primer").joinpath("wordings.txt").read_text(encoding="utf-8").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        if line.startswith("["):
+            section = sections.setdefault(line[1:-1], {})
+            continue
+        kind, _, wordings = line.partition(": ")
+        section[kind] = section.get(kind, ()) + tuple(wordings.split(" | "))
+    return sections
+
+
+def _fields(fact: Fact) -> dict[str, str]:
+    s, a = fact.subject, fact.answer
+    x, _, y = s.partition(" in ")
+    return {"s": s, "a": a, "an": with_article(s), "aa": with_article(a), "p": plural(s), "x": x, "y": y}
+
+
+def with_article(noun: str) -> str:
+    """
+    >>> with_article("owl"), with_article("dog")
+    ('an owl', 'a dog')
+    """
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def sentence(clause: str) -> str:
+    """
+    Add a capital letter, and a full stop unless the clause ends with a mark.
+
+    >>> sentence("dogs bark"), sentence("do dogs bark?")
+    ('Dogs bark.', 'Do dogs bark?')
+    """
+    mark = "" if clause[-1] in ".?!" else "."
+    return clause[0].upper() + clause[1:] + mark
+
+
+def with_choices(rng: Random, question: str, choices: list[str]) -> str:
+    """Return a question, which ends with its mark, and its choices as one text."""
+    listed = ", ".join(choices[:-1])
+    any_of = f"{listed} or {choices[-1]}"
+    all_of = f"{listed} and {choices[-1]}"
+    frame = rng.choice(CHOICE_FRAMES)
+    return frame.format(
+        question=question[:-1],
+        mark=question[-1],
+        any=any_of,
+        all=all_of,
+        Any=any_of[0].upper() + any_of[1:],
+    )
+
+
+def contains_phrase(text: str, phrase: str) -> bool:
+    """
+    Whether the phrase, without its article, occurs in the text as whole words, in any case.
+
+    >>> contains_phrase("It is the Sea.", "a sea"), contains_phrase("seas", "a sea")
+    (True, False)
+    """
+    return _phrase_pattern(phrase).search(text) is not None
+
+
+@cache
+def _phrase_pattern(phrase: str) -> re.Pattern[str]:
+    bare = re.sub("^(the|an|a) ", "", phrase)
+    return re.compile(rf"(?<!\w){re.escape(bare)}(?!\w)", re.IGNORECASE)

@@ -1,0 +1,117 @@
+"""
+Sums of the primer, answered with the calculator tool.
+
+One pair of numbers in twelve is held out: training text shows it in no sum, and the test sums use no other.
+"""
+
+from random import Random
+from typing import Any
+from zlib import crc32
+
+from nanochat.primer.questions import Deck, distinct
+
+NUM_TEST_SUMS = 200
+# For reinforcement learning: the SFT model of speedrun.sh solves about half of them when sampling.
+NUM_HARD_SUMS = {"train": 4000, "test": 400}
+
+SUM_WORDINGS = {
+    "+": (
+        "What is {a} plus {b}?", "What is {a} + {b}?", "Add {a} and {b}.", "Work out {a} + {b}.",
+        "Calculate {a} + {b}.",
+        "How much is {a} plus {b}?", "How much is {a} + {b}?", "{a} + {b} = ?", "{a} + {b}", "Work out {a} plus {b}.",
+        "What is the sum of {a} and {b}?", "Please add {a} and {b}.", "Can you add {a} and {b}?", "{a} plus {b}?",
+        "What do you get if you add {a} and {b}?", "Compute {a}+{b}.", "What is {a}+{b}?", "Tell me {a} plus {b}.",
+    ),
+    "-": (
+        "What is {a} minus {b}?", "What is {a} - {b}?", "Work out {a} - {b}.", "Calculate {a} - {b}.", "{a} - {b} = ?",
+        "How much is {a} minus {b}?", "How much is {a} - {b}?", "{a} - {b}", "Work out {a} minus {b}.",
+        "Please work out {a} minus {b}.", "{a} minus {b}?", "Compute {a}-{b}.", "What is {a}-{b}?",
+        "Tell me {a} minus {b}.", "Take {b} away from {a}.", "Subtract {b} from {a}.",
+        "What is the difference between {a} and {b}?", "What is left if you take {b} from {a}?",
+    ),
+    "*": (
+        "What is {a} times {b}?", "What is {a} * {b}?", "Work out {a} * {b}.", "Calculate {a} * {b}.", "{a} * {b} = ?",
+        "How much is {a} times {b}?", "How much is {a} * {b}?", "{a} * {b}", "Work out {a} times {b}.",
+        "Multiply {a} by {b}.", "Please multiply {a} by {b}.", "Multiply {a} and {b}.", "{a} times {b}?",
+        "What is the product of {a} and {b}?", "Compute {a}*{b}.", "What is {a}*{b}?", "Tell me {a} times {b}.",
+    ),
+    "/": (
+        "What is {a} divided by {b}?", "What is {a} / {b}?", "Divide {a} by {b}.", "Work out {a} / {b}.",
+        "How much is {a} divided by {b}?", "Calculate {a} / {b}.", "{a} / {b} = ?",
+    ),
+}  # fmt: skip
+OPERATORS = "+++---**" * 2 + "/"  # drawn evenly
+HARD_OPERATORS = "++--*"
+
+
+def is_held_out(a: int, b: int) -> bool:
+    """Whether the pair belongs to the test sums, with any operator and in any order."""
+    return crc32(f"{min(a, b)} {max(a, b)}".encode()) % 12 == 0
+
+
+def draw_operands(rng: Random, operator: str, *, test: bool = False) -> tuple[int, int]:
+    """Return two numbers whose result is a non-negative integer, from the training pairs or the test pairs."""
+    while True:
+        limit = rng.choice((20, 100, 100, 1000))
+        a, b = rng.randrange(1, limit), rng.randrange(1, limit)
+        if operator == "*":
+            b = rng.randrange(2, 13 if limit == 1000 else min(limit, 100))
+        elif operator == "/":
+            b = rng.randrange(2, 13)
+            a = b * rng.randrange(2, 60)
+        elif operator == "-":
+            a, b = max(a, b), min(a, b)
+        if is_held_out(a, b) == test:
+            return a, b
+
+
+def draw_hard_operands(rng: Random, operator: str, *, test: bool = False) -> tuple[int, int]:
+    """Like draw_operands, but two thirds of the first numbers have four digits; there they have at most three."""
+    while True:
+        limit = rng.choice((1000, 10_000, 10_000))
+        a, b = rng.randrange(limit // 10, limit), rng.randrange(1, 1000)
+        if operator == "*":
+            b = rng.randrange(2, 13)
+        elif operator == "-":
+            a, b = max(a, b), min(a, b)
+        if is_held_out(a, b) == test:
+            return a, b
+
+
+def compute(a: int, operator: str, b: int) -> int:
+    """Return the result that the calculator tool shows."""
+    return {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[operator]
+
+
+def ask_sum(
+    rng: Random, operator: str, *, test: bool = False, hard: bool = False
+) -> tuple[str, list[dict[str, str]], str]:
+    """Return a question, the parts of the reply with its calculator call, and the result."""
+    draw = draw_hard_operands if hard else draw_operands
+    a, b = draw(rng, operator, test=test)
+    question = rng.choice(SUM_WORDINGS[operator]).format(a=a, b=b)
+    result = str(compute(a, operator, b))
+    reply = [
+        {"type": "python", "text": f"{a}{operator}{b}"},
+        {"type": "python_output", "text": result},
+        {"type": "text", "text": f"{a} {operator} {b} = {result}."},
+    ]
+    return question, reply, result
+
+
+def generate_sums(split: str = "test", seed: int = 0, *, hard: bool = False) -> list[dict[str, Any]]:
+    """
+    Return NUM_TEST_SUMS sums, or NUM_HARD_SUMS hard ones, of the split "train" or "test".
+
+    An item has the keys question, reply (a list of parts) and answer (the result).
+    """
+    assert split in ("train", "test"), split
+    rng = Random(f"{'hard ' if hard else ''}sums {split} {seed}")
+    operators = Deck(rng, HARD_OPERATORS if hard else OPERATORS)
+
+    def make() -> dict[str, Any]:
+        question, reply, result = ask_sum(rng, operators.draw(), test=split == "test", hard=hard)
+        return {"question": question, "reply": reply, "answer": result}
+
+    count = NUM_HARD_SUMS[split] if hard else NUM_TEST_SUMS
+    return list(distinct(make, count, lambda item: item["question"], set()))
