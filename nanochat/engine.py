@@ -1,27 +1,30 @@
 """
-Generation: one engine for the terminal, the server, the evaluations and reinforcement learning.
+Generation with a KV cache: one engine for the terminal, the server, the evaluations and reinforcement learning.
 
-Requests join at any step and leave at any step. A prompt is read in chunks, several together, and once for all requests
-that share it; then its state goes into a slot of the decoder, where every step adds a token to all slots in use. What a
-request says does not depend on its neighbours: it has its own settings, its own random numbers and its own tools.
+Requests join and leave between any two steps (continuous batching). Prompts are read in chunks, several at a time, and
+a prompt that several requests share is read once. The result is copied into a slot of the decoder (decoder.py), where
+every step adds a token to all active slots. A completion does not depend on the other requests: each request has its
+own sampling parameters, random numbers and tools.
 
     engine = Engine(model, tokenizer)
     completions = engine.generate([Request(prompt), …])        # all at once
     number = engine.add(Request(prompt))                       # or step by step, as a server does
     for number, token, completion in engine.step(): …
 
-Shapes: B texts, T new tokens, S tokens read before, K key/value heads, D head size.
+Shapes: B sequences, T new tokens, S tokens in the cache, K key/value heads, D head size.
 """
 
+import random
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from nanochat.attention import attend, attend_cached, band_mask
 from nanochat.common import UserError
-from nanochat.decoder import Decoder, Prefix, Sampling
+from nanochat.decoder import BatchSampling, Decoder, Prefix, SamplingParams
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import ToolUse
@@ -34,34 +37,31 @@ SAMPLE_PROMPTS = (
     "The planets of the solar system are:",
     "Once upon a time",
 )
-PREFILL_CHUNK = 512  # tokens of a prompt per forward pass: others wait no longer than this takes
-PREFILL_TOKENS = 4096  # of all prompts in one pass, padding included: bounds its memory
-LENGTH_MULTIPLE = 128  # slots grow in steps of so many tokens; arbitrary
-MIN_TEMPERATURE = 1e-30  # capped logits over a lower one would not be finite in float32
+MIN_TEMPERATURE = 1e-30  # logits divided by a lower one would overflow float32
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how to go on from it."""
+    """A prompt with its sampling parameters."""
 
     prompt: list[int]
     max_tokens: int = 256  # new tokens, forced ones included
     temperature: float = 1.0  # 0 = greedy
-    top_k: int = 0  # sample among the k likeliest; 0 = among all
-    top_p: float = 1.0  # sample among the fewest that make up this share of the probability; 1 = among all
-    seed: int = 0  # the same seed gives the same text, whatever else is in the batch
-    logprobs: bool = False  # tell how likely the sampled tokens were
+    top_k: int = 0  # sample among the k most likely tokens; 0 = all
+    top_p: float = 1.0  # sample among the fewest tokens whose probabilities add up to this; 1 = all
+    seed: int = 0  # the same seed gives the same completion, whatever else is in the batch
+    logprobs: bool = False  # return the log-probabilities of the tokens
 
-    def check(self, config: GPTConfig) -> None:
-        """UserError for what makes no sense, or does not fit the model."""
+    def validate(self, config: GPTConfig) -> None:
+        """UserError for parameters out of range, or a prompt that does not fit the model."""
         context = config.sequence_len
         if not self.prompt:
             raise UserError(f"the prompt is empty: it needs 1 to {context} tokens")
         if len(self.prompt) > context:
-            raise UserError(f"the prompt has {len(self.prompt)} tokens: the model reads at most {context}")
+            raise UserError(f"the prompt has {len(self.prompt)} tokens: the model's context has {context}")
         if not 0 <= min(self.prompt) <= max(self.prompt) < config.vocab_size:
             raise UserError(
-                f"the prompt has tokens {min(self.prompt)} to {max(self.prompt)}: the model knows 0 to "
+                f"the prompt has tokens {min(self.prompt)} to {max(self.prompt)}: the model's vocabulary is 0 to "
                 f"{config.vocab_size - 1}; encode it with the tokenizer that the model was trained with"
             )
         if self.max_tokens < 1:
@@ -73,67 +73,71 @@ class Request:
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p}: must be above 0 and at most 1 (1 = all tokens)")
         if not -(2**63) <= self.seed < 2**64:
-            raise UserError(f"seed {self.seed}: must be a number of 64 bits")
+            raise UserError(f"seed {self.seed}: must be an integer of 64 bits")
 
 
 @dataclass
 class Completion:
-    """What followed a prompt. The end token is not part of it."""
+    """The tokens generated after a prompt, without the end token."""
 
     tokens: list[int] = field(default_factory=list)
-    sampled: list[bool] = field(default_factory=list)  # False: forced by a tool
-    # Where asked for: of each token under the distribution that it was sampled from, 0 for forced ones, in nats; and
-    # one more of the end token, where there is one. Greedy ones under the plain softmax.
+    sampled: list[bool] = field(default_factory=list)  # per token; False: forced by a tool
+    # If the request asks for them: per token, in nats, under the distribution that it was sampled from; greedy ones
+    # under the plain softmax; 0 for forced ones. The end token, if there is one, has an entry too.
     logprobs: list[float] = field(default_factory=list)
-    finish: str = ""  # "stop" an end token, "length" max_tokens, "context" the model's context is full
-    end_token: int = -1  # the one that ended it, if one did
+    finish: str = ""  # "stop": an end token; "length": max_tokens; "context": the model's context is full
+    end_token: int = -1  # the end token that was sampled, if any
 
 
-Event = tuple[
-    int, int | None, Completion
-]  # number of the request; its next token, None at the end; what it said so far
+class Event(NamedTuple):
+    """Something that happened to a request in a step."""
+
+    number: int  # of the request
+    token: int | None  # its next token; None: it has ended
+    completion: Completion  # so far
+
+
+# ---- prefill ----
 
 
 class Prefill:
     """
-    Reads texts of different lengths together, chunk by chunk, and is the model's cache meanwhile. All are at the same
-    position; those that end within a chunk are padded on the right, which causal attention never sees, and then leave.
+    Reads prompts of different lengths together, chunk by chunk, and is the model's KV cache meanwhile.
+
+    All prompts are at the same position. Those that end within a chunk are padded on the right, which causal attention
+    never sees, and leave after it.
     """
 
-    def __init__(self, texts: Sequence[tuple[int, ...]], model: GPT):
-        self.texts, self.model = list(texts), model
+    def __init__(self, prompts: Sequence[tuple[int, ...]], model: GPT):
+        self.prompts, self.model = list(prompts), model
         self.start = 0  # tokens read so far
         self.keys: dict[int, torch.Tensor] = {}  # by layer, (B, S, K, D)
         self.values: dict[int, torch.Tensor] = {}
-        shape = (len(texts), 1, model.config.n_embd)
+        shape = (len(prompts), 1, model.config.n_embd)
         self.previous_B1C = torch.zeros(shape, device=model.device, dtype=model.dtype)
 
     def read(self, num_tokens: int) -> list[Prefix]:
-        """Feeds the next tokens of every text; returns the states of those that are complete."""
-        stop = min(self.start + num_tokens, max(len(text) for text in self.texts))
-        chunks = [text[self.start : stop] for text in self.texts]
-        padded = [[*chunk, *[0] * (stop - self.start - len(chunk))] for chunk in chunks]
+        """Reads the next tokens of every prompt; returns the states of the prompts that are complete."""
+        longest = max(len(prompt) for prompt in self.prompts)
+        stop = min(self.start + num_tokens, longest)
+        rows = []
+        for prompt in self.prompts:
+            chunk = list(prompt[self.start : stop])
+            rows.append(chunk + [0] * (stop - self.start - len(chunk)))
         self.positions_BT = torch.arange(self.start, stop, device=self.model.device)[None]
         self.masks: dict[int, torch.Tensor] = {}  # by window
-        self.model.hidden(torch.tensor(padded, device=self.model.device), self)
+        self.model.hidden(torch.tensor(rows, device=self.model.device), self)
         self.start = stop
-        prefixes = [self._prefix(b) for b, text in enumerate(self.texts) if len(text) <= stop]
-        self._keep([b for b, text in enumerate(self.texts) if len(text) > stop])
+        prefixes = [self._prefix(b) for b, prompt in enumerate(self.prompts) if len(prompt) <= stop]
+        self._keep([b for b, prompt in enumerate(self.prompts) if len(prompt) > stop])
         return prefixes
 
-    def drop(self, text: tuple[int, ...]) -> None:
-        """Stops reading a text, if it is among these."""
-        self._keep([b for b, other in enumerate(self.texts) if other != text])
-
-    def _keep(self, rows: list[int]) -> None:
-        self.texts = [self.texts[b] for b in rows]
-        self.previous_B1C = self.previous_B1C[rows]
-        for layer in self.keys:
-            window = self.model.config.windows[layer]
-            self.keys[layer] = self.keys[layer][rows, -window:]
-            self.values[layer] = self.values[layer][rows, -window:]
+    def drop(self, prompt: tuple[int, ...]) -> None:
+        """Stops reading a prompt, if it is among these."""
+        self._keep([b for b, other in enumerate(self.prompts) if other != prompt])
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        """The attention of one layer, called by the model: appends to the cache, then reads it."""
         if self.start == 0:
             self.keys[layer], self.values[layer] = k, v
             return attend(q, k, v, window)
@@ -145,54 +149,55 @@ class Prefill:
             self.masks[window] = band_mask(self.positions_BT, first_key, stop, window).unsqueeze(1)
         return attend_cached(q, self.keys[layer], self.values[layer], self.masks[window])
 
+    def _keep(self, rows: list[int]) -> None:
+        """Keeps these prompts only, and of the cache what is within the windows."""
+        self.prompts = [self.prompts[b] for b in rows]
+        self.previous_B1C = self.previous_B1C[rows]
+        for layer in self.keys:
+            window = self.model.config.windows[layer]
+            self.keys[layer] = self.keys[layer][rows, -window:]
+            self.values[layer] = self.values[layer][rows, -window:]
+
     def _prefix(self, b: int) -> Prefix:
-        length = len(self.texts[b])
-
-        def visible(caches: dict[int, torch.Tensor]) -> list[torch.Tensor]:
-            views = []
-            for layer, window in enumerate(self.model.config.windows):
-                first_key = self.start - caches[layer].size(1)
-                keys = slice(max(0, length - window - first_key), length - first_key)
-                views.append(caches[layer][b, keys].transpose(0, 1).clone())
-            return views
-
-        return Prefix(self.texts[b], visible(self.keys), visible(self.values))
+        length = len(self.prompts[b])
+        keys, values = [], []
+        for layer, window in enumerate(self.model.config.windows):
+            first_key = self.start - self.keys[layer].size(1)  # position of the first cached key
+            visible = slice(max(0, length - window - first_key), length - first_key)
+            keys.append(self.keys[layer][b, visible].transpose(0, 1).clone())
+            values.append(self.values[layer][b, visible].transpose(0, 1).clone())
+        return Prefix(self.prompts[b], keys, values)
 
 
-class Row:
-    """A request being served."""
+# ---- requests ----
+
+
+class ActiveRequest:
+    """A request in the engine, waiting or in a slot."""
 
     def __init__(self, number: int, request: Request, tools: ToolUse, config: GPTConfig):
         self.number, self.request, self.tools = number, request, tools
-        room = config.sequence_len + 1 - len(request.prompt)  # the last token is never read
+        room = config.sequence_len + 1 - len(request.prompt)  # the last token is sampled but never read
         self.limit = min(request.max_tokens, room)  # new tokens
-        self.full = "context" if room < request.max_tokens else "length"
-        # In float32 like the device's, and limits that leave out nothing as none: host and device must agree on who is
-        # greedy and who is limited, or neither would sample.
-        temperature, top_p = torch.tensor([request.temperature, request.top_p], dtype=torch.float32).tolist()
-        self.temperature = max(temperature, MIN_TEMPERATURE) if request.temperature else 0.0
-        self.top_k = request.top_k if request.top_k < config.vocab_size else 0
-        self.top_p = top_p
-        self.forced: deque[int] = deque()
+        self.limit_reason = "context" if room < request.max_tokens else "length"
+        self.params = sampling_params(request, config.vocab_size)
+        self.forced: deque[int] = deque()  # tool output to insert next
         self.completion = Completion()
 
     @property
     def prefix(self) -> tuple[int, ...]:
-        """All of the prompt but its last token, which the first decode step reads."""
+        """The prompt without its last token, which the first decode step reads."""
         return tuple(self.request.prompt[:-1])
 
     @property
     def position(self) -> int:
-        """Of the token that the next step reads."""
+        """The position of the token that the next step reads."""
         return len(self.request.prompt) + len(self.completion.tokens) - 1
 
-    @property
-    def settings(self) -> tuple[float, int, float, bool]:
-        return self.temperature, self.top_k, self.top_p, self.request.logprobs
-
-    def take(self, sampled: int, logprob: float, stop_tokens: set[int]) -> int | None:
-        """Adds the sampled token, or the forced one in its stead, and returns it; None for an end token."""
-        completion, is_sampled = self.completion, not self.forced
+    def accept(self, sampled: int, logprob: float, stop_tokens: set[int]) -> int | None:
+        """Adds the sampled token, or a forced one instead, and returns it; None for an end token."""
+        completion = self.completion
+        is_sampled = not self.forced
         token = sampled if is_sampled else self.forced.popleft()
         if self.request.logprobs:
             completion.logprobs.append(logprob if is_sampled else 0.0)
@@ -204,42 +209,77 @@ class Row:
         if is_sampled:
             self.forced.extend(self.tools.observe(token))
         if len(completion.tokens) >= self.limit:
-            completion.finish = self.full
+            completion.finish = self.limit_reason
         return token
 
 
+def sampling_params(request: Request, vocab_size: int) -> SamplingParams:
+    """
+    The parameters as the decoder needs them. They are rounded to float32 here, and a limit that excludes nothing is
+    removed, because host and device must agree on which rows are greedy or limited: otherwise neither samples them.
+    """
+    temperature, top_p = torch.tensor([request.temperature, request.top_p], dtype=torch.float32).tolist()
+    if request.temperature > 0:
+        temperature = max(temperature, MIN_TEMPERATURE)
+    top_k = request.top_k if request.top_k < vocab_size else 0
+    return SamplingParams(temperature, top_k, top_p, request.logprobs)
+
+
+def random_uniforms(seed: int, count: int) -> torch.Tensor:
+    """
+    Random numbers in [0, 1), multiples of 2^-24, from a seed of 64 bits. Negative seeds are taken modulo 2^64.
+
+    torch's generator on the CPU uses the lower 32 bits of a seed only, so Python's generates those of larger seeds.
+    """
+    seed %= 2**64
+    if seed < 2**32:
+        return torch.rand(count, generator=torch.Generator().manual_seed(seed))
+    generator = random.Random(seed)
+    return torch.tensor([generator.getrandbits(24) for _ in range(count)]) / 2**24
+
+
+# ---- the engine ----
+
+
 class Engine:
-    """Generates with a model, at most `num_rows` requests at a time; others wait their turn."""
+    """Generates completions, at most `num_rows` requests at a time; further requests wait in a queue."""
+
+    prefill_chunk = 512  # tokens of a prompt per forward pass: how long requests in slots wait for it
+    max_prefill_tokens = 4096  # of all prompts in one pass, padding included: bounds its memory
+    length_multiple = 128  # the length of slots grows in multiples of this; heuristic, not tuned
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, num_rows: int = 32, int8: bool = False):
-        """int8: decode with weights of 8 bits, a scale per output channel (W8A16). Prompts are read as without."""
+        """
+        int8: decode with weights of 8 bits and one scale per output channel (W8A16); prompts are read with the model's
+        own weights.
+        """
         if num_rows < 1:
             raise UserError(f"an engine needs at least 1 row, not {num_rows}")
         self.model, self.tokenizer, self.num_rows = model, tokenizer, num_rows
         self.stop_tokens = {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
         with torch.inference_mode():
             self.decoder = Decoder(model, num_rows, int8)
-        self.waiting: deque[Row] = deque()
-        self.rows: list[Row] = []  # in slots 0, 1, …
-        self.prefill: Prefill | None = None  # under way
-        self.prefixes: dict[tuple[int, ...], Prefix] = {(): Prefix((), [], [])}  # read, and still waited for
-        self.needed: Counter[tuple[int, ...]] = Counter()  # how many wait for a prefix
-        self.num_requests = 0
+        self.waiting: deque[ActiveRequest] = deque()
+        self.active: list[ActiveRequest] = []  # in slots 0, 1, …
+        self.prefill: Prefill | None = None  # the prompts being read
+        self.prefixes: dict[tuple[int, ...], Prefix] = {(): Prefix((), [], [])}  # read, for waiting requests
+        self.prefix_refcounts: Counter[tuple[int, ...]] = Counter()  # waiting requests per prefix
+        self.num_requests = 0  # so far
 
     @torch.inference_mode()
     def refresh_weights(self) -> None:
-        """To be called after the model's weights have changed, with no request under way."""
-        assert not self.is_busy, "states under way belong to the old weights"
+        """Must be called after the model's weights have changed, when the engine has no requests."""
+        assert not self.is_busy, "requests in progress have states from the old weights"
         self.decoder.refresh_weights()
 
     @property
     def is_busy(self) -> bool:
-        return bool(self.waiting or self.rows)
+        return bool(self.waiting or self.active)
 
     # ---- all at once ----
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Completions in the order of the requests. UserError as from stream."""
+        """Returns the completions in the order of the requests. UserError as in `stream`."""
         completions: list[Completion] = [Completion()] * len(requests)
         for index, _, completion in self.stream(requests):
             completions[index] = completion
@@ -247,20 +287,20 @@ class Engine:
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
         """
-        Yields (index of the request, its next token, its completion so far) as tokens come, and once (index, None,
-        completion) when it has ended. UserError before anything is generated if a request is not valid.
+        Yields an event per token and one with the token None when a completion has ended. The events' numbers are the
+        indices of the requests. UserError before anything is generated if a request is not valid.
         """
-        assert not self.is_busy, "stream and generate have the engine to themselves"
+        assert not self.is_busy, "stream and generate need an engine without other requests"
         for i, request in enumerate(requests):
             try:
-                request.check(self.model.config)
+                request.validate(self.model.config)
             except UserError as error:
                 raise UserError(f"request {i}: {error}") from None
         indices = {self.enqueue(request): i for i, request in enumerate(requests)}
         try:
             while self.is_busy:
                 for number, token, completion in self.step():
-                    yield indices[number], token, completion
+                    yield Event(indices[number], token, completion)
         finally:
             for number in indices:
                 self.cancel(number)
@@ -269,111 +309,124 @@ class Engine:
 
     def add(self, request: Request) -> int:
         """Queues a request; returns its number, which its events carry. UserError if the request is not valid."""
-        request.check(self.model.config)
+        request.validate(self.model.config)
         return self.enqueue(request)
 
     def enqueue(self, request: Request) -> int:
-        """Like `add`, for a request that the caller has already validated with Request.check."""
-        row = Row(self.num_requests, request, ToolUse(self.tokenizer), self.model.config)
+        """Like `add`, for a request that the caller has already validated."""
+        entry = ActiveRequest(self.num_requests, request, ToolUse(self.tokenizer), self.model.config)
         self.num_requests += 1
-        self.waiting.append(row)
-        self.needed[row.prefix] += 1
-        return row.number
+        self.waiting.append(entry)
+        self.prefix_refcounts[entry.prefix] += 1
+        return entry.number
 
     @torch.inference_mode()
     def cancel(self, number: int) -> None:
-        """Forgets a request, waiting or under way, without another event; nothing happens if there is none."""
-        for row in [row for row in self.waiting if row.number == number]:
-            self.waiting.remove(row)
-            self._release(row.prefix)
-        for slot in [slot for slot, row in enumerate(self.rows) if row.number == number]:
-            self._free(slot)
+        """Removes a request without further events. Does nothing if it has already ended."""
+        for entry in list(self.waiting):
+            if entry.number == number:
+                self.waiting.remove(entry)
+                self._release_prefix(entry.prefix)
+        for slot, entry in enumerate(list(self.active)):
+            if entry.number == number:
+                self._free_slot(slot)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Reads at most one chunk of prompts, then adds a token to every request that is in a slot."""
         self._read_prompts()
         self._fill_slots()
-        if not self.rows:
+        if not self.active:
             return []
-        positions = [row.position for row in self.rows]
-        sampling = Sampling.of([row.settings for row in self.rows], self.model.config.vocab_size)
-        tokens, logprobs = self.decoder.step(len(self.rows), min(positions), max(positions), sampling)
+        positions = [entry.position for entry in self.active]
+        sampling = BatchSampling.of([entry.params for entry in self.active], self.model.config.vocab_size)
+        tokens, logprobs = self.decoder.step(len(self.active), min(positions), max(positions), sampling)
+
         events: list[Event] = []
-        forced: dict[int, int] = {}
-        for slot, row in enumerate(self.rows):
-            token = row.take(tokens[slot], logprobs[slot] if logprobs else 0.0, self.stop_tokens)
+        forced: dict[int, int] = {}  # by slot
+        for slot, entry in enumerate(self.active):
+            logprob = logprobs[slot] if logprobs else 0.0
+            token = entry.accept(tokens[slot], logprob, self.stop_tokens)
             if token is not None:
-                events.append((row.number, token, row.completion))
+                events.append(Event(entry.number, token, entry.completion))
                 if token != tokens[slot]:
                     forced[slot] = token
-            if row.completion.finish:
-                events.append((row.number, None, row.completion))
+            if entry.completion.finish:
+                events.append(Event(entry.number, None, entry.completion))
         if forced:
             self.decoder.force(forced)
-        for slot in reversed(range(len(self.rows))):
-            if self.rows[slot].completion.finish:
-                self._free(slot)
+        for slot in reversed(range(len(self.active))):
+            if self.active[slot].completion.finish:
+                self._free_slot(slot)
         return events
 
     def _read_prompts(self) -> None:
-        """One chunk of the prompts of those who come next, for as many as there are free slots."""
-        if not self.prefill:
-            num_free = self.num_rows - len(self.rows)
-            following = [row.prefix for row, _ in zip(self.waiting, range(num_free), strict=False)]
-            texts = [text for text in dict.fromkeys(following) if text not in self.prefixes]
-            while texts and len(texts) * min(PREFILL_CHUNK, max(map(len, texts))) > max(PREFILL_TOKENS, PREFILL_CHUNK):
-                texts.pop()
-            self.prefill = Prefill(texts, self.model) if texts else None
-        if self.prefill:
-            for prefix in self.prefill.read(PREFILL_CHUNK):
+        """Reads one chunk of the prompts of the next requests, as many as there are free slots."""
+        if self.prefill is None:
+            prompts = self._prompts_to_read()
+            self.prefill = Prefill(prompts, self.model) if prompts else None
+        if self.prefill is not None:
+            for prefix in self.prefill.read(self.prefill_chunk):
                 self.prefixes[prefix.tokens] = prefix
-            if not self.prefill.texts:
+            if not self.prefill.prompts:
                 self.prefill = None
 
+    def _prompts_to_read(self) -> list[tuple[int, ...]]:
+        num_free = self.num_rows - len(self.active)
+        next_prefixes = [entry.prefix for entry, _ in zip(self.waiting, range(num_free), strict=False)]
+        prompts = [prefix for prefix in dict.fromkeys(next_prefixes) if prefix not in self.prefixes]
+        max_tokens = max(self.max_prefill_tokens, self.prefill_chunk)
+        while prompts and len(prompts) * min(self.prefill_chunk, max(map(len, prompts))) > max_tokens:
+            prompts.pop()
+        return prompts
+
     def _fill_slots(self) -> None:
-        """First come, first served, as far as prompts are read and slots are free."""
-        while self.waiting and len(self.rows) < self.num_rows and self.waiting[0].prefix in self.prefixes:
-            row = self.waiting[0]  # until it has its slot, so that one for which memory is short can still be cancelled
-            self._reserve(row)
-            request, prefix = row.request, self.prefixes[row.prefix]
-            uniforms = torch.rand(row.limit, generator=torch.Generator().manual_seed(request.seed))
-            slot = len(self.rows)
-            self.decoder.fill(slot, prefix, request.prompt[-1], row.temperature, row.top_k, row.top_p, uniforms)
-            self.rows.append(self.waiting.popleft())
-            self._release(row.prefix)
+        """Moves requests into free slots, first come, first served, as far as their prompts have been read."""
+        while self.waiting and len(self.active) < self.num_rows and self.waiting[0].prefix in self.prefixes:
+            entry = self.waiting[0]  # stays in the queue until it has a slot, so that it can be cancelled if that fails
+            self._reserve(entry)
+            uniforms = random_uniforms(entry.request.seed, entry.limit)
+            prefix, last_token = self.prefixes[entry.prefix], entry.request.prompt[-1]
+            self.decoder.fill(len(self.active), prefix, last_token, entry.params, uniforms)
+            self.active.append(self.waiting.popleft())
+            self._release_prefix(entry.prefix)
 
-    def _reserve(self, row: Row) -> None:
-        """Room for the row: the longest text so far decides how long the slots are, the most at once how many."""
-        last_read = len(row.request.prompt) + row.limit - 1
-        length = min(-(-last_read // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self.model.config.sequence_len)
-        num_slots = min(self.num_rows, len(self.rows) + len(self.waiting))
-        self.decoder.reserve(num_slots, length)
+    def _reserve(self, entry: ActiveRequest) -> None:
+        """Grows the decoder's slots, in number and in length, so that this request and the waiting ones have room."""
+        num_read = len(entry.request.prompt) + entry.limit - 1
+        length = -(-num_read // self.length_multiple) * self.length_multiple  # rounded up
+        num_slots = min(self.num_rows, len(self.active) + len(self.waiting))
+        self.decoder.reserve(num_slots, min(length, self.model.config.sequence_len))
 
-    def _release(self, prefix: tuple[int, ...]) -> None:
-        """One less waits for the prefix; with the last it is forgotten."""
-        self.needed[prefix] -= 1
-        if not self.needed[prefix]:
-            del self.needed[prefix]
-            if prefix:
-                self.prefixes.pop(prefix, None)
-            if self.prefill:
-                self.prefill.drop(prefix)
-                if not self.prefill.texts:
-                    self.prefill = None
+    def _release_prefix(self, prefix: tuple[int, ...]) -> None:
+        """Drops one reference to a prefix; frees it, or stops reading it, when none is left."""
+        self.prefix_refcounts[prefix] -= 1
+        if self.prefix_refcounts[prefix] > 0:
+            return
+        del self.prefix_refcounts[prefix]
+        if prefix:
+            self.prefixes.pop(prefix, None)
+        if self.prefill is not None:
+            self.prefill.drop(prefix)
+            if not self.prefill.prompts:
+                self.prefill = None
 
-    def _free(self, slot: int) -> None:
-        """The last row moves into the free place, so that the rows in use stay the first ones."""
-        last = self.rows.pop()
-        if slot < len(self.rows):
-            self.decoder.move(len(self.rows), slot)
-            self.rows[slot] = last
+    def _free_slot(self, slot: int) -> None:
+        """Removes a request from its slot; the last one moves there, so that the first slots are the active ones."""
+        last = self.active.pop()
+        if slot < len(self.active):
+            self.decoder.move(len(self.active), slot)
+            self.active[slot] = last
 
 
 def sample_prompts(engine: Engine, max_tokens: int = 32) -> None:
-    """Prints how the model goes on from a few beginnings, greedily: a quick look at what it has learned."""
-    prompts = {text: [engine.tokenizer.bos, *engine.tokenizer.encode(text)] for text in SAMPLE_PROMPTS}
-    context = engine.model.config.sequence_len
-    requests = {text: Request(ids, max_tokens, temperature=0.0) for text, ids in prompts.items() if len(ids) <= context}
-    for text, completion in zip(requests, engine.generate(list(requests.values())), strict=True):
-        print(f"  {text!r} → {engine.tokenizer.decode(completion.tokens)!r}", flush=True)
+    """Prints greedy completions of a few prompts: a quick look at what a base model has learned."""
+    tokenizer = engine.tokenizer
+    texts, requests = [], []
+    for text in SAMPLE_PROMPTS:
+        prompt = [tokenizer.bos, *tokenizer.encode(text)]
+        if len(prompt) <= engine.model.config.sequence_len:
+            texts.append(text)
+            requests.append(Request(prompt, max_tokens, temperature=0.0))
+    for text, completion in zip(texts, engine.generate(requests), strict=True):
+        print(f"  {text!r} → {tokenizer.decode(completion.tokens)!r}", flush=True)

@@ -1,6 +1,6 @@
 """
 The engine: cached, chunked and batched generation against a full forward pass per token; requests that join, leave and
-are cancelled at any time; tools; what it costs; bad input.
+are cancelled at any step; tools; the number of forward passes; invalid requests.
 
     python -m pytest tests/test_engine.py
 """
@@ -13,45 +13,37 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import golden
-from factories import FAMILY
+from factories import CPU, FAMILY, GOLDEN_VOCAB_SIZE, tiny_engine, tiny_gpt
 
-from nanochat import checkpoint_manager, engine
-from nanochat.checkpoint_manager import find
+from nanochat import checkpoint_manager
 from nanochat.common import UserError
-from nanochat.engine import Completion, Engine, Request
+from nanochat.engine import SAMPLE_PROMPTS, Completion, Engine, Request, random_uniforms, sample_prompts
 from nanochat.gpt import GPT, GPTConfig
 
-CPU = torch.device("cpu")
 CONTEXT = 256  # its short window is 128
-V = 1024  # of the golden tokenizer
-CUE = 7  # what makes the talkative model talk
+CUE = 7  # the token after which the talkative model calls the calculator
 
 
-def make(vintage="modern", dtype=torch.float32, **changes):
-    sizes = dict(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SL")
-    torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(**{"sequence_len": CONTEXT, "vocab_size": V, **sizes, **FAMILY[vintage], **changes}), dtype=dtype
-    )
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
+def make_model(family="modern", **changes):
+    """A model with short windows (128) and full ones; family: a key of FAMILY, "modern" has GPTConfig's defaults."""
+    sizes = dict(sequence_len=CONTEXT, n_layer=3, n_head=4, n_kv_head=2, window_pattern="SL")
+    return tiny_gpt(**sizes | FAMILY[family] | changes)
 
 
 @pytest.fixture(scope="module", params=FAMILY)
 def model(request):
-    return make(request.param)
+    return make_model(request.param)
 
 
 @pytest.fixture(scope="module")
 def modern():
-    return make()
+    return make_model()
 
 
 @pytest.fixture(scope="module")
 def talkative(golden_tokenizer):
-    """Likes sums, calls of the calculator and ends, and still listens to all that was said before."""
-    model, (one, two, plus) = make(), (golden_tokenizer.encode(c)[0] for c in "12+")
+    """A model that often calls the calculator and often ends, while its logits depend on all earlier tokens."""
+    model, (one, two, plus) = make_model(), (golden_tokenizer.encode(c)[0] for c in "12+")
     start, end, output_end, stop = (
         golden_tokenizer.special(f"<|{name}|>")
         for name in ("python_start", "python_end", "output_end", "assistant_end")
@@ -59,7 +51,7 @@ def talkative(golden_tokenizer):
     likely = {start: [one, two], one: [plus, end], two: [plus, end], plus: [one, two], end: [start], stop: [start]}
     likely |= {output_end: [start, stop, CUE], CUE: [start, one]}
     with torch.no_grad():
-        for block in model.transformer.h:  # the last token counts most
+        for block in model.transformer.h:  # the last token has the most influence
             block.attn.c_proj.weight.mul_(0.1)
             block.mlp.c_proj.weight.mul_(0.02)
         model.resid_lambdas.fill_(1.0)
@@ -76,7 +68,7 @@ def prompt_of(length, seed=0):
 
 @torch.no_grad()
 def naive_generate(model, prompt, num_tokens):
-    """The slow reference: no cache, a forward pass over everything for each greedy token."""
+    """The slow reference: no cache, a forward pass over the whole sequence for each greedy token."""
     ids = list(prompt)
     for _ in range(num_tokens):
         ids.append(int(model(torch.tensor([ids], device=model.device))[0, -1].argmax()))
@@ -89,7 +81,7 @@ def naive(model, length, num_tokens=12):
 
 
 def slow_probs(logits, request):
-    """The distribution that a token is sampled from, step by step in float64: (V,)."""
+    """The distribution that a token is sampled from, step by step in float64: (GOLDEN_VOCAB_SIZE,)."""
     probs = (logits.double() / request.temperature).softmax(0)
     order = probs.argsort(descending=True)[: request.top_k or None].tolist()
     total, share, kept = float(probs[order].sum()), 0.0, []
@@ -104,16 +96,16 @@ def slow_probs(logits, request):
 
 def check_against_one_pass(model, request, completion):
     """
-    By one forward pass over all that was said: greedy tokens are the likeliest after what precedes them, which makes
-    them the naive generation's; sampled ones have the log-probabilities that were told; forced ones have 0.
+    Checks a completion by one forward pass over all its tokens: greedy tokens are the most likely ones, as in naive
+    generation; sampled tokens have the reported log-probabilities; forced ones have 0.
     """
-    said = completion.tokens + ([completion.end_token] if completion.finish == "stop" else [])
-    ids = torch.tensor([[*request.prompt, *said]], device=model.device)
+    generated = completion.tokens + ([completion.end_token] if completion.finish == "stop" else [])
+    ids = torch.tensor([[*request.prompt, *generated]], device=model.device)
     with torch.no_grad():
         logits_TV = model(ids[:, :-1])[0, len(request.prompt) - 1 :].cpu()
-    sampled = [*completion.sampled, True][: len(said)]
-    assert len(completion.logprobs) == len(said) > 0
-    for logits, token, logprob, is_sampled in zip(logits_TV, said, completion.logprobs, sampled, strict=True):
+    sampled = [*completion.sampled, True][: len(generated)]
+    assert len(completion.logprobs) == len(generated) > 0
+    for logits, token, logprob, is_sampled in zip(logits_TV, generated, completion.logprobs, sampled, strict=True):
         if not is_sampled:
             expected = 0.0
         elif request.temperature:
@@ -125,33 +117,33 @@ def check_against_one_pass(model, request, completion):
 
 
 def assert_same(completion, expected):
-    """Equal, but for the rounding of log-probabilities."""
+    """Equal except for rounding of the log-probabilities."""
     assert (completion.tokens, completion.sampled) == (expected.tokens, expected.sampled)
     assert (completion.finish, completion.end_token) == (expected.finish, expected.end_token)
     assert completion.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
 
 
-def assert_nothing_left(it):
-    assert not it.rows and not it.waiting and not it.needed and it.prefill is None
-    assert list(it.prefixes) == [()]
+def assert_nothing_left(engine):
+    assert not engine.active and not engine.waiting and not engine.prefix_refcounts and engine.prefill is None
+    assert list(engine.prefixes) == [()]
 
 
-def unstoppable(model, tokenizer, num_rows=32, **settings):
-    """Random weights say special tokens too: here they end nothing."""
-    it = Engine(model, tokenizer, num_rows, **settings)
-    it.stop_tokens = set()
-    return it
+def make_engine(model, tokenizer, num_rows=32, *, stop=False, int8=False, prefill_chunk=Engine.prefill_chunk):
+    """Unless `stop`, nothing but the limits ends a completion: random models sample end tokens too."""
+    engine = tiny_engine(model, tokenizer, num_rows=num_rows, stop=stop, int8=int8)
+    engine.prefill_chunk = prefill_chunk
+    return engine
 
 
 def greedy(prompt, max_tokens=12, **settings):
     return Request(prompt, max_tokens, temperature=0.0, **settings)
 
 
-def run(it):
-    """Steps to the end; the completions by number."""
+def run(engine):
+    """Steps until all requests have ended; returns the completions by number."""
     ended = {}
-    while it.is_busy:
-        ended |= {number: completion for number, token, completion in it.step() if token is None}
+    while engine.is_busy:
+        ended |= {number: completion for number, token, completion in engine.step() if token is None}
     return ended
 
 
@@ -159,11 +151,11 @@ def run(it):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100, 512])
-def test_prompts_of_all_lengths_together_equal_the_naive_generation(model, golden_tokenizer, monkeypatch, chunk):
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", chunk)
+def test_generate_prompts_of_all_lengths_equal_naive_generation(model, golden_tokenizer, monkeypatch, chunk):
     lengths = [1, 2, 5, 127, 128, 129, 130, 200, CONTEXT - 12] if chunk > 1 else [1, 5, 140]
     requests = [greedy(prompt_of(length)) for length in lengths]
-    completions = unstoppable(model, golden_tokenizer).generate([*requests, greedy(prompt_of(CONTEXT))])
+    engine = make_engine(model, golden_tokenizer, prefill_chunk=chunk)
+    completions = engine.generate([*requests, greedy(prompt_of(CONTEXT))])
     for length, completion in zip(lengths, completions, strict=False):
         assert completion.tokens == naive(model, length)
         assert completion.sampled == [True] * 12 and completion.finish == "length"
@@ -171,11 +163,11 @@ def test_prompts_of_all_lengths_together_equal_the_naive_generation(model, golde
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("cast", [False, True], ids=["shared", "cast"])  # weights: a trainer's, used where they lie
+@pytest.mark.parametrize("cast", [False, True], ids=["shared", "cast"])  # shared: the trainer's own weights
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
 @pytest.mark.parametrize("vintage", FAMILY)
-def test_every_layout_equals_the_full_forward_pass(vintage, n_kv_head, cast, num_rows, golden_tokenizer):
-    model = make(vintage, n_kv_head=n_kv_head)
+def test_generate_every_layout_equals_full_forward_pass(vintage, n_kv_head, cast, num_rows, golden_tokenizer):
+    model = make_model(vintage, n_kv_head=n_kv_head)
     if cast:
         model.cast_weights()
     mixed = [{"temperature": 0.0}, {"top_k": 5}, {"temperature": 0.0}, {"temperature": 1.5, "top_p": 0.8}, {}]
@@ -183,7 +175,7 @@ def test_every_layout_equals_the_full_forward_pass(vintage, n_kv_head, cast, num
         Request(prompt_of(length), max_tokens, logprobs=True, **settings)
         for (length, max_tokens), settings in zip([(1, 9), (125, 12), (200, 3), (30, 5), (2, 7)], mixed, strict=True)
     ]
-    completions = unstoppable(model, golden_tokenizer, num_rows).generate(requests)
+    completions = make_engine(model, golden_tokenizer, num_rows).generate(requests)
     for request, completion in zip(requests, completions, strict=True):
         assert len(completion.tokens) == request.max_tokens
         check_against_one_pass(model, request, completion)
@@ -191,56 +183,53 @@ def test_every_layout_equals_the_full_forward_pass(vintage, n_kv_head, cast, num
 
 @pytest.mark.parametrize("cast", [False, True], ids=["shared", "cast"])
 @pytest.mark.parametrize("chunk", [50, 512])
-def test_rings_that_wrap_several_times(chunk, cast, golden_tokenizer, monkeypatch):
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", chunk)
-    model = make(sequence_len=512)
+def test_generate_rings_that_wrap_equal_full_forward_pass(chunk, cast, golden_tokenizer, monkeypatch):
+    model = make_model(sequence_len=512)
     assert model.config.windows == [128, 512, 512]
     if cast:
         model.cast_weights()
     requests = [greedy(prompt_of(length), 600, logprobs=True) for length in (1, 300, 129)]
-    completions = unstoppable(model, golden_tokenizer).generate(requests)
+    completions = make_engine(model, golden_tokenizer, prefill_chunk=chunk).generate(requests)
     for request, completion in zip(requests, completions, strict=True):
         assert len(completion.tokens) == 513 - len(request.prompt) and completion.finish == "context"
         check_against_one_pass(model, request, completion)
 
 
-def test_every_window_full(golden_tokenizer):
-    model = make(window_pattern="L")
-    (completion,) = unstoppable(model, golden_tokenizer).generate([greedy(prompt_of(180))])
+def test_generate_full_windows_only_equals_naive_generation(golden_tokenizer):
+    model = make_model(window_pattern="L")
+    (completion,) = make_engine(model, golden_tokenizer).generate([greedy(prompt_of(180))])
     assert completion.tokens == naive(model, 180)
 
 
-def test_a_prompt_read_in_chunks_is_no_longer_in_memory_than_the_windows(modern, golden_tokenizer, monkeypatch):
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", 20)
-    it = unstoppable(modern, golden_tokenizer)
-    it.add(greedy(prompt_of(220)))
-    while it.step() == []:
-        if it.prefill:
-            assert it.prefill.keys[0].size(1) == min(it.prefill.start, 128)
-    assert [keys.size(1) for keys in it.decoder.keys] == [129, CONTEXT, CONTEXT]
+def test_prefill_in_chunks_keeps_keys_within_windows(modern, golden_tokenizer, monkeypatch):
+    engine = make_engine(modern, golden_tokenizer, prefill_chunk=20)
+    engine.add(greedy(prompt_of(220)))
+    while engine.step() == []:
+        if engine.prefill:
+            assert engine.prefill.keys[0].size(1) == min(engine.prefill.start, 128)
+    assert [keys.size(1) for keys in engine.decoder.keys] == [129, CONTEXT, CONTEXT]
 
 
 @pytest.mark.parametrize("name", ["gpt/case0.pt", "gpt/case1.pt", "gpt/case2.pt"])  # in the repository: case1
 @pytest.mark.parametrize("chunk", [33, 512])
-def test_golden_greedy_tokens(name, chunk, golden_tokenizer, monkeypatch):
+def test_generate_golden_models_give_golden_tokens(name, chunk, golden_tokenizer, monkeypatch):
     case = torch.load(golden(name), weights_only=True)
     model = GPT(GPTConfig(**case["config"]))
     model.load_state_dict(case["state_dict"])
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", chunk)
     requests = [greedy(case["prompt"], len(case["greedy"])), greedy([3, 1, 4], 5)]
-    assert unstoppable(model, golden_tokenizer).generate(requests)[0].tokens == case["greedy"]
+    assert make_engine(model, golden_tokenizer, prefill_chunk=chunk).generate(requests)[0].tokens == case["greedy"]
 
 
-def test_golden_classic_tokens(golden_tokenizer, monkeypatch):
+def test_generate_golden_classic_checkpoint_gives_golden_tokens(golden_tokenizer, monkeypatch):
     folder = golden("checkpoint/classic")
     expected = torch.load(folder / "expected.pt", weights_only=True)
     monkeypatch.setattr(checkpoint_manager, "stage_dir", lambda stage: folder.parent)
-    model = find("base", "classic").build_model(CPU, torch.float32)
-    (completion,) = unstoppable(model, golden_tokenizer).generate([greedy(expected["prompt"], len(expected["greedy"]))])
+    model = checkpoint_manager.find("base", "classic").build_model(CPU, torch.float32)
+    (completion,) = make_engine(model, golden_tokenizer).generate([greedy(expected["prompt"], len(expected["greedy"]))])
     assert completion.tokens == expected["greedy"]
 
 
-# ---- rows come and go ----
+# ---- requests join and leave ----
 
 
 def random_request(rng):
@@ -249,21 +238,21 @@ def random_request(rng):
         max_tokens=rng.randrange(1, 40),
         temperature=rng.choice([0.0, 0.7, 1.0]),
         top_k=rng.choice([0, 1, 5, 200, 5000]),
-        top_p=rng.choice([1.0, 1.0, 0.4]),  # the last token within it is a likely one, so that rounding matters little
+        top_p=rng.choice([1.0, 1.0, 0.4]),  # its last token is a likely one, so that rounding matters little
         seed=rng.randrange(3),
         logprobs=rng.random() < 0.5,
     )
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_text_does_not_depend_on_its_neighbours(talkative, golden_tokenizer, seed):
+def test_generate_other_requests_do_not_change_a_completion(talkative, golden_tokenizer, seed):
     rng = random.Random(seed)
     requests = [random_request(rng) for _ in range(12)]
     alone = [Engine(talkative, golden_tokenizer, 1).generate([request])[0] for request in requests]
     assert {"stop", "length"} <= {completion.finish for completion in alone}
     assert 0 < sum(not all(completion.sampled) for completion in alone) < 12  # tools in some rows
     for request, completion in zip(requests, alone, strict=True):
-        if request.logprobs and request.top_k < V:
+        if request.logprobs and request.top_k < GOLDEN_VOCAB_SIZE:
             check_against_one_pass(talkative, request, completion)
     for num_rows in (1, 3, 50):
         completions = Engine(talkative, golden_tokenizer, num_rows).generate(requests)
@@ -272,179 +261,175 @@ def test_a_text_does_not_depend_on_its_neighbours(talkative, golden_tokenizer, s
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_random_schedules_of_joining_and_leaving(talkative, golden_tokenizer, monkeypatch, seed):
-    """Each that is not cancelled says what it says alone; one that is says nothing more; nothing stays behind."""
+def test_step_random_schedules_of_joining_and_leaving_equal_separate_runs(talkative, golden_tokenizer, seed):
+    """Completions equal those of separate runs, cancelled requests have no more events, and no state is left."""
     rng = random.Random(seed)
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", rng.choice([1, 7, 64, 512]))
-    monkeypatch.setattr(engine, "LENGTH_MULTIPLE", rng.choice([1, 16, 128]))  # slots grow under way
-    it = Engine(talkative, golden_tokenizer, rng.randrange(1, 6))
-    requests, said, ended, cancelled = {}, {}, {}, set()
+    chunk, length_multiple = rng.choice([1, 7, 64, 512]), rng.choice([1, 16, 128])
+    engine = make_engine(talkative, golden_tokenizer, rng.randrange(1, 6), stop=True, prefill_chunk=chunk)
+    engine.length_multiple = length_multiple  # slots grow while requests are active
+    requests, generated, ended, cancelled = {}, {}, {}, set()
     to_add = 14
-    while to_add or it.is_busy:
+    while to_add or engine.is_busy:
         action = rng.random()
         if action < 0.15 and to_add:
             to_add -= 1
             request = random_request(rng)
-            number = it.add(request)
-            requests[number], said[number] = request, []
+            number = engine.add(request)
+            requests[number], generated[number] = request, []
         elif action < 0.2 and requests:
-            number = rng.choice(list(requests))  # under way, waiting, or over
-            it.cancel(number)
+            number = rng.choice(list(requests))  # active, waiting or ended
+            engine.cancel(number)
             cancelled |= {number} - set(ended)
         else:
-            for number, token, completion in it.step():
+            for number, token, completion in engine.step():
                 assert number not in ended and number not in cancelled
                 if token is None:
                     ended[number] = completion
                 else:
-                    said[number].append(token)
-                    assert completion.tokens == said[number]
+                    generated[number].append(token)
+                    assert completion.tokens == generated[number]
     assert set(requests) == set(ended) | cancelled
-    assert_nothing_left(it)
+    assert_nothing_left(engine)
     other = Engine(talkative, golden_tokenizer, 1)
     for number, completion in ended.items():
         assert_same(completion, other.generate([requests[number]])[0])
 
 
-def test_the_stream_tells_of_every_token_and_every_end(modern, golden_tokenizer):
+def test_stream_yields_every_token_and_one_end_per_request(modern, golden_tokenizer):
     requests = [greedy(prompt_of(4, seed), max_tokens) for seed, max_tokens in enumerate([5, 1, 3, 7])]
-    it = unstoppable(modern, golden_tokenizer, num_rows=2)
-    said = {i: [] for i in range(4)}
+    engine = make_engine(modern, golden_tokenizer, num_rows=2)
+    generated = {i: [] for i in range(4)}
     ended = {}
-    for index, token, completion in it.stream(requests):
+    for index, token, completion in engine.stream(requests):
         assert index not in ended
         if token is None:
             ended[index] = completion
         else:
-            said[index].append(token)
-            assert completion.tokens == said[index]
-    assert [ended[i] for i in range(4)] == it.generate(requests)
-    assert [len(said[i]) for i in range(4)] == [5, 1, 3, 7]
+            generated[index].append(token)
+            assert completion.tokens == generated[index]
+    assert [ended[i] for i in range(4)] == engine.generate(requests)
+    assert [len(generated[i]) for i in range(4)] == [5, 1, 3, 7]
 
 
-def test_slots_grow_while_texts_are_under_way(modern, golden_tokenizer):
-    it = unstoppable(modern, golden_tokenizer)
+def test_step_slots_grow_while_requests_are_active(modern, golden_tokenizer):
+    engine = make_engine(modern, golden_tokenizer)
     requests, ended = {}, {}
     for length, max_tokens in ((1, 60), (3, 40), (150, 20), (100, 156), (CONTEXT, 1)):
         request = greedy(prompt_of(length), max_tokens, logprobs=True)
-        requests[it.add(request)] = request
+        requests[engine.add(request)] = request
         for _ in range(5):
-            ended |= {number: completion for number, token, completion in it.step() if token is None}
-    ended |= run(it)
-    assert (it.decoder.num_slots, it.decoder.length) == (5, CONTEXT)
+            ended |= {number: completion for number, token, completion in engine.step() if token is None}
+    ended |= run(engine)
+    assert (engine.decoder.num_slots, engine.decoder.length) == (5, CONTEXT)
     for number, request in requests.items():
         check_against_one_pass(modern, request, ended[number])
 
 
-def test_a_hundred_requests_in_three_rows(modern, golden_tokenizer):
+def test_generate_hundred_requests_in_three_rows(modern, golden_tokenizer):
     rng = random.Random(0)
     requests = [
         greedy(prompt_of(rng.randrange(1, 30), i), rng.randrange(1, 6), seed=i, logprobs=True) for i in range(100)
     ]
-    it = unstoppable(modern, golden_tokenizer, num_rows=3)
-    for request, completion in zip(requests, it.generate(requests), strict=True):
+    engine = make_engine(modern, golden_tokenizer, num_rows=3)
+    for request, completion in zip(requests, engine.generate(requests), strict=True):
         assert len(completion.tokens) == request.max_tokens
         check_against_one_pass(modern, request, completion)
-    assert it.decoder.num_slots == 3
-    assert_nothing_left(it)
+    assert engine.decoder.num_slots == 3
+    assert_nothing_left(engine)
 
 
-def test_a_slot_forgets_who_had_it(modern, golden_tokenizer):
+def test_generate_reused_slot_keeps_nothing_of_earlier_request(modern, golden_tokenizer):
     lengths = [150, 3, 140, 1]
-    completions = unstoppable(modern, golden_tokenizer, num_rows=1).generate([greedy(prompt_of(n)) for n in lengths])
+    completions = make_engine(modern, golden_tokenizer, num_rows=1).generate([greedy(prompt_of(n)) for n in lengths])
     assert [c.tokens for c in completions] == [naive(modern, n) for n in lengths]
 
 
-def test_no_requests_no_completions(modern, golden_tokenizer):
+def test_generate_no_requests_returns_no_completions(modern, golden_tokenizer):
     assert Engine(modern, golden_tokenizer).generate([]) == []
 
 
-def test_the_callers_training_goes_on(modern, golden_tokenizer):
-    unstoppable(modern, golden_tokenizer).generate([greedy([1, 2])])
+def test_generate_leaves_gradients_enabled(modern, golden_tokenizer):
+    make_engine(modern, golden_tokenizer).generate([greedy([1, 2])])
     loss = modern(torch.tensor([[1, 2]]), torch.tensor([[2, 3]]))
     assert loss.requires_grad
 
 
-# ---- cancelled ----
+# ---- cancel ----
 
 
-def test_cancelled_in_a_slot(modern, golden_tokenizer):
-    it = unstoppable(modern, golden_tokenizer, num_rows=3)
-    numbers = [it.add(greedy(prompt_of(length))) for length in (5, 140, 60, 2)]
-    it.step()
-    it.cancel(numbers[0])  # the last slot's text moves into its place
-    it.cancel(numbers[0])
-    it.cancel(99)
-    ended = run(it)
+def test_cancel_active_request_leaves_others_unchanged(modern, golden_tokenizer):
+    engine = make_engine(modern, golden_tokenizer, num_rows=3)
+    numbers = [engine.add(greedy(prompt_of(length))) for length in (5, 140, 60, 2)]
+    engine.step()
+    engine.cancel(numbers[0])  # the last slot moves into its slot
+    engine.cancel(numbers[0])
+    engine.cancel(99)
+    ended = run(engine)
     assert {number: ended[number].tokens for number in ended} == {
         numbers[i]: naive(modern, length) for i, length in ((1, 140), (2, 60), (3, 2))
     }
-    assert_nothing_left(it)
+    assert_nothing_left(engine)
 
 
 @pytest.mark.parametrize("num_left", [0, 1])
-def test_cancelled_while_its_prompt_is_read(modern, golden_tokenizer, monkeypatch, num_left):
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", 8)
-    it = unstoppable(modern, golden_tokenizer)
-    shapes = spy_on_prefills(it, monkeypatch)
-    numbers = [it.add(greedy(prompt_of(length))) for length in (60, 30)]
-    it.step()
+def test_cancel_during_prefill_stops_reading_that_prompt(modern, golden_tokenizer, monkeypatch, num_left):
+    engine = make_engine(modern, golden_tokenizer, prefill_chunk=8)
+    shapes = spy_on_prefills(engine, monkeypatch)
+    numbers = [engine.add(greedy(prompt_of(length))) for length in (60, 30)]
+    engine.step()
     for number in numbers[num_left:]:
-        it.cancel(number)
+        engine.cancel(number)
     if num_left == 0:
-        assert not it.is_busy
-        assert_nothing_left(it)
-    ended = run(it)
+        assert not engine.is_busy
+        assert_nothing_left(engine)
+    ended = run(engine)
     assert [completion.tokens for completion in ended.values()] == [naive(modern, 60)][:num_left]
     assert shapes == [(2, 8)] + [(1, 8), (1, 8), (1, 8), (1, 8), (1, 8), (1, 8), (1, 3)][: 7 * num_left]
-    assert it.generate([greedy(prompt_of(30))])[0].tokens == naive(modern, 30)
+    assert engine.generate([greedy(prompt_of(30))])[0].tokens == naive(modern, 30)
 
 
-def test_nothing_of_a_cancelled_prompt_meets_new_weights(golden_tokenizer, monkeypatch):
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", 8)
-    model = make()
-    it = unstoppable(model, golden_tokenizer)
-    number = it.add(greedy(prompt_of(60)))
-    it.step()
-    it.cancel(number)
+def test_cancel_during_prefill_leaves_no_state_for_new_weights(golden_tokenizer, monkeypatch):
+    model = make_model()
+    engine = make_engine(model, golden_tokenizer, prefill_chunk=8)
+    number = engine.add(greedy(prompt_of(60)))
+    engine.step()
+    engine.cancel(number)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.3)
-    it.refresh_weights()
-    assert it.generate([greedy(prompt_of(60))])[0].tokens == naive_generate(model, prompt_of(60), 12)
+    engine.refresh_weights()
+    assert engine.generate([greedy(prompt_of(60))])[0].tokens == naive_generate(model, prompt_of(60), 12)
 
 
-@pytest.mark.parametrize("num_steps", [0, 1, 9])  # before its prompt is read, within, after
-def test_the_first_of_equal_prompts_is_cancelled(modern, golden_tokenizer, monkeypatch, num_steps):
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", 8)
-    it = unstoppable(modern, golden_tokenizer, num_rows=2)
-    numbers = [it.add(greedy(prompt_of(60), seed=seed)) for seed in range(4)]
+@pytest.mark.parametrize("num_steps", [0, 1, 9])  # before, during and after its prefill
+def test_cancel_first_of_equal_prompts_keeps_prefix_for_others(modern, golden_tokenizer, monkeypatch, num_steps):
+    engine = make_engine(modern, golden_tokenizer, num_rows=2, prefill_chunk=8)
+    numbers = [engine.add(greedy(prompt_of(60), seed=seed)) for seed in range(4)]
     for _ in range(num_steps):
-        it.step()
-    it.cancel(numbers[0])
-    ended = run(it)
+        engine.step()
+    engine.cancel(numbers[0])
+    ended = run(engine)
     assert {number: ended[number].tokens for number in ended} == dict.fromkeys(numbers[1:], naive(modern, 60))
-    assert_nothing_left(it)
+    assert_nothing_left(engine)
 
 
-def test_a_stream_that_is_closed_frees_its_places(modern, golden_tokenizer, monkeypatch):
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", 8)
-    it = unstoppable(modern, golden_tokenizer, num_rows=2)
-    stream = it.stream([greedy(prompt_of(length)) for length in (5, 40, 60)])
+def test_stream_closed_early_frees_slots(modern, golden_tokenizer, monkeypatch):
+    engine = make_engine(modern, golden_tokenizer, num_rows=2, prefill_chunk=8)
+    stream = engine.stream([greedy(prompt_of(length)) for length in (5, 40, 60)])
     assert next(stream)[0] == 0
     stream.close()
-    assert_nothing_left(it)
-    for _ in it.stream([greedy(prompt_of(5))]):
+    assert_nothing_left(engine)
+    for _ in engine.stream([greedy(prompt_of(5))]):
         break  # the generator is collected
-    assert_nothing_left(it)
-    it.stream([greedy(prompt_of(5))])  # never begun
-    assert it.generate([greedy(prompt_of(60))])[0].tokens == naive(modern, 60)
+    assert_nothing_left(engine)
+    engine.stream([greedy(prompt_of(5))])  # never started
+    assert engine.generate([greedy(prompt_of(60))])[0].tokens == naive(modern, 60)
 
 
 @pytest.mark.parametrize("method", ["reserve", "fill", "step"])
-def test_after_a_failure_the_engine_serves_the_next(modern, golden_tokenizer, monkeypatch, method):
-    it = unstoppable(modern, golden_tokenizer, num_rows=2)
-    original, calls = getattr(it.decoder, method), []
+def test_generate_after_failure_works_again(modern, golden_tokenizer, monkeypatch, method):
+    engine = make_engine(modern, golden_tokenizer, num_rows=2)
+    original, calls = getattr(engine.decoder, method), []
 
     def out_of_memory_at_the_third(*arguments):
         calls.append(arguments)
@@ -452,15 +437,15 @@ def test_after_a_failure_the_engine_serves_the_next(modern, golden_tokenizer, mo
             raise torch.OutOfMemoryError
         return original(*arguments)
 
-    monkeypatch.setattr(it.decoder, method, out_of_memory_at_the_third)
+    monkeypatch.setattr(engine.decoder, method, out_of_memory_at_the_third)
     requests = [greedy(prompt_of(length)) for length in (5, 40, 60, 150)]
     with pytest.raises(torch.OutOfMemoryError):
-        it.generate(requests)
-    assert_nothing_left(it)
-    assert [c.tokens for c in it.generate(requests)] == [naive(modern, length) for length in (5, 40, 60, 150)]
+        engine.generate(requests)
+    assert_nothing_left(engine)
+    assert [c.tokens for c in engine.generate(requests)] == [naive(modern, length) for length in (5, 40, 60, 150)]
 
 
-# ---- ends ----
+# ---- limits ----
 
 
 @pytest.mark.parametrize(
@@ -473,27 +458,27 @@ def test_after_a_failure_the_engine_serves_the_next(modern, golden_tokenizer, mo
         (1, 10**30, CONTEXT, "context"),
     ],
 )
-def test_never_past_the_context(modern, golden_tokenizer, length, max_tokens, num_tokens, finish):
+def test_generate_stops_at_max_tokens_or_context(modern, golden_tokenizer, length, max_tokens, num_tokens, finish):
     requests = [greedy(prompt_of(length), max_tokens), greedy(prompt_of(5))]
-    completion, neighbour = unstoppable(modern, golden_tokenizer).generate(requests)
+    completion, neighbour = make_engine(modern, golden_tokenizer).generate(requests)
     assert (len(completion.tokens), completion.finish) == (num_tokens, finish)
     assert completion.tokens[:3] == naive(modern, length, min(num_tokens, 3))
     assert neighbour.tokens == naive(modern, 5)
 
 
-def test_a_context_of_one_token(golden_tokenizer):
-    model = make(sequence_len=1)
-    (completion,) = unstoppable(model, golden_tokenizer).generate([greedy([7])])
+def test_generate_context_of_one_token(golden_tokenizer):
+    model = make_model(sequence_len=1)
+    (completion,) = make_engine(model, golden_tokenizer).generate([greedy([7])])
     assert (completion.tokens, completion.finish) == (naive_generate(model, [7], 1), "context")
 
 
-# ---- bad input ----
+# ---- invalid requests ----
 
-SENSELESS = [
+INVALID = [
     (Request([]), "empty"),
     (Request([1] * (CONTEXT + 1)), f"{CONTEXT + 1} tokens"),
-    (Request([1, V]), f"0 to {V - 1}"),
-    (Request([-1]), f"0 to {V - 1}"),
+    (Request([1, GOLDEN_VOCAB_SIZE]), f"0 to {GOLDEN_VOCAB_SIZE - 1}"),
+    (Request([-1]), f"0 to {GOLDEN_VOCAB_SIZE - 1}"),
     (Request([1], max_tokens=0), "max_tokens"),
     (Request([1], temperature=-1.0), "temperature"),
     (Request([1], temperature=float("nan")), "temperature"),
@@ -507,77 +492,97 @@ SENSELESS = [
 ]
 
 
-@pytest.mark.parametrize("request_, words", SENSELESS)
-def test_requests_that_cannot_be_served(modern, golden_tokenizer, request_, words):
-    it = Engine(modern, golden_tokenizer)
-    with pytest.raises(UserError, match=words) as caught:
-        it.generate([Request([1]), request_])
+@pytest.mark.parametrize("request_, pattern", INVALID)
+def test_generate_invalid_request_raises_before_generating(modern, golden_tokenizer, request_, pattern):
+    engine = Engine(modern, golden_tokenizer)
+    with pytest.raises(UserError, match=pattern) as caught:
+        engine.generate([Request([1]), request_])
     assert str(caught.value).startswith("request 1: ") and "\n" not in str(caught.value)
-    assert_nothing_left(it)
+    assert_nothing_left(engine)
 
 
-def test_a_bad_request_leaves_the_others_untouched(modern, golden_tokenizer):
-    it = unstoppable(modern, golden_tokenizer)
-    numbers = [it.add(greedy(prompt_of(length))) for length in (5, 140)]
-    for request, words in SENSELESS:
-        with pytest.raises(UserError, match=words):
-            it.add(request)
-        if len(it.rows) < 2 or len(it.rows[0].completion.tokens) < 11:
-            it.step()
-    ended = run(it)
+def test_add_invalid_request_leaves_others_unchanged(modern, golden_tokenizer):
+    engine = make_engine(modern, golden_tokenizer)
+    numbers = [engine.add(greedy(prompt_of(length))) for length in (5, 140)]
+    for request, pattern in INVALID:
+        with pytest.raises(UserError, match=pattern):
+            engine.add(request)
+        if len(engine.active) < 2 or len(engine.active[0].completion.tokens) < 11:
+            engine.step()
+    ended = run(engine)
     assert [ended[number].tokens for number in numbers] == [naive(modern, length) for length in (5, 140)]
-    assert_nothing_left(it)
+    assert_nothing_left(engine)
 
 
-def test_an_engine_without_rows(modern, golden_tokenizer):
+def test_engine_without_rows_is_an_error(modern, golden_tokenizer):
     with pytest.raises(UserError, match="at least 1 row"):
         Engine(modern, golden_tokenizer, 0)
 
 
-# ---- settings ----
+# ---- sampling parameters ----
 
 
-def test_equal_prompts_differ_from_the_first_token_on(modern, golden_tokenizer):
+def test_generate_different_seeds_differ_from_first_token(modern, golden_tokenizer):
     requests = [Request(prompt_of(5), 4, seed=seed) for seed in range(16)]
-    texts = [tuple(c.tokens) for c in unstoppable(modern, golden_tokenizer).generate(requests)]
+    texts = [tuple(c.tokens) for c in make_engine(modern, golden_tokenizer).generate(requests)]
     assert len({text[0] for text in texts}) > 4
     assert len(set(texts)) == 16
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-60}, {"temperature": 1e-4}, {"temperature": 1e-60}])
-def test_the_likeliest_token_alone_is_the_greedy_one(modern, golden_tokenizer, settings):
-    (completion,) = unstoppable(modern, golden_tokenizer).generate([Request(prompt_of(5), 12, **settings)])
+def test_generate_limits_to_one_token_equal_greedy(modern, golden_tokenizer, settings):
+    (completion,) = make_engine(modern, golden_tokenizer).generate([Request(prompt_of(5), 12, **settings)])
     assert completion.tokens == naive(modern, 5)
 
 
-@pytest.mark.parametrize("settings", [{"top_k": V}, {"top_k": 10**30}, {"top_p": 1 - 1e-12}])
-def test_limits_that_leave_out_nothing(modern, golden_tokenizer, settings):
-    it = unstoppable(modern, golden_tokenizer)
+@pytest.mark.parametrize("settings", [{"top_k": GOLDEN_VOCAB_SIZE}, {"top_k": 10**30}, {"top_p": 1 - 1e-12}])
+def test_generate_limits_that_exclude_nothing_change_nothing(modern, golden_tokenizer, settings):
+    engine = make_engine(modern, golden_tokenizer)
     requests = [Request(prompt_of(5), seed=3), Request(prompt_of(5), seed=3, **settings)]
-    (unlimited,), (alone,) = ([c.tokens for c in it.generate([request])] for request in requests)
+    (unlimited,), (alone,) = ([c.tokens for c in engine.generate([request])] for request in requests)
     assert alone == unlimited
-    assert [c.tokens for c in it.generate([requests[1], greedy([1]), Request([2], top_k=5)])][0] == unlimited
+    assert [c.tokens for c in engine.generate([requests[1], greedy([1]), Request([2], top_k=5)])][0] == unlimited
 
 
-def test_the_hottest_temperature_is_even_chance(modern, golden_tokenizer):
+def test_generate_very_high_temperature_is_uniform(modern, golden_tokenizer):
     requests = [Request([1], 5, temperature=temperature, logprobs=True) for temperature in (1e10, 1e300)]
-    tepid, hot = unstoppable(modern, golden_tokenizer).generate(requests)
-    assert hot == tepid and hot.logprobs == pytest.approx([-torch.tensor(V).log().item()] * 5, abs=1e-4)
+    tepid, hot = make_engine(modern, golden_tokenizer).generate(requests)
+    assert hot == tepid and hot.logprobs == pytest.approx([-torch.tensor(GOLDEN_VOCAB_SIZE).log().item()] * 5, abs=1e-4)
+
+
+def test_random_uniforms_all_64_bits_of_the_seed_matter():
+    seeds = [0, 1, 2**32, 2**32 + 1, 2**33, 2**63, 2**64 - 1, -2, -(2**63) + 1]
+    draws = {seed: tuple(random_uniforms(seed, 4).tolist()) for seed in seeds}
+    assert len(set(draws.values())) == len(seeds)
+    assert all(0 <= number < 1 for numbers in draws.values() for number in numbers)
+    assert draws[2**64 - 1] == tuple(random_uniforms(-1, 4).tolist())
+
+
+def test_random_uniforms_small_seeds_equal_torchs_generator():
+    for seed in (0, 5, 2**32 - 1):
+        expected = torch.rand(9, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(random_uniforms(seed, 9), expected)
+
+
+def test_generate_seeds_that_differ_by_two_to_the_32_differ(modern, golden_tokenizer):
+    requests = [Request(prompt_of(5), 8, seed=seed) for seed in (7, 7 + 2**32, 7 + 2**33)]
+    completions = make_engine(modern, golden_tokenizer).generate(requests)
+    assert len({tuple(completion.tokens) for completion in completions}) == 3
 
 
 @pytest.mark.parametrize("seed", [-1, -(2**63), 2**64 - 1])
-def test_seeds_of_64_bits(modern, golden_tokenizer, seed):
-    first, second = unstoppable(modern, golden_tokenizer).generate([Request([1], 5, seed=seed)] * 2)
+def test_generate_extreme_seeds_are_reproducible(modern, golden_tokenizer, seed):
+    first, second = make_engine(modern, golden_tokenizer).generate([Request([1], 5, seed=seed)] * 2)
     assert first == second and len(first.tokens) == 5
 
 
-# ---- tools, and what it costs ----
+# ---- tools, and the number of forward passes ----
 
 
 def parrot(next_tokens, context=64):
-    """A model that looks up the next token by the last one: blocks that add nothing, and lm_head as the table."""
-    torch.manual_seed(0)
-    model = GPT.create(GPTConfig(context, V, n_layer=1, n_head=1, n_kv_head=1, n_embd=64, **FAMILY["classic"]))
+    """A model whose next token depends on the last one only: its blocks add nothing, and lm_head is a look-up table."""
+    sizes = dict(sequence_len=context, n_layer=1, n_head=1, n_embd=64)
+    model = tiny_gpt(initial=True, **sizes | FAMILY["classic"])
     with torch.no_grad():
         model.transformer.h[0].attn.c_proj.weight.zero_()
         model.transformer.h[0].mlp.c_proj.weight.zero_()
@@ -588,71 +593,71 @@ def parrot(next_tokens, context=64):
 
 
 def chain(*tokens):
-    """token → the one that follows it."""
+    """A dict from each token to the next one."""
     return dict(zip(tokens, tokens[1:], strict=False))
 
 
-def spy_on_prefills(it, monkeypatch):
-    """The shapes that the model is given, as they come."""
-    shapes, hidden = [], it.model.hidden
+def spy_on_prefills(engine, monkeypatch):
+    """A list that grows by the shape of each forward pass over prompts."""
+    shapes, hidden = [], engine.model.hidden
 
     def spy(idx_BT, cache):
         shapes.append(tuple(idx_BT.shape))
         return hidden(idx_BT, cache)
 
-    monkeypatch.setattr(it.model, "hidden", spy)
+    monkeypatch.setattr(engine.model, "hidden", spy)
     return shapes
 
 
-def spy_on_steps(it, monkeypatch):
-    """How many slots each step decodes, as they come."""
-    sizes, step = [], it.decoder.step
+def spy_on_steps(engine, monkeypatch):
+    """A list that grows by the number of slots that each step decodes."""
+    sizes, step = [], engine.decoder.step
 
     def spy(num_slots, *rest):
         sizes.append(num_slots)
         return step(num_slots, *rest)
 
-    monkeypatch.setattr(it.decoder, "step", spy)
+    monkeypatch.setattr(engine.decoder, "step", spy)
     return sizes
 
 
-def dictate(it, monkeypatch, scripts):
-    """Makes the requests with these numbers say their scripts, as if the model had sampled them."""
-    step = it.decoder.step
+def dictate(engine, monkeypatch, scripts):
+    """Replaces the sampled tokens of requests by scripts, which are given by the requests' numbers."""
+    step = engine.decoder.step
 
     def dictated(*arguments):
         tokens, logprobs = step(*arguments)
         wanted = {
             slot: scripts[row.number][len(row.completion.tokens)]
-            for slot, row in enumerate(it.rows)
+            for slot, row in enumerate(engine.active)
             if len(row.completion.tokens) < len(scripts.get(row.number, []))
         }
         if wanted:
-            it.decoder.force(wanted)
+            engine.decoder.force(wanted)
         return [wanted.get(slot, token) for slot, token in enumerate(tokens)], logprobs
 
-    monkeypatch.setattr(it.decoder, "step", dictated)
+    monkeypatch.setattr(engine.decoder, "step", dictated)
 
 
-def test_a_result_is_forced_into_the_row(golden_tokenizer):
+def test_tool_result_is_forced_into_completion(golden_tokenizer):
     special, (one, plus, three, four) = golden_tokenizer.special, (golden_tokenizer.encode(c)[0] for c in "1+34")
     call = [special("<|python_start|>"), one, plus, three, special("<|python_end|>")]
     output = [special("<|output_start|>"), four, special("<|output_end|>")]
-    # After python_end, and within the output, the model itself would say something else: 0.
+    # After python_end and within the output, the model itself would sample 0.
     next_tokens = chain(5, *call, 0) | chain(output[0], 0) | chain(four, 0) | chain(7, 8, 9, 7)
     next_tokens |= chain(output[-1], 6, special("<|assistant_end|>"))
     requests = [greedy([5], 30), greedy([7], 10), greedy([5], 30, logprobs=True)]
-    it = Engine(parrot(next_tokens), golden_tokenizer)
-    first, other, told = it.generate(requests)
+    engine = Engine(parrot(next_tokens), golden_tokenizer)
+    first, other, with_logprobs = engine.generate(requests)
     end = special("<|assistant_end|>")
     assert first == Completion([*call, *output, 6], [True] * 5 + [False] * 3 + [True], finish="stop", end_token=end)
     assert other.tokens == [8, 9, 7, 8, 9, 7, 8, 9, 7, 8] and other.sampled == [True] * 10
-    check_against_one_pass(it.model, requests[2], told)
-    assert told.logprobs[5:8] == [0.0] * 3 and len(told.logprobs) == len(told.tokens) + 1
+    check_against_one_pass(engine.model, requests[2], with_logprobs)
+    assert with_logprobs.logprobs[5:8] == [0.0] * 3 and len(with_logprobs.logprobs) == len(with_logprobs.tokens) + 1
 
 
 @pytest.mark.parametrize("max_tokens", [6, 7])
-def test_forced_tokens_count(golden_tokenizer, max_tokens):
+def test_tool_forced_tokens_count_towards_max_tokens(golden_tokenizer, max_tokens):
     special, (one,) = golden_tokenizer.special, golden_tokenizer.encode("1")
     call = [special("<|python_start|>"), one, special("<|python_end|>")]
     output = [special("<|output_start|>"), one, special("<|output_end|>")]
@@ -663,7 +668,7 @@ def test_forced_tokens_count(golden_tokenizer, max_tokens):
 
 
 @pytest.mark.parametrize("expression", ["+", "2^", ""])
-def test_without_a_result_nothing_is_forced(golden_tokenizer, expression):
+def test_tool_call_without_result_forces_nothing(golden_tokenizer, expression):
     special = golden_tokenizer.special
     call = [special("<|python_start|>"), *golden_tokenizer.encode(expression), special("<|python_end|>")]
     model = parrot(chain(5, *call, 6, golden_tokenizer.bos))
@@ -676,19 +681,19 @@ def test_without_a_result_nothing_is_forced(golden_tokenizer, expression):
     "expression",
     ["(" * 600 + "1" + ")" * 600, "9" * 2000, "-" * 1500 + "1", "9**9**9**9", "'a'*10**10", "__import__('os')", "\0"],
 )
-def test_expressions_that_are_malicious_or_huge_end_cleanly(modern, golden_tokenizer, monkeypatch, expression):
+def test_tool_malicious_or_huge_expression_forces_nothing(modern, golden_tokenizer, monkeypatch, expression):
     special = golden_tokenizer.special
     call = [special("<|python_start|>"), *golden_tokenizer.encode(expression), special("<|python_end|>")]
     model = parrot({3: 4, 4: 3}, context=len(call) + 16)
-    it = unstoppable(model, golden_tokenizer)
-    caller, neighbour = it.add(greedy([1], 10**9)), it.add(greedy([3], 10))
-    dictate(it, monkeypatch, {caller: call})
-    ended = run(it)
+    engine = make_engine(model, golden_tokenizer)
+    caller, neighbour = engine.add(greedy([1], 10**9)), engine.add(greedy([3], 10))
+    dictate(engine, monkeypatch, {caller: call})
+    ended = run(engine)
     assert ended[caller].tokens[: len(call)] == call and all(ended[caller].sampled)
     assert ended[caller].finish == "context" and ended[neighbour].tokens == [4, 3] * 5
 
 
-def test_a_prompt_is_no_tool_call(golden_tokenizer):
+def test_tool_markers_in_prompt_are_ignored(golden_tokenizer):
     special, (one,) = golden_tokenizer.special, golden_tokenizer.encode("1")
     model = parrot({one: special("<|python_end|>"), special("<|python_end|>"): special("<|assistant_end|>")})
     (completion,) = Engine(model, golden_tokenizer).generate([greedy([special("<|python_start|>"), one])])
@@ -696,70 +701,68 @@ def test_a_prompt_is_no_tool_call(golden_tokenizer):
 
 
 @pytest.mark.parametrize("end", ["<|assistant_end|>", "<|bos|>"])
-def test_the_end_token_is_not_part_of_the_text(golden_tokenizer, monkeypatch, end):
-    it = Engine(parrot(chain(5, 6, 7, golden_tokenizer.special(end))), golden_tokenizer)
-    prefills, steps = spy_on_prefills(it, monkeypatch), spy_on_steps(it, monkeypatch)
-    (completion,) = it.generate([greedy([5], 30)])
+def test_generate_end_token_is_not_part_of_completion(golden_tokenizer, monkeypatch, end):
+    engine = Engine(parrot(chain(5, 6, 7, golden_tokenizer.special(end))), golden_tokenizer)
+    prefills, steps = spy_on_prefills(engine, monkeypatch), spy_on_steps(engine, monkeypatch)
+    (completion,) = engine.generate([greedy([5], 30)])
     assert completion == Completion([6, 7], [True, True], finish="stop", end_token=golden_tokenizer.special(end))
-    assert (prefills, steps) == ([], [1, 1, 1])  # a prompt of one token has nothing before it to be read
+    assert (prefills, steps) == ([], [1, 1, 1])  # a prompt of one token needs no prefill
 
 
-def test_no_step_after_the_last_token_and_one_prefill_for_equal_prompts(golden_tokenizer, monkeypatch):
-    it = Engine(parrot({5: 5}), golden_tokenizer)
-    prefills, steps = spy_on_prefills(it, monkeypatch), spy_on_steps(it, monkeypatch)
-    it.generate([greedy([5, 5], 4)] * 3 + [greedy([5, 6], 4)])  # these differ in their last token alone
+def test_generate_equal_prompts_one_prefill_and_no_extra_steps(golden_tokenizer, monkeypatch):
+    engine = Engine(parrot({5: 5}), golden_tokenizer)
+    prefills, steps = spy_on_prefills(engine, monkeypatch), spy_on_steps(engine, monkeypatch)
+    engine.generate([greedy([5, 5], 4)] * 3 + [greedy([5, 6], 4)])  # the last prompt differs in its last token only
     assert (prefills, steps) == ([(1, 1)], [4, 4, 4, 4])
 
 
-def test_equal_prompts_that_wait_are_not_read_again(golden_tokenizer, monkeypatch):
-    it = Engine(parrot({5: 5}), golden_tokenizer, num_rows=1)
-    prefills = spy_on_prefills(it, monkeypatch)
-    it.generate([greedy([5, 5], 2)] * 5)
+def test_generate_waiting_requests_share_one_prefill(golden_tokenizer, monkeypatch):
+    engine = Engine(parrot({5: 5}), golden_tokenizer, num_rows=1)
+    prefills = spy_on_prefills(engine, monkeypatch)
+    engine.generate([greedy([5, 5], 2)] * 5)
     assert prefills == [(1, 1)]
 
 
-def test_rows_that_have_ended_cost_nothing(golden_tokenizer, monkeypatch):
-    it = Engine(parrot({5: 5, 6: 6}), golden_tokenizer, num_rows=2)
-    prefills, steps = spy_on_prefills(it, monkeypatch), spy_on_steps(it, monkeypatch)
-    it.generate([greedy([5], 2), greedy([6], 5), greedy([5, 5], 2)])
+def test_generate_finished_requests_are_not_decoded(golden_tokenizer, monkeypatch):
+    engine = Engine(parrot({5: 5, 6: 6}), golden_tokenizer, num_rows=2)
+    prefills, steps = spy_on_prefills(engine, monkeypatch), spy_on_steps(engine, monkeypatch)
+    engine.generate([greedy([5], 2), greedy([6], 5), greedy([5, 5], 2)])
     assert (prefills, steps) == ([(1, 1)], [2, 2, 2, 2, 1])
 
 
-def test_texts_under_way_go_on_while_a_long_prompt_is_read(golden_tokenizer, monkeypatch):
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", 10)
-    it = Engine(parrot({5: 5}), golden_tokenizer)
-    prefills = spy_on_prefills(it, monkeypatch)
-    short = it.add(greedy([5], 4))
-    it.step()
-    long = it.add(greedy([5] * 35, 1))
-    heard = [[number for number, token, _ in it.step() if token is not None] for _ in range(4)]
-    assert heard == [[short], [short], [short], [long]]
+def test_step_active_requests_continue_during_long_prefill(golden_tokenizer, monkeypatch):
+    engine = make_engine(parrot({5: 5}), golden_tokenizer, stop=True, prefill_chunk=10)
+    prefills = spy_on_prefills(engine, monkeypatch)
+    short = engine.add(greedy([5], 4))
+    engine.step()
+    long = engine.add(greedy([5] * 35, 1))
+    decoded = [[number for number, token, _ in engine.step() if token is not None] for _ in range(4)]
+    assert decoded == [[short], [short], [short], [long]]
     assert prefills == [(1, 10), (1, 10), (1, 10), (1, 4)]
 
 
-def test_prompts_read_together_stay_within_the_memory_set_aside(golden_tokenizer, monkeypatch):
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", 8)
-    monkeypatch.setattr(engine, "PREFILL_TOKENS", 20)
-    it = Engine(parrot({5: 5}), golden_tokenizer)
-    prefills = spy_on_prefills(it, monkeypatch)
-    it.generate([greedy([6, i, *[5] * length], 1) for i, length in enumerate([2, 2, 2, 30, 2])])
+def test_prefill_batch_stays_within_max_prefill_tokens(golden_tokenizer, monkeypatch):
+    engine = make_engine(parrot({5: 5}), golden_tokenizer, stop=True, prefill_chunk=8)
+    engine.max_prefill_tokens = 20
+    prefills = spy_on_prefills(engine, monkeypatch)
+    engine.generate([greedy([6, i, *[5] * length], 1) for i, length in enumerate([2, 2, 2, 30, 2])])
     assert all(rows * length <= 20 for rows, length in prefills)
     assert prefills[0] == (3, 3)
 
 
-def test_nothing_stays_from_one_request_to_the_next(golden_tokenizer):
-    it = Engine(parrot({5: 5}), golden_tokenizer, num_rows=4)
+def test_generate_repeatedly_leaves_no_state(golden_tokenizer):
+    engine = Engine(parrot({5: 5}), golden_tokenizer, num_rows=4)
     for _ in range(3):
-        it.generate([greedy([5, 5, i], 3) for i in range(9)])
-        assert_nothing_left(it)
-    assert it.needed == Counter() and it.decoder.num_slots == 4
+        engine.generate([greedy([5, 5, i], 3) for i in range(9)])
+        assert_nothing_left(engine)
+    assert engine.prefix_refcounts == Counter() and engine.decoder.num_slots == 4
 
 
-def test_sample_prompts_prints_what_fits(golden_tokenizer, capsys):
-    lengths = {text: 1 + len(golden_tokenizer.encode(text)) for text in engine.SAMPLE_PROMPTS}
+def test_sample_prompts_prints_prompts_that_fit(golden_tokenizer, capsys):
+    lengths = {text: 1 + len(golden_tokenizer.encode(text)) for text in SAMPLE_PROMPTS}
     context = sorted(lengths.values())[2]
-    model = GPT.create(GPTConfig(context, V, n_layer=1, n_head=1, n_kv_head=1, n_embd=32))
-    engine.sample_prompts(Engine(model, golden_tokenizer), max_tokens=2)
+    model = tiny_gpt(sequence_len=context, n_layer=1)
+    sample_prompts(Engine(model, golden_tokenizer), max_tokens=2)
     lines = capsys.readouterr().out.splitlines()
     fitting = [text for text, length in lengths.items() if length <= context]
     assert len(fitting) >= 3

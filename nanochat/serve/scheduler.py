@@ -414,7 +414,7 @@ class Service:
         model takes no requests, and QueueFull.
         """
         for request in requests:
-            request.check(model.config)
+            request.validate(model.config)
         handle = ResponseHandle(self, model, requests, client)
         try:
             if self.is_stopping:

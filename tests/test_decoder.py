@@ -1,0 +1,347 @@
+"""
+The parts of the decode step: sampling against a slow reference, weight layouts, refreshed weights, 8-bit weights and
+CUDA graphs. That the decoder's logits equal the model's is tested in tests/test_engine.py.
+
+    python -m pytest tests/test_decoder.py
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from factories import FAMILY, GOLDEN_VOCAB_SIZE
+from test_engine import (
+    CONTEXT,
+    assert_same,
+    check_against_one_pass,
+    greedy,
+    make_engine,
+    make_model,
+    prompt_of,
+    slow_probs,
+)
+
+from nanochat.decoder import BatchSampling, PackedLinear, RowSampling, SamplingParams, sample
+from nanochat.engine import Engine, Request, sampling_params
+from nanochat.gpt import GPTConfig
+from nanochat.loss import softcap
+
+SOFTCAP = GPTConfig().logit_softcap
+
+
+# ---- sampling ----
+
+
+def draw(raw_BV, requests, uniform_B):
+    """One step of sampling as the engine does it, a row per request: (tokens, log-probabilities)."""
+    vocab_size = raw_BV.size(1)
+    params = [sampling_params(request, vocab_size) for request in requests]
+    rows = RowSampling(
+        torch.tensor([row.temperature for row in params]),
+        torch.tensor([row.top_k or vocab_size for row in params]),
+        torch.tensor([row.top_p for row in params]),
+        uniform_B,
+    )
+    return sample(raw_BV, rows, BatchSampling.of(params, vocab_size), SOFTCAP)
+
+
+SETTINGS = [
+    {"temperature": 0.0},
+    {},
+    {"temperature": 0.5},
+    {"temperature": 3.0},
+    {"top_k": 1},
+    {"top_k": 3},
+    {"top_k": 100},
+    {"top_p": 0.01},
+    {"top_p": 0.5},
+    {"top_p": 0.9, "temperature": 2.0},
+    {"top_k": 4, "top_p": 0.7},
+    {"top_k": 3, "top_p": 0.99, "temperature": 0.7},
+]
+RAW = torch.tensor([3.0, -1.0, 20.0, 0.0, 16.0, 17.0, -30.0, 5.0])  # some are changed by the softcap
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "mixed"])
+@pytest.mark.parametrize("raw", [RAW, RAW / 10], ids=["peaked", "flat"])
+def test_sample_counts_follow_the_distribution(raw, together):
+    """With evenly spaced random numbers, the count of each token is exact within one."""
+    num = 1000
+    uniform = (torch.arange(num) + 0.5) / num
+    groups = [SETTINGS] if together else [[settings] for settings in SETTINGS]
+    for group in groups:
+        requests = [Request([1], logprobs=True, **settings) for settings in group for _ in range(num)]
+        tokens, logprobs = draw(raw.expand(len(requests), -1), requests, uniform.repeat(len(group)))
+        for i, settings in enumerate(group):
+            rows = slice(i * num, (i + 1) * num)
+            if settings == {"temperature": 0.0}:
+                assert (tokens[rows] == raw.argmax()).all()
+                expected = torch.full((num,), softcap(raw, SOFTCAP).log_softmax(0).max().item())
+            else:
+                probs = slow_probs(softcap(raw, SOFTCAP), Request([1], **settings))
+                counts = torch.bincount(tokens[rows], minlength=len(raw))
+                assert ((counts - num * probs).abs() <= 1).all(), settings
+                expected = probs[tokens[rows]].log().float()
+            torch.testing.assert_close(logprobs[rows], expected, rtol=0, atol=1e-5)
+
+
+def test_sample_without_logprobs_returns_none():
+    assert draw(RAW[None], [Request([1])], torch.tensor([0.5]))[1] is None
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 2}, {"top_p": 0.9}, {}, {"top_k": 2, "top_p": 0.99}])
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-24])  # the extremes of torch.rand
+def test_sample_extreme_random_numbers_never_give_an_impossible_token(settings, number):
+    raw = torch.full((1, 2048), -2000.0)
+    raw[0, [3, 700]] = torch.tensor([50.0, 51.0])
+    settings = settings | {"temperature": 0.1}  # e^-300 is 0 in float32
+    tokens, logprobs = draw(raw, [Request([1], logprobs=True, **settings)], torch.tensor([number]))
+    assert tokens[0] in (3, 700) and logprobs.isfinite().all()
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_sample_non_finite_logits_give_valid_tokens_and_leave_other_rows(settings, value):
+    raw = RAW.repeat(3, 1)
+    raw[0] = value
+    raw[1, 2] = value
+    tokens, _ = draw(raw, [Request([1], **settings)] * 3, torch.full((3,), 0.5))
+    assert ((tokens >= 0) & (tokens < 8)).all()
+    assert tokens[2] == draw(RAW[None], [Request([1], **settings)], torch.tensor([0.5]))[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("settings", [{"top_k": 20}, {"top_k": 20, "top_p": 0.8}, {}, {"top_p": 0.5}])
+def test_sample_equal_logits_do_not_depend_on_other_rows(dtype, settings):
+    """In half precision many logits are equal; which of them are in the top k, and in what order, depends on k."""
+    raw = (torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)) * 2).to(dtype)
+    assert all(len(row.unique()) < 4000 for row in raw)
+    uniform = torch.rand(64, generator=torch.Generator().manual_seed(1))
+    request = Request([1], **settings)
+    alone, _ = draw(raw, [request] * 64, uniform)
+    if "top_k" in settings:
+        assert (raw.gather(1, alone[:, None]) >= raw.topk(20).values[:, -1:]).all()
+    for neighbour in ({"top_k": 3000}, {"top_k": 2}, {"top_p": 0.9}, {"temperature": 0.0}, {}):
+        tokens, _ = draw(raw, [request] * 63 + [Request([1], **neighbour)], uniform)
+        assert torch.equal(tokens[:63], alone[:63])
+
+
+def test_batch_sampling_contains_only_what_rows_need():
+    def batch(*rows):
+        return BatchSampling.of([SamplingParams(*row) for row in rows], vocab_size=1000)
+
+    greedy_row, plain, logprobs = (0.0, 50, 0.5, False), (1.0, 0, 1.0, False), (1.0, 0, 1.0, True)
+    assert batch(greedy_row) == BatchSampling(greedy=True)
+    assert batch(plain) == BatchSampling(full_vocab=True)
+    assert batch(plain, logprobs) == BatchSampling(full_vocab=True, logprobs=True)
+    assert batch((1.0, 5, 1.0, False), (1.0, 50, 1.0, False), (1.0, 40, 1.0, False)).candidates == (8, 64)
+    assert batch((1.0, 1, 0.9, False)) == BatchSampling(candidates=(1,), top_p=True)
+    assert batch((1.0, 0, 0.9, False), greedy_row) == BatchSampling(greedy=True, candidates=(1024,), top_p=True)
+
+
+# ---- weights ----
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 33])
+@pytest.mark.parametrize("layout", ["plain", "packed", "transposed", "int8"])
+def test_packed_linear_every_layout_equals_linear_of_stacked_matrices(layout, num_rows):
+    if layout == "packed" and not torch.backends.mkldnn.is_available():
+        pytest.skip("packed weights need oneDNN")
+    torch.manual_seed(0)
+    parts = [torch.randn(24, 40), torch.randn(7, 40) * 100, torch.zeros(1, 40)]
+    x = torch.randn(num_rows, 40)
+    with torch.inference_mode():
+        linear = PackedLinear(lambda: parts, torch.float32, layout)
+        for _ in range(2):
+            weight = torch.cat(parts)
+            error = (linear(x) - F.linear(x, weight)).abs()
+            # 8 bits: each weight is off by at most half a step, and a row's step is its largest weight over 127.
+            steps = weight.abs().amax(dim=1) / 127 if layout == "int8" else torch.zeros(32)
+            assert (error <= 0.5 * steps * x.abs().sum(dim=1, keepdim=True) + 1e-3).all()
+            parts[0].add_(1.0)
+            linear.refresh()
+
+
+def update(model):
+    """Changes the weights in place, as an optimizer does."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+
+
+@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize("cast", [False, True], ids=["", "cast"])
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_refresh_weights_equals_a_new_engine(dtype, int8, cast, num_rows, golden_tokenizer):
+    model = make_model(dtype=dtype)
+    if cast:
+        model.cast_weights()
+    requests = [greedy(prompt_of(140), 9, logprobs=True), Request(prompt_of(5), 30, top_k=50), Request([1], 9)]
+    engine = make_engine(model, golden_tokenizer, num_rows, int8=int8)
+    before = engine.generate(requests)
+    update(model)
+    engine.refresh_weights()
+    after = engine.generate(requests)
+    assert after != before
+    assert after == make_engine(model, golden_tokenizer, num_rows, int8=int8).generate(requests)
+    if dtype == torch.float32 and not int8:
+        check_against_one_pass(model, requests[0], after[0])
+
+
+@pytest.mark.parametrize("num_rows", [1, 8])
+def test_packed_linear_shares_weights_that_are_being_trained(num_rows, golden_tokenizer):
+    model = make_model()
+    decoder = Engine(model, golden_tokenizer, num_rows).decoder
+    update(model)
+    with torch.inference_mode():
+        decoder.refresh_weights()
+    block, layer = model.transformer.h[1], decoder.layers[1]
+    shared = [
+        (layer.attn_out, block.attn.c_proj),
+        (layer.mlp_in, block.mlp.c_fc),
+        (layer.mlp_out, block.mlp.c_proj),
+        (decoder.head, model.lm_head),
+    ]
+    for packed, linear in shared:
+        assert packed.weight.data_ptr() == linear.weight.data_ptr()
+
+
+def test_refresh_weights_after_swapping_tensors_writes_to_none_of_them(golden_tokenizer):
+    """For example when averaged weights are evaluated and the original tensors are put back."""
+    model = make_model()
+    engine = make_engine(model, golden_tokenizer)
+    own = {name: p.data for name, p in model.named_parameters()}
+    before = {name: weight.clone() for name, weight in own.items()}
+    for p in model.parameters():
+        p.data = p.data * 1.2
+    engine.refresh_weights()
+    request = greedy(prompt_of(5), logprobs=True)
+    check_against_one_pass(model, request, engine.generate([request])[0])
+    for name, p in model.named_parameters():
+        assert torch.equal(own[name], before[name])
+        p.data = own[name]
+    engine.refresh_weights()
+    check_against_one_pass(model, request, engine.generate([request])[0])
+
+
+def test_refresh_weights_with_requests_is_an_error(golden_tokenizer):
+    engine = make_engine(make_model(), golden_tokenizer)
+    engine.add(greedy([1]))
+    with pytest.raises(AssertionError, match="old weights"):
+        engine.refresh_weights()
+
+
+@pytest.mark.parametrize("vocab_size", [GOLDEN_VOCAB_SIZE, 70])  # 70 is padded to 128
+def test_int8_logprobs_are_close_and_reproducible(golden_tokenizer, vocab_size):
+    """With weights of a trained model's size, log-probabilities change by 0.01 nats on average (of 7)."""
+    model = make_model(vocab_size=vocab_size)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.normal_(std=p.size(1) ** -0.5)
+    requests = [
+        Request([token % vocab_size for token in prompt_of(length)], 60, seed=length, logprobs=True)
+        for length in (3, 60, 140)
+    ]
+    completions = make_engine(model, golden_tokenizer, int8=True).generate(requests)
+    assert completions == make_engine(model, golden_tokenizer, int8=True).generate(requests)
+    differences = []
+    for request, completion in zip(requests, completions, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([request.prompt + completion.tokens[:-1]]))[0, len(request.prompt) - 1 :]
+        exact = logits.log_softmax(-1)[range(60), completion.tokens]
+        differences.append((exact - torch.tensor(completion.logprobs)).abs())
+    assert 0 < torch.cat(differences).mean() < 0.02 and torch.cat(differences).max() < 0.2
+
+
+# ---- static shapes and CUDA graphs ----
+
+MIXED = [
+    greedy(prompt_of(1), 40, logprobs=True),
+    Request(prompt_of(140), 90, seed=1, logprobs=True),
+    Request(prompt_of(7), 12, top_k=50, seed=2, logprobs=True),
+    Request(prompt_of(60), 3, top_k=3, top_p=0.5, seed=3, logprobs=True),
+    greedy(prompt_of(130), 126, logprobs=True),
+]
+
+
+def test_step_static_shapes_give_the_same_completions(golden_tokenizer):
+    """The shapes of CUDA graphs: batches with unused slots, and more keys than there are."""
+    model = make_model()
+    expected = make_engine(model, golden_tokenizer).generate(MIXED)
+    engine = make_engine(model, golden_tokenizer)
+    engine.decoder.use_static_shapes = True
+    for request, completion, wanted in zip(MIXED, engine.generate(MIXED), expected, strict=True):
+        assert_same(completion, wanted)
+        check_against_one_pass(model, request, completion)
+    for completion, wanted in zip(engine.generate(MIXED[::-1]), expected[::-1], strict=True):  # slots used before
+        assert_same(completion, wanted)
+
+
+def engine_on_cuda(tokenizer, family="modern", int8=False):
+    return make_engine(make_model(family, device="cuda"), tokenizer, num_rows=8, int8=int8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("family", FAMILY)
+def test_step_graph_equals_eager_step(family, int8, golden_tokenizer):
+    captured, eager = (engine_on_cuda(golden_tokenizer, family, int8=int8) for _ in range(2))
+    eager.decoder.use_graphs = False
+    for request, completion, expected in zip(MIXED, captured.generate(MIXED), eager.generate(MIXED), strict=True):
+        assert_same(completion, expected)
+        if not int8:
+            check_against_one_pass(captured.model, request, completion)
+    assert captured.decoder.graphs and not eager.decoder.graphs
+    assert {batch for batch, *_ in captured.decoder.graphs} == {5, 4, 2, 1}  # the number of slots, else powers of two
+
+
+@pytest.mark.gpu
+def test_step_capturing_a_graph_has_no_side_effects(golden_tokenizer):
+    once, always = engine_on_cuda(golden_tokenizer), engine_on_cuda(golden_tokenizer)
+    for engine in (once, always):
+        for request in MIXED:
+            engine.add(request)
+    while once.is_busy:
+        always.decoder.graphs.clear()  # captured again at each step
+        assert once.step() == always.step()
+        assert [engine.decoder.positions_R[: len(engine.active)].tolist() for engine in (once, always)] == [
+            [entry.position for entry in once.active]
+        ] * 2
+        torch.testing.assert_close(once.decoder.previous_RC, always.decoder.previous_RC, rtol=0, atol=0)
+    assert not always.is_busy
+
+
+@pytest.mark.gpu
+def test_reserve_growing_slots_drops_graphs(golden_tokenizer):
+    engine = engine_on_cuda(golden_tokenizer)
+    short, long = greedy(prompt_of(1), 60, logprobs=True), greedy(prompt_of(100), CONTEXT, logprobs=True)
+    first = engine.add(short)
+    for _ in range(20):
+        engine.step()
+    graphs = list(engine.decoder.graphs.values())
+    second = engine.add(long)
+    engine.step()
+    assert not set(graphs) & set(engine.decoder.graphs.values())
+    completions = {entry.number: entry.completion for entry in engine.active}
+    while engine.is_busy:
+        engine.step()
+    check_against_one_pass(engine.model, short, completions[first])
+    check_against_one_pass(engine.model, long, completions[second])
+
+
+@pytest.mark.gpu
+def test_refresh_weights_graphs_read_the_new_weights(golden_tokenizer):
+    for int8 in (False, True):
+        engine = engine_on_cuda(golden_tokenizer, int8=int8)
+        engine.generate(MIXED)
+        graphs = dict(engine.decoder.graphs)
+        update(engine.model)
+        engine.refresh_weights()
+        after = engine.generate(MIXED)
+        assert engine.decoder.graphs == graphs
+        for completion, expected in zip(
+            after, make_engine(engine.model, golden_tokenizer, 8, int8=int8).generate(MIXED), strict=True
+        ):
+            assert_same(completion, expected)
