@@ -1,40 +1,59 @@
 """
-The conversation protocol: messages → token ids and loss mask. Training, chat, server and tasks all go through here.
+The conversation format and its conversion to token ids, used by training, evaluation, the server and the chat.
 
     {"messages": [
         {"role": "user", "content": "What is 12 * 3?"},
-        {"role": "assistant", "content": [                  # or one string
+        {"role": "assistant", "content": [                  # a list of parts, or a string
             {"type": "python", "text": "12*3"},
             {"type": "python_output", "text": "36"},
             {"type": "text", "text": "36."}]}]}
 
+becomes
+
     <|bos|> <|user_start|> What is 12 * 3? <|user_end|> <|assistant_start|>
     <|python_start|> 12*3 <|python_end|> <|output_start|> 36 <|output_end|> 36. <|assistant_end|>
+
+The model is trained on what it has to generate itself: the assistant's text, its tool calls with their markers, and the
+end token. The loss mask excludes everything else, tool outputs included. Special tokens in text are encoded as plain
+characters, so a user cannot produce one.
 """
 
 import codecs
 import itertools
 import string
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
-
-from rich.text import Text
 
 from nanochat.common import UserError
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-# Kind of assistant part → (the markers around it, whether the model learns to say it; outputs are the tool's words).
-PARTS: dict[str, tuple[tuple[str, str] | None, int]] = {
-    "text": (None, 1),
-    "python": (("<|python_start|>", "<|python_end|>"), 1),
-    "python_output": (("<|output_start|>", "<|output_end|>"), 0),
+
+@dataclass(frozen=True)
+class PartKind:
+    """How a part of an assistant message is rendered."""
+
+    start: str  # special token before the text; empty = none
+    end: str  # special token after it
+    supervised: bool  # whether text and markers are trained on
+
+
+PART_KINDS = {
+    "text": PartKind("", "", supervised=True),
+    "python": PartKind("<|python_start|>", "<|python_end|>", supervised=True),
+    "python_output": PartKind("<|output_start|>", "<|output_end|>", supervised=False),
 }
-SUPERVISED_STYLE, OTHER_STYLE = "green", "bright_black"
+
+
+# ---- validation ----
 
 
 def validate(conversation: Mapping[str, Any]) -> None:
-    """UserError, naming the message, unless user and assistant alternate, after at most one system message."""
+    """
+    Raise UserError, with the index of the message, unless the conversation has the format above: user and assistant
+    alternate, the user first, after at most one system message.
+    """
     messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise UserError('a conversation is {"messages": [{"role": …, "content": …}, …]}')
@@ -44,8 +63,8 @@ def validate(conversation: Mapping[str, Any]) -> None:
     system = ["system"] if messages and messages[0]["role"] == "system" else []
     if len(messages) <= len(system):
         raise UserError("a conversation needs a user message")
-    roles = itertools.chain(system, itertools.cycle(["user", "assistant"]))
-    for i, (message, role) in enumerate(zip(messages, roles, strict=False)):
+    expected_roles = itertools.chain(system, itertools.cycle(["user", "assistant"]))
+    for i, (message, role) in enumerate(zip(messages, expected_roles, strict=False)):
         if message["role"] != role:
             raise UserError(f"message {i}: expected role {role!r}, found {message['role']!r}")
         _validate_content(i, role, message["content"])
@@ -54,48 +73,38 @@ def validate(conversation: Mapping[str, Any]) -> None:
 def _validate_content(i: int, role: str, content: Any) -> None:
     if isinstance(content, str):
         return
-    if role != "assistant" or not isinstance(content, Sequence):
-        expected = "a string or a list of parts" if role == "assistant" else "a string"
-        raise UserError(f"message {i}: the content of the {role} must be {expected}, found {type(content).__name__}")
+    if role != "assistant":
+        raise UserError(f"message {i}: the content of role {role} must be a string, found {type(content).__name__}")
+    if not isinstance(content, Sequence):
+        found = type(content).__name__
+        raise UserError(f"message {i}: the content must be a string or a list of parts, found {found}")
     for j, part in enumerate(content):
-        is_part = isinstance(part, Mapping) and part.get("type") in tuple(PARTS) and isinstance(part.get("text"), str)
-        if not is_part:
-            raise UserError(f'message {i}, part {j}: expected {{"type": {" | ".join(PARTS)}, "text": a string}}')
+        is_part = isinstance(part, Mapping) and part.get("type") in tuple(PART_KINDS)
+        if not is_part or not isinstance(part.get("text"), str):
+            raise UserError(f'message {i}, part {j}: expected {{"type": {" | ".join(PART_KINDS)}, "text": a string}}')
+
+
+# ---- conversation → token ids ----
 
 
 def render(
     conversation: Mapping[str, Any], tokenizer: Tokenizer, max_tokens: int | None = None
 ) -> tuple[list[int], list[int]]:
     """
-    The ids of a conversation and, for each, 1 where the model is to learn it and 0 elsewhere; cut at max_tokens.
-    UserError if the conversation is not valid.
+    Return the ids of a conversation and its loss mask, 1 where the model is trained on the token and 0 elsewhere, both
+    truncated to max_tokens. Raises UserError if the conversation is not valid.
     """
-    ids: list[int] = []
-    mask: list[int] = []
-
-    def add(tokens: list[int], supervised: int) -> None:
-        ids.extend(tokens)
-        mask.extend([supervised] * len(tokens))
-
-    special, encode = tokenizer.special, tokenizer.encode
-    add([tokenizer.bos], 0)
-    for message in _turns(conversation):
-        content = message["content"]
-        if message["role"] == "user":
-            add([special("<|user_start|>"), *encode(content), special("<|user_end|>")], 0)
-            continue
-        add([special("<|assistant_start|>")], 0)
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            markers, supervised = PARTS[part["type"]]
-            tokens = encode(part["text"])
-            add([special(markers[0]), *tokens, special(markers[1])] if markers else tokens, supervised)
-        add([special("<|assistant_end|>")], 1)
+    ids, mask = [tokenizer.bos], [0]
+    for message in _join_system_message(conversation):
+        for tokens, supervised in _segments(message, tokenizer):
+            ids += tokens
+            mask += [int(supervised)] * len(tokens)
     return ids[:max_tokens], mask[:max_tokens]
 
 
 def render_for_completion(conversation: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
-    """The ids after which the assistant speaks: without the reply that the conversation may end with. Never cut."""
-    messages = _turns(conversation)
+    """Return the prompt for the assistant's next reply. If the conversation ends with a reply, that one is left out."""
+    messages = _join_system_message(conversation)
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     ids, _ = render({"messages": messages}, tokenizer)
@@ -106,40 +115,66 @@ def render_to_fit(
     conversation: Mapping[str, Any], tokenizer: Tokenizer, context: int, max_tokens: int
 ) -> tuple[list[int], int]:
     """
-    render_for_completion, and how many of the oldest messages were left out so that a context of so many tokens has
-    room for max_tokens of reply, or is half empty. The system message stays. UserError if the last question alone is
-    too long for that.
+    Like render_for_completion, but leave out the oldest exchanges until max_tokens of reply fit into the context, or
+    half of the context is free. Return the ids and the number of messages left out. The system message always stays.
+
+    Raises UserError if the last user message alone is too long.
     """
     validate(conversation)
-    messages, room = list(conversation["messages"]), context - min(max_tokens, context // 2)
+    messages = list(conversation["messages"])
     if messages[-1]["role"] == "assistant":
         messages.pop()
-    start = 1 if messages[0]["role"] == "system" else 0
+    room = context - min(max_tokens, context // 2)
+    num_system = 1 if messages[0]["role"] == "system" else 0
 
     def ids_without(dropped: int) -> list[int]:
-        return render_for_completion({"messages": messages[:start] + messages[start + dropped :]}, tokenizer)
+        kept = messages[:num_system] + messages[num_system + dropped :]
+        return render_for_completion({"messages": kept}, tokenizer)
 
-    drops = range(0, len(messages) - start, 2)  # a question goes with its answer
-    fitting = drops[bisect_left(drops, True, key=lambda dropped: len(ids_without(dropped)) <= room) :]
-    if not fitting:
-        raise UserError(f"the message has {len(ids_without(drops[-1]))} tokens: the model reads {room} at a time")
-    return ids_without(fitting[0]), fitting[0]
+    candidates = range(0, len(messages) - num_system, 2)  # a question is left out together with its reply
+    first_fitting = bisect_left(candidates, True, key=lambda dropped: len(ids_without(dropped)) <= room)
+    if first_fitting == len(candidates):
+        num_tokens = len(ids_without(candidates[-1]))
+        raise UserError(f"the message has {num_tokens} tokens, at most {room} fit beside the reply: shorten it")
+    dropped = candidates[first_fitting]
+    return ids_without(dropped), dropped
 
 
-def _turns(conversation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The messages, checked, with the system message (the protocol has no marker for it) joined to the first user's."""
+def _join_system_message(conversation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The validated messages. The format has no marker for a system message: it is joined to the first user message."""
     validate(conversation)
     messages = list(conversation["messages"])
     if messages[0]["role"] == "system":
         system, user, *rest = messages
-        messages = [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+        joined = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
+        messages = [joined, *rest]
     return messages
+
+
+def _segments(message: Mapping[str, Any], tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
+    """Yield (token ids, whether they are trained on) for the segments of a message."""
+    special, encode = tokenizer.special, tokenizer.encode
+    content = message["content"]
+    if message["role"] == "user":
+        yield [special("<|user_start|>"), *encode(content), special("<|user_end|>")], False
+        return
+    yield [special("<|assistant_start|>")], False
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    for part in parts:
+        kind = PART_KINDS[part["type"]]
+        tokens = encode(part["text"])
+        if kind.start:
+            tokens = [special(kind.start), *tokens, special(kind.end)]
+        yield tokens, kind.supervised
+    yield [special("<|assistant_end|>")], True
 
 
 def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str] = string.ascii_uppercase) -> str:
     """
-    A multiple-choice question as user content. The letter comes after its choice, and right after "=", so that small
-    models bind the two and the letter is the very token of the answer, without a space. ValueError: too few letters.
+    Return a multiple-choice question as the content of a user message. Raises ValueError if there are too few letters.
+
+    A letter follows its choice, which helps small models to bind the two. It follows "=" without a space, so that it is
+    the same token as in the reply.
     """
     if len(letters) < len(choices):
         raise ValueError(f"{len(choices)} choices but only {len(letters)} letters")
@@ -147,51 +182,53 @@ def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str
     return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
 
 
-def colour_view(ids: Sequence[int], mask: Sequence[int], tokenizer: Tokenizer) -> Text:
-    """A rendered conversation for the terminal: what the model learns in one colour, the rest in another."""
-    view = Text()
-    for supervised, run in itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
-        view.append(tokenizer.decode([token for token, _ in run]), SUPERVISED_STYLE if supervised else OTHER_STYLE)
-    return view
+# ---- token ids → parts ----
 
 
 class PartReader:
-    """Reads an assistant's tokens as they come and tells which kind of part each piece of text belongs to."""
+    """Converts generated tokens to text, token by token, and tells which kind of part the text belongs to."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.kinds = {tokenizer.special(m[0]): kind for kind, (m, _) in PARTS.items() if m}
-        self.ends = {tokenizer.special(m[1]) for m, _ in PARTS.values() if m}
-        self._start("text")
+        marked = {name: kind for name, kind in PART_KINDS.items() if kind.start}
+        self._kind_by_start = {tokenizer.special(kind.start): name for name, kind in marked.items()}
+        self._ends = {tokenizer.special(kind.end) for kind in marked.values()}
+        self._start_part("text")
 
     def read(self, token: int) -> tuple[str, str]:
-        """(kind, whole characters of it that this token completes, perhaps none)."""
-        if token in self.kinds:
-            self._start(self.kinds[token])
-        elif token in self.ends:
-            self._start("text")
-        elif token < self.tokenizer.vocab_size - len(SPECIAL_TOKENS):
-            return self.kind, self.decoder.decode(self.tokenizer.decode_bytes([token]))
-        return self.kind, ""
+        """Return the kind of part and the characters that this token completes, possibly none."""
+        if token in self._kind_by_start:
+            self._start_part(self._kind_by_start[token])
+            return self.kind, ""
+        if token in self._ends:
+            self._start_part("text")
+            return self.kind, ""
+        is_special = token >= self.tokenizer.vocab_size - len(SPECIAL_TOKENS)
+        if is_special:
+            return self.kind, ""
+        return self.kind, self._decoder.decode(self.tokenizer.decode_bytes([token]))
 
-    def _start(self, kind: str) -> None:
+    def _start_part(self, kind: str) -> None:
         self.kind = kind
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # characters may span tokens
+        # Incremental, because a character may span several tokens.
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
 
 def read_parts(tokens: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, str]]:
-    """Generated tokens as the content of an assistant message: a list of parts."""
+    """Return generated tokens as the content of an assistant message, a list of parts."""
     reader = PartReader(tokenizer)
     parts: list[dict[str, str]] = []
     for token in tokens:
         kind, text = reader.read(token)
-        if text and parts and parts[-1]["type"] == kind:
+        if not text:
+            continue
+        if parts and parts[-1]["type"] == kind:
             parts[-1]["text"] += text
-        elif text:
+        else:
             parts.append({"type": kind, "text": text})
     return parts
 
 
-def spoken_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
-    """What generated tokens say, tool calls and their outputs left out."""
+def completion_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Return the text of generated tokens without tool calls and their outputs."""
     return "".join(part["text"] for part in read_parts(tokens, tokenizer) if part["type"] == "text")

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from nanochat.common import UserError
-from nanochat.conversation import render_for_completion, spoken_text
+from nanochat.conversation import completion_text, render_for_completion
 from nanochat.distributed import Dist
 from nanochat.engine import Completion, Engine, Request
 from nanochat.gpt import GPT
@@ -149,7 +149,7 @@ def sample_rollouts(
 
 def grade_group(question: Question, completions: Sequence[Completion], tokenizer: Tokenizer) -> list[Rollout]:
     """Computes the rewards and advantages of the completions of one question."""
-    rewards = [question.reward_fn(spoken_text(c.tokens, tokenizer)) for c in completions]
+    rewards = [question.reward_fn(completion_text(c.tokens, tokenizer)) for c in completions]
     advantages = group_advantages(rewards)
     rollouts = []
     for completion, reward, advantage in zip(completions, rewards, advantages, strict=True):

@@ -1,19 +1,21 @@
 """
-Show conversations as the model sees them: green is what it learns to say, the rest is context.
+Show rendered conversations: the tokens that the model is trained on in green, the others in grey.
 
     python -m scripts.show_conversation --path identity.jsonl --num 3
     python -m scripts.show_conversation --source gsm8k
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from nanochat.cli import command, flag
 from nanochat.common import UserError
-from nanochat.conversation import colour_view, render
+from nanochat.conversation import render
 from nanochat.tokenizer import Tokenizer, default_dir
 from tasks.common import Task, limited
 from tasks.customjson import CustomJSON
@@ -22,6 +24,9 @@ from tasks.mmlu import MMLU
 from tasks.quiz import PrimerChat
 from tasks.smoltalk import SmolTalk
 from tasks.spelling import SimpleSpelling, SpellingBee
+
+SUPERVISED_STYLE = "green"
+CONTEXT_STYLE = "bright_black"
 
 SOURCES: dict[str, Callable[[Tokenizer], Task]] = {
     "primer": lambda tokenizer: PrimerChat("train"),
@@ -35,10 +40,10 @@ SOURCES: dict[str, Callable[[Tokenizer], Task]] = {
 
 @dataclass(frozen=True)
 class Flags:
-    path: str = flag("", "JSONL file, one array of messages a line; empty = --source")
-    source: str = flag("primer", "training conversations to show", choices=tuple(SOURCES))
-    num: int = flag(5, "conversations to show")
-    max_tokens: int = flag(2048, "tokens after which a conversation is cut, as in training")
+    path: str = flag("", "JSONL file, one array of messages per line; empty = --source")
+    source: str = flag("primer", "dataset whose training conversations are shown", choices=tuple(SOURCES))
+    num: int = flag(5, "number of conversations")
+    max_tokens: int = flag(2048, "tokens to which a conversation is truncated, as in training")
     tokenizer_dir: str = flag("", "folder of the tokenizer; empty = tokenizer/ in $NANOCHAT_BASE_DIR")
 
 
@@ -51,8 +56,17 @@ def main(flags: Flags) -> None:
     console = Console()
     for i, conversation in enumerate(limited(task, flags.num)):
         ids, mask = render(conversation, tokenizer, flags.max_tokens)
-        console.rule(f"{i}: {len(ids)} tokens, {sum(mask)} learned")
-        console.print(colour_view(ids, mask, tokenizer))
+        console.rule(f"{i}: {len(ids)} tokens, {sum(mask)} trained on")
+        console.print(highlight(ids, mask, tokenizer))
+
+
+def highlight(ids: Sequence[int], mask: Sequence[int], tokenizer: Tokenizer) -> Text:
+    """Return a rendered conversation with its supervised tokens in another colour."""
+    text = Text()
+    for supervised, group in itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
+        tokens = [token for token, _ in group]
+        text.append(tokenizer.decode(tokens), SUPERVISED_STYLE if supervised else CONTEXT_STYLE)
+    return text
 
 
 if __name__ == "__main__":

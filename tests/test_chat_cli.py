@@ -381,7 +381,7 @@ def test_session_beyond_context_drops_from_prompt_not_from_file(tokenizer, tmp_p
         assert response(chat, f"question {i} " + "x" * 20) == "so be it"
     assert chat.num_dropped == 2 and chat.first_in_prompt > 2
     assert max(len(request.prompt) for request in chat.engine.requests) <= 80
-    with pytest.raises(UserError, match="the model reads 80 at a time"):
+    with pytest.raises(UserError, match="at most 80 fit"):
         response(chat, "x" * 1000)
     chat.save(str(tmp_path / "new/chat.json"))
     messages = json.loads((tmp_path / "new/chat.json").read_text())["messages"]

@@ -345,7 +345,7 @@ MANY = [{"role": "user", "content": "a" * 7000}, {"role": "assistant", "content"
         ("native", {"messages": HELLO * 501}, "at most 500"),
         ("native", {"messages": LONG}, "message 0 has 8001 characters: 8000 are allowed"),
         ("native", {"messages": MANY}, "35005 characters in the messages: 32000 are allowed"),
-        ("native", {"messages": [{"role": "user", "content": "hi " * 300}]}, "the model reads 248 at a time"),
+        ("native", {"messages": [{"role": "user", "content": "hi " * 300}]}, "at most 248 fit"),
         ("native", {"messages": [*HELLO, {"role": "assistant", "content": [{"type": "x", "text": ""}]}]}, "part 0"),
         ("chat", {"messages": HELLO, "tools": [{"type": "function"}]}, r"tools: only null or \[\] is supported"),
         ("chat", {"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format"),

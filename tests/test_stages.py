@@ -346,7 +346,7 @@ def test_chat_cli_drops_old_messages_when_the_context_is_full(workspace, capsys,
     chat_cli.main([*CPU, "-m", "40"])
     out = " ".join(capsys.readouterr().out.split())
     assert "messages were dropped" in out  # the context is full before long
-    assert "the model reads 88 at a time" in out
+    assert "at most 88 fit" in out
     assert "A new conversation." in out
     assert not list(said)
 
@@ -365,7 +365,7 @@ def test_show_conversation_colours_supervised_tokens(workspace, tmp_path, capsys
     (tmp_path / "mine.jsonl").write_text(json.dumps(messages))
     show_conversation.main(["--path", str(tmp_path / "mine.jsonl")])
     out = capsys.readouterr().out
-    assert "<|user_start|>hi<|user_end|>" in out and "learned" in out
+    assert "<|user_start|>hi<|user_end|>" in out and "trained on" in out
     show_conversation.main(["--source", "spellingbee", "--num", "2"])
     assert capsys.readouterr().out.count("<|python_start|>") == 2
 
@@ -531,7 +531,7 @@ WRONG = [  # what was done, script, flags, words of the error
     (nothing, chat_eval, [*CPU, "-a", "Quiz"], "there are ARC-Easy"),
     (nothing, base_eval, [*CPU, "--eval", "bpb,cor"], "there are core, bpb, sample"),
     (nothing, chat_cli, [*CPU, "-t", "-1"], "at least 0"),
-    (nothing, chat_cli, [*CPU, "-p", "so " * 500], "the model reads 64 at a time"),
+    (nothing, chat_cli, [*CPU, "-p", "so " * 500], "at most 64 fit"),
     (nothing, mid_train, [*SFT, "--identity-epochs", "0", "--primer-epochs", "0"], "--smoltalk-epochs 1"),
     (nothing, chat_sft, [*SFT, "--identity-epochs", "0", "--primer-epochs", "0"], "--smoltalk-epochs 1"),
     (nothing, chat_sft, [*SFT, "--identity-file", "nowhere.jsonl"], "nowhere.jsonl"),

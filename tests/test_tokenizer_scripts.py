@@ -98,7 +98,7 @@ def test_show_conversation(golden_tokenizer, tmp_path, capsys):
     argv = ["--path", str(path), "--tokenizer-dir", str(tmp_path)]
     show_conversation.main(argv)
     out = capsys.readouterr().out
-    assert f"0: {len(ids)} tokens, {sum(mask)} learned" in out and "1:" in out
+    assert f"0: {len(ids)} tokens, {sum(mask)} trained on" in out and "1:" in out
     assert "<|user_start|>hi [there]<|user_end|>" in out
     path.write_text(f"{json.dumps(messages)}\n{json.dumps(messages[1:])}\n")
     with pytest.raises(SystemExit, match="line 2: message 0"):

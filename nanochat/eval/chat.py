@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from nanochat.attention import attend, attend_cached, band_mask
 from nanochat.common import atomic_path
-from nanochat.conversation import render_for_completion, spoken_text
+from nanochat.conversation import completion_text, render_for_completion
 from nanochat.distributed import Dist
 from nanochat.engine import Completion, Engine, Request
 from nanochat.eval.core import BATCH_COLUMNS
@@ -229,7 +229,7 @@ def write(
     completions = generate(
         engine, [replace(settings, prompt=prompts[i], seed=i * num_samples + j) for i, j in order], progress
     )
-    texts = [spoken_text(completion.tokens, tokenizer) for completion in completions]
+    texts = [completion_text(completion.tokens, tokenizer) for completion in completions]
     with ThreadPoolExecutor(JUDGES) as pool:
         verdicts = list(pool.map(task.grade, [conversations[i] for i, _ in order], texts))
     found = []
