@@ -1,4 +1,10 @@
-"""What this machine is, and what follows from it: device, compute dtype, peak rates, process-wide settings."""
+"""
+Detects what this machine can do and sets it up: device, compute dtype, compiler, peak rates, process-wide settings.
+
+Where data sheets do not decide, a short measurement does: whether a CPU multiplies faster in bfloat16, and which of two
+float32 matrix products is faster and exact enough. Measured choices are saved in checkpoints, so that a resumed run
+makes them again.
+"""
 
 import ctypes
 import os
@@ -15,7 +21,7 @@ from nanochat.common import UserError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-# Dense bfloat16 FLOP/s and memory bytes/s, from the vendors' data sheets; matched in order against the device's name.
+# Part of the device name, dense bfloat16 FLOP/s, memory bytes/s; from the vendors' data sheets. The first match counts.
 GPU_PEAKS = (
     ("GB200", 2.5e15, 8.0e12),
     ("B200", 2.25e15, 8.0e12),
@@ -27,6 +33,7 @@ GPU_PEAKS = (
     ("A100", 312e12, 2.0e12),
     ("A800", 312e12, 2.0e12),
     ("L40S", 362e12, 0.864e12),
+    ("L40", 181e12, 0.864e12),
     ("L4", 121e12, 0.3e12),
     ("RTX 5090", 209e12, 1.79e12),
     ("RTX 4090", 165e12, 1.01e12),
@@ -36,11 +43,16 @@ GPU_PEAKS = (
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     """
-    "auto" takes CUDA, else MPS, else the CPU. On CUDA each local rank gets a GPU of its own.
-    UserError if the device is not there.
+    The device of that name; "auto" is CUDA, else MPS, else the CPU. On CUDA each local rank gets its own GPU.
+    UserError if the machine does not have it.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
     if name == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: no usable CUDA GPU here; use --device cpu, or check nvidia-smi")
@@ -58,7 +70,10 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:
-    """The compute dtype: $NANOCHAT_DTYPE, else bfloat16 on CUDA GPUs of compute capability 8.0, else float32."""
+    """
+    The dtype to compute in: $NANOCHAT_DTYPE, else bfloat16 on CUDA GPUs of compute capability 8.0 (Ampere) or more,
+    else float32.
+    """
     name = os.environ.get("NANOCHAT_DTYPE")
     if name:
         if name not in DTYPES:
@@ -68,30 +83,30 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def pick_training_dtype(device: torch.device, begun: str = "") -> torch.dtype:
+def pick_training_dtype(device: torch.device, resumed_dtype: str = "") -> torch.dtype:
     """
-    The same, but a CPU that multiplies bfloat16 much faster trains in it: weights, optimizer, softmax and loss are in
-    float32 all the same. That is measured, so a run goes on in the dtype in which it was `begun` ("torch.bfloat16").
+    As pick_dtype, but a CPU that multiplies bfloat16 much faster trains in it; weights, optimizer, softmax and loss
+    stay in float32. Because that is measured, a resumed run passes the dtype that it was started in ("torch.bfloat16").
     """
     dtype = pick_dtype(device)
     if device.type != "cpu" or os.environ.get("NANOCHAT_DTYPE"):
         return dtype
-    if begun:
-        return DTYPES[begun.removeprefix("torch.")]
-    return torch.bfloat16 if cpu_likes_bfloat16() else dtype
+    if resumed_dtype:
+        return DTYPES[resumed_dtype.removeprefix("torch.")]
+    return torch.bfloat16 if bf16_faster_on_cpu() else dtype
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile can work: it needs a C++ compiler on the CPU and Triton's hardware (7.0) on CUDA."""
+    """Whether torch.compile works: it needs a C++ compiler on a CPU, and compute capability 7.0 (Triton) on CUDA."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (7, 0)
     return device.type == "cpu" and any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
-def ready_compiler(device: torch.device) -> None:
+def warm_up_compiler(device: torch.device) -> None:
     """
-    Begins in the background what torch.compile does first on a CPU: to try which vector instructions the C++ compiler
-    knows. That takes 4 of the 42 s until the first step of a machine's first run, depth 4 on two cores.
+    Starts, in a thread, the first thing that torch.compile does on a CPU: finding out which vector instructions the C++
+    compiler supports. In a machine's first run that is 4 of the 42 s until the first step (depth 4, two cores).
     """
     if device.type == "cpu":
         from torch._inductor.cpu_vec_isa import pick_vec_isa
@@ -99,23 +114,29 @@ def ready_compiler(device: torch.device) -> None:
         threading.Thread(target=pick_vec_isa, daemon=True).start()
 
 
-def compiling_pays(device: torch.device, dtype: torch.dtype, flops: float, num_layers: int) -> bool:
+def compiling_pays_off(device: torch.device, dtype: torch.dtype, flops: float, num_layers: int) -> bool:
     """
-    Whether a training run of so many FLOPs takes longer than compiling saves. On a GPU it always does. On a CPU, at
-    depth 4 and width 256: eager code reaches about half the rate of the matrix products, compiled code 1.5 times that,
-    and compiling takes 8 s a layer on two cores.
+    Whether torch.compile saves more time than it takes, in a training run of this many FLOPs. On a GPU it always does.
+
+    On a CPU, measured at depth 4 and width 256: eager code reaches half the rate of plain matrix products, compiled
+    code is 1.5 times as fast, and compiling takes 8 s per layer on two cores.
     """
     if device.type != "cpu":
         return True
-    return flops / matmul_rate(device, dtype) * 2 * (1 - 1 / 1.5) > 8 * num_layers
+    eager_seconds = 2 * flops / matmul_rate(device, dtype)
+    saved_seconds = eager_seconds * (1 - 1 / 1.5)
+    return saved_seconds > 8 * num_layers
 
 
 def gpu_peaks(device: torch.device) -> tuple[float, float] | None:
-    """(dense bfloat16 FLOP/s, memory bytes/s) of a known GPU; None for the CPU and for GPUs not in the table."""
+    """Dense bfloat16 FLOP/s and memory bytes/s of a GPU in the table; None for other devices."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next(((flops, bandwidth) for key, flops, bandwidth in GPU_PEAKS if key in name), None)
+    for part_of_name, flops, bandwidth in GPU_PEAKS:
+        if part_of_name in name:
+            return flops, bandwidth
+    return None
 
 
 def describe(device: torch.device) -> str:
@@ -127,7 +148,7 @@ def describe(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes held so far: on the GPU where there is one, else by the process."""
+    """Peak memory in bytes: of torch on the GPU, or of the process on other devices."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on Windows
@@ -138,16 +159,19 @@ def peak_memory(device: torch.device) -> int:
 
 def tune_process(device: torch.device, matmul_precision: str = "") -> str:
     """
-    Process-wide settings for training. On CUDA: TF32 for what is left in float32. On the CPU: the faster of two float32
-    matrix products, a malloc that keeps the pages it has, sums in a fixed order. Returns the precision chosen; a
-    resumed run passes it in again, for two measurements may differ and with them the last bits of every loss.
+    Applies process-wide settings for training, and returns the float32 matmul precision that is in force.
+
+    On CUDA: TF32 for the few products in float32. On a CPU: a malloc that keeps freed pages, reproducible sums, and the
+    faster of two float32 products. That one is measured, unless the caller passes the precision: a resumed run has to,
+    because another measurement may come out differently and change the last bits of every loss.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     elif device.type == "cpu":
         keep_freed_pages()
-        # Else compiled code adds up the gradients of embedding tables in whatever order two threads come by, so that no
-        # run could be repeated or resumed to the bit. It is no slower: those additions wait for each other.
+        # Without this, compiled code adds up the gradients of embedding tables in the order in which two threads
+        # arrive, and no run can be repeated or resumed bitwise. It costs nothing: the threads wait for each other
+        # anyway.
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         if matmul_precision:
@@ -159,8 +183,9 @@ def tune_process(device: torch.device, matmul_precision: str = "") -> str:
 
 def keep_freed_pages() -> None:
     """
-    glibc returns big tensors' pages to the system and faults them in again at every step. Keeping them took page faults
-    of a depth-4 training step from 1.4 M to 0.1 M and gave 1.6x in float32.
+    Makes glibc keep the memory of freed tensors. By default it returns the pages of large ones to the system, and every
+    step faults them in again: keeping them reduced the page faults of a training step at depth 4 from 1.4 M to 0.1 M,
+    and made it 1.6 times as fast in float32.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -173,9 +198,11 @@ def keep_freed_pages() -> None:
 
 def choose_cpu_matmul() -> None:
     """
-    "medium" sends float32 products to oneDNN: up to twice as fast as MKL on AMD chips and still exact to 7e-7 there. On
-    chips with AMX it means bfloat16 products (1,650 against 430 GFLOP/s, but an error of 2e-3), which nobody asked for
-    who computes in float32. So: measure speed and error.
+    Sets the float32 matmul precision to "medium" if that is faster and exact enough, else to "highest".
+
+    "medium" sends float32 products to oneDNN. On AMD chips these are up to twice as fast as MKL's and exact to 7e-7. On
+    chips with AMX they are products of bfloat16 (1,650 instead of 430 GFLOP/s) with an error of 2e-3, which is not what
+    float32 promises. So both speed and error are measured.
     """
     a, b = _probe_matrices()
     exact = a.double() @ b.double()
@@ -184,32 +211,34 @@ def choose_cpu_matmul() -> None:
         torch.set_float32_matmul_precision(precision)
         return a @ b
 
-    plain_seconds, seconds = _quickest((lambda: multiply("highest"), lambda: multiply("medium")), a.device)
+    highest_seconds, medium_seconds = _best_seconds([lambda: multiply("highest"), lambda: multiply("medium")], a.device)
     error = (multiply("medium").double() - exact).abs().max() / exact.abs().max()
-    if error > 1e-5 or seconds > plain_seconds:
+    if error > 1e-5 or medium_seconds > highest_seconds:
         torch.set_float32_matmul_precision("highest")
 
 
+def bf16_faster_on_cpu() -> bool:
+    """Whether this CPU multiplies bfloat16 at least 1.5 times as fast as float32 (with AVX-512 BF16 or AMX it does)."""
+    a, b = _probe_matrices()
+    a16, b16 = a.bfloat16(), b.bfloat16()
+    bf16_seconds, float32_seconds = _best_seconds([lambda: a16 @ b16, lambda: a @ b], a.device)
+    return bf16_seconds * 1.5 < float32_seconds
+
+
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes/s, read and written ones together, of the quickest of some copies far larger than caches."""
+    """Memory bandwidth in bytes/s, reads plus writes, of the fastest of several copies much larger than the caches."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _quickest([lambda: target.copy_(source)], device)[0]
+    (seconds,) = _best_seconds([lambda: target.copy_(source)], device)
+    return 2 * source.nbytes / seconds
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the quickest of some products of large square matrices."""
+    """FLOP/s of the fastest of several products of large square matrices."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.ones(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / _quickest([lambda: a @ a], device)[0]
-
-
-def cpu_likes_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices at least 1.5 times as fast as float32 ones (AVX-512 BF16, AMX)."""
-    a, b = _probe_matrices()
-    a16, b16 = a.bfloat16(), b.bfloat16()
-    seconds16, seconds32 = _quickest((lambda: a16 @ b16, lambda: a @ b), a.device)
-    return seconds16 * 1.5 < seconds32
+    (seconds,) = _best_seconds([lambda: a @ a], device)
+    return 2 * size**3 / seconds
 
 
 def _probe_matrices() -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,20 +246,25 @@ def _probe_matrices() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(1024, 512, generator=generator), torch.randn(512, 512, generator=generator)
 
 
-def _quickest(runs: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
-    """The least seconds of each: they take turns, for 0.2 s at least, so that what else the machine does hits all."""
-    best, num_turns, started = [float("inf")] * len(runs), 0, time.perf_counter()
-    while num_turns < 3 or time.perf_counter() - started < 0.2:
-        for i, run in enumerate(runs):
-            start = time.perf_counter()
-            run()
+def _best_seconds(functions: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """
+    The shortest time of each function. They alternate for at least 0.2 s, so that other load on the machine slows down
+    all of them.
+    """
+    best = [float("inf")] * len(functions)
+    num_rounds = 0
+    start = time.perf_counter()
+    while num_rounds < 3 or time.perf_counter() - start < 0.2:
+        for i, function in enumerate(functions):
+            function_start = time.perf_counter()
+            function()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            best[i] = min(best[i], time.perf_counter() - start)
-        num_turns += 1
+            best[i] = min(best[i], time.perf_counter() - function_start)
+        num_rounds += 1
     return best
 
 
-if __name__ == "__main__":  # what speedrun.sh asks: device, number of GPUs, and whether the CPU should take bfloat16
+if __name__ == "__main__":  # for speedrun.sh: device, number of GPUs, and "bfloat16" if a CPU should train in it
     found = pick_device()
-    print(found.type, torch.cuda.device_count(), "bfloat16" if found.type == "cpu" and cpu_likes_bfloat16() else "-")
+    print(found.type, torch.cuda.device_count(), "bfloat16" if found.type == "cpu" and bf16_faster_on_cpu() else "-")

@@ -125,7 +125,7 @@ class Run:
         self.model = self._build_model(attention)
         self.compiled = compile and self._can_and_should_compile(total_flops)
         if self.compiled:
-            hardware.ready_compiler(self.dist.device)  # in the background
+            hardware.warm_up_compiler(self.dist.device)  # in the background
         self.optimizer = build_optimizer(
             self.model, groups, rank=self.dist.rank, world_size=self.dist.world_size, compile=self.compiled
         )
@@ -227,7 +227,7 @@ class Run:
         if self.resumed:
             return self.resumed.meta.get("compiled", True)
         flops = total_flops / self.dist.world_size
-        return self.dist.gather(hardware.compiling_pays(device, self.dtype, flops, self.model.config.n_layer))[0]
+        return self.dist.gather(hardware.compiling_pays_off(device, self.dtype, flops, self.model.config.n_layer))[0]
 
     def _compile(self) -> None:
         self.dist.print0("compiling the model" if self.compiled else "running the model without torch.compile")

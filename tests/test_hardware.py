@@ -1,5 +1,5 @@
 """
-Devices and dtypes: what is not there is a UserError; what the machine can do is found out, not assumed.
+Devices and dtypes, the table of GPUs, compiling, and the settings of a training process.
 
     python -m pytest tests/test_hardware.py
 """
@@ -19,18 +19,18 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
-def test_auto_falls_back_to_the_cpu(no_gpu):
+def test_auto_without_a_gpu_is_the_cpu(no_gpu):
     assert hardware.pick_device() == CPU
     assert hardware.pick_device("auto", local_rank=3) == CPU
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps", "tpu", "cuda:0", ""])
-def test_a_device_that_is_not_there_is_a_user_error(no_gpu, name):
+def test_missing_device_is_a_user_error(no_gpu, name):
     with pytest.raises(UserError, match="--device"):
         hardware.pick_device(name)
 
 
-def test_each_local_rank_has_a_gpu_of_its_own(monkeypatch):
+def test_each_local_rank_gets_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [hardware.pick_device("cuda", rank) for rank in (0, 1)] == [torch.device("cuda", rank) for rank in (0, 1)]
@@ -39,7 +39,7 @@ def test_each_local_rank_has_a_gpu_of_its_own(monkeypatch):
         hardware.pick_device("cuda", 2)
 
 
-def test_the_dtype_follows_the_device_unless_told(monkeypatch):
+def test_dtype_follows_the_device_unless_the_environment_sets_it(monkeypatch):
     monkeypatch.delenv("NANOCHAT_DTYPE", raising=False)
     assert hardware.pick_dtype(CPU) == torch.float32
     for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
@@ -50,29 +50,29 @@ def test_the_dtype_follows_the_device_unless_told(monkeypatch):
         assert hardware.pick_dtype(CPU) == dtype
 
 
-def test_a_cpu_trains_in_what_it_multiplies_faster_and_goes_on_in_what_it_began(monkeypatch):
+def test_cpu_trains_in_the_faster_dtype_and_resumes_in_the_first_one(monkeypatch):
     monkeypatch.delenv("NANOCHAT_DTYPE", raising=False)
-    for likes, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(hardware, "cpu_likes_bfloat16", lambda likes=likes: likes)
+    for faster, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(hardware, "bf16_faster_on_cpu", lambda faster=faster: faster)
         assert hardware.pick_training_dtype(CPU) == dtype
         assert hardware.pick_training_dtype(CPU, "torch.float32") == torch.float32
         assert hardware.pick_training_dtype(CPU, "torch.bfloat16") == torch.bfloat16
     monkeypatch.setenv("NANOCHAT_DTYPE", "float16")
-    assert hardware.pick_training_dtype(CPU, "torch.float32") == torch.float16  # check_resumable then refuses
+    assert hardware.pick_training_dtype(CPU, "torch.float32") == torch.float16  # resuming is refused later, in run.py
     monkeypatch.delenv("NANOCHAT_DTYPE")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert hardware.pick_training_dtype(torch.device("cuda", 0), "torch.float32") == torch.bfloat16
 
 
-def test_compiling_pays_in_long_runs_only(monkeypatch):
+def test_compiling_pays_off_in_long_runs_only(monkeypatch):
     monkeypatch.setattr(hardware, "matmul_rate", lambda device, dtype: 500e9)
     step_flops = 0.28e12  # of 8,192 tokens at depth 4, width 256
-    pays = [hardware.compiling_pays(CPU, torch.float32, steps * step_flops, 4) for steps in (20, 227)]
+    pays = [hardware.compiling_pays_off(CPU, torch.float32, steps * step_flops, 4) for steps in (20, 227)]
     assert pays == [False, True]
-    assert hardware.compiling_pays(torch.device("cuda", 0), torch.float32, 0.0, 4)
+    assert hardware.compiling_pays_off(torch.device("cuda", 0), torch.float32, 0.0, 4)
 
 
-def test_an_unknown_dtype_is_a_user_error(monkeypatch):
+def test_unknown_dtype_is_a_user_error(monkeypatch):
     monkeypatch.setenv("NANOCHAT_DTYPE", "int8")
     with pytest.raises(UserError, match="NANOCHAT_DTYPE=int8.*bfloat16"):
         hardware.pick_dtype(CPU)
@@ -87,23 +87,24 @@ def test_an_unknown_dtype_is_a_user_error(monkeypatch):
         ("NVIDIA GB200", 2.5e15),
         ("NVIDIA B200", 2.25e15),
         ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", 181e12),
         ("NVIDIA L4", 121e12),
         ("NVIDIA Abacus", None),
     ],
 )
-def test_the_most_specific_name_gives_the_peak(monkeypatch, name, flops):
+def test_most_specific_name_gives_the_peak(monkeypatch, name, flops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     peaks = hardware.gpu_peaks(torch.device("cuda", 0))
     assert (peaks and peaks[0]) == flops
 
 
-def test_the_cpu_has_no_known_peak_but_a_description():
+def test_cpu_has_a_description_and_no_known_peak():
     assert hardware.gpu_peaks(CPU) is None
     assert "cpu" in hardware.describe(CPU) and "\n" not in hardware.describe(CPU)
     assert hardware.peak_memory(CPU) > 2**20
 
 
-def test_no_compiler_no_compiling(monkeypatch):
+def test_compiling_needs_a_compiler(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not hardware.can_compile(CPU)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}" if name == "clang++" else None)
@@ -111,7 +112,7 @@ def test_no_compiler_no_compiling(monkeypatch):
     assert not hardware.can_compile(torch.device("mps"))
 
 
-def test_the_chosen_matmul_is_exact_enough():
+def test_chosen_cpu_matmul_is_exact():
     before = torch.get_float32_matmul_precision()
     try:
         hardware.choose_cpu_matmul()
@@ -122,7 +123,7 @@ def test_the_chosen_matmul_is_exact_enough():
         torch.set_float32_matmul_precision(before)
 
 
-def test_training_on_a_cpu_can_be_repeated_to_the_bit():
+def test_training_process_on_a_cpu_is_deterministic():
     hardware.tune_process(torch.device("cpu"), "highest")
     assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.utils.deterministic.fill_uninitialized_memory  # which would only take time
+    assert not torch.utils.deterministic.fill_uninitialized_memory  # that would only cost time

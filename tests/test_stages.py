@@ -65,7 +65,7 @@ def workspace(tmp_path_factory):
         patch.delenv("NANOCHAT_DTYPE", raising=False)
         # These choices are measured, so two runs could compute differently; comparisons below are bitwise.
         patch.setattr(hardware, "choose_cpu_matmul", lambda: None)
-        patch.setattr(hardware, "cpu_likes_bfloat16", lambda: False)
+        patch.setattr(hardware, "bf16_faster_on_cpu", lambda: False)
         primer.main([])
         tok_train.main(["--vocab-size", str(VOCAB), "--max-chars", "300000"])
         base_train.main(BASE)
@@ -102,7 +102,7 @@ def test_model_is_compiled_once(workspace, monkeypatch, device):
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count, fullgraph=True))
     monkeypatch.setattr(hardware, "can_compile", lambda device: True)
-    monkeypatch.setattr(hardware, "compiling_pays", lambda *_: True)
+    monkeypatch.setattr(hardware, "compiling_pays_off", lambda *_: True)
     base_train.main([*BASE, "--compile", "--device", device, "--model-tag", "compiled"])
     models = [graph for graph in graphs if "nanochat::blocks" in graph.code or "scaled_dot_product" in graph.code]
     assert len(models) == (1 if device == "cpu" else 2)
