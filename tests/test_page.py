@@ -1,6 +1,6 @@
 """
-The web chat's page in Debian's Chromium, against the real server and a small model that knows a few answers by heart:
-asking, stopping, editing, several conversations, what goes wrong, and that nothing a model says runs.
+The page of the web chat in Chromium, with the real server and a tiny model that has memorised a few conversations:
+streaming, stopping, editing, several conversations, failures, and that generated text never runs as a script.
 
     python -m pytest tests/test_page.py
 """
@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -21,19 +20,23 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GOLDEN
+from factories import save_checkpoint, tiny_gpt, wait_until
 
 from nanochat.conversation import render
-from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
 expect = sync_api.expect
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed: apt-get install chromium")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed: apt-get install chromium"),
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 WHO, SUM, CODE, EVIL, LONG = "Who are you?", "What is 12 * 13?", "Show me code.", "Be evil.", "Go on."
-ANSWERS = {
+RESPONSES = {
     WHO: "I am **nanochat**.",
     SUM: [
         {"type": "python", "text": "12*13"},
@@ -42,21 +45,20 @@ ANSWERS = {
     ],
     CODE: "Here:\n\n```python\nprint('<b>hi</b>')\n```\n\n- one\n  - two",
     EVIL: "<img src=x onerror=alert(1)> <script>alert(2)</script> [x](javascript:alert(3)) ![y](http://127.0.0.1:9/y)",
-    LONG: "la la\n\n" * 100,  # cut before it ends: it never ends
+    LONG: "la la\n\n" * 100,  # truncated in training, so that the model never ends it
 }
 CONTEXT = 4096
-STEPS = 120  # then the loss is below 0.05 nats
-ANSWER_MS = 30_000  # on a machine that others use too
+STEPS = 120  # enough for a loss below 0.05 nats
+TIMEOUT_MS = 30_000  # for a busy machine
 
 
-# ---- a model, a server, a browser ----
+# ---- model, server, browser ----
 
 
-def learn_by_heart(tokenizer):
-    """A model that says ANSWERS, also as the second answer of a conversation."""
-    torch.manual_seed(0)
-    model = GPT.create(GPTConfig(CONTEXT, tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=64))
-    turns = {q: [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in ANSWERS.items()}
+def memorise_responses(tokenizer):
+    """Trains a tiny model until it generates RESPONSES, also as the second response of a conversation."""
+    model = tiny_gpt(initial=True, sequence_len=CONTEXT, n_kv_head=2, n_embd=64)
+    turns = {q: [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in RESPONSES.items()}
     conversations = [*turns.values(), turns[WHO] + turns[SUM], turns[SUM] + turns[WHO], turns[WHO] + turns[LONG]]
     x_BT = torch.zeros(len(conversations), 160, dtype=torch.long)
     y_BT = torch.full_like(x_BT, -1)
@@ -75,39 +77,30 @@ def learn_by_heart(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def base_dir(tmp_path_factory):
-    """With the model as stages sft and mid."""
-    base_dir = tmp_path_factory.mktemp("base")
+def base_folder(tmp_path_factory):
+    """A base folder with the model as the stages sft and mid."""
+    folder = tmp_path_factory.mktemp("base")
     tokenizer = Tokenizer.load(GOLDEN / "tokenizer")
-    tokenizer.save(base_dir / "tokenizer")
-    model = learn_by_heart(tokenizer)
-    for stage in ("chatsft", "mid"):
-        folder = base_dir / f"{stage}_checkpoints" / "by-heart"
-        folder.mkdir(parents=True)
-        torch.save(dict(model.named_parameters()), folder / "model_000001.pt")
-        (folder / "meta_000001.json").write_text(json.dumps({"model_config": model.config.to_dict()}))
-    return base_dir
-
-
-def wait_until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"still not so after {seconds} s"
-        time.sleep(0.05)
+    model = memorise_responses(tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        for stage in ("sft", "mid"):
+            save_checkpoint(model, stage, "memorised", tokenizer=tokenizer)
+    return folder
 
 
 class Server:
-    """scripts.chat_web in a process of its own, always at the same address."""
+    """Runs scripts.chat_web in a process, always at the same URL."""
 
-    def __init__(self, base_dir, *flags):
+    def __init__(self, base_folder, *flags):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.url, self.flags, self.base_dir = f"http://127.0.0.1:{self.port}/", flags, base_dir
+        self.url, self.flags, self.base_folder = f"http://127.0.0.1:{self.port}/", flags, base_folder
 
     def start(self):
-        """Begins to start it; it takes a while until it is `ready`."""
-        environment = os.environ | {"NANOCHAT_BASE_DIR": str(self.base_dir), "OMP_WAIT_POLICY": "PASSIVE"}
+        """Starts the process and returns at once; wait until it is `ready`."""
+        environment = os.environ | {"NANOCHAT_BASE_DIR": str(self.base_folder), "OMP_WAIT_POLICY": "PASSIVE"}
         environment.pop("NANOCHAT_API_KEY", None)
         command = [sys.executable, "-m", "scripts.chat_web", "--device", "cpu", "--port", str(self.port), *self.flags]
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment)
@@ -116,14 +109,14 @@ class Server:
     def ready(self):
         assert self.process.poll() is None, "the server ended"
         try:
-            with urllib.request.urlopen(self.url + "health") as response:
-                return response.status == 200
+            with urllib.request.urlopen(self.url + "health") as reply:
+                return reply.status == 200
         except urllib.error.URLError:
             return False
 
-    def running(self):
-        with urllib.request.urlopen(self.url + "stats") as response:
-            return sum(device["running"] for device in json.load(response)["devices"])
+    def num_running(self):
+        with urllib.request.urlopen(self.url + "stats") as reply:
+            return sum(device["running"] for device in json.load(reply)["devices"])
 
     def kill(self):
         self.process.send_signal(signal.SIGKILL)
@@ -131,19 +124,19 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(base_dir):
-    server = Server(base_dir).start()
-    wait_until(server.ready)
+def server(base_folder):
+    server = Server(base_folder).start()
+    wait_until(server.ready, 60)
     yield server
     server.kill()
 
 
 @pytest.fixture(scope="module")
-def strict_server(base_dir, server):
-    """Two models, a key, and one answer at a time."""
+def strict_server(base_folder, server):
+    """A server with two models, an API key, and one request at a time."""
     flags = ["-i", "sft,mid", "--api-key", "secret", "--num-rows", "1", "--queue", "0"]
-    strict = Server(base_dir, *flags).start()
-    wait_until(strict.ready)
+    strict = Server(base_folder, *flags).start()
+    wait_until(strict.ready, 60)
     yield strict
     strict.kill()
 
@@ -157,7 +150,7 @@ def browser():
 
 @pytest.fixture
 def new_page(browser):
-    """Makes pages, each with a storage of its own; afterwards none may have had an error, or opened a dialog."""
+    """Opens pages with separate storages; at the end none may have had an error or opened a dialog."""
     contexts, faults = [], []
 
     def new_page(url, context=None, **settings):
@@ -166,7 +159,7 @@ def new_page(browser):
             context.grant_permissions(["clipboard-read", "clipboard-write"])
             contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(ANSWER_MS)
+        page.set_default_timeout(TIMEOUT_MS)
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))
         page.on("console", lambda line: faults.append(line.text) if "Content Security" in line.text else None)
@@ -184,24 +177,24 @@ def page(new_page, server):
     return new_page(server.url)
 
 
-def ask(page, text, wait=True):
-    page.get_by_label("Your question").fill(text)
+def ask(page, message, wait=True):
+    page.get_by_label("Your message").fill(message)
     page.keyboard.press("Enter")
     if wait:
-        expect(page.locator("article").last).not_to_have_class(re.compile("running"), timeout=ANSWER_MS)
+        expect(page.locator("article").last).not_to_have_class(re.compile("running"), timeout=TIMEOUT_MS)
         expect(page.get_by_label("Send", exact=True)).to_be_visible()
 
 
-def answer(page):
+def response(page):
     return page.locator("article.assistant").last
 
 
-def said(page):
-    return answer(page).locator(".prose")
+def prose(page):
+    return response(page).locator(".prose")
 
 
 def stored(page):
-    """The conversations in the browser's storage, the newest last."""
+    """Returns the conversations in the browser's storage, the newest last."""
     values = page.evaluate("Object.entries(localStorage).filter(([k]) => k.includes('conversation')).map(([, v]) => v)")
     return sorted(map(json.loads, values), key=lambda conversation: conversation["updated"])
 
@@ -211,7 +204,7 @@ def titles(page):
 
 
 def stream(*events, status=200, **more):
-    """What Playwright is to answer in the server's place, for words that no model of ours would say."""
+    """Returns a response for Playwright to send instead of the server, with text that the model does not generate."""
     lines = [f"data: {json.dumps(event)}\n\n" for event in events]
     return {"status": status, "content_type": "text/event-stream", "body": "".join(lines), **more}
 
@@ -219,106 +212,106 @@ def stream(*events, status=200, **more):
 DONE = {"done": True, "finish_reason": "stop", "tokens": 2, "prompt_tokens": 5, "dropped": 0}
 
 
-# ---- questions and answers ----
+# ---- messages and responses ----
 
 
-def test_an_answer_streams_and_shows_the_tool_and_its_speed(page):
+def test_response_streams_with_tool_call_and_token_count(page):
     expect(page).to_have_title("nanochat")
     ask(page, SUM)
-    expect(said(page)).to_have_text(re.compile(r"12\*13\s*→\s*156\s*12 \* 13 = 156\."))
-    expect(answer(page).locator(".tool b")).to_have_text("156")
-    expect(answer(page)).to_contain_text(re.compile(r"\d+ tokens · [\d,]+ tokens/s · first after \d"))
-    expect(page.locator("#status")).to_have_text("nanochat: 12 * 13 = 156.")  # said once, when it is complete
+    expect(prose(page)).to_have_text(re.compile(r"12\*13\s*→\s*156\s*12 \* 13 = 156\."))
+    expect(response(page).locator(".tool b")).to_have_text("156")
+    expect(response(page)).to_contain_text(re.compile(r"\d+ tokens · .*first token after \d"))
+    expect(page.locator("#status")).to_have_text("nanochat: 12 * 13 = 156.")  # announced once, when it is complete
     expect(page).to_have_title(f"{SUM} – nanochat")
-    ask(page, WHO)  # the first answer goes back as it was, with the call
-    expect(said(page).locator("strong")).to_have_text("nanochat")
-    answer(page).get_by_label("Copy the answer").click()
-    assert page.evaluate("navigator.clipboard.readText()") == ANSWERS[WHO]
+    ask(page, WHO)  # the first response is sent back with its tool call
+    expect(prose(page).locator("strong")).to_have_text("nanochat")
+    response(page).get_by_label("Copy response").click()
+    assert page.evaluate("navigator.clipboard.readText()") == RESPONSES[WHO]
 
 
-def test_what_is_sent(page):
+def test_request_contains_conversation_and_settings(page):
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Temperature").fill("0.2")
     page.get_by_label("Top-k").fill("999")
-    page.get_by_label("Longest answer").fill("40")
+    page.get_by_label("Maximum length").fill("40")
     expect(page.get_by_label("Model")).to_be_hidden()
     page.get_by_role("button", name="Done").click()
     ask(page, SUM)
     page.reload()
     with page.expect_request("**/chat/completions") as sent:
         ask(page, WHO)
-    turn = [{"role": "user", "content": SUM}, {"role": "assistant", "content": ANSWERS[SUM]}]
-    settings = {"temperature": 0.2, "top_k": 200, "max_tokens": 40}  # 999 is brought back to the limit
+    turn = [{"role": "user", "content": SUM}, {"role": "assistant", "content": RESPONSES[SUM]}]
+    settings = {"temperature": 0.2, "top_k": 200, "max_tokens": 40}  # 999 is clamped to the limit
     assert sent.value.post_data_json == {"messages": [*turn, {"role": "user", "content": WHO}], **settings}
     ask(page, LONG)
-    expect(answer(page)).to_contain_text("the longest answer that the settings allow")
+    expect(response(page)).to_contain_text("reached the maximum length")
 
 
 @pytest.mark.parametrize("how", ["button", "Escape"])
-def test_stop(page, server, how):
-    ask(page, "", wait=False)  # nothing to send
+def test_stop_ends_response_and_frees_slot(page, server, how):
+    ask(page, "", wait=False)  # an empty message is not sent
     expect(page.locator("article")).to_have_count(0)
     page.evaluate("settings.max_tokens = 4000")
     ask(page, LONG, wait=False)
-    expect(said(page)).to_contain_text("la la")
+    expect(prose(page)).to_contain_text("la la")
     page.get_by_label("Stop").click() if how == "button" else page.keyboard.press("Escape")
-    expect(answer(page)).to_contain_text("Stopped.")
-    text = said(page).inner_text()
+    expect(response(page)).to_contain_text("Stopped.")
+    text = prose(page).inner_text()
     page.reload()
-    assert said(page).inner_text() == text and "la la" in text
-    wait_until(lambda: server.running() == 0)  # long before 4,000 tokens
+    assert prose(page).inner_text() == text and "la la" in text
+    wait_until(lambda: server.num_running() == 0)  # it must not generate all 4,000 tokens
 
 
-def test_edit_an_earlier_question_and_answer_again(page):
+def test_edit_and_regenerate_replace_later_messages(page):
     ask(page, WHO)
     ask(page, SUM)
     page.locator("article.user").first.hover()
-    page.get_by_label("Edit the question").first.click()
-    field = page.get_by_label("The question", exact=True)
+    page.get_by_label("Edit message").first.click()
+    field = page.get_by_label("Edited message", exact=True)
     expect(field).to_be_focused()
     field.press("Escape")
     expect(page.locator("article")).to_have_count(4)
-    page.get_by_label("Your question").press("ArrowUp")  # the last one
+    page.get_by_label("Your message").press("ArrowUp")  # edits the last message
     expect(field).to_have_value(SUM)
     field.press("Escape")
-    page.get_by_label("Edit the question").first.click()
+    page.get_by_label("Edit message").first.click()
     field.fill(CODE)
     field.press("Enter")
     expect(page.locator("article")).to_have_count(2)
-    expect(said(page).locator("pre")).to_have_text("print('<b>hi</b>')")
+    expect(prose(page).locator("pre")).to_have_text("print('<b>hi</b>')")
     with page.expect_request("**/chat/completions") as sent:
-        answer(page).get_by_label("Answer again").click()
+        response(page).get_by_label("Regenerate").click()
     assert sent.value.post_data_json["messages"] == [{"role": "user", "content": CODE}]
-    expect(said(page).locator("li li")).to_have_text("two")
+    expect(prose(page).locator("li li")).to_have_text("two")
     page.route("**/chat/completions", lambda route: route.fulfill(**stream({"error": "out of memory"})))
-    answer(page).get_by_label("Answer again").click()
-    expect(answer(page).locator(".trouble")).to_contain_text("out of memory")
-    expect(said(page).locator("li li")).to_have_text("two")  # nothing took its place
+    response(page).get_by_label("Regenerate").click()
+    expect(response(page).locator(".failure")).to_contain_text("out of memory")
+    expect(prose(page).locator("li li")).to_have_text("two")  # the previous response is restored
 
 
 # ---- conversations ----
 
 
-def test_conversations_are_kept_renamed_and_deleted(page):
+def test_conversations_can_be_reopened_renamed_and_deleted(page):
     ask(page, WHO)
     page.keyboard.press("Control+Shift+O")
     expect(page.get_by_role("heading", name="What would you like to know?")).to_be_visible()
     ask(page, SUM)
     assert titles(page) == [SUM, WHO]
     page.get_by_role("link", name=WHO).click()
-    expect(said(page)).to_have_text("I am nanochat.")
+    expect(prose(page)).to_have_text("I am nanochat.")
     page.go_back()
-    expect(said(page)).to_contain_text("156")
+    expect(prose(page)).to_contain_text("156")
     page.reload()
-    expect(said(page)).to_contain_text("156")
+    expect(prose(page)).to_contain_text("156")
     page.get_by_role("link", name=SUM).hover()
     page.get_by_label(f"Rename “{SUM}”").click()
     page.get_by_label("Title").fill("<b>Sums</b>")
     page.keyboard.press("Enter")
     assert titles(page) == ["<b>Sums</b>", WHO]
-    page.get_by_role("link", name="<b>Sums</b>").focus()  # by keyboard they appear too
+    page.get_by_role("link", name="<b>Sums</b>").focus()  # focus shows the buttons too
     page.get_by_role("button", name="Delete “<b>Sums</b>”").click()
-    page.get_by_role("button", name="Keep").click()
+    page.get_by_role("button", name="Cancel").click()
     assert len(stored(page)) == 2
     page.get_by_role("button", name="Delete “<b>Sums</b>”").click()
     page.get_by_role("button", name="Delete", exact=True).click()
@@ -331,67 +324,67 @@ def test_conversations_are_kept_renamed_and_deleted(page):
     assert stored(page) == []
 
 
-def test_an_answer_goes_on_while_another_conversation_is_looked_at(page):
+def test_response_continues_while_another_conversation_is_shown(page):
     page.evaluate("settings.max_tokens = 1500")
     ask(page, LONG, wait=False)
-    expect(said(page)).to_contain_text("la la")
+    expect(prose(page)).to_contain_text("la la")
     page.get_by_role("button", name="New conversation").click()
     ask(page, WHO)
-    expect(said(page)).to_have_text("I am nanochat.")
+    expect(prose(page)).to_have_text("I am nanochat.")
     page.get_by_role("link", name=LONG).click()
-    expect(answer(page)).to_contain_text("1,500 tokens", timeout=ANSWER_MS)
+    expect(response(page)).to_contain_text(re.compile(r"1,500 tokens · [\d,]+ tokens/s"), timeout=TIMEOUT_MS)
 
 
-def test_a_reload_keeps_what_has_arrived(page):
+def test_reload_keeps_the_partial_response(page):
     page.evaluate("settings.max_tokens = 4000")
     ask(page, LONG, wait=False)
-    expect(said(page)).to_contain_text("la la")
+    expect(prose(page)).to_contain_text("la la")
     page.reload()
-    expect(said(page)).to_contain_text("la la")
-    expect(answer(page)).to_contain_text(re.compile("not complete|before the answer was complete"))
-    answer(page).get_by_role("button", name="Answer again").click()
+    expect(prose(page)).to_contain_text("la la")
+    expect(response(page)).to_contain_text(re.compile("incomplete|before the response was complete"))
+    response(page).get_by_role("button", name="Regenerate").click()
     page.get_by_label("Stop").click()
 
 
-def test_two_tabs_do_not_destroy_each_others_conversations(page, new_page, server):
+def test_two_tabs_keep_each_others_changes(page, new_page, server):
     ask(page, WHO)
     other = new_page(page.url, page.context)
-    expect(said(other)).to_have_text("I am nanochat.")
+    expect(prose(other)).to_have_text("I am nanochat.")
     for tab in (page, other):
         tab.evaluate("settings.max_tokens = 1500")
         ask(tab, LONG, wait=False)
-        expect(said(tab)).to_contain_text("la la")
+        expect(prose(tab)).to_contain_text("la la")
     for tab in (page, other):
-        expect(answer(tab)).to_contain_text("1,500 tokens", timeout=ANSWER_MS)
+        expect(response(tab)).to_contain_text("1,500 tokens", timeout=TIMEOUT_MS)
     assert [conversation["messages"][-1]["tokens"] for conversation in stored(page)] == [1500, 1500]
     for tab in (page, other):
         assert sorted(titles(tab)) == [WHO, f"{WHO} (2)"]
     other.get_by_role("link", name=WHO, exact=True).click()
     page.get_by_role("link", name=WHO, exact=True).click()
     ask(other, SUM)
-    expect(page.locator("article")).to_have_count(other.locator("article").count())  # it follows
+    expect(page.locator("article")).to_have_count(other.locator("article").count())  # it shows the other tab's change
 
 
-def test_a_storage_that_is_full_or_makes_no_sense(page):
+def test_full_or_corrupt_storage_is_reported(page):
     ask(page, WHO)
     page.evaluate("localStorage['nanochat.conversation.x'] = '{\"half'; localStorage['nanochat.settings'] = '[1'")
     page.reload()
-    expect(page.locator("#banner")).to_contain_text("1 stored conversation could not be read")
-    expect(said(page)).to_have_text("I am nanochat.")
+    expect(page.locator("#banner")).to_contain_text("A stored conversation could not be read")
+    expect(prose(page)).to_have_text("I am nanochat.")
     page.evaluate('localStorage[\'nanochat.settings\'] = \'{"gone": 1, "top_k": "x", "max_tokens": 77}\'')
     page.reload()
     page.get_by_role("button", name="Settings").click()
     expect(page.get_by_label("Top-k")).to_have_value("50")
-    expect(page.get_by_label("Longest answer")).to_have_value("77")
+    expect(page.get_by_label("Maximum length")).to_have_value("77")
     page.get_by_role("button", name="Done").click()
     page.evaluate("let n = 1e6; while (n > 1) try { localStorage.fill = (localStorage.fill ?? '') + 'x'.repeat(n) }"
                   " catch { n /= 2 }")  # fmt: skip
     ask(page, SUM)
     expect(page.locator("#banner")).to_contain_text("storage for this page is full")
-    expect(said(page)).to_contain_text("156")
+    expect(prose(page)).to_contain_text("156")
 
 
-# ---- nothing that is said runs ----
+# ---- generated text never runs ----
 
 
 def check_nothing_ran(page, requests):
@@ -401,23 +394,23 @@ def check_nothing_ran(page, requests):
     assert all(url.startswith(page.url.split("#")[0]) for url in requests)
 
 
-def test_what_the_model_says_is_text(page):
+def test_generated_html_stays_text(page):
     requests = []
     page.on("request", lambda request: requests.append(request.url))
     ask(page, EVIL)
-    image = said(page).locator("a")  # the picture is not fetched: its description leads to it
+    image = prose(page).locator("a")  # images are not loaded: the alternative text links to them
     expect(image).to_have_text("y")
-    expect(said(page)).to_have_text(ANSWERS[EVIL].replace("![y](http://127.0.0.1:9/y)", "y"))
+    expect(prose(page)).to_have_text(RESPONSES[EVIL].replace("![y](http://127.0.0.1:9/y)", "y"))
     html = "<img src=x onerror=alert(1)><script>alert(1)</script>"
     ask(page, html)
-    expect(page.locator("article.user .said").last).to_have_text(html)
+    expect(page.locator("article.user .text").last).to_have_text(html)
     page.get_by_role("button", name="New conversation").click()
     ask(page, html)
     assert titles(page)[0] == html
     check_nothing_ran(page, requests)
 
 
-def test_whatever_the_server_says_is_text(page):
+def test_html_in_any_server_response_stays_text(page):
     html = "<img src=x onerror=alert(1)>"
     requests = []
     page.on("request", lambda request: requests.append(request.url))
@@ -427,15 +420,15 @@ def test_whatever_the_server_says_is_text(page):
     parts = [{"token": html, "part": "python"}, {"token": html, "part": "python_output"}, {"token": markdown}]
     page.route("**/chat/completions", lambda route: route.fulfill(**stream(*parts, DONE)))
     ask(page, "parts")
-    expect(said(page)).to_contain_text("&lt;")
-    assert said(page).inner_text().count(html) == 10  # but the code's language is cut at the blank
-    expect(answer(page).locator(".code > div")).to_have_text("<img")
+    expect(prose(page)).to_contain_text("&lt;")
+    assert prose(page).inner_text().count(html) == 10  # not in the code's language, which is cut at the blank
+    expect(response(page).locator(".code > div")).to_have_text("<img")
     check_nothing_ran(page, requests)
     error = {"error": {"message": html, "type": html, "param": None, "code": None}}
     page.unroute("**/chat/completions")
     page.route("**/chat/completions", lambda route: route.fulfill(status=400, json=error))
     ask(page, "refused")
-    expect(answer(page).locator(".trouble span")).to_have_text(html)
+    expect(response(page).locator(".failure span")).to_have_text(html)
     models = {"object": "list", "data": [{"id": html}, {"id": "</option></select>" + html}]}
     page.route("**/v1/models", lambda route: route.fulfill(json=models))
     page.reload()
@@ -467,14 +460,14 @@ NASTY = [
 ]
 
 
-def test_markdown(page):
+def test_markdown_renders_to_expected_html(page):
     html = """text => { const prose = new Prose();
         prose.update(flatten([{ type: 'text', text }]), true); return prose.node.innerHTML }"""
     for markdown, expected in MARKDOWN.items():
         assert page.evaluate(html, markdown) == expected
 
 
-def test_markdown_that_grows_ends_as_if_it_had_come_at_once(page):
+def test_markdown_streamed_equals_markdown_at_once(page):
     grown = """text => { const calls = [...'123456789'].map(n => ({ expression: n, result: n + '!' }));
         const whole = new Prose(), grown = new Prose();
         whole.update({ text, calls }, true);
@@ -485,53 +478,53 @@ def test_markdown_that_grows_ends_as_if_it_had_come_at_once(page):
         one, other = page.evaluate(grown, markdown)
         assert one == other, markdown
     html = page.evaluate(grown, NASTY[2])[1]
-    assert re.findall(r"\d(?=!)", html) == list("123456789")[: NASTY[2].count("\ufffc")]  # each call in its place
+    assert re.findall(r"\d(?=!)", html) == list("123456789")[: NASTY[2].count("\ufffc")]  # each call at its position
 
 
-def test_markdown_takes_linear_time(page):
-    blows = ["*a ", "**a", "[", "[a](", "`", "``a`", "> ", "- ", "# ", "|", "|-", "\\", "<", "_a", " ", "http://x."]
-    blows += ["\n", '![a](b "', "1. ", "```a", "~"]
+def test_markdown_parses_in_linear_time(page):
+    pieces = ["*a ", "**a", "[", "[a](", "`", "``a`", "> ", "- ", "# ", "|", "|-", "\\", "<", "_a", " ", "http://x."]
+    pieces += ["\n", '![a](b "', "1. ", "```a", "~"]
     slowest = page.evaluate(
-        """blows => Math.max(...blows.flatMap(a => blows.map(b => {
-            const text = (a + b).repeat(2e4 / (a + b).length), begun = performance.now();
+        """pieces => Math.max(...pieces.flatMap(a => pieces.map(b => {
+            const text = (a + b).repeat(2e4 / (a + b).length), start = performance.now();
             new Prose().update(flatten([{ type: 'text', text }]), false);
-            return performance.now() - begun })))""",
-        blows,
+            return performance.now() - start })))""",
+        pieces,
     )
-    assert slowest < 5000  # ms, of 441 texts of 20,000 characters; quadratic ones took minutes
+    assert slowest < 5000  # ms, for 441 texts of 20,000 characters; quadratic parsing took minutes
 
 
-# ---- what goes wrong ----
+# ---- failures ----
 
 
-def test_the_server_is_killed_and_comes_back(page, server):
+def test_page_recovers_when_server_restarts(page, server):
     page.evaluate("settings.max_tokens = 4000")
     ask(page, LONG, wait=False)
-    expect(said(page)).to_contain_text("la la")
+    expect(prose(page)).to_contain_text("la la")
     server.kill()
-    expect(answer(page).locator(".trouble")).to_contain_text("broke off before the answer was complete. What was")
+    expect(response(page).locator(".failure")).to_contain_text("was lost before the response was complete. The partial")
     expect(page.locator("#banner")).to_contain_text("cannot be reached")
     ask(page, WHO)
-    expect(answer(page).locator(".trouble")).to_contain_text("cannot be reached")
+    expect(response(page).locator(".failure")).to_contain_text("cannot be reached")
     texts = page.locator("article").all_inner_texts()
     assert "la la" in texts[1]
     server.start()
-    wait_until(server.ready)
-    expect(page.locator("#banner")).to_be_hidden(timeout=ANSWER_MS)
+    wait_until(server.ready, 60)
+    expect(page.locator("#banner")).to_be_hidden(timeout=TIMEOUT_MS)
     page.reload()
     assert page.locator("article").all_inner_texts()[0] == texts[0]
     assert "la la" in page.locator("article").all_inner_texts()[1]
     page.get_by_role("button", name="Try again").click()
-    expect(answer(page).locator(".trouble")).to_have_count(0)
-    expect(answer(page)).to_contain_text("tokens/s")
+    expect(response(page).locator(".failure")).to_have_count(0)
+    expect(response(page)).to_contain_text("tokens/s")
 
 
-def test_key_models_and_a_full_queue(new_page, strict_server):
+def test_api_key_model_choice_and_full_queue(new_page, strict_server):
     page = new_page(strict_server.url)
-    expect(page.locator("#banner")).to_contain_text("asks for an API key")
+    expect(page.locator("#banner")).to_contain_text("requires an API key")
     ask(page, WHO)
-    expect(answer(page).locator(".trouble")).to_contain_text("asks for an API key")
-    page.locator("#banner").get_by_role("button", name="Enter the key").click()
+    expect(response(page).locator(".failure")).to_contain_text("requires an API key")
+    page.locator("#banner").get_by_role("button", name="Enter the API key").click()
     page.get_by_label("API key").fill("secret")
     page.get_by_label("API key").press("Tab")
     expect(page.locator("#banner")).to_be_hidden()
@@ -540,21 +533,21 @@ def test_key_models_and_a_full_queue(new_page, strict_server):
     with page.expect_request("**/chat/completions") as sent:
         page.get_by_role("button", name="Try again").click()
     assert sent.value.post_data_json["model"] == "mid"
-    expect(said(page)).to_have_text("I am nanochat.")
+    expect(prose(page)).to_have_text("I am nanochat.")
     other = new_page(strict_server.url, page.context)
     other.evaluate("settings.max_tokens = 4096")
     ask(other, LONG, wait=False)
-    expect(said(other)).to_contain_text("la la")
+    expect(prose(other)).to_contain_text("la la")
     ask(page, SUM)
-    retry = answer(page).get_by_role("button", name="Try again")
+    retry = response(page).get_by_role("button", name="Try again")
     expect(retry).to_be_disabled()
     expect(retry).to_have_text(re.compile(r"Try again in \d s"))
     other.keyboard.press("Escape")
-    retry.click()  # once the seconds are over
-    expect(said(page)).to_contain_text("156")
+    retry.click()  # Playwright waits until it is enabled
+    expect(prose(page)).to_contain_text("156")
 
 
-def test_a_long_conversation_leaves_out_its_beginning(page):
+def test_long_conversation_omits_its_oldest_messages(page):
     turn = ("[{ role: 'user', content: 'x'.repeat(8000) }, { role: 'assistant', finish: 'stop', "
             "content: [{ type: 'text', text: 'y'.repeat(9000) }] }]")  # fmt: skip
     page.evaluate(f"localStorage['nanochat.conversation.c'] = JSON.stringify("
@@ -565,17 +558,17 @@ def test_a_long_conversation_leaves_out_its_beginning(page):
         ask(page, WHO)
     assert [len(m["content"]) for m in sent.value.post_data_json["messages"][::2]] == [8000, len(WHO)]
     assert len(sent.value.post_data_json["messages"][1]["content"][0]["text"]) == 8000  # the server's limit
-    expect(answer(page)).to_contain_text("messages were left out")
-    page.get_by_label("Your question").fill("x" * 8001)
+    expect(response(page)).to_contain_text("messages were left out")
+    page.get_by_label("Your message").fill("x" * 8001)
     expect(page.get_by_role("alert")).to_contain_text("1 characters too long")
     expect(page.get_by_label("Send", exact=True)).to_be_disabled()
 
 
-# ---- screens, keys, eyes ----
+# ---- screen sizes, keyboard, themes ----
 
 
 @pytest.mark.parametrize("width", [360, 430])
-def test_on_a_phone(new_page, server, width):
+def test_phone_layout_fits_the_screen(new_page, server, width):
     page = new_page(server.url, viewport={"width": width, "height": 740}, has_touch=True, is_mobile=True)
     fits = "document.documentElement.scrollWidth <= innerWidth && $('log').scrollWidth <= $('log').clientWidth"
     assert page.evaluate(fits)
@@ -596,48 +589,50 @@ def test_on_a_phone(new_page, server, width):
     assert page.evaluate(fits)
 
 
-def test_by_keyboard_alone(page):
-    page.get_by_role("link", name="Skip to the question").focus()
+def test_page_works_with_keyboard_only(page):
+    page.get_by_role("link", name="Skip to the message field").focus()
     page.keyboard.press("Enter")
-    question = page.get_by_label("Your question")
+    question = page.get_by_label("Your message")
     expect(question).to_be_focused()
     page.keyboard.type("one")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("two")
     expect(question).to_have_value("one\ntwo")
     composing = "new KeyboardEvent('keydown', { key: 'Enter', isComposing: true, bubbles: true, cancelable: true })"
-    page.evaluate(f"$('question').dispatchEvent({composing})")  # Enter that picks a character is not sent
+    page.evaluate(
+        f"$('message').dispatchEvent({composing})"
+    )  # Enter that picks a character in an input method does not send
     expect(page.locator("article")).to_have_count(0)
     page.keyboard.press("Enter")
-    expect(page.locator("article.user .said")).to_have_text("one\ntwo")
-    page.get_by_role("link", name="Skip to the question").focus()
+    expect(page.locator("article.user .text")).to_have_text("one\ntwo")
+    page.get_by_role("link", name="Skip to the message field").focus()
     for _ in range(4):
         page.keyboard.press("Tab")
         assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
-def test_the_newest_text_stays_in_sight_until_the_reader_scrolls_up(page):
+def test_autoscroll_stops_when_reader_scrolls_up(page):
     at_end = "$('log').scrollHeight - $('log').scrollTop - $('log').clientHeight < 24"
     page.evaluate("settings.max_tokens = 4000")
     ask(page, LONG, wait=False)
     page.wait_for_function("() => document.querySelector('#log').scrollTop > 300")
     page.locator("#log").hover()
     page.mouse.wheel(0, -200)
-    jump = page.get_by_label("Jump to the newest")
+    jump = page.get_by_label("Scroll to the end")
     expect(jump).to_be_visible()
     top = page.evaluate("$('log').scrollTop")
     height = page.evaluate("$('log').scrollHeight")
     page.wait_for_function(f"() => document.querySelector('#log').scrollHeight > {height} + 100")
-    assert abs(page.evaluate("$('log').scrollTop") - top) < 250  # px: the wheel may still have been turning
+    assert abs(page.evaluate("$('log').scrollTop") - top) < 250  # px: the wheel may still have been scrolling
     assert not page.evaluate(at_end)
     jump.click()
     expect(jump).to_be_hidden()
     page.keyboard.press("Escape")
-    expect(answer(page)).to_contain_text("Stopped.")
+    expect(response(page)).to_contain_text("Stopped.")
     assert page.evaluate(at_end)
 
 
-# WCAG 2's contrast of every text on the screen with the first opaque background below it.
+# WCAG 2 contrast of every text on the screen with the nearest opaque background.
 CONTRASTS = """() => {
     const canvas = new OffscreenCanvas(1, 1).getContext('2d', { willReadFrequently: true });
     const rgba = colour => {
@@ -657,7 +652,7 @@ CONTRASTS = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_both_themes_can_be_read(new_page, server, scheme):
+def test_both_themes_have_enough_contrast(new_page, server, scheme):
     page = new_page(server.url, color_scheme=scheme)
     is_dark = "Math.max(...getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3)) < 64"
     assert page.evaluate(is_dark) == (scheme == "dark")
