@@ -59,40 +59,32 @@ def build_optimizer(
 ) -> "MuonAdamW":
     """
     Sorts a model's parameters into the groups. A Muon group is split by shape, as matrices of one shape are stacked and
-    updated together; groups without parameters (a model without value embeddings has no such group) are left out.
+    updated together.
     """
     named = dict(model.named_parameters())
     param_groups: list[dict[str, Any]] = []
     for group in groups:
         names = [name for name in named if name.startswith(group.prefixes)]
-        if group.betas is not None:
-            options: dict[str, Any] = {"kind": "adamw", "name": group.name, "betas": group.betas}
-            param_groups += _param_group(group, named, names, options)
-            continue
-        for shape in sorted({named[name].shape for name in names}):
-            options = {"kind": "muon", "name": f"{group.name}{tuple(shape)}"}
-            param_groups += _param_group(group, named, [n for n in names if named[n].shape == shape], options)
+        by_name = {group.name: names}
+        if group.betas is None:
+            shapes = sorted({named[name].shape for name in names})
+            by_name = {f"muon{tuple(shape)}": [n for n in names if named[n].shape == shape] for shape in shapes}
+        for group_name, members in by_name.items():
+            options: dict[str, Any] = {
+                "name": group_name,
+                "kind": "muon" if group.betas is None else "adamw",
+                "names": members,
+                "params": [named[name] for name in members],
+                "lr": group.lr,
+                "initial_lr": group.lr,
+                "decay": group.weight_decay,
+                "initial_decay": group.weight_decay,
+                "is_scalar": group.is_scalar,
+            }
+            if group.betas is not None:
+                options["betas"] = group.betas
+            param_groups.append(options)
     return MuonAdamW(param_groups, rank=rank, world_size=world_size, compile=compile, dtype=model.dtype)
-
-
-def _param_group(
-    group: ParamGroup, named: dict[str, torch.nn.Parameter], names: list[str], options: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """A parameter group as torch.optim knows it; none when it has no parameters."""
-    if not names:
-        return []
-    return [
-        options
-        | {
-            "names": names,
-            "params": [named[name] for name in names],
-            "lr": group.lr,
-            "initial_lr": group.lr,
-            "decay": group.weight_decay,
-            "initial_decay": group.weight_decay,
-            "is_scalar": group.is_scalar,
-        }
-    ]
 
 
 @dataclass

@@ -261,7 +261,7 @@ def param_groups(
     # Adam's steps do not shrink with the gradient, so wider tables and a wider head need smaller ones: each logit is a
     # sum over C channels. C^-0.5 is the public recipe's choice; muP would scale with 1 / C (arXiv 2203.03466).
     by_width = by_batch * (config.n_embd / REFERENCE_WIDTH) ** -0.5
-    return (
+    groups = (
         ParamGroup("lm_head", ("lm_head.",), base.unembedding_lr * by_width, 0.01, (0.8, 0.96)),
         # A row of a table gets a gradient only when its token occurs, so the second moment averages over 200 steps.
         ParamGroup("wte", ("transformer.wte.",), base.embedding_lr * by_width, 0.001, (0.8, 0.995)),
@@ -274,6 +274,14 @@ def param_groups(
         ParamGroup("smear_backout", ("smear_", "backout_"), 0.2 * lr_frac, 0.0, (0.8, 0.95), is_scalar=True),
         ParamGroup("muon", ("transformer.h.",), base.matrix_lr * by_batch, weight_decay),
     )
+    missing = set()  # parts that this model does without
+    if not config.value_embeds:
+        missing.add("value_embeds")
+    if not config.residual_scalars:
+        missing |= {"resid", "x0"}
+    if not config.smear and not config.backout:
+        missing.add("smear_backout")
+    return tuple(group for group in groups if group.name not in missing)
 
 
 def load_hyperparameters(meta: dict[str, Any]) -> Hyperparameters:
@@ -411,12 +419,12 @@ def explain_groups(
     by_batch = f"{share}sqrt(B / 2^19)"
     by_width = f"{by_batch} x ({width} / {REFERENCE_WIDTH})^-0.5"
     how = {
-        "lm_head": f"--unembedding-lr {base.unembedding_lr:g} x {by_width}",
-        "wte": f"--embedding-lr {base.embedding_lr:g} x {by_width}",
+        "lm_head": f"unembedding_lr {base.unembedding_lr:g} x {by_width}",
+        "wte": f"embedding_lr {base.embedding_lr:g} x {by_width}",
         "value_embeds": "half of wte's",
-        "resid": f"--scalar-lr {base.scalar_lr:g} x 0.01 x {by_batch}",
-        "x0": f"--scalar-lr {base.scalar_lr:g} x {by_batch}",
+        "resid": f"scalar_lr {base.scalar_lr:g} x 0.01 x {by_batch}",
+        "x0": f"scalar_lr {base.scalar_lr:g} x {by_batch}",
         "smear_backout": f"{share}0.2, whatever the batch",
-        "muon": f"--matrix-lr {base.matrix_lr:g} x {by_batch}",
+        "muon": f"matrix_lr {base.matrix_lr:g} x {by_batch}",
     }
     return [(f"lr of {group.name}", f"{group.lr:.4g}", how[group.name]) for group in groups]

@@ -188,6 +188,42 @@ def test_stopped_and_resumed_run_is_bitwise_equal(workspace, monkeypatch, capsys
     shutil.rmtree(parts)
 
 
+def test_new_run_that_fails_before_its_first_checkpoint_leaves_the_earlier_run(workspace, monkeypatch, capsys):
+    argv = [*BASE, "--model-tag", "again", "--sample-every", "-1"]
+    base_train.main([*argv, "--num-iterations", "3"])
+    folder = workspace / "base_checkpoints/again"
+    weights, lines = files_of(folder / "step_000003"), metrics(workspace, "base_train-again")
+    with monkeypatch.context() as patch:  # --resume was forgotten, and the run fails at its first validation
+        patch.setattr(base_train, "evaluate_bpb", lambda *args: (_ for _ in ()).throw(RuntimeError("killed")))
+        with pytest.raises(RuntimeError):
+            base_train.main([*argv, "--save-every", "-1"])
+    assert "'again' holds an earlier run" in capsys.readouterr().out
+    assert files_of(folder / "step_000003") == weights
+    assert metrics(workspace, "base_train-again") == lines
+    base_train.main([*argv, "--num-iterations", "4", "--resume"])
+    assert "resuming after step 3" in capsys.readouterr().out
+
+    base_train.main(argv)  # succeeds, and takes the name together with its metrics
+    assert sorted(path.name for path in folder.iterdir()) == ["step_000003", "step_000006"]
+    assert sorted(path.name for path in folder.with_name("again.1").iterdir()) == ["step_000003", "step_000004"]
+    assert metrics(workspace, "base_train-again")[-1]["step"] == 6
+    assert metrics(workspace, "base_train-again.1")[-1]["step"] == 4
+    shutil.rmtree(folder)
+    base_train.main([*argv, "--num-iterations", "1", "--resume"])
+    assert "starting from the beginning (earlier runs of this tag: again.1)" in capsys.readouterr().out
+    for tag in ("again", "again.1"):
+        shutil.rmtree(folder.with_name(tag))
+
+
+def test_portable_model_is_trained_and_saved_with_its_configuration(workspace):
+    base_train.main([*BASE, "--model-tag", "portable", "--portable", "--num-iterations", "1", "--sample-every", "-1"])
+    checkpoint = checkpoint_manager.find("base", "portable")
+    assert checkpoint.config.logit_softcap == 0 and set(checkpoint.config.windows) == {128}
+    names = checkpoint.weights().keys()
+    assert not any("lambda" in name or "value_embeds" in name or "smear" in name for name in names)
+    shutil.rmtree(checkpoint.path.parent)
+
+
 def test_resumed_run_keeps_its_source_and_batch_size(workspace, capsys):
     other = ["--model-tag", "other", "--total-batch-size", "512", "--sample-every", "-1"]
     base_train.main([*BASE, *other, "--num-iterations", "1"])
