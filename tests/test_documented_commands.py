@@ -1,5 +1,5 @@
 """
-Every command that README.md, a shell script or a module docstring shows has a module and flags that exist.
+Every command in README.md, docs/, shell scripts and module docstrings starts a script that exists, with valid flags.
 
     python -m pytest tests/test_documented_commands.py
 """
@@ -20,8 +20,9 @@ END_OF_COMMAND = {"&&", "|", ">", "<", ";"}
 
 
 def documented_texts():
-    """(name, text) of README, of the comments in shell scripts and of all module docstrings."""
-    yield "README.md", (ROOT / "README.md").read_text(encoding="utf-8")
+    """(name, text) of the documentation, of the comments in shell scripts and of all module docstrings."""
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        yield path.name, path.read_text(encoding="utf-8")
     for path in [ROOT / "speedrun.sh", *sorted((ROOT / "runs").glob("*.sh"))]:
         lines = path.read_text(encoding="utf-8").splitlines()
         yield path.name, "\n".join(line.lstrip("# ") for line in lines if line.startswith("#"))
