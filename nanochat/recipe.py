@@ -109,9 +109,9 @@ def derive(flags: RecipeFlags, vocab_size: int) -> Recipe:
     steps or FLOPs sets the horizon that batch size and weight decay follow.
     """
     _check(flags)
-    config = model_of_flags(flags, flags.depth, vocab_size)
+    config = model_config(flags, vocab_size)
     flops = flops_per_token(config)
-    reference_horizon = horizon_of_depth(flags, REFERENCE_DEPTH, vocab_size)
+    reference_horizon = reference_horizon_of(flags, vocab_size)
     given_batch = flags.total_batch_size if flags.total_batch_size > 0 else None
 
     if flags.num_iterations > 0:
@@ -123,7 +123,7 @@ def derive(flags: RecipeFlags, vocab_size: int) -> Recipe:
         batch = given_batch or batch_for_horizon(horizon, reference_horizon)
         num_iterations = round(flags.target_flops / (flops * batch))
     else:
-        horizon = max(1, horizon_of_depth(flags, flags.depth, vocab_size))
+        horizon = max(1, horizon_of_ratio(flags, vocab_size))
         batch = given_batch or batch_for_horizon(horizon, reference_horizon)
         num_iterations = horizon // batch
     if num_iterations < 1:
@@ -154,41 +154,27 @@ def _check(flags: RecipeFlags) -> None:
 # ---- 1. model ----
 
 
-def model_config(
-    depth: int,
-    vocab_size: int,
-    aspect_ratio: int = 64,
-    head_dim: int = 128,
-    sequence_len: int = 2048,
-    window_pattern: str = "SSSL",
-    *,
-    portable: bool = False,
-) -> GPTConfig:
+def model_config(flags: RecipeFlags, vocab_size: int) -> GPTConfig:
     """
-    The model of a depth: aspect_ratio channels per layer, rounded up to whole heads of head_dim channels. A portable
-    model has only parts that other programs implement (gpt.PORTABLE), and full windows whatever the pattern.
+    The model that the flags ask for. A portable one has only parts that other programs implement (gpt.PORTABLE), and
+    full windows whatever the pattern.
     """
-    for name, value in (("depth", depth), ("aspect-ratio", aspect_ratio), ("max-seq-len", sequence_len)):
-        if value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
-    if head_dim < 16 or head_dim % 2:  # value gates read 12 channels, smear reads 24, and rotary rotates pairs
-        raise UserError(f"--head-dim {head_dim}: must be even and at least 16")
-    n_head = math.ceil(depth * aspect_ratio / head_dim)
-    config = GPTConfig(sequence_len, vocab_size, depth, n_head, n_head, n_head * head_dim, window_pattern)
-    return replace(config, **PORTABLE) if portable else config
-
-
-def model_of_flags(flags: RecipeFlags, depth: int, vocab_size: int) -> GPTConfig:
-    """The model of a depth with the other flags as they are: for the run itself and for its reference model."""
-    return model_config(
-        depth,
-        vocab_size,
-        flags.aspect_ratio,
-        flags.head_dim,
-        flags.max_seq_len,
-        flags.window_pattern,
-        portable=flags.portable,
+    for name in ("depth", "aspect_ratio", "max_seq_len"):
+        if getattr(flags, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least 1")
+    if flags.head_dim < 16 or flags.head_dim % 2:  # value gates read 12 channels, smear 24, and rotary rotates pairs
+        raise UserError(f"--head-dim {flags.head_dim}: must be even and at least 16")
+    n_head = math.ceil(flags.depth * flags.aspect_ratio / flags.head_dim)
+    config = GPTConfig(
+        sequence_len=flags.max_seq_len,
+        vocab_size=vocab_size,
+        n_layer=flags.depth,
+        n_head=n_head,
+        n_kv_head=n_head,
+        n_embd=n_head * flags.head_dim,
+        window_pattern=flags.window_pattern,
     )
+    return replace(config, **PORTABLE) if flags.portable else config
 
 
 # ---- 2. horizon ----
@@ -200,9 +186,14 @@ def scaling_params(config: GPTConfig) -> int:
     return counts["transformer_matrices"] + counts["lm_head"]
 
 
-def horizon_of_depth(flags: RecipeFlags, depth: int, vocab_size: int) -> int:
-    """Training tokens that the ratio gives for a depth."""
-    return int(flags.target_param_data_ratio * scaling_params(model_of_flags(flags, depth, vocab_size)))
+def horizon_of_ratio(flags: RecipeFlags, vocab_size: int) -> int:
+    """Training tokens that --target-param-data-ratio gives for the depth of the flags."""
+    return int(flags.target_param_data_ratio * scaling_params(model_config(flags, vocab_size)))
+
+
+def reference_horizon_of(flags: RecipeFlags, vocab_size: int) -> int:
+    """The same for the reference model: the depth-12 model of the same family."""
+    return horizon_of_ratio(replace(flags, depth=REFERENCE_DEPTH), vocab_size)
 
 
 # ---- 3. batch ----
@@ -385,7 +376,7 @@ def _finetune_momentum(step: int) -> float:
 def explain(flags: RecipeFlags, recipe: Recipe) -> list[tuple[str, str, str]]:
     """Rows (what, value, how it was derived) for people who want to check a run against the papers."""
     model, base = recipe.model, recipe.hyperparameters
-    reference_horizon = horizon_of_depth(flags, REFERENCE_DEPTH, model.vocab_size)
+    reference_horizon = reference_horizon_of(flags, model.vocab_size)
     width = f"depth {flags.depth} x {flags.aspect_ratio} (--aspect-ratio), rounded up to heads of {flags.head_dim}"
     counted = "matrices of the blocks + lm_head: the count that scaling laws fit best"
     if flags.num_iterations > 0:

@@ -71,7 +71,8 @@ def test_nanochat_side_has_the_loss_curve_of_the_plain_side(base_dir, tmp_path):
     primer.write_shards(tmp_path / "primer")
     shards = dataset.split_shards(tmp_path / "primer")[0]
     tokenizer = Tokenizer.train(islice(dataset.iterate_texts(shards), 300), 512)
-    config = recipe.model_config(2, 512, 32, 32, 256, "SL")
+    flags = recipe.RecipeFlags(depth=2, aspect_ratio=32, head_dim=32, max_seq_len=256, window_pattern="SL")
+    config = recipe.model_config(flags, 512)
     schedule = recipe.pretrain_schedule(recipe.RecipeFlags(warmup_steps=20, warmdown_ratio=0.5), 50)
     curves = []
     for make_side, dtype in (

@@ -163,7 +163,7 @@ def test_explanation_shows_the_derived_values(options):
 @pytest.mark.parametrize("num_iterations", [1, 10, 300, 5000, 100_000])
 def test_explicit_steps_set_the_horizon_for_batch_and_weight_decay(depth, num_iterations):
     ours = recipe.derive(RecipeFlags(depth=depth, num_iterations=num_iterations), 32768)
-    reference = 12 * recipe.scaling_params(recipe.model_config(12, 32768))
+    reference = 12 * recipe.scaling_params(recipe.model_config(RecipeFlags(depth=12), 32768))
     assert ours.num_iterations == num_iterations
     assert ours.horizon == ours.num_tokens == num_iterations * ours.total_batch_size
     assert ours.total_batch_size == recipe.batch_for_horizon(ours.horizon, reference)  # the choice agrees with itself
@@ -180,7 +180,7 @@ def test_explicit_steps_equal_to_the_derived_ones_give_the_same_batch():
 @pytest.mark.parametrize("target_flops", [1e16, 1e18, 3e19])
 def test_explicit_flops_set_the_horizon(target_flops):
     ours = recipe.derive(RecipeFlags(depth=8, target_flops=target_flops), 32768)
-    reference = 12 * recipe.scaling_params(recipe.model_config(12, 32768))
+    reference = 12 * recipe.scaling_params(recipe.model_config(RecipeFlags(depth=12), 32768))
     one_step = flops_per_token(ours.model) * ours.total_batch_size
     assert abs(ours.flops - target_flops) <= one_step / 2
     assert ours.total_batch_size == recipe.batch_for_horizon(ours.horizon, reference)

@@ -25,7 +25,7 @@ from nanochat.cli import command, flag
 from nanochat.common import UserError, human
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT, decode_flops, kv_bytes_read, matmul_weights
-from nanochat.recipe import model_config
+from nanochat.recipe import RecipeFlags, model_config
 from nanochat.tokenizer import Tokenizer, default_dir
 
 
@@ -102,7 +102,8 @@ def load(flags: Flags, device: torch.device, dtype: torch.dtype) -> GPT:
     if flags.source:
         tokenizer = Tokenizer.load(default_dir())
         return checkpoint_manager.load_model(flags.source, flags.model_tag, -1, tokenizer, device, dtype)[0]
-    config = model_config(flags.depth, flags.vocab_size, head_dim=flags.head_dim, sequence_len=flags.max_seq_len)
+    shape = RecipeFlags(depth=flags.depth, head_dim=flags.head_dim, max_seq_len=flags.max_seq_len)
+    config = model_config(shape, flags.vocab_size)
     torch.manual_seed(0)
     model = GPT.create(config, device, dtype)
     model.cast_weights()

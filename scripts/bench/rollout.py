@@ -29,7 +29,7 @@ from nanochat.common import UserError
 from nanochat.distributed import Dist
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
-from nanochat.recipe import model_config
+from nanochat.recipe import RecipeFlags, model_config
 from nanochat.rollout import Question, RolloutConfig
 from nanochat.tokenizer import Tokenizer, default_dir
 from nanochat.tools import ToolUse
@@ -62,7 +62,7 @@ def main(flags: Flags) -> dict[str, float]:
     device = hardware.pick_device(flags.device)
     dtype, tokenizer = hardware.pick_dtype(device), Tokenizer.load(default_dir())
     if flags.fresh_depth:
-        config = model_config(flags.fresh_depth, tokenizer.vocab_size, head_dim=64, sequence_len=512)
+        config = model_config(RecipeFlags(depth=flags.fresh_depth, head_dim=64, max_seq_len=512), tokenizer.vocab_size)
         model = GPT.create(config, device, dtype)
     else:
         model = checkpoint_manager.find(flags.source, flags.model_tag).build_model(device, dtype)

@@ -44,7 +44,7 @@ from nanochat.distributed import Dist
 from nanochat.gpt import GPT
 from nanochat.muon import build_optimizer
 from nanochat.primer import generate_quiz
-from nanochat.recipe import model_config, param_groups
+from nanochat.recipe import RecipeFlags, model_config, param_groups
 from nanochat.tokenizer import NUM_BYTES, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, default_dir
 from nanochat.train import TrainState
 from scripts.bench.harness import medians, print_table, report, require_positive
@@ -191,7 +191,7 @@ def save_fresh_model(folder: Path) -> None:
     tokenizer = Tokenizer(SPLIT_PATTERN, zip(tokens, range(VOCAB_SIZE - len(SPECIAL_TOKENS)), strict=False))
     tokenizer.save(folder / default_dir().name)
     torch.manual_seed(0)
-    model = GPT.create(model_config(DEPTH, VOCAB_SIZE, head_dim=64))
+    model = GPT.create(model_config(RecipeFlags(depth=DEPTH, head_dim=64), VOCAB_SIZE))
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=model.config.n_embd**-0.5)

@@ -76,9 +76,13 @@ def main(flags: Flags) -> dict[str, float]:
     require_positive(flags, "rounds", "steps")
     hardware.pick_device(flags.device)
     recipe.accumulation_steps(flags.total_batch_size, flags.device_batch_size, flags.max_seq_len, 1)
-    config = recipe.model_config(
-        flags.depth, flags.vocab_size, 64, flags.head_dim, flags.max_seq_len, flags.window_pattern
+    shape = recipe.RecipeFlags(
+        depth=flags.depth,
+        head_dim=flags.head_dim,
+        max_seq_len=flags.max_seq_len,
+        window_pattern=flags.window_pattern,
     )
+    config = recipe.model_config(shape, flags.vocab_size)
     sides = {"nanochat": nanochat_side}
     if flags.plain:
         sides["plain"] = plain_side
