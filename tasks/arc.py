@@ -1,4 +1,4 @@
-"""ARC, the AI2 Reasoning Challenge: multiple-choice science questions of grade school (https://arxiv.org/abs/1803.05457)."""
+"""ARC, the AI2 Reasoning Challenge: grade-school science questions, multiple choice (https://arxiv.org/abs/1803.05457)."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ class ARC(Task):
     kind = "categorical"
 
     def __init__(self, subset: str, split: str) -> None:
-        """subset: "ARC-Easy" or "ARC-Challenge"; split: "train", "validation" or "test"."""
+        """`subset` is "ARC-Easy" or "ARC-Challenge", `split` is "train", "validation" or "test"."""
         self.rows = hub.load("allenai/ai2_arc", subset, split).shuffle(seed=SEED)
 
     def __len__(self) -> int:
@@ -19,7 +19,7 @@ class ARC(Task):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        letters = row["choices"]["label"]  # A to E, or 1 to 4 in the questions from New York
+        letters = row["choices"]["label"]  # A to E; a few questions have 1 to 4
         assert row["answerKey"] in letters, f"{row['id']}: the answer {row['answerKey']} is not among {letters}"
         question = multiple_choice(row["question"], row["choices"]["text"], letters)
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": row["answerKey"]}]

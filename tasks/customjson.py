@@ -1,4 +1,4 @@
-"""Conversations of your own from a JSONL file, a line an array of messages: [{"role": "user", "content": "Hi"}, …]."""
+"""Conversations from a JSONL file, one array of messages per line: [{"role": "user", "content": "Hi"}, …]."""
 
 import json
 from pathlib import Path
@@ -10,18 +10,21 @@ from tasks.common import Task
 
 
 class CustomJSON(Task):
-    """The conversations in the order of the file. UserError, naming the line, for one that is not right."""
+    """The conversations in the order of the file. Raises UserError with the line number if one is not valid."""
 
     kind = "conversations"
 
     def __init__(self, path: str | Path) -> None:
         try:
-            lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: text may hold U+2028
+            lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would split at U+2028 too
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from error
-        self.conversations = [_parse(path, i, line) for i, line in enumerate(lines, start=1) if line.strip()]
+        self.conversations = []
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                self.conversations.append(_parse(path, number, line))
         if not self.conversations:
-            raise UserError(f"{path} holds no conversations: put one array of messages on each line")
+            raise UserError(f"{path} has no conversations: write one array of messages per line")
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -34,6 +37,6 @@ def _parse(path: str | Path, number: int, line: str) -> dict[str, Any]:
     try:
         conversation = {"messages": json.loads(line)}
         validate(conversation)
-    except ValueError as error:  # of json as of validate
+    except ValueError as error:  # from json.loads or validate
         raise UserError(f"{path}, line {number}: {error}") from error
     return conversation

@@ -1,4 +1,4 @@
-"""GSM8K: word problems of grade school mathematics, solved with a calculator (https://arxiv.org/abs/2110.14168)."""
+"""GSM8K: grade-school math word problems, solved with calculator calls (https://arxiv.org/abs/2110.14168)."""
 
 import re
 from typing import Any
@@ -10,8 +10,7 @@ from tasks.common import SEED, Conversation, Task, final_number
 class GSM8K(Task):
     kind = "generative"
 
-    def __init__(self, split: str) -> None:
-        """split: "train" or "test"."""
+    def __init__(self, split: str) -> None:  # "train" or "test"
         self.rows = hub.load("openai/gsm8k", "main", split).shuffle(seed=SEED)
 
     def __len__(self) -> int:
@@ -28,19 +27,19 @@ class GSM8K(Task):
         return {"messages": messages, "answer": str(answer)}
 
     def is_correct(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the number after "####" is the reference's, commas and trailing zeros aside."""
+        """Whether the number after "####" equals the reference; "1,000.0" equals "1000"."""
         return final_number(completion) == final_number(f"#### {conversation['answer']}")
 
 
 def solution_parts(answer: str) -> list[dict[str, str]]:
     """
-    Makes the calculator notes of a solution tool calls.
+    Convert the calculator annotations <<expression=result>> of a solution to tool calls.
 
     >>> [part["text"] for part in solution_parts("He has 2 * 3 = <<2*3=6>>6 eggs.")]
     ['He has 2 * 3 = ', '2*3', '6', '6 eggs.']
     """
     parts = []
-    for i, piece in enumerate(re.split(r"<<(.*?)>>", answer)):  # text and notes by turns
+    for i, piece in enumerate(re.split(r"<<(.*?)>>", answer)):  # text and annotations alternate
         if i % 2 == 0:
             parts.append({"type": "text", "text": piece})
         else:

@@ -1,4 +1,4 @@
-"""Rows of the tasks: from a mirror of the hub on this machine, else from the hub."""
+"""Datasets of the tasks, from a local mirror of the Hugging Face Hub or from the hub itself."""
 
 import os
 from pathlib import Path
@@ -9,23 +9,28 @@ from nanochat.common import UserError, base_dir
 
 def load(repo: str, config: str | None, split: str) -> Any:
     """
-    Loads one split of "owner/name", a datasets.Dataset, from $NANOCHAT_DATASETS_DIR/owner/name if that folder exists,
-    else from the hub ($HF_ENDPOINT if set) or what `datasets` has kept of it. UserError if it cannot be had.
+    Return one split of the dataset "owner/name" as a datasets.Dataset.
+
+    It is read from $NANOCHAT_DATASETS_DIR/owner/name if that folder exists, otherwise downloaded from the hub (or
+    $HF_ENDPOINT) and cached. Raises UserError if it cannot be loaded.
     """
     import datasets  # takes a second
 
-    mirrors = Path(os.environ.get("NANOCHAT_DATASETS_DIR") or os.devnull).expanduser()
-    if os.environ.get("NANOCHAT_DATASETS_DIR") and not mirrors.is_dir():
-        raise UserError(f"NANOCHAT_DATASETS_DIR is {mirrors}, which is no folder: name the mirror's, or unset it")
-    source = str(mirrors / repo) if (mirrors / repo).is_dir() else repo
+    source = repo
+    if mirror := os.environ.get("NANOCHAT_DATASETS_DIR"):
+        folder = Path(mirror).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"NANOCHAT_DATASETS_DIR is {folder}, which is not a folder: correct it or unset it")
+        if (folder / repo).is_dir():
+            source = str(folder / repo)
     had_progress_bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(source, config, split=split, cache_dir=str(base_dir() / "datasets"))
     except ConnectionError as error:
         raise UserError(
-            f"{repo} cannot be reached: go online, or name a folder that holds {repo} laid out as on the hub "
-            "in NANOCHAT_DATASETS_DIR"
+            f"{repo} cannot be reached: check the network, "
+            f"or set NANOCHAT_DATASETS_DIR to a folder with a copy of {repo}"
         ) from error
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""HumanEval: Python functions to complete, judged by running tests in a sandbox (https://arxiv.org/abs/2107.03374)."""
+"""HumanEval: complete Python functions, graded by tests that run in a sandbox (https://arxiv.org/abs/2107.03374)."""
 
 import re
 import textwrap
@@ -8,21 +8,21 @@ from nanochat.sandbox.parent import Result, run
 from tasks import hub
 from tasks.common import SEED, Conversation, Task
 
-FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-# A line at the left margin with which a program begins or goes on; anything else there is talk.
+CODE_BLOCK = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+# A line without indentation that belongs to a program; any other line without indentation is prose.
 CODE_LINE = re.compile(
     r"^(?:(?:def|class|import|from|async def|if|for|try|except|else|elif)\b|[@#)\]}]|[A-Za-z_]\w* *=[^=])", re.MULTILINE
 )
-TALK_LINE = re.compile(rf"^(?!{CODE_LINE.pattern})\S", re.MULTILINE)
-BLANK_LINES = re.compile(r"\A(?:[ \t]*\n)+")
-KEPT_OUTPUT = 2000  # characters; arbitrary
+PROSE_LINE = re.compile(rf"^(?!{CODE_LINE.pattern})\S", re.MULTILINE)
+BLANK_LINES_AT_START = re.compile(r"\A(?:[ \t]*\n)+")
+MAX_LOGGED_OUTPUT = 2000  # characters
 
 
 class HumanEval(Task):
     kind = "generative"
 
     def __init__(self, timeout: float = 5.0) -> None:
-        """timeout: seconds for the tests of one answer; arbitrary, 50 times what the reference answers need."""
+        """`timeout` limits the tests of one completion, in seconds; 5 is 50 times what the reference solutions need."""
         self.rows = hub.load("openai/openai_humaneval", "openai_humaneval", "test").shuffle(seed=SEED)
         self.timeout = timeout
 
@@ -35,46 +35,57 @@ class HumanEval(Task):
             {"role": "user", "content": row["prompt"]},
             {"role": "assistant", "content": f"```python\n{row['prompt']}{row['canonical_solution']}```"},
         ]
-        names = ("task_id", "prompt", "test", "entry_point")
-        return {"messages": messages} | {name: row[name] for name in names}
+        grading = {key: row[key] for key in ("task_id", "prompt", "test", "entry_point")}
+        return {"messages": messages, **grading}
 
     def is_correct(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the completed function passes the tests, in a sandbox. May be called from several threads."""
-        return self.run(conversation, completion).passed
+        """Whether the completed function passes the tests. May be called from several threads."""
+        return self.run_tests(conversation, completion).passed
 
     def grade(self, conversation: Conversation, completion: str) -> dict[str, Any]:
-        """The verdict, the end of what was printed (mostly a traceback), and the protections that were on."""
-        result = self.run(conversation, completion)
-        details = {"outcome": result.outcome, "output": result.output[-KEPT_OUTPUT:]}
-        return {"correct": result.passed, **details, "protections": result.protections}
+        """Return the verdict, the end of the output (usually a traceback), and the sandbox's active protections."""
+        result = self.run_tests(conversation, completion)
+        return {
+            "correct": result.passed,
+            "outcome": result.outcome,
+            "output": result.output[-MAX_LOGGED_OUTPUT:],
+            "protections": result.protections,
+        }
 
-    def run(self, conversation: Conversation, completion: str) -> Result:
-        """The verdict with what was printed and which protections were on."""
+    def run_tests(self, conversation: Conversation, completion: str) -> Result:
         prompt, function = conversation["prompt"], conversation["entry_point"]
-        check = f"{prompt}\n{conversation['test']}"  # some tests use what the prompt defines
-        return run(prompt + code_of(completion, function), check, function, self.timeout)
+        check = f"{prompt}\n{conversation['test']}"  # some tests use helper functions of the prompt
+        return run(prompt + extract_code(completion, function), check, function, self.timeout)
 
 
-def code_of(completion: str, function: str) -> str:
+def extract_code(completion: str, function: str) -> str:
     r"""
-    The part of a completion that, after the prompt, makes a program: the rest of the function's body, or the whole
-    function once more. If there are ``` blocks, it is the first that defines the function, else the first. If there
-    are none, it is all that looks like code: a definition of the function with what stands before and after it, or a
-    body; both end before the first line at the left margin that is no code. A body at the left margin is indented.
+    Return the part of a completion that makes a program when it is appended to the prompt: the rest of the function's
+    body, or the whole function again.
 
-    >>> code_of("Here it is:\n```python\ndef double(x):\n    return 2 * x\n```\nIt adds.", "double")
+    - With ``` blocks: the first block that defines the function, otherwise the first block.
+    - Without blocks: the completion up to the first line of prose and, if it defines the function, without the prose
+      before it.
+    - A body without indentation is indented.
+
+    >>> extract_code("Here it is:\n```python\ndef double(x):\n    return 2 * x\n```\nIt adds.", "double")
     'def double(x):\n    return 2 * x\n'
-    >>> code_of("return 2 * x", "double")
+    >>> extract_code("return 2 * x", "double")
     '    return 2 * x'
     """
-    defines = re.compile(rf"^(?:async )?def {re.escape(function)}\b", re.MULTILINE)
-    blocks = FENCED.findall(completion)
-    code = BLANK_LINES.sub("", next(filter(defines.search, blocks), blocks[0]) if blocks else completion)
-    if not defines.search(code) and code[:1] not in (" ", "\t"):
+    definition = re.compile(rf"^(?:async )?def {re.escape(function)}\b", re.MULTILINE)
+    blocks = CODE_BLOCK.findall(completion)
+    code = completion
+    if blocks:
+        code = next((block for block in blocks if definition.search(block)), blocks[0])
+    code = BLANK_LINES_AT_START.sub("", code)
+
+    is_indented = code.startswith((" ", "\t"))
+    if not definition.search(code) and not is_indented:
         return textwrap.indent(code, "    ")
     if blocks:
         return code
-    if defines.search(code):
+    if definition.search(code):
         code = code[CODE_LINE.search(code).start() :]
-    talk = TALK_LINE.search(code)
-    return code[: talk.start()] if talk else code
+    prose = PROSE_LINE.search(code)
+    return code[: prose.start()] if prose else code

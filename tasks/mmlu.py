@@ -1,4 +1,4 @@
-"""MMLU: multiple-choice questions on 57 subjects, from school to profession (https://arxiv.org/abs/2009.03300)."""
+"""MMLU: multiple-choice questions on 57 subjects, from school to professional level (https://arxiv.org/abs/2009.03300)."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ class MMLU(Task):
     kind = "categorical"
 
     def __init__(self, split: str) -> None:
-        """split: "auxiliary_train", a large collection from other tests for training; "validation", "dev" or "test"."""
+        """`split` is "auxiliary_train" (questions of other benchmarks, for training), "validation", "dev" or "test"."""
         self.rows = hub.load("cais/mmlu", "all", split).shuffle(seed=SEED)
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""SmolTalk, its smaller edition: conversations of many kinds, for learning to chat (https://arxiv.org/abs/2502.02737)."""
+"""smol-smoltalk: general conversations, selected for small models (https://arxiv.org/abs/2502.02737)."""
 
 from typing import Any
 
@@ -10,8 +10,7 @@ from tasks.common import SEED, Task
 class SmolTalk(Task):
     kind = "conversations"
 
-    def __init__(self, split: str) -> None:
-        """split: "train" or "test"."""
+    def __init__(self, split: str) -> None:  # "train" or "test"
         self.rows = hub.load("HuggingFaceTB/smol-smoltalk", None, split).shuffle(seed=SEED)
 
     def __len__(self) -> int:

@@ -1,6 +1,8 @@
 """
-Spelling, which models do not see, as they read tokens: letters to count (SpellingBee) and words to spell
-(SimpleSpelling). Generated; item i follows from its seed, i in training and 10,000,000 + i in testing.
+Spelling tasks: count the letters of a word (SpellingBee), spell a word (SimpleSpelling).
+
+A model reads tokens, not letters, so it has to learn how each token is spelled. The items are generated: item i is
+determined by the seed i in training and 10,000,000 + i in testing.
 """
 
 import re
@@ -9,12 +11,12 @@ from typing import Any
 
 from nanochat.tokenizer import Tokenizer
 from tasks.common import Conversation, Task, final_number
-from tasks.words import words
+from tasks.words import load_words
 
-TEST_SEEDS = 10_000_000  # the first seed of testing
-SIZES = {"train": 80_000, "test": 500}  # items; arbitrary
+FIRST_SEED = {"train": 0, "test": 10_000_000}
+DEFAULT_SIZE = {"train": 80_000, "test": 500}  # items; heuristic, not tuned
 
-# {l} is the letter and {w} the word. People ask in the language they speak about English words too.
+# {l} is the letter and {w} the word. The words are English, the questions in several languages.
 WORDINGS = {
     "English": (
         "How many {l} are in {w}?", "How many {l} are there in {w}?", "How many letters {l} are in {w}?",
@@ -60,16 +62,19 @@ SPELLING_WORDINGS = (
 )  # fmt: skip
 
 
-class _Spelling(Task):
-    """What both have: words, and a generator of random choices for each item."""
+class _SpellingTask(Task):
+    """The words of a split and a random generator for each item."""
 
     kind = "generative"
 
     def __init__(self, split: str, size: int | None = None, tokenizer: Tokenizer | None = None) -> None:
-        """split: "train" or "test", which share no word; size: items, SIZES by default; tokenizer: see words()."""
-        self.words = words(split, tokenizer)
-        self.size = SIZES[split] if size is None else size
-        self.first_seed = TEST_SEEDS if split == "test" else 0
+        """
+        `split` is "train" or "test", which share no word. `size` is the number of items, DEFAULT_SIZE by default. With
+        a tokenizer, the words of its vocabulary are used too.
+        """
+        self.words = load_words(split, tokenizer)
+        self.size = DEFAULT_SIZE[split] if size is None else size
+        self.first_seed = FIRST_SEED[split]
 
     def __len__(self) -> int:
         return self.size
@@ -80,70 +85,91 @@ class _Spelling(Task):
         return Random(self.first_seed + index)
 
 
-class SpellingBee(_Spelling):
-    """How often is this letter in this word? The word is spelled, the letters are counted, a calculator confirms."""
+class SpellingBee(_SpellingTask):
+    """How often does a letter occur in a word? The reply spells the word, counts, and checks with the calculator."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = self.random(index)
         word = rng.choice(self.words)
         letter = rng.choice(word if rng.random() < 0.9 else "abcdefghijklmnopqrstuvwxyz")
         number = str(word.count(letter))
-        counted = f"{spell(word)}\n\n{tally(word, letter)}\n\nThat makes {number}. To be sure: "
-        answer = [
-            {"type": "text", "text": counted},
+        counting = f"{spell(word)}\n\n{tally(word, letter)}\n\nThat makes {number}. To be sure: "
+        reply = [
+            {"type": "text", "text": counting},
             {"type": "python", "text": f"'{word}'.count('{letter}')"},
             {"type": "python_output", "text": number},
             {"type": "text", "text": f"\n\n#### {number}"},
         ]
-        messages = [{"role": "user", "content": ask(rng, word, letter)}, {"role": "assistant", "content": answer}]
+        question = draw_question(rng, word, letter)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         return {"messages": messages, "answer": number}
 
     def is_correct(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the number after "####" is right; so is the reward, 1 or 0."""
+        """Whether the number after "####" is the answer."""
         return final_number(completion) == int(conversation["answer"])
 
 
-class SimpleSpelling(_Spelling):
-    """Spell this word: what SpellingBee begins with."""
+class SimpleSpelling(_SpellingTask):
+    """Spell a word: the first step of SpellingBee."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = self.random(index)
         word = rng.choice(self.words)
-        question = casually(rng, rng.choice(SPELLING_WORDINGS).format(w=rng.choice(QUOTES).format(word)))
+        wording = rng.choice(SPELLING_WORDINGS)
+        quoted_word = rng.choice(QUOTES).format(word)
+        question = make_informal(rng, wording.format(w=quoted_word))
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": spell(word)}]
         return {"messages": messages, "answer": word}
 
     def is_correct(self, conversation: Conversation, completion: str) -> bool:
-        """Whether what is after the last colon are the word's letters, one at a time."""
-        return re.findall(r"[a-z]+", completion.rpartition(":")[2].lower()) == list(conversation["answer"])
+        """Whether the text after the last colon lists the letters of the word one by one."""
+        _, _, spelling = completion.rpartition(":")
+        return re.findall(r"[a-z]+", spelling.lower()) == list(conversation["answer"])
 
 
-def ask(rng: Random, word: str, letter: str) -> str:
-    """The question, mostly in English."""
+def draw_question(rng: Random, word: str, letter: str) -> str:
+    """Return a question in a random wording, mostly in English, with random quotation marks."""
     language = "English" if rng.random() < 0.6 else rng.choice(list(WORDINGS))
-    question = rng.choice(WORDINGS[language])
-    quote_letter, quote_word = rng.choice(QUOTES), rng.choice(QUOTES)
+    wording = rng.choice(WORDINGS[language])
+    quote_letter = rng.choice(QUOTES)
+    quote_word = rng.choice(QUOTES)
     if rng.random() < 0.5:
         quote_letter = quote_word
-    return casually(rng, question.format(l=quote_letter.format(letter), w=quote_word.format(word)))
+    return make_informal(rng, wording.format(l=quote_letter.format(letter), w=quote_word.format(word)))
 
 
-def casually(rng: Random, question: str) -> str:
-    """Sometimes in lower case, sometimes without the mark at the end."""
+def make_informal(rng: Random, question: str) -> str:
+    """Sometimes convert to lower case, sometimes remove the final mark."""
     if rng.random() < 0.2:
         question = question.lower()
-    return question.rstrip("?.？。 ") if rng.random() < 0.2 else question
+    if rng.random() < 0.2:
+        question = question.rstrip("?.？。 ")
+    return question
 
 
 def spell(word: str) -> str:
-    """'apple' -> 'apple: a,p,p,l,e'; with commas alone, so that the letters are mostly tokens of their own."""
+    """
+    Commas without spaces make it likely that each letter is a separate token.
+
+    >>> spell("apple")
+    'apple: a,p,p,l,e'
+    """
     return f"{word}: {','.join(word)}"
 
 
 def tally(word: str, letter: str) -> str:
-    """A line for each letter, with how many of those that are counted there have been: 'e\\na\\nr\\nt\\nh 1'."""
-    lines, count = [], 0
-    for each in word:
-        count += each == letter
-        lines.append(f"{each} {count}" if each == letter else each)
+    r"""
+    Return the letters one per line, with a running count at those that are counted.
+
+    >>> tally("apple", "p")
+    'a\np 1\np 2\nl\ne'
+    """
+    lines = []
+    count = 0
+    for character in word:
+        if character == letter:
+            count += 1
+            lines.append(f"{character} {count}")
+        else:
+            lines.append(character)
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """
-Tasks: rows from a mirror of the hub and from a hub, rendered and judged.
+Tasks: datasets from a local mirror and from a hub, items, grading.
 
     python -m pytest tests/test_tasks.py
-    NANOCHAT_DATASETS_DIR=… python -m pytest tests/test_tasks.py    # the real datasets too, from a local mirror
+    NANOCHAT_DATASETS_DIR=… python -m pytest tests/test_tasks.py    # with the real datasets of a local mirror
 """
 
 import hashlib
@@ -43,12 +43,12 @@ GSM8K_ROWS = [
 ]
 TALK_ROWS = [
     {"messages": [{"role": role, "content": role} for role in ("system", "user", "assistant")], "source": "x"},
-    {"messages": [{"role": "assistant", "content": "me first"}], "source": "x"},
+    {"messages": [{"role": "assistant", "content": "first"}], "source": "x"},
 ]
 
 
 def write_dataset(root, repo, config, splits):
-    """A dataset as it lies on the hub: parquet files, and a README whose front matter lists them."""
+    """Writes a dataset in the layout of the hub: parquet files, and a README whose front matter lists them."""
     folder = root / repo
     (folder / config).mkdir(parents=True)
     lines = ["---", "configs:", f"- config_name: {config}", "  data_files:"]
@@ -73,7 +73,7 @@ def mirror(tmp_path, monkeypatch):
     return tmp_path / "mirror"
 
 
-def test_arc(mirror):
+def test_arc_item_has_rendered_question_and_letters(mirror):
     task = ARC("ARC-Easy", "test")
     assert len(task) == 2 and task.kind == "categorical"
     dry = next(conversation for conversation in task if "Dry" in conversation["messages"][0]["content"])
@@ -88,14 +88,14 @@ def test_arc(mirror):
     ]
 
 
-def test_mmlu(mirror):
+def test_mmlu_item_has_rendered_question_and_subject(mirror):
     [conversation] = MMLU("auxiliary_train")
     assert conversation["letters"] == ["A", "B", "C", "D"] and conversation["subject"] == "arithmetic"
     question, answer = (message["content"] for message in conversation["messages"])
     assert question.startswith("Multiple Choice question: 2+2?\n- 1=A\n- 2=B\n- 3=C\n- 4=D\n\n") and answer == "D"
 
 
-def test_gsm8k_notes_become_tool_calls():
+def test_gsm8k_annotations_become_tool_calls():
     assert solution_parts("He has 2 * 3 = <<2*3=6>>6 eggs.\n#### 6") == [
         {"type": "text", "text": "He has 2 * 3 = "},
         {"type": "python", "text": "2*3"},
@@ -106,7 +106,7 @@ def test_gsm8k_notes_become_tool_calls():
     assert solution_parts("None.\n#### 0") == [{"type": "text", "text": "None.\n#### 0"}]
 
 
-def test_gsm8k_judges_the_number_after_the_hashes(mirror):
+def test_gsm8k_grades_the_number_after_the_hashes(mirror):
     task = GSM8K("train")
     conversation = next(c for c in task if c["messages"][0]["content"].startswith("7 "))
     assert conversation["answer"] == "1007"
@@ -120,17 +120,17 @@ def test_gsm8k_judges_the_number_after_the_hashes(mirror):
 @pytest.mark.parametrize(
     ("text", "number"), [("#### -5", "-5"), ("#### $-5", "-5"), ("#### -$5", "-5"), ("#### .5", "0.5"), ("#### 5", "5")]
 )
-def test_numbers(text, number):
+def test_final_number_accepts_signs_and_currency(text, number):
     assert final_number(text) == Decimal(number)
 
 
-def test_rows_are_shuffled_always_alike(mirror):
+def test_rows_are_shuffled_with_a_fixed_seed(mirror):
     questions = [[conversation["messages"][0]["content"] for conversation in GSM8K("train")] for _ in range(2)]
     in_order = [row["question"] for row in GSM8K_ROWS]
     assert questions[0] == questions[1] != in_order and sorted(questions[0]) == sorted(in_order)
 
 
-def test_smoltalk_is_checked_row_by_row(mirror):
+def test_smoltalk_invalid_row_raises_when_read(mirror):
     task = SmolTalk("train")
     assert len(task) == 2
     rows, errors = [], []
@@ -142,7 +142,7 @@ def test_smoltalk_is_checked_row_by_row(mirror):
     assert rows == [{"messages": TALK_ROWS[0]["messages"]}] and len(errors) == 1
 
 
-def test_custom_json(tmp_path):
+def test_custom_json_reads_one_conversation_per_line(tmp_path):
     path = tmp_path / "mine.jsonl"
     talk = [{"role": "user", "content": "Hi\u2028there"}, {"role": "assistant", "content": "Ho"}]
     path.write_text(json.dumps(talk, ensure_ascii=False) + "\n\n" + json.dumps(talk) + "\n", encoding="utf-8")
@@ -153,14 +153,14 @@ def test_custom_json(tmp_path):
 @pytest.mark.parametrize(
     "bad", ["{", '"text"', "{}", '[{"role": "user"}]', '[{"role": "assistant", "content": "I first"}]', "[]", "3"]
 )
-def test_custom_json_names_the_bad_line(tmp_path, bad):
+def test_custom_json_invalid_line_is_named(tmp_path, bad):
     path = tmp_path / "mine.jsonl"
     path.write_text('[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]\n' + bad)
     with pytest.raises(UserError, match="mine.jsonl, line 2: "):
         CustomJSON(str(path))
 
 
-def test_custom_json_that_cannot_be_read(tmp_path):
+def test_custom_json_unreadable_file_is_named(tmp_path):
     (tmp_path / "latin").write_bytes(b"\xe9")
     (tmp_path / "empty").write_text("\n")
     for name in ("missing", "latin", "empty"):
@@ -184,7 +184,7 @@ class Numbers(Task):
         return completion == str(conversation["number"])
 
 
-def test_a_mixture_holds_every_row_in_one_fixed_order():
+def test_task_mixture_has_every_item_in_a_fixed_order():
     once, twice = Numbers(0, 50), Numbers(100, 120)
     order = [row["number"] for row in TaskMixture([once, twice, twice])]
     assert sorted(order) == sorted([*range(50), *range(100, 120), *range(100, 120)]) != order
@@ -192,7 +192,7 @@ def test_a_mixture_holds_every_row_in_one_fixed_order():
     assert order != [row["number"] for row in TaskMixture([once, twice, twice], seed=43)]
 
 
-def test_limited():
+def test_limited_returns_the_first_items():
     task = Numbers(0, 10)
     assert [row["number"] for row in limited(task, 3)] == [0, 1, 2] and len(limited(task, 3)) == 3
     assert limited(task, -1) is task and limited(task, 10) is task
@@ -204,27 +204,27 @@ def test_limited():
     ("config", "split", "message"),
     [("main", "test", r"Unknown split .test.*train"), ("other", "train", ".other. not found.*main")],
 )
-def test_what_the_mirror_does_not_have_is_an_error(mirror, config, split, message):
+def test_hub_load_unknown_config_or_split_raises(mirror, config, split, message):
     with pytest.raises(UserError, match=message):
         hub.load("openai/gsm8k", config, split)
 
 
-def test_a_broken_mirror_is_an_error(mirror):
+def test_hub_load_damaged_mirror_raises(mirror):
     (mirror / "openai/gsm8k/main/train.parquet").write_bytes(b"no parquet")
     with pytest.raises(UserError, match="gsm8k, config main, split train cannot be loaded"):
         hub.load("openai/gsm8k", "main", "train")
 
 
 class Hub(SimpleHTTPRequestHandler):
-    """Serves a mirror as the hub does, as far as `datasets` asks."""
+    """Serves a mirror with the part of the hub's API that `datasets` uses."""
 
     def do_HEAD(self):  # noqa: N802
-        self.answer(with_body=False)
+        self.respond(with_body=False)
 
     def do_GET(self):  # noqa: N802
-        self.answer(with_body=True)
+        self.respond(with_body=True)
 
-    def answer(self, with_body):
+    def respond(self, with_body):
         path = self.path.split("?")[0].removeprefix("/api")
         owner, name, what, *rest = path.removeprefix("/datasets/").split("/")
         repo = Path(self.directory) / owner / name
@@ -257,30 +257,36 @@ def describe(repo, path):
 
 
 def run_python(code, **environment):
-    """In a process of its own: where the hub is, is read when its client is imported."""
+    """Runs code in a separate process, because huggingface_hub reads its environment when it is imported."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "NANOCHAT_"))} | environment
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_rows_from_a_hub(tmp_path):
+@pytest.mark.slow
+def test_hub_load_from_a_server_is_cached_for_offline_use(tmp_path):
     write_datasets(tmp_path / "hub")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=str(tmp_path / "hub")))
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     code = "from tasks.gsm8k import GSM8K; task = GSM8K('train'); print(len(task), task[0]['messages'][0]['content'])"
-    places = {"NANOCHAT_BASE_DIR": str(tmp_path / "base"), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
-    online = run_python(code, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", **places)
+    environment = {
+        "NANOCHAT_BASE_DIR": str(tmp_path / "base"),
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    online = run_python(code, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", **environment)
     server.shutdown()
     server.server_close()
     assert online.returncode == 0 and online.stdout.startswith("100 "), online.stderr
     assert "Generating" not in online.stderr
-    offline = run_python(code, HF_HUB_OFFLINE="1", **places)
-    assert offline.stdout == online.stdout, offline.stderr  # what was fetched is kept
+    offline = run_python(code, HF_HUB_OFFLINE="1", **environment)
+    assert offline.stdout == online.stdout, offline.stderr  # from the cache
 
 
-def test_offline_without_a_mirror_names_the_remedy(tmp_path):
+@pytest.mark.slow
+def test_hub_load_offline_without_mirror_names_the_remedy(tmp_path):
     code = "from tasks.gsm8k import GSM8K; GSM8K('train')"
-    places = {"NANOCHAT_BASE_DIR": str(tmp_path / "base"), "HF_HOME": str(tmp_path / "hf")}
-    result = run_python(code, HF_HUB_OFFLINE="1", NANOCHAT_DATASETS_DIR=str(tmp_path), **places)
+    environment = {"NANOCHAT_BASE_DIR": str(tmp_path / "base"), "HF_HOME": str(tmp_path / "hf")}
+    result = run_python(code, HF_HUB_OFFLINE="1", NANOCHAT_DATASETS_DIR=str(tmp_path), **environment)
     assert "openai/gsm8k cannot be reached" in result.stderr and "NANOCHAT_DATASETS_DIR" in result.stderr
 
 
@@ -293,7 +299,7 @@ REAL = {
 
 @pytest.mark.skipif("NANOCHAT_DATASETS_DIR" not in os.environ, reason="NANOCHAT_DATASETS_DIR is not set")
 @pytest.mark.parametrize("name", REAL)
-def test_real_rows(name, tmp_path, monkeypatch):
+def test_real_datasets_have_correct_references(name, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     for cls, args, num_rows in REAL[name]:
         task = cls(*args)

@@ -1,5 +1,5 @@
 """
-HumanEval: what of an answer is code, and what of it passes.
+HumanEval: extracting code from completions, grading it.
 
     python -m pytest tests/test_tasks_humaneval.py
     NANOCHAT_DATASETS_DIR=… python -m pytest tests/test_tasks_humaneval.py    # all 164 problems, from a local mirror
@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from test_tasks import write_dataset
 
-from tasks.humaneval import HumanEval, code_of
+from tasks.humaneval import HumanEval, extract_code
 
 PROMPT = '''from math import sqrt
 
@@ -47,7 +47,7 @@ def task(tmp_path, monkeypatch):
     return HumanEval(timeout=20)
 
 
-def test_a_problem(task):
+def test_humaneval_item_has_prompt_and_correct_reference(task):
     [conversation] = task
     assert task.kind == "generative" and conversation["task_id"] == "Test/0"
     question, answer = conversation["messages"]
@@ -57,62 +57,61 @@ def test_a_problem(task):
 
 LOOSE = "c = square(a) + square(b)\nreturn sqrt(c)"
 WHOLE = "import math\n\ndef length(a, b):\n    return helper(a, b)\n\ndef helper(a, b):\n    return math.hypot(a, b)\n"
-ANSWERS = {
+COMPLETIONS = {
     "body": BODY,
     "body after blank lines": f"\n   \n{BODY}",
-    "body at the margin": LOOSE,
-    "body, then talk": f"{BODY}\nThis is Pythagoras' theorem.\n\n    c = 0",
-    "body, then a helper and talk": f"    return helper(a, b)\n\ndef helper(a, b):\n{BODY}\nDone.",
+    "body without indentation": LOOSE,
+    "body, then prose": f"{BODY}\nThis is Pythagoras' theorem.\n\n    c = 0",
+    "body, then a helper and prose": f"    return helper(a, b)\n\ndef helper(a, b):\n{BODY}\nDone.",
     "block with a body": f"The rest is:\n\n```python\n{BODY}```",
-    "block with a body at the margin": f"```\n{LOOSE}\n```",
+    "block with a body without indentation": f"```\n{LOOSE}\n```",
     "block with the function": f"Here it is:\n\n```python\n{WHOLE}```\n\nIt uses hypot.",
     "indented block": f"1. So:\n   ```py\n{WHOLE}   ```",
     "block that is not closed": f"```python\n{WHOLE}",
     "second of two blocks": f"```bash\npip install math\n```\n```python\n{WHOLE}```",
     "first of two blocks": f"```python\n{WHOLE}```\nUse it:\n```python\nprint(length(1, 2)\n```",
     "function": WHOLE,
-    "function between talk": f"Sure!\n\n{WHOLE}\nThat is all: 1, 2, 3.",
+    "function between prose": f"Sure!\n\n{WHOLE}\nThat is all: 1, 2, 3.",
     "prompt and body": PROMPT + BODY,
 }
 
 
-@pytest.mark.parametrize("name", ANSWERS)
-def test_right_answers_in_many_forms(task, name):
-    result = task.run(task[0], ANSWERS[name])
+@pytest.mark.parametrize("name", COMPLETIONS)
+def test_is_correct_right_completion_in_any_form_passes(task, name):
+    result = task.run_tests(task[0], COMPLETIONS[name])
     assert result.passed, result.output
 
 
 WRONG = {
     "nothing": "",
-    "talk": "I do not know.",
+    "prose": "I do not know.",
     "empty body": "    pass\n",
     "empty block": "```python\n```",
     "wrong": BODY.replace("+", "-"),
     "exit": "    import sys\n    sys.exit(0)",
     "hard exit": "    import os\n    os._exit(0)",
-    "check of its own": WHOLE.replace("hypot", "dist") + "\ndef check(candidate):\n    pass\n",
+    "its own check": WHOLE.replace("hypot", "dist") + "\ndef check(candidate):\n    pass\n",
     "other function": "def size(a, b):\n    return (a * a + b * b) ** 0.5",
     "equal to everything": "    class All:\n        def __eq__(self, other): return True\n    return All()",
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_answers(task, name):
+def test_is_correct_wrong_completion_fails(task, name):
     assert not task.is_correct(task[0], WRONG[name])
 
 
-def test_code_is_left_as_it_is():
-    constant = 'TEXT = """\nWords at the margin.\n"""\n'
-    assert code_of(f"```python\n{constant}{WHOLE}```", "length") == constant + WHOLE
-    assert code_of(BODY, "length") == BODY
-    assert (
-        code_of("    return 1\n\n\nclass A:\n    pass\n\nThe end.", "length")
-        == "    return 1\n\n\nclass A:\n    pass\n\n"
-    )
+def test_extract_code_keeps_code_unchanged():
+    constant = 'TEXT = """\nText without indentation.\n"""\n'
+    assert extract_code(f"```python\n{constant}{WHOLE}```", "length") == constant + WHOLE
+    assert extract_code(BODY, "length") == BODY
+    body_and_class = "    return 1\n\n\nclass A:\n    pass\n\n"
+    assert extract_code(f"{body_and_class}The end.", "length") == body_and_class
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("NANOCHAT_DATASETS_DIR" not in os.environ, reason="NANOCHAT_DATASETS_DIR is not set")
-def test_all_reference_answers_pass_and_empty_ones_fail(tmp_path, monkeypatch):
+def test_humaneval_references_pass_and_empty_bodies_fail(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     task = HumanEval(timeout=30)
     conversations = list(task)
