@@ -23,6 +23,7 @@ def chat_model(base_dir, golden_tokenizer):
     save_checkpoint(tiny_gpt(initial=True), "sft", "d2", tokenizer=golden_tokenizer)
 
 
+@pytest.mark.slow
 def test_guide_to_adding_a_task_works_as_written(tmp_path, chat_model):
     guide = (ROOT / "README.md").read_text(encoding="utf-8").split("**A task.**")[1].split("\n\n**")[0]
     file, lines, command = re.findall(r"```(?:python|diff|bash)\n(.*?)```", guide, re.DOTALL)
