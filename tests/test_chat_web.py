@@ -54,7 +54,7 @@ class ScriptedEngine(Engine):
     def scripted_step(self, num_slots, *_):
         if self.permits:
             assert self.permits.acquire(timeout=20)
-        return [self.script[sum(row.completion.sampled)] for row in self.rows[:num_slots]], [-0.5] * num_slots
+        return [self.script[sum(row.completion.sampled)] for row in self.active[:num_slots]], [-0.5] * num_slots
 
 
 @contextlib.contextmanager
@@ -362,9 +362,9 @@ MANY = [{"role": "user", "content": "a" * 7000}, {"role": "assistant", "content"
         ("text", {}, "prompt: Field required"),
         ("text", {"prompt": []}, "the prompt is empty"),
         ("text", {"prompt": [[]]}, "the prompt is empty"),
-        ("text", {"prompt": [0, V]}, f"the model knows 0 to {V - 1}"),
+        ("text", {"prompt": [0, V]}, f"the model's vocabulary is 0 to {V - 1}"),
         ("text", {"prompt": ["a"] * 17}, "1 x 17 completions"),
-        ("text", {"prompt": "a " * 300}, "the model reads at most 256"),
+        ("text", {"prompt": "a " * 300}, "the model's context has 256"),
         ("text", {"prompt": "a" * 32001}, "32000 are allowed"),
         ("text", {"prompt": "a", "logprobs": 3}, "logprobs"),
         ("text", {"prompt": "a", "echo": True}, "echo: .*null or false"),

@@ -463,7 +463,7 @@ class ResponseBuilder:
         finished = set()
         async for events in self.handle.batches():
             self._add(events)
-            for i in dict.fromkeys(event.index for event in events):
+            for i in dict.fromkeys(event.generation.index for event in events):
                 if i not in finished:
                     chunks += self._new_chunks(i)
                 if self.texts[i].finish:
@@ -476,10 +476,10 @@ class ResponseBuilder:
 
     def _add(self, events: list[TokenEvent]) -> None:
         for event in events:
-            text = self.texts[event.index]
-            text.add(event)
-            if text.finish:
-                self.handle.stop(event.index, text.finish)
+            i = event.generation.index
+            self.texts[i].add(event)
+            if self.texts[i].finish:
+                self.handle.stop(i, self.texts[i].finish)
 
     def _choice(self, i: int) -> dict[str, Any]:
         text, logprobs = self.texts[i].take()

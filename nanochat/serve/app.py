@@ -31,7 +31,6 @@ def create_app(
     api_key: str = "",
     cors_origins: Sequence[str] = (),
     hosts: Sequence[str] = (),
-    page: Path = PAGE,
 ) -> FastAPI:
     """
     Returns the app, which starts and closes the service with itself. An empty api_key admits everybody; `hosts` are
@@ -56,7 +55,7 @@ def create_app(
         )
     add_error_handlers(app)
     ChatApi(service, defaults).add_routes(app)
-    _add_page(app, page.read_text(encoding="utf-8"))
+    _add_page(app, PAGE.read_text(encoding="utf-8"))
     _add_operator_endpoints(app, service)
     return app
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanochat.common import UserError
-from nanochat.engine import Completion, Engine, Request
+from nanochat.engine import Engine, Event, Request
 from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import Tokenizer
 
@@ -51,17 +51,6 @@ class GenerationFailed(Exception):
     """The engine failed during this request, or the server shut down before its end."""
 
 
-@dataclass(slots=True)
-class TokenEvent:
-    """One new token of a generation, or its end."""
-
-    index: int  # of the generation in its ResponseHandle
-    token: int | None  # None: the generation has ended
-    logprob: float  # of the token in nats; 0 unless the request asks for it
-    finish: str  # at the end, as in engine.Completion; else ""
-    device: int  # index of the engine
-
-
 @dataclass(eq=False)
 class Generation:
     """One request and the tokens generated for it so far."""
@@ -72,6 +61,17 @@ class Generation:
     is_cancelled: bool = False  # read by the engine's thread before each step
     tokens: list[int] = field(default_factory=list)
     finish: str = ""  # one of OUTCOMES once it has ended
+
+
+@dataclass(slots=True)
+class TokenEvent:
+    """One new token of a generation, or its end."""
+
+    generation: Generation
+    token: int | None  # None: the generation has ended
+    logprob: float  # of the token in nats; 0 unless the request asks for it
+    finish: str  # at the end, as in engine.Completion; else ""
+    device: int  # index of the engine
 
 
 class ResponseHandle:
@@ -104,7 +104,7 @@ class ResponseHandle:
 
     def deliver(self, event: TokenEvent) -> None:
         """Records an event and wakes the reader."""
-        generation = self.generations[event.index]
+        generation = event.generation
         if generation.is_cancelled:
             return
         if event.token is not None:
@@ -309,27 +309,28 @@ class EngineThread(threading.Thread):
                     self.engine.cancel(number)
                     self._drop(number)
             if self.generations:
-                events = [self._to_token_event(*event) for event in self.engine.step()]
+                events = [self._to_token_event(event) for event in self.engine.step()]
                 if events:
                     self._call_in_loop(self._deliver, events)
 
-    def _to_token_event(self, number: int, token: int | None, completion: Completion) -> tuple[Generation, TokenEvent]:
+    def _to_token_event(self, event: Event) -> TokenEvent:
+        number, token, completion = event
         generation = self.generations[number]
         if token is None:
             self._drop(number)
-            return generation, TokenEvent(generation.index, None, 0.0, completion.finish, self.index)
+            return TokenEvent(generation, None, 0.0, completion.finish, self.index)
         logprob = completion.logprobs[len(completion.tokens) - 1] if completion.logprobs else 0.0
-        return generation, TokenEvent(generation.index, token, logprob, "", self.index)
+        return TokenEvent(generation, token, logprob, "", self.index)
 
     def _drop(self, number: int) -> None:
         self.queue.release(self.generations.pop(number))
 
-    def _deliver(self, events: list[tuple[Generation, TokenEvent]]) -> None:
-        num_tokens = sum(event.token is not None for _, event in events)
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        num_tokens = sum(event.token is not None for event in events)
         self.num_tokens += num_tokens
         self.tokens_by_second[int(time.monotonic())] += num_tokens
-        for generation, event in events:
-            generation.handle.deliver(event)
+        for event in events:
+            event.generation.handle.deliver(event)
 
     def _fail_generations(self, error: Exception) -> None:
         generations = list(self.generations.values())
