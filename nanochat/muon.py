@@ -28,6 +28,10 @@ import torch.distributed as dist
 from nanochat.common import UserError
 from nanochat.gpt import GPT
 
+# torch 2.13 renames both and warns of the old names.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 ADAM_EPS = 1e-10  # far below 1e-8: gradients of embedding rows are tiny, and a large eps would damp their steps
 NORMUON_BETA2 = 0.9
 SHARD_MIN_NUMEL = 2**14  # smaller AdamW parameters are replicated: a transfer costs more than their update (heuristic)
@@ -188,7 +192,7 @@ class MuonAdamW(torch.optim.Optimizer):
         grad = _grad(p)
         if self._is_sharded(p):
             own = torch.empty_like(self._own_rows(p))
-            work = dist.reduce_scatter_tensor(own, grad, async_op=True)
+            work = reduce_scatter(own, grad, async_op=True)
             return Update(group, [p], own, is_sharded=True, reduce=work)
         if self.world_size > 1:
             return Update(group, [p], grad, is_sharded=False, reduce=dist.all_reduce(grad, async_op=True))
@@ -205,7 +209,7 @@ class MuonAdamW(torch.optim.Optimizer):
         scalars = self._scalars(group["lr"], group["decay"], beta1, beta2, self.num_steps)
         self.adamw_update(weights, update.grad, state["exp_avg"], state["exp_avg_sq"], *scalars)
         if update.is_sharded:
-            update.gather = dist.all_gather_into_tensor(p.data, weights.clone(), async_op=True)
+            update.gather = all_gather(p.data, weights.clone(), async_op=True)
 
     def _is_sharded(self, p: torch.Tensor) -> bool:
         return self.world_size > 1 and p.numel() >= SHARD_MIN_NUMEL and p.size(0) % self.world_size == 0
@@ -221,7 +225,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if self.world_size == 1:
             return Update(group, params, grads, is_sharded=False)
         own = torch.empty_like(grads[: self._num_own(params)])
-        work = dist.reduce_scatter_tensor(own, grads, async_op=True)
+        work = reduce_scatter(own, grads, async_op=True)
         return Update(group, params, own, is_sharded=True, reduce=work)
 
     def _compute_muon(self, update: Update) -> None:
@@ -238,7 +242,7 @@ class MuonAdamW(torch.optim.Optimizer):
             self._copy_to_params(params, weights)
             return
         update.gathered = weights.new_empty((self._num_own(params) * self.world_size, *weights.shape[1:]))
-        update.gather = dist.all_gather_into_tensor(update.gathered, weights, async_op=True)
+        update.gather = all_gather(update.gathered, weights, async_op=True)
 
     @staticmethod
     def _copy_to_params(params: list[torch.Tensor], stack: torch.Tensor) -> None:
@@ -309,7 +313,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _gather(self, own: torch.Tensor) -> torch.Tensor:
         full = own.new_empty((own.size(0) * self.world_size, *own.shape[1:]))
-        dist.all_gather_into_tensor(full, own.contiguous())
+        all_gather(full, own.contiguous())
         return full
 
 
