@@ -38,7 +38,7 @@ def plain(hidden_NC, head_VC, targets_N, reduction, cap=15.0):
 
 
 def chunked(hidden_NC, head_VC, targets_N, reduction, cap=15.0):
-    return cross_entropy(hidden_NC, head_VC, targets_N, V, cap, reduction)
+    return cross_entropy(hidden_NC, head_VC, targets_N, vocab_size=V, cap=cap, reduction=reduction)
 
 
 def results(function, hidden_NC, head_VC, targets_N, reduction, cap=15.0):

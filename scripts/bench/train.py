@@ -175,7 +175,8 @@ def nanochat_side(
 
     def loss_alone(hidden_BTC: torch.Tensor, y_BT: torch.Tensor) -> torch.Tensor:
         hidden_NC, weight, y_N = hidden_BTC.flatten(0, 1), run.model.lm_head.weight, y_BT.flatten()
-        return cross_entropy(hidden_NC, weight, y_N, config.vocab_size, config.logit_softcap, "sum")
+        vocab_size, cap = config.vocab_size, config.logit_softcap
+        return cross_entropy(hidden_NC, weight, y_N, vocab_size=vocab_size, cap=cap, reduction="sum")
 
     return Side(run.model, prefetch(steps, device), run.optimizer, loss, loss_alone)
 
