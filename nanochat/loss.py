@@ -76,7 +76,8 @@ class _CrossEntropy(torch.autograd.Function):
         if ctx.is_sum:
             d_hidden_NC, d_head_VC = (gradient * grad.to(gradient.dtype) for gradient in ctx.saved_tensors)
         else:
-            result = _in_chunks(*ctx.saved_tensors, ctx.vocab_size, ctx.cap, weights_N=grad)
+            hidden_NC, head_VC, targets_N = ctx.saved_tensors
+            result = _in_chunks(hidden_NC, head_VC, targets_N, ctx.vocab_size, ctx.cap, weights_N=grad)
             d_hidden_NC, d_head_VC = result.d_hidden_NC, result.d_head_VC
         return d_hidden_NC, d_head_VC, None, None, None, None
 
@@ -94,7 +95,7 @@ def _in_chunks(hidden_NC, head_VC, targets_N, vocab_size, cap, weights_N=None) -
     rows = math.ceil(max(CHUNK_LOGITS / head_VC.size(0), N / MAX_CHUNKS))
     ids_V = torch.arange(vocab_size, device=hidden_NC.device)
     losses, d_hidden = [], []
-    d_head_VC = torch.zeros_like(head_VC) if weights_N is not None else None
+    d_head_VC = torch.zeros_like(head_VC if weights_N is not None else head_VC[:0])  # empty if not asked for
     for start in range(0, N, rows):
         chunk = slice(start, start + rows)
         h_nC, y_n1 = hidden_NC[chunk], targets_N[chunk, None]
