@@ -186,7 +186,7 @@ def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str
 
 
 class PartReader:
-    """Converts generated tokens to text, token by token, and tells which kind of part the text belongs to."""
+    """Converts generated tokens to text, token by token, and tracks the kind of part that the text belongs to."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer

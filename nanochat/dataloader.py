@@ -16,9 +16,9 @@ on padding; fine-tuning pads the row, so that every conversation is trained on w
 and so does every row. Inputs are a row's first T tokens, targets its last T.
 
 A step's `data_state` holds the position in the data and the documents in the buffer. A loader constructed with
-`states` continues with exactly the batches that an uninterrupted run would have seen.
+`states` continues with exactly the batches of an uninterrupted run.
 
-Shapes: B rows of a micro-batch on one rank, T tokens of a row.
+Shapes: B rows per micro-batch and rank, T tokens per row.
 """
 
 import bisect
@@ -130,13 +130,15 @@ class PretrainLoader:
         self.sequence_len = sequence_len
         self.world_size = dist.world_size
 
-        if len(row_groups) < dist.world_size:
-            self._stride, self._first_text, self._text_stride = 1, dist.rank, dist.world_size
-            self.row_group = 0
+        if len(row_groups) >= dist.world_size:
+            self.row_group = dist.rank  # the one to read next
+            self._stride = dist.world_size
+            self._own_texts = slice(None)
         else:
-            self._stride, self._first_text, self._text_stride = dist.world_size, 0, 1
-            self.row_group = dist.rank
-        self.texts_done = 0  # of this rank's texts in the row group
+            self.row_group = 0
+            self._stride = 1
+            self._own_texts = slice(dist.rank, None, dist.world_size)
+        self.texts_done = 0  # of this rank's texts in that row group
         self.buffer = PackingBuffer()
         # Texts of one row group are kept, because reading them costs more than tokenizing TEXTS_PER_CALL of them.
         self._texts: list[str] = []
@@ -182,8 +184,8 @@ class PretrainLoader:
 
     def state(self) -> dict[str, Any]:
         """
-        The position in the data and the buffer, as numbers and tensors. These keys are a file format: checkpoints have
-        them, under names that are older than those of the attributes.
+        The position in the data and the buffer, as numbers and tensors. The keys belong to the checkpoint format, which
+        is older than the names in this class: a "unit" is a row group, "waiting" are the documents in the buffer.
         """
         documents = list(self.buffer)
         tokens = np.concatenate(documents) if documents else np.empty(0, np.int32)
@@ -215,7 +217,7 @@ class PretrainLoader:
             room = len(row) - filled
             document = self.buffer.pop_longest(room)
             if document is None:
-                # Cropping the shortest throws away the fewest tokens.
+                # The rest of a cropped document is discarded. The shortest one wastes the fewest tokens.
                 document = self.buffer.pop_shortest()[:room]
             row[filled : filled + len(document)] = document
             filled += len(document)
@@ -239,7 +241,7 @@ class PretrainLoader:
             return
         for _ in range(len(self.row_groups) + 1):
             texts = self.row_groups.texts(self.row_group % len(self.row_groups))
-            self._texts = texts[self._first_text :: self._text_stride]
+            self._texts = texts[self._own_texts]
             self._texts_row_group = self.row_group
             if self._texts:
                 return
@@ -300,7 +302,7 @@ class ConversationLoader:
             if num_targets == 0:
                 if self._num_packed() - packed_at_last_target >= len(self.conversations):
                     raise UserError(
-                        "no conversation has a reply to learn from: look at the data with show_conversation"
+                        "no conversation has a reply to train on: look at the data with scripts.show_conversation"
                     )
                 continue
             packed_at_last_target = self._num_packed()
@@ -316,7 +318,7 @@ class ConversationLoader:
                 yield x_BT, y_BT
 
     def state(self) -> dict[str, Any]:
-        """The position in the data and the indices of the buffered conversations. The keys are a file format."""
+        """The position in the data and the indices of the buffered conversations. The keys are a checkpoint format."""
         return {
             "total": len(self.conversations),
             "next": self.next_index,
@@ -341,7 +343,7 @@ class ConversationLoader:
         return self.next_index - len(self.buffer)
 
     def _progress(self, num_steps: int) -> float:
-        """The fraction of the run that is done: of the steps, or of the conversations where one pass is made."""
+        """The fraction of the run that is done: of num_steps, or of the conversations if there is a single pass."""
         if num_steps != -1:
             return self.step / num_steps
         if len(self.conversations) == 0:

@@ -178,7 +178,7 @@ def _download_shards(names: Sequence[str], directory: Path, workers: int) -> Non
     # The threads of a ThreadPool are daemons, so that Ctrl-C ends the program without waiting for them.
     with ThreadPool(workers) as pool:
         results = pool.imap_unordered(download, names)
-        bar = track(results, f"{len(names)} shards", total=len(names), console=Console(stderr=True))
+        bar = track(results, "downloading shards", total=len(names), console=Console(stderr=True))
         errors = sorted((name, message) for name, message in bar if message)
     if errors:
         listed = ", ".join(f"{name} ({message})" for name, message in errors[:5])

@@ -20,7 +20,7 @@ Conversation = Mapping[str, Any]
 class Task(ABC):
     """
     A sequence of conversations {"messages": […]}, each ending with the assistant's reference reply. An item may have
-    further keys, which grading needs. `kind` says how a model is evaluated:
+    further keys, which grading needs. `kind` selects how a model is evaluated:
     - "categorical":   the model chooses one of item["letters"]
     - "generative":    the model generates a completion, which is_correct grades
     - "conversations": not at all, the task is for training only

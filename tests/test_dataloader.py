@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import golden
+from factories import wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -529,7 +530,7 @@ def test_conversation_loader_several_passes_use_all_conversations_equally(golden
 
 def test_conversation_loader_batch_without_target_is_skipped(golden_tokenizer):
     without_reply = [{"messages": [{"role": "user", "content": "apple " * 100}]}] * 3
-    with pytest.raises(UserError, match="reply to learn from"):
+    with pytest.raises(UserError, match="reply to train on"):
         make_steps(without_reply, golden_tokenizer, sequence_len=64)
     with_reply = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "fig"}]
     conversations = [*without_reply, {"messages": with_reply}]
@@ -554,13 +555,6 @@ def make_step(number):
 
 def numbers(steps):
     return [step.data_state["number"] for step in steps]
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 20
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 100])
@@ -590,7 +584,7 @@ def test_prefetch_builds_a_bounded_number_of_steps_ahead():
 
     steps = prefetch(source(), CPU, ahead=3)
     next(steps)
-    assert wait_until(lambda: len(built) == 4)  # the current one and three ahead
+    wait_until(lambda: len(built) == 4)  # the current one and three ahead
     time.sleep(0.05)
     assert len(built) == 4
     steps.close()
@@ -602,7 +596,7 @@ def test_prefetch_closed_ends_its_thread():
     assert numbers(islice(steps, 5)) == [0, 1, 2, 3, 4]
     assert set(threading.enumerate()) - before
     steps.close()
-    assert wait_until(lambda: not set(threading.enumerate()) - before)
+    wait_until(lambda: not set(threading.enumerate()) - before)
 
 
 def test_to_device_moves_tensors_and_keeps_the_rest():
