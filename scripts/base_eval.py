@@ -1,10 +1,10 @@
 """
 Evaluate a base model: bits per byte on both splits, samples, and CORE, the mean over 22 tasks of knowledge, language,
-reading and reasoning (0 = guessing, 1 = all right).
+reading and reasoning (0 = guessing, 1 = all correct).
 
-    python -m scripts.base_eval                                     # the checkpoint written last: bpb and samples
+    python -m scripts.base_eval                                     # the newest checkpoint: bits per byte and samples
     python -m scripts.base_eval -g d12 --eval core,bpb,sample
-    python -m scripts.base_eval --eval core --max-per-task 500      # a part of each task: faster, and a wider interval
+    python -m scripts.base_eval --eval core --max-per-task 500      # a part of each task: faster, less certain
 """
 
 import time
@@ -21,123 +21,142 @@ from nanochat.dataset import RowGroups
 from nanochat.distributed import Dist
 from nanochat.engine import Engine, Request, sample_prompts
 from nanochat.eval.bpb import evaluate_bpb
-from nanochat.eval.core import REFERENCES, core_metric, evaluate_core, save_scores
+from nanochat.eval.core import REFERENCES, evaluate_core, save_scores
 from nanochat.eval.core_tasks import CoreTask, load_tasks, resolve_bundle
+from nanochat.eval.metrics import TaskScore, core_metric
 from nanochat.gpt import GPT
 from nanochat.logging import progress, save_numbers
 from nanochat.recipe import load_hyperparameters
 from nanochat.tokenizer import Tokenizer, default_dir
 
 EVALUATIONS = ("core", "bpb", "sample")
+NUM_SAMPLES, SAMPLE_TOKENS = 4, 128  # texts without a prompt
 
 
 @dataclass(frozen=True)
 class Flags:
-    eval: str = flag("bpb,sample", "what to do, with commas between: core, bpb = bits per byte, sample = samples")
+    eval: str = flag("bpb,sample", "comma-separated evaluations: core, bpb = bits per byte, sample = samples")
     source: str = flag("base", "stage of the model", short="-i", choices=("base", "mid", "sft", "rl"))
-    model_tag: str = flag("", "name of the checkpoints; default the one written last", short="-g")
+    model_tag: str = flag("", "name of the checkpoints; default: the one written last", short="-g")
     step: int = flag(-1, "step of the checkpoint; -1 = the newest", short="-s")
     device_batch_size: int = flag(-1, "rows per forward pass and rank, for bits per byte; -1 = as in training")
     split_tokens: int = flag(40 * 524288, "tokens per split for bits per byte, over all ranks")
     max_per_task: int = flag(-1, "items of each CORE task, always the same ones; -1 = all")
-    eval_bundle: str = flag(
-        "", "folder of CORE's tasks; default $NANOCHAT_EVAL_BUNDLE, else the public bundle, fetched"
-    )
-    data_dir: str = flag("", "folder of parquet shards; default $NANOCHAT_DATA_DIR, else the public shards")
+    eval_bundle: str = flag("", "folder of CORE's tasks; default: $NANOCHAT_EVAL_BUNDLE, else downloaded")
+    data_dir: str = flag("", "folder of parquet shards; default: $NANOCHAT_DATA_DIR, else the public shards")
     device: str = flag("auto", "cuda | mps | cpu | auto")
 
 
 @command
 def main(flags: Flags) -> dict[str, float]:
-    wanted = flags.eval.split(",")
-    if unknown := set(wanted) - set(EVALUATIONS):
-        raise UserError(f"--eval {unknown.pop()}: there are {', '.join(EVALUATIONS)}")
-    for name in ("device_batch_size", "max_per_task"):
-        if (value := getattr(flags, name)) < 1 and value != -1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1, or -1")
-    if flags.split_tokens < 1:
-        raise UserError(f"--split-tokens {flags.split_tokens}: must be at least 1")
+    """Returns the numbers by name."""
+    check(flags)
+    evaluations = flags.eval.split(",")
     with distributed.init(flags.device) as dist:
+        # Tokenizer and data come first, so that a mistake in the flags is reported before the model is loaded.
         tokenizer = Tokenizer.load(default_dir())
+        shards = find_shards(flags) if "bpb" in evaluations else {}
+        tasks = load_core_tasks(flags, dist) if "core" in evaluations else []
         dtype = hardware.pick_dtype(dist.device)
-        shards = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir)) if "bpb" in wanted else ([], [])
-        tasks = find_tasks(flags, dist) if "core" in wanted else []
         model, checkpoint = checkpoint_manager.load_model(
             flags.source, flags.model_tag, flags.step, tokenizer, dist.device, dtype
         )
         hardware.tune_process(dist.device)
         dist.print0(f"{checkpoint.path}, {hardware.describe(dist.device)}, {dtype}")
+
         numbers = {}
-        if tasks:
-            numbers |= core(flags, model, checkpoint, tokenizer, tasks, dist)
-        if "bpb" in wanted:
-            numbers |= bits_per_byte(flags, model, checkpoint, tokenizer, shards, dist)
-        if "sample" in wanted and dist.is_main:
-            engine = Engine(model, tokenizer)
-            sample_prompts(engine)
-            print("Without a prompt, at temperature 1:")
-            for completion in engine.generate([Request([tokenizer.bos], 128, seed=seed) for seed in range(4)]):
-                print(f"  {tokenizer.decode(completion.tokens)!r}")
+        if "core" in evaluations:
+            scores = run_core(model, tokenizer, tasks, dist)
+            numbers["CORE"], numbers["CORE ±"] = core_metric(scores)
+            if dist.is_main:
+                path = core_path(flags, checkpoint)
+                save_scores(path, scores, str(checkpoint.path))
+                print(f"written to {path}.csv and .json")
+        if "bpb" in evaluations:
+            B, T = flags.device_batch_size, model.config.sequence_len
+            if B == -1:
+                B = load_hyperparameters(checkpoint.meta).device_batch_size
+            num_batches = max(1, flags.split_tokens // (B * T * dist.world_size))
+            for split, files in shards.items():
+                loader = PretrainLoader(tokenizer, RowGroups(files), batch_size=B, sequence_len=T, dist=dist)
+                bpb = evaluate_bpb(model, islice(loader.batches(), num_batches), tokenizer.token_bytes(), dist)
+                numbers[f"{split} bpb"] = bpb
+                dist.print0(f"{split} bits per byte: {bpb:.4f}")
+        if "sample" in evaluations and dist.is_main:
+            print_samples(model, tokenizer)
         if dist.is_main:
             save_numbers("base_eval", {"model": str(checkpoint.path)} | numbers)
     return numbers
 
 
-def find_tasks(flags: Flags, dist: Dist) -> list[CoreTask]:
+def check(flags: Flags) -> None:
+    """Raises UserError for invalid flags."""
+    for name in flags.eval.split(","):
+        if name not in EVALUATIONS:
+            raise UserError(f"--eval {name}: choose among {', '.join(EVALUATIONS)}")
+    for name in ("device_batch_size", "max_per_task"):
+        value = getattr(flags, name)
+        if value < 1 and value != -1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1, or -1")
+    if flags.split_tokens < 1:
+        raise UserError(f"--split-tokens {flags.split_tokens}: must be at least 1")
+
+
+def find_shards(flags: Flags) -> dict[str, list[Path]]:
+    """The files of both splits, by name."""
+    train, val = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
+    return {"train": train, "val": val}
+
+
+# ---- CORE ----
+
+
+def load_core_tasks(flags: Flags, dist: Dist) -> list[CoreTask]:
+    """Loads the tasks; if the bundle must be downloaded, the first rank does it while the others wait."""
     if dist.is_main:
-        resolve_bundle(flags.eval_bundle)  # one rank fetches it
+        resolve_bundle(flags.eval_bundle)
     dist.barrier()
     return load_tasks(resolve_bundle(flags.eval_bundle), flags.max_per_task)
 
 
-def core(
-    flags: Flags, model: GPT, checkpoint: Checkpoint, tokenizer: Tokenizer, tasks: list[CoreTask], dist: Dist
-) -> dict[str, float]:
-    """CORE and its margin; the scores of the tasks go to the console and to <base>/base_eval/."""
-    start, total = time.monotonic(), sum(map(len, tasks))
-    scores = evaluate_core(model, tokenizer, tasks, dist, progress=progress(total // dist.world_size, dist))
-    result, margin = core_metric(scores)
+def run_core(model: GPT, tokenizer: Tokenizer, tasks: list[CoreTask], dist: Dist) -> list[TaskScore]:
+    """Evaluates CORE and prints the scores."""
+    start = time.monotonic()
+    num_items = sum(len(task) for task in tasks)
+    scores = evaluate_core(model, tokenizer, tasks, dist, progress=progress(num_items // dist.world_size, dist))
     for score in scores:
         low, high = score.interval
-        sure = f"{score.correct}/{score.total}, 95 % sure: {low:.1%} to {high:.1%}"
-        dist.print0(f"{score.label:32s} {score.accuracy:7.2%}  centered {score.centered:7.4f}  ({sure})")
+        interval = f"{score.correct}/{score.total}, 95 % interval {low:.1%} to {high:.1%}"
+        dist.print0(f"{score.label:32s} {score.accuracy:7.2%}  centered {score.centered:7.4f}  ({interval})")
     for name, value in REFERENCES.items():
         dist.print0(f"{name:32s} CORE {value:.4f}, all items, as published")
-    dist.print0(f"{'this model':32s} CORE {result:.4f} ± {margin:.4f}, 95 % sure")
-    seconds, peak = time.monotonic() - start, hardware.peak_memory(dist.device) / 2**30
-    dist.print0(f"{total} items in {duration(seconds)}: {total / seconds:.1f} a second, peak memory {peak:.2f} GiB")
-    if dist.is_main:
-        name = f"{flags.source}-{checkpoint_name(checkpoint.path)}"
-        path = base_dir() / "base_eval" / (name if flags.max_per_task < 0 else f"{name}-{flags.max_per_task}")
-        save_scores(path, scores, str(checkpoint.path))
-        print(f"written to {path}.csv and .json")
-    return {"CORE": result, "CORE ±": margin}
+    core, margin = core_metric(scores)
+    dist.print0(f"{'this model':32s} CORE {core:.4f} ± {margin:.4f} (95 % interval)")
+    seconds = time.monotonic() - start
+    peak = hardware.peak_memory(dist.device) / 2**30
+    speed = f"{num_items / seconds:.1f} per second"
+    dist.print0(f"{num_items} items in {duration(seconds)}: {speed}, peak memory {peak:.2f} GiB")
+    return scores
 
 
-def checkpoint_name(path: Path) -> str:
-    """…/d12/step_000100 or …/d12/model_000100.pt → d12-000100."""
-    return f"{path.parent.name}-{path.stem.split('_')[-1]}"
+def core_path(flags: Flags, checkpoint: Checkpoint) -> Path:
+    """Where the scores are saved, without suffix: of …/d12/step_000100 or …/d12/model_000100.pt, base-d12-000100."""
+    tag = checkpoint.path.parent.name
+    step = checkpoint.path.stem.split("_")[-1]
+    limit = "" if flags.max_per_task < 0 else f"-{flags.max_per_task}"
+    return base_dir() / "base_eval" / f"{flags.source}-{tag}-{step}{limit}"
 
 
-def bits_per_byte(
-    flags: Flags,
-    model: GPT,
-    checkpoint: Checkpoint,
-    tokenizer: Tokenizer,
-    shards: tuple[list[Path], list[Path]],
-    dist: Dist,
-) -> dict[str, float]:
-    B, T = flags.device_batch_size, model.config.sequence_len
-    if B == -1:
-        B = load_hyperparameters(checkpoint.meta).device_batch_size
-    num_batches = max(1, flags.split_tokens // (B * T * dist.world_size))
-    numbers = {}
-    for split, files in zip(("train", "val"), shards, strict=True):
-        loader = PretrainLoader(tokenizer, RowGroups(files), batch_size=B, sequence_len=T, dist=dist)
-        batches = islice(loader.batches(), num_batches)
-        numbers[f"{split} bpb"] = evaluate_bpb(model, batches, tokenizer.token_bytes(), dist)
-        dist.print0(f"{split} bits per byte: {numbers[f'{split} bpb']:.4f}")
-    return numbers
+# ---- samples ----
+
+
+def print_samples(model: GPT, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer)
+    sample_prompts(engine)
+    print("Without a prompt, at temperature 1:")
+    requests = [Request([tokenizer.bos], SAMPLE_TOKENS, seed=seed) for seed in range(NUM_SAMPLES)]
+    for completion in engine.generate(requests):
+        print(f"  {tokenizer.decode(completion.tokens)!r}")
 
 
 if __name__ == "__main__":

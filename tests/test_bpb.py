@@ -1,5 +1,5 @@
 """
-Bits per byte against a computation target by target.
+Bits per byte against a computation one target at a time.
 
     python -m pytest tests/test_bpb.py
 """
@@ -8,10 +8,10 @@ import math
 
 import pytest
 import torch
+from factories import tiny_gpt
 
 from nanochat.distributed import Dist
 from nanochat.eval.bpb import evaluate_bpb
-from nanochat.gpt import GPT, GPTConfig
 
 CPU = Dist(torch.device("cpu"))
 V, B, T = 40, 3, 16
@@ -20,11 +20,7 @@ TOKEN_BYTES = torch.tensor([1 + i % 5 for i in range(V - 9)] + [0] * 9, dtype=to
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(T, V, 2, 2, 1, 32))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
+    return tiny_gpt(sequence_len=T, vocab_size=V)
 
 
 def batches(num_batches, unsupervised=0.0):
@@ -50,12 +46,12 @@ def naive_bpb(model, batches):
 
 
 @pytest.mark.parametrize("num_batches, unsupervised", [(1, 0.0), (4, 0.0), (4, 0.6)])
-def test_equals_the_naive_computation(model, num_batches, unsupervised):
+def test_evaluate_bpb_equals_naive_computation(model, num_batches, unsupervised):
     expected = naive_bpb(model, batches(num_batches, unsupervised))
     assert evaluate_bpb(model, batches(num_batches, unsupervised), TOKEN_BYTES, CPU) == pytest.approx(expected)
 
 
-def test_special_targets_and_those_left_out_count_on_neither_side(model):
+def test_evaluate_bpb_ignores_special_and_masked_targets(model):
     (x_BT, y_BT), *_ = batches(1)
     y_BT[:, 5:] = -1
     some = evaluate_bpb(model, [(x_BT, y_BT)], TOKEN_BYTES, CPU)
@@ -63,26 +59,26 @@ def test_special_targets_and_those_left_out_count_on_neither_side(model):
     assert evaluate_bpb(model, [(x_BT, y_BT)], TOKEN_BYTES, CPU) == pytest.approx(some)
 
 
-def test_a_uniform_model_needs_log2_v_bits_per_token():
-    model = GPT.create(GPTConfig(T, V, 1, 1, 1, 32))
+def test_evaluate_bpb_of_uniform_model_is_log2_v_per_token():
+    model = tiny_gpt(sequence_len=T, vocab_size=V, initial=True)
     model.lm_head.weight.data.zero_()
     token_bytes = torch.full((V,), 4, dtype=torch.int32)
     assert evaluate_bpb(model, batches(2), token_bytes, CPU) == pytest.approx(math.log2(V) / 4)
 
 
-def test_without_any_text_there_is_no_number(model):
+def test_evaluate_bpb_without_bytes_is_nan(model):
     assert math.isnan(evaluate_bpb(model, [], TOKEN_BYTES, CPU))
     (x_BT, y_BT), *_ = batches(1)
     assert math.isnan(evaluate_bpb(model, [(x_BT, torch.full_like(y_BT, -1))], TOKEN_BYTES, CPU))
 
 
 class TwoRanks(Dist):
-    """Rank 0 of two that hold the same."""
+    """Rank 0 of two ranks with the same data."""
 
     def sum(self, tensor):
         return tensor * 2
 
 
-def test_ranks_add_nats_and_bytes(model):
+def test_evaluate_bpb_on_ranks_adds_nats_and_bytes(model):
     expected = evaluate_bpb(model, batches(2), TOKEN_BYTES, CPU)
     assert evaluate_bpb(model, batches(2), TOKEN_BYTES, TwoRanks(CPU.device)) == pytest.approx(expected)

@@ -1,27 +1,36 @@
 """
-CORE, the score of base models: 22 tasks (core_tasks.py), each text to go on with, answered by likelihood.
+CORE, the score of base models: accuracy on 22 tasks (core_tasks.py) whose answers are ranked by likelihood.
 
     scores = evaluate_core(model, tokenizer, load_tasks(resolve_bundle(), max_per_task=500), dist)
     core, margin = core_metric(scores)
 
-The answer of an item is the continuation, or the context, with which the scored tokens have the lowest mean loss; a
-single continuation is right when each of its tokens is the likeliest.
+A choice wins if its scored tokens have the lowest mean loss. Where there is only one continuation, the model is correct
+if each of its tokens is the most likely one.
 
-The prompts of an item begin alike, with examples and a question. It is therefore laid out as a tree: the trunk, what
-its prompts share, is computed once, and after it come the branches, which see the trunk and themselves. Trees of about
-the same length, of whatever task, are a batch. Its memory is bounded by the number of columns, for no logits exist but
-those of scored tokens: on a CPU, depth 4 at 2,048 tokens of context, the whole process stays at 0.4 GiB, or at 1.1 GiB
-with the pages kept that hardware.tune_process keeps (and is a fifth faster).
+**Prefix sharing.** The prompts of an item start with the same tokens, the few-shot examples and the question, and
+differ only at the end. In a causal model the state of a token depends only on the tokens before it, so the states of
+the common prefix are the same in all prompts. They are computed once, and the suffixes of all prompts follow in the
+same sequence:
 
-    columns    0 … P-1  trunk, padding        P … T-1  branch 1, branch 2, …, padding
+    column     0 … P-1               P … T-1
+    content    prefix, padding       suffix 1, suffix 2, …, padding
 
-Shapes: B trees in a batch, T columns, P of them for trunks, S keys, C width, N scored tokens, V vocabulary.
+A mask lets a suffix attend to the prefix and to itself but not to other suffixes, and its tokens have the positions
+that they have in their own prompt. Each token therefore sees exactly the keys that it would see if the prompts were
+computed one at a time, and the result is the same up to rounding.
+
+Items of about the same length, of whatever task, form a batch. Its memory is bounded by the number of columns, because
+logits are computed for scored tokens only: on a CPU, depth 4 at 2,048 tokens of context, the whole process stays at
+0.4 GiB, or at 1.1 GiB (and a fifth faster) with the pages that hardware.tune_process keeps.
+
+Shapes: B trees in a batch, T columns, P of them for prefixes, Q scored columns, S keys, C width, N scored tokens,
+V vocabulary.
 """
 
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,192 +40,259 @@ import torch.nn.functional as F
 from nanochat.attention import attend, attend_cached
 from nanochat.common import atomic_path
 from nanochat.distributed import Dist
-from nanochat.eval.core_tasks import CoreTask, Row, common_prefix, tokenize
+from nanochat.eval.core_tasks import CoreTask, ScoredPrompt, common_prefix_length, tokenize_items
 from nanochat.eval.metrics import TaskScore, core_metric
 from nanochat.gpt import GPT, select_columns
 from nanochat.tokenizer import Tokenizer
 
 REFERENCES = {"GPT-2 XL (1.5B)": 0.2565}  # CORE as published with nanochat
-MIN_SHARED = 0.25  # of the longest row, to make a tree of an item; arbitrary
+MIN_SHARED = 0.25  # of the longest prompt, for sharing to pay; heuristic, not tuned
 WINDOW = 512  # items tokenized and sorted by length at a time: under 100 MB of prompts (measured)
-LOGIT_ROWS = 256  # scored tokens whose logits exist at the same time: 34 MB at 32,768 tokens, and a few copies
-# Columns of a forward pass, padding included: 1,024 … 4,096 are within 10 % on a CPU (depth 4); on GPUs arbitrary.
+LOGIT_ROWS = 256  # scored tokens whose logits exist at the same time: 34 MB for 32,768 tokens, and a few copies
+# Columns of a forward pass, padding included. On a CPU 1,024 to 4,096 are within 10 % (depth 4); for GPUs a heuristic.
 BATCH_COLUMNS = {"cpu": 2048, "cuda": 65536, "mps": 16384}
+PREFIX, NO_OWNER = 0, -1  # owners of columns; suffixes are 1, 2, …
 
 
-# ---- items as trees ----
+# ---- prefix trees ----
 
 
 @dataclass(frozen=True)
-class Tree:
-    """Rows computed together. A branch begins with the trunk's last token, once more: see Branches."""
+class PrefixTree:
+    """The prompts of an item that are computed together: a common prefix and a suffix for each prompt."""
 
     item: int
-    rows: dict[int, Row]  # by choice
-    trunk: list[int]
-    branches: list[list[int]]  # of each row; empty where the trunk is all that need be computed
+    prompts: dict[int, ScoredPrompt]  # by choice
+    prefix: list[int]
+    # One per prompt; empty if the states of the prefix are all that is needed. A suffix starts with the last token of
+    # the prefix once more: PrefixSharingCache explains why.
+    suffixes: list[list[int]]
 
     @property
-    def branch_columns(self) -> int:
-        return sum(map(len, self.branches))
+    def num_suffix_columns(self) -> int:
+        return sum(len(suffix) for suffix in self.suffixes)
 
 
-def grow(item: int, rows: dict[int, Row]) -> list[Tree]:
+def build_prefix_trees(item: int, prompts: Mapping[int, ScoredPrompt]) -> list[PrefixTree]:
     """
-    One tree, or one per row where the rows share too little. No row needs its last token computed, which is only
-    predicted; so choices of one token each are all scored at the trunk's end and need no branches.
+    Builds one tree, or one per prompt if the prompts share too little.
+
+    The last token of a prompt is only predicted, never computed. If all choices are single tokens, they are scored at
+    the end of the prefix and the suffixes are empty.
     """
-    shared = min(common_prefix([row.tokens for row in rows.values()]), *(row.start for row in rows.values()))
-    longest = max(len(row.tokens) for row in rows.values())
-    if len(rows) == 1 or shared < longest * MIN_SHARED:
-        return [Tree(item, {i: row}, row.tokens[:-1], [[]]) for i, row in rows.items()]
-    branches = [row.tokens[shared - 1 : -1] if len(row.tokens) > shared + 1 else [] for row in rows.values()]
-    return [Tree(item, rows, next(iter(rows.values())).tokens[:shared], branches)]
+    num_shared = common_prefix_length([prompt.tokens for prompt in prompts.values()])
+    num_shared = min(num_shared, *(prompt.start for prompt in prompts.values()))
+    longest = max(len(prompt.tokens) for prompt in prompts.values())
+    if len(prompts) == 1 or num_shared < longest * MIN_SHARED:
+        return [PrefixTree(item, {choice: prompt}, prompt.tokens[:-1], [[]]) for choice, prompt in prompts.items()]
+    suffixes = []
+    for prompt in prompts.values():
+        has_more = len(prompt.tokens) > num_shared + 1
+        suffixes.append(prompt.tokens[num_shared - 1 : -1] if has_more else [])
+    prefix = next(iter(prompts.values())).tokens[:num_shared]
+    return [PrefixTree(item, dict(prompts), prefix, suffixes)]
 
 
-def batches(trees: Sequence[Tree], max_columns: int) -> Iterator[list[Tree]]:
-    """Trees of similar shape, together at most max_columns with the padding (a tree that has more comes alone)."""
-    batch: list[Tree] = []
-    trunk = branch = 0
-    for tree in sorted(trees, key=lambda t: (t.branch_columns > 0, len(t.trunk), t.branch_columns), reverse=True):
-        new_trunk, new_branch = max(trunk, len(tree.trunk)), max(branch, tree.branch_columns)
-        if batch and (len(batch) + 1) * (new_trunk + new_branch) > max_columns:
+def batch_trees(trees: Sequence[PrefixTree], max_columns: int) -> Iterator[list[PrefixTree]]:
+    """
+    Yields batches of trees of similar shape, of at most max_columns with the padding; a larger tree is a batch of its
+    own.
+    """
+
+    def shape(tree: PrefixTree) -> tuple[bool, int, int]:
+        return tree.num_suffix_columns > 0, len(tree.prefix), tree.num_suffix_columns
+
+    batch: list[PrefixTree] = []
+    prefix_columns = suffix_columns = 0
+    for tree in sorted(trees, key=shape, reverse=True):
+        new_prefix_columns = max(prefix_columns, len(tree.prefix))
+        new_suffix_columns = max(suffix_columns, tree.num_suffix_columns)
+        if batch and (len(batch) + 1) * (new_prefix_columns + new_suffix_columns) > max_columns:
             yield batch
-            batch, new_trunk, new_branch = [], len(tree.trunk), tree.branch_columns
+            batch = []
+            new_prefix_columns, new_suffix_columns = len(tree.prefix), tree.num_suffix_columns
         batch.append(tree)
-        trunk, branch = new_trunk, new_branch
+        prefix_columns, suffix_columns = new_prefix_columns, new_suffix_columns
     if batch:
         yield batch
 
 
-class Branches:
-    """
-    What the model asks of a cache (gpt.Cache), for a batch of trees: positions, and who sees whom. It keeps no keys.
+# ---- scoring a batch ----
 
-    The model mixes into each column something of the one before it (smear), which for the first token of a branch must
-    be the trunk's last. So that stands there again; nobody sees this copy, and nothing is scored at it.
-    """
 
-    def __init__(self, trees: Sequence[Tree], P: int, T: int, columns_BQ: torch.Tensor, model: GPT):
-        positions: list[int] = []
-        owners: list[int] = []  # 0 the trunk, 1 … the branches, -1 copies and padding
+class TreeBatch:
+    """Lays out a batch of trees in columns: tokens, positions and owners, and where the scored tokens are predicted."""
+
+    def __init__(self, trees: Sequence[PrefixTree]):
+        self.trees = trees
+        self.num_prefix_columns = max(len(tree.prefix) for tree in trees)
+        self.num_columns = self.num_prefix_columns + max(tree.num_suffix_columns for tree in trees)
+        self.tokens: list[list[int]] = []  # (B, T)
+        self.positions: list[list[int]] = []  # (B, T), in the token's own prompt
+        self.owners: list[list[int]] = []  # (B, T): PREFIX, the number of a suffix, or NO_OWNER for copies and padding
+        self.scored_columns: list[list[int]] = []  # by tree: the columns that predict scored tokens
+        self.scored_at: list[tuple[int, int]] = []  # (N,): tree, index in its scored_columns
+        self.targets: list[int] = []  # (N,)
+        self.num_targets: list[int] = []  # by prompt
         for tree in trees:
-            shared, begin = len(tree.trunk), len(positions)
-            positions.extend([*range(shared), *[0] * (P - shared)])
-            owners.extend([0] * shared + [-1] * (P - shared))
-            for i, branch in enumerate(tree.branches):
-                positions.extend(range(shared - 1, shared - 1 + len(branch)))
-                owners.extend([-1, *[i + 1] * (len(branch) - 1)] if branch else [])
-            padding = begin + T - len(positions)
-            positions.extend([0] * padding)
-            owners.extend([-1] * padding)
-        self.P, self.columns_BQ, self.last_layer = P, columns_BQ, model.config.n_layer - 1
-        self.positions_BT = torch.tensor(positions, device=model.device).view(-1, T)
-        self.owners_BT = torch.tensor(owners, device=model.device).view(-1, T)
-        self.branches_BQ = torch.arange(P, T, device=model.device).expand(len(trees), -1)
-        self.shortest = min(len(tree.trunk) for tree in trees)
-        self.previous_B1C = torch.zeros((len(trees), 1, model.config.n_embd), device=model.device, dtype=model.dtype)
-        self.masks: dict[int, torch.Tensor] = {}  # of the branches, by window
+            self._add(tree)
+
+    def _add(self, tree: PrefixTree) -> None:
+        num_shared = len(tree.prefix)
+        padding = [0] * (self.num_prefix_columns - num_shared)
+        tokens = tree.prefix + padding
+        positions = [*range(num_shared), *padding]
+        owners = [PREFIX] * num_shared + [NO_OWNER] * len(padding)
+        index_of_column: dict[int, int] = {}
+        for number, (prompt, suffix) in enumerate(zip(tree.prompts.values(), tree.suffixes, strict=True), 1):
+            column_of_copy = len(tokens)  # it has position num_shared - 1
+            for position in range(prompt.start - 1, prompt.stop - 1):
+                column = position if position < num_shared else column_of_copy + position - (num_shared - 1)
+                index = index_of_column.setdefault(column, len(index_of_column))
+                self.scored_at.append((len(self.tokens), index))
+            self.targets += prompt.tokens[prompt.start : prompt.stop]
+            self.num_targets.append(prompt.stop - prompt.start)
+            if suffix:
+                tokens += suffix
+                positions += range(num_shared - 1, num_shared - 1 + len(suffix))
+                owners += [NO_OWNER] + [number] * (len(suffix) - 1)
+        padding = [0] * (self.num_columns - len(tokens))
+        self.tokens.append(tokens + padding)
+        self.positions.append(positions + padding)
+        self.owners.append(owners + [NO_OWNER] * len(padding))
+        self.scored_columns.append(list(index_of_column))
+
+
+class PrefixSharingCache:
+    """
+    The attention of a batch of trees, in the form of a KV cache (gpt.Cache) that keeps no keys.
+
+    The model mixes into each column something of the column before it (smear). For the first token of a suffix this
+    must be the last token of the prefix, so each suffix repeats that token first. The copy is masked out and unscored.
+    """
+
+    def __init__(self, batch: TreeBatch, model: GPT):
+        device = model.device
+        num_trees = len(batch.trees)
+        self.num_prefix_columns = batch.num_prefix_columns
+        self.last_layer = model.config.n_layer - 1
+        self.positions_BT = torch.tensor(batch.positions, device=device)
+        self.owners_BT = torch.tensor(batch.owners, device=device)
+        most = max(len(columns) for columns in batch.scored_columns)
+        padded = [columns + [0] * (most - len(columns)) for columns in batch.scored_columns]
+        self.scored_columns_BQ = torch.tensor(padded, device=device)
+        suffix_columns = torch.arange(batch.num_prefix_columns, batch.num_columns, device=device)
+        self.suffix_columns_BQ = suffix_columns.expand(num_trees, -1)
+        self.shortest_prefix = min(len(tree.prefix) for tree in batch.trees)
+        self.previous_B1C = torch.zeros((num_trees, 1, model.config.n_embd), device=device, dtype=model.dtype)
+        self.suffix_masks: dict[int, torch.Tensor] = {}  # by window
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-        P, T = self.P, k.size(1)
-        if layer == self.last_layer:  # only columns_BQ are wanted of it
-            return attend_cached(q, k, v, self.mask(self.columns_BQ, 0, window))
-        trunks = attend(q[:, :P], k[:, :P], v[:, :P], window)
-        if P == T:
-            return trunks
-        first_key = max(0, self.shortest - window)  # no branch sees what is before it
-        if window not in self.masks:
-            self.masks[window] = self.mask(self.branches_BQ, first_key, window)
-        branches = attend_cached(q[:, P:], k[:, first_key:], v[:, first_key:], self.masks[window])
-        return torch.cat([trunks, branches], dim=1)
+        if layer == self.last_layer:  # its queries are those of the scored columns only
+            return attend_cached(q, k, v, self._mask(self.scored_columns_BQ, 0, window))
+        P = self.num_prefix_columns
+        prefixes = attend(q[:, :P], k[:, :P], v[:, :P], window)
+        if q.size(1) == P:
+            return prefixes
+        first_key = max(0, self.shortest_prefix - window)  # no suffix sees an earlier key
+        if window not in self.suffix_masks:
+            self.suffix_masks[window] = self._mask(self.suffix_columns_BQ, first_key, window)
+        suffixes = attend_cached(q[:, P:], k[:, first_key:], v[:, first_key:], self.suffix_masks[window])
+        return torch.cat([prefixes, suffixes], dim=1)
 
-    def mask(self, columns_BQ: torch.Tensor, first_key: int, window: int) -> torch.Tensor:
-        """True where one of these columns sees a key: (B, 1, Q, S), S the columns from first_key on."""
-        positions_BQ, owners_BQ = (
-            select_columns(self.positions_BT, columns_BQ),
-            select_columns(self.owners_BT, columns_BQ),
-        )
-        distance = positions_BQ[..., None] - self.positions_BT[:, None, first_key:]
-        keys_B1S = self.owners_BT[:, None, first_key:]
-        # Copies and padding see one another: nobody looks at them, but a softmax over no key would be NaN.
-        mask = ((keys_B1S == 0) | (keys_B1S == owners_BQ[..., None])) & (distance >= 0) & (distance <= window)
-        return mask.unsqueeze(1)
+    def _mask(self, columns_BQ: torch.Tensor, first_key: int, window: int) -> torch.Tensor:
+        """(B, 1, Q, S): true where the query at a column sees the key at a column; keys start at first_key."""
+        positions_BQ1 = select_columns(self.positions_BT, columns_BQ).unsqueeze(-1)
+        owners_BQ1 = select_columns(self.owners_BT, columns_BQ).unsqueeze(-1)
+        key_positions_B1S = self.positions_BT[:, None, first_key:]
+        key_owners_B1S = self.owners_BT[:, None, first_key:]
+        distance_BQS = positions_BQ1 - key_positions_B1S
+        # Copies and padding see one another: their results are unused, but a softmax over no key would be NaN.
+        is_visible_BQS = (key_owners_B1S == PREFIX) | (key_owners_B1S == owners_BQ1)
+        mask_BQS = is_visible_BQS & (distance_BQS >= 0) & (distance_BQS <= window)
+        return mask_BQS.unsqueeze(1)
 
 
 @dataclass(frozen=True)
-class RowScore:
-    loss: float  # mean nats over the scored tokens
-    all_likeliest: bool
+class PromptScore:
+    loss: float  # mean over the scored tokens, in nats
+    all_most_likely: bool  # each scored token is the arg max
 
 
-def score(model: GPT, trees: Sequence[Tree]) -> Iterator[tuple[int, int, RowScore]]:
-    """(item, choice, its score) of all rows of a batch. The last block and the logits compute nothing but these."""
-    P = max(len(tree.trunk) for tree in trees)
-    T = P + max(tree.branch_columns for tree in trees)
-    tokens, columns, places, targets, counts = [], [], [], [], []
-    for b, tree in enumerate(trees):
-        shared, row_tokens = len(tree.trunk), tree.trunk + [0] * (P - len(tree.trunk))
-        order: dict[int, int] = {}  # column that predicts a scored token → its place among them
-        for row, branch in zip(tree.rows.values(), tree.branches, strict=True):
-            offset = len(row_tokens) + 1 - shared  # after the copy of the trunk's last token
-            for i in range(row.start - 1, row.stop - 1):
-                places.append((b, order.setdefault(i if i < shared else i + offset, len(order))))
-            targets.extend(row.tokens[row.start : row.stop])
-            counts.append(row.stop - row.start)
-            row_tokens.extend(branch)
-        tokens.append(row_tokens + [0] * (T - len(row_tokens)))
-        columns.append(list(order))
-    Q = max(map(len, columns))
-    columns_BQ = torch.tensor([row + [0] * (Q - len(row)) for row in columns], device=model.device)
-    idx_BT = torch.tensor(tokens, device=model.device)
-    states_BQC = model.hidden(idx_BT, Branches(trees, P, T, columns_BQ, model), columns_BQ)
-    states_NC, targets_N = states_BQC[tuple(torch.tensor(places).T)], torch.tensor(targets, device=model.device)
+def score_trees(model: GPT, trees: Sequence[PrefixTree]) -> Iterator[tuple[int, int, PromptScore]]:
+    """
+    Yields (item, choice, score) for each prompt of a batch. The last layer and the logits are computed for the columns
+    that predict scored tokens only.
+    """
+    batch = TreeBatch(trees)
+    cache = PrefixSharingCache(batch, model)
+    idx_BT = torch.tensor(batch.tokens, device=model.device)
+    states_BQC = model.hidden(idx_BT, cache, cache.scored_columns_BQ)
+    tree_N, index_N = torch.tensor(batch.scored_at).T
+    states_NC = states_BQC[tree_N, index_N]
+    targets_N = torch.tensor(batch.targets, device=model.device)
     losses, hits = [], []
-    for some_NC, their_N in zip(states_NC.split(LOGIT_ROWS), targets_N.split(LOGIT_ROWS), strict=True):
-        logits_NV = model.logits(some_NC)
-        losses.append(F.cross_entropy(logits_NV, their_N, reduction="none"))
-        hits.append(logits_NV.argmax(dim=-1) == their_N)
-    names = [(tree.item, choice) for tree in trees for choice in tree.rows]
-    of_rows = zip(torch.cat(losses).cpu().split(counts), torch.cat(hits).cpu().split(counts), strict=True)
-    for (item, choice), (loss, hit) in zip(names, of_rows, strict=True):
-        yield item, choice, RowScore(loss.double().mean().item(), bool(hit.all()))
+    for some_states_NC, some_targets_N in zip(states_NC.split(LOGIT_ROWS), targets_N.split(LOGIT_ROWS), strict=True):
+        logits_NV = model.logits(some_states_NC)
+        losses.append(F.cross_entropy(logits_NV, some_targets_N, reduction="none"))
+        hits.append(logits_NV.argmax(dim=-1) == some_targets_N)
+    losses_of_prompts = torch.cat(losses).cpu().split(batch.num_targets)
+    hits_of_prompts = torch.cat(hits).cpu().split(batch.num_targets)
+    prompts = [(tree.item, choice) for tree in trees for choice in tree.prompts]
+    for (item, choice), loss, hit in zip(prompts, losses_of_prompts, hits_of_prompts, strict=True):
+        yield item, choice, PromptScore(loss.double().mean().item(), bool(hit.all()))
 
 
-# ---- the scores ----
+def score_items(
+    model: GPT, items: Sequence[Mapping[int, ScoredPrompt]], max_columns: int = 0
+) -> list[dict[int, PromptScore]]:
+    """
+    Scores the prompts of several items; returns one dict by choice per item. max_columns: of a forward pass, 0 = what
+    suits the device.
+    """
+    trees = []
+    for item, prompts in enumerate(items):
+        trees += build_prefix_trees(item, prompts)
+    scores: list[dict[int, PromptScore]] = [{} for _ in items]
+    for batch in batch_trees(trees, max_columns or BATCH_COLUMNS[model.device.type]):
+        for item, choice, score in score_trees(model, batch):
+            scores[item][choice] = score
+    return scores
+
+
+# ---- accuracies ----
 
 
 @torch.inference_mode()
-def judge(
+def grade_items(
     model: GPT,
     tokenizer: Tokenizer,
     items: Sequence[tuple[CoreTask, int]],
+    *,
     max_columns: int = 0,
-    progress: Callable[[int], object] = lambda judged: None,
+    progress: Callable[[int], object] = lambda num_graded: None,
 ) -> list[bool]:
     """
-    Whether the model is right, for each item (a task and the index of a row in it). max_columns is that of a forward
-    pass, 0 = what suits the device. `progress` is told how many have been judged.
+    Returns whether the model is correct on each item (a task and an index). max_columns: see score_items; `progress`
+    is called with the number of items graded so far.
     """
-    max_columns = max_columns or BATCH_COLUMNS[model.device.type]
     verdicts: list[bool] = []
     for first in range(0, len(items), WINDOW):
         window = items[first : first + WINDOW]
-        rows = tokenize(tokenizer, window, model.config.sequence_len)
-        trees = [tree for item, of_item in enumerate(rows) for tree in grow(item, of_item)]
-        scores: list[dict[int, RowScore]] = [{} for _ in window]
-        for batch in batches(trees, max_columns):
-            for item, choice, row_score in score(model, batch):
-                scores[item][choice] = row_score
-        verdicts.extend(is_right(task, index, scores[i]) for i, (task, index) in enumerate(window))
+        prompts = list(tokenize_items(tokenizer, window, model.config.sequence_len))
+        scores = score_items(model, prompts, max_columns)
+        for (task, index), item_scores in zip(window, scores, strict=True):
+            verdicts.append(is_correct(task, index, item_scores))
         progress(len(verdicts))
     return verdicts
 
 
-def is_right(task: CoreTask, index: int, scores: dict[int, RowScore]) -> bool:
+def is_correct(task: CoreTask, index: int, scores: Mapping[int, PromptScore]) -> bool:
+    """Whether the choice with the lowest loss is the right one, the first one on a tie."""
     if task.kind == "language_modeling":
-        return scores[0].all_likeliest
-    return min(sorted(scores), key=lambda choice: scores[choice].loss) == task.rows[index]["gold"]
+        return scores[0].all_most_likely
+    best = min(sorted(scores), key=lambda choice: scores[choice].loss)
+    return best == task.items[index]["gold"]
 
 
 def evaluate_core(
@@ -224,19 +300,20 @@ def evaluate_core(
     tokenizer: Tokenizer,
     tasks: Sequence[CoreTask],
     dist: Dist,
-    max_columns: int = 0,
-    progress: Callable[[int], object] = lambda judged: None,
+    *,
+    progress: Callable[[int], object] = lambda num_graded: None,
 ) -> list[TaskScore]:
-    """The score of each task; ranks share the items. `progress` is told how many this rank has judged."""
+    """Returns the score of each task; the ranks share the items. `progress` gets the number graded by this rank."""
     items = [(task, index) for task in tasks for index in range(len(task))]
+    own_items = slice(dist.rank, None, dist.world_size)
+    own_verdicts = grade_items(model, tokenizer, items[own_items], progress=progress)
     verdicts = torch.zeros(len(items), device=dist.device)
-    mine = judge(model, tokenizer, items[dist.rank :: dist.world_size], max_columns, progress)
-    verdicts[dist.rank :: dist.world_size] = torch.tensor(mine, dtype=verdicts.dtype, device=dist.device)
-    per_task = dist.sum(verdicts).cpu().split([len(task) for task in tasks])
-    return [
-        TaskScore(task.label, int(right.sum()), len(task), task.baseline)
-        for task, right in zip(tasks, per_task, strict=True)
-    ]
+    verdicts[own_items] = torch.tensor(own_verdicts, dtype=verdicts.dtype, device=dist.device)
+    verdicts_by_task = dist.sum(verdicts).cpu().split([len(task) for task in tasks])
+    scores = []
+    for task, task_verdicts in zip(tasks, verdicts_by_task, strict=True):
+        scores.append(TaskScore(task.label, int(task_verdicts.sum()), len(task), task.baseline))
+    return scores
 
 
 def save_scores(path: Path, scores: Sequence[TaskScore], model: str) -> None:
@@ -245,12 +322,13 @@ def save_scores(path: Path, scores: Sequence[TaskScore], model: str) -> None:
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["task", "correct", "total", "accuracy", "low", "high", "centered"])
-    rows = [[s.label, s.correct, s.total, s.accuracy, *s.interval, s.centered] for s in scores]
-    rows.append(["CORE", "", "", "", core - margin, core + margin, core])
-    writer.writerows([[round(cell, 6) if isinstance(cell, float) else cell for cell in row] for row in rows])
-    tasks = {
-        s.label: {"interval": s.interval, "centered": s.centered, "accuracy": s.accuracy} | asdict(s) for s in scores
-    }
+    tasks = {}
+    for score in scores:
+        numbers = [score.accuracy, *score.interval, score.centered]
+        writer.writerow([score.label, score.correct, score.total, *(round(number, 6) for number in numbers)])
+        derived = {"interval": score.interval, "centered": score.centered, "accuracy": score.accuracy}
+        tasks[score.label] = derived | asdict(score)
+    writer.writerow(["CORE", "", "", "", *(round(number, 6) for number in (core - margin, core + margin, core))])
     summary = {"model": model, "CORE": core, "margin": margin, "references": REFERENCES, "tasks": tasks}
     for suffix, text in ((".csv", table.getvalue()), (".json", json.dumps(summary, indent=1) + "\n")):
         with atomic_path(path.with_suffix(suffix)) as temporary:

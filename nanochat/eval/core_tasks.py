@@ -1,12 +1,16 @@
 """
-The 22 tasks of CORE (DCLM, https://arxiv.org/abs/2406.11794) as the evaluation bundle has them, and their prompts.
+The 22 tasks of CORE (DCLM, https://arxiv.org/abs/2406.11794): the evaluation bundle, and the prompts of its items.
 
     tasks = load_tasks(resolve_bundle(), max_per_task=500)
-    print(render(tasks[0], index=0)[0])
+    print(render_prompts(tasks[0], index=0)[0])
 
-Three kinds of items: a context with several continuations (multiple_choice), several contexts with one continuation
-(schema), and a context with its only continuation (language_modeling). Which prompts these become, and which of their
-tokens count, is that of the public implementation, so that scores can be compared.
+There are three kinds of tasks. An item becomes several prompts, of which a part of the tokens is scored:
+
+    multiple_choice     one context, several continuations: scored is the continuation
+    schema              several contexts, one continuation: scored is what the prompts have in common at their end
+    language_modeling   one context, one continuation: scored is the continuation
+
+Prompts and scored tokens are exactly those of the public implementation, so that scores can be compared.
 """
 
 import csv
@@ -27,9 +31,10 @@ from nanochat.tokenizer import Tokenizer
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 BUNDLE_NAME = "eval_bundle"
+DOWNLOAD_AGAIN = "download the bundle again"
 DOWNLOAD_ATTEMPTS = 3
 DOWNLOAD_TIMEOUT = 30  # seconds without data
-FIELDS = {  # what a row of each kind must have
+FIELDS = {  # that an item of each kind must have
     "multiple_choice": {"query", "choices", "gold"},
     "schema": {"context_options", "continuation", "gold"},
     "language_modeling": {"context", "continuation"},
@@ -41,18 +46,18 @@ SHUFFLE_SEED, FEWSHOT_SEED = 1337, 1234  # of the public implementation: others 
 class CoreTask:
     label: str
     kind: str  # a key of FIELDS
-    num_fewshot: int
-    delimiter: str  # between a context and what follows it
+    num_fewshot: int  # solved examples before each item
+    delimiter: str  # between a context and its continuation
     baseline: float  # accuracy of guessing, 0 … 1
-    rows: list[dict[str, Any]]
+    items: list[dict[str, Any]]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.items)
 
 
 @dataclass(frozen=True)
-class Row:
-    """A prompt in tokens, of which start … stop - 1 are scored."""
+class ScoredPrompt:
+    """A prompt as tokens, of which start … stop - 1 are scored."""
 
     tokens: list[int]
     start: int
@@ -64,37 +69,38 @@ class Row:
 
 def resolve_bundle(directory: str = "", url: str = BUNDLE_URL) -> Path:
     """
-    The bundle's folder: the argument, else $NANOCHAT_EVAL_BUNDLE, else the public one, fetched when it is first needed.
-    UserError if it cannot be fetched or is none.
+    Returns the folder of the bundle: the argument, else $NANOCHAT_EVAL_BUNDLE, else the public bundle, which is
+    downloaded on first use. Raises UserError if it cannot be downloaded or the folder is not a bundle.
     """
-    named = directory or os.environ.get("NANOCHAT_EVAL_BUNDLE")
-    path = Path(named).expanduser() if named else base_dir() / BUNDLE_NAME
-    if not named and not path.exists():
+    chosen = directory or os.environ.get("NANOCHAT_EVAL_BUNDLE")
+    path = Path(chosen).expanduser() if chosen else base_dir() / BUNDLE_NAME
+    if not chosen and not path.exists():
         download_bundle(url, path)
     if not (path / "core.yaml").exists():
-        raise UserError(f"{path} has no core.yaml: name the folder of the evaluation bundle with --eval-bundle")
+        raise UserError(f"{path} has no core.yaml: pass the folder of the evaluation bundle with --eval-bundle")
     return path
 
 
 def download_bundle(url: str, path: Path) -> None:
-    """Fetches and unpacks the bundle. The archive is removed also where it is no good: the next run fetches it anew."""
-    archive, top = path.with_suffix(".zip"), f"{BUNDLE_NAME}/"
+    """Downloads and unpacks the bundle. A damaged archive is removed too, so the next run downloads it again."""
+    archive = path.with_suffix(".zip")
+    top_folder = f"{BUNDLE_NAME}/"
     _download(url, archive)
     try:
         with atomic_path(path) as folder, zipfile.ZipFile(archive) as contents:
             for member in contents.infolist():
-                if member.filename.startswith(top) and member.filename != top:
-                    member.filename = member.filename.removeprefix(top)
+                if member.filename.startswith(top_folder) and member.filename != top_folder:
+                    member.filename = member.filename.removeprefix(top_folder)
                     contents.extract(member, folder)
             (folder / "core.yaml").stat()
     except (zipfile.BadZipFile, zlib.error, EOFError, FileNotFoundError) as error:
-        raise UserError(f"{url} gave no whole evaluation bundle ({error}): run the same command again") from error
+        raise UserError(f"{url} is not a complete evaluation bundle ({error}): run the same command again") from error
     finally:
         archive.unlink()
 
 
 def _download(url: str, path: Path) -> None:
-    """Download a file under a temporary name and rename it. Raises UserError if every attempt fails."""
+    """Downloads a file under a temporary name and renames it. Raises UserError if every attempt fails."""
     message = ""
     for _ in range(DOWNLOAD_ATTEMPTS):
         try:
@@ -102,7 +108,7 @@ def _download(url: str, path: Path) -> None:
                 with temporary.open("wb") as file:
                     shutil.copyfileobj(response, file)
                 if response.length:  # bytes of Content-Length still to come
-                    raise ConnectionError("the connection broke off")
+                    raise ConnectionError("the connection was closed early")
             return
         except OSError as error:  # HTTP errors and timeouts too
             message = str(error)
@@ -111,8 +117,8 @@ def _download(url: str, path: Path) -> None:
 
 def load_tasks(bundle: Path, max_per_task: int = -1) -> list[CoreTask]:
     """
-    The tasks of core.yaml, their rows shuffled and cut to max_per_task (-1 = all). UserError if a file cannot be read,
-    a field is missing, or a task has too few rows for its few-shot examples; OSError if a file is missing.
+    Loads the tasks of core.yaml; their items are shuffled and cut to max_per_task (-1 = all). Raises UserError if a
+    file is damaged or a task has too few items for its few-shot examples, OSError if a file is missing.
     """
     import yaml
 
@@ -120,103 +126,134 @@ def load_tasks(bundle: Path, max_per_task: int = -1) -> list[CoreTask]:
         with (bundle / "eval_meta_data.csv").open(encoding="utf-8", newline="") as file:
             baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
         entries = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
-        described = [(e["label"], e["icl_task_type"], e["num_fewshot"][0], e["dataset_uri"], e) for e in entries]
+        tasks = [_load_task(bundle, entry, baselines, max_per_task) for entry in entries]
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{bundle}: core.yaml or eval_meta_data.csv is damaged ({error}): fetch the bundle anew"
-        ) from error
-    tasks = []
-    for label, kind, num_fewshot, file_name, entry in described:
-        if kind not in FIELDS or label not in baselines:
-            raise UserError(f"{bundle}: {label} is of an unknown kind or has no baseline: fetch the bundle anew")
-        rows = read_rows(bundle / "eval_data" / file_name, FIELDS[kind])
-        random.Random(SHUFFLE_SEED).shuffle(rows)
-        rows = rows if max_per_task < 0 else rows[:max_per_task]
-        if len(rows) <= num_fewshot:
-            remedy = "raise --max-per-task" if len(rows) == max_per_task else "fetch the bundle anew"
-            raise UserError(
-                f"{label} shows {num_fewshot} other items before each, so it needs {num_fewshot + 1} items "
-                f"and has {len(rows)}: {remedy}"
-            )
-        delimiter = entry.get("continuation_delimiter", " ")
-        tasks.append(CoreTask(label, kind, num_fewshot, delimiter, baselines[label], rows))
+        raise UserError(f"{bundle}: core.yaml or eval_meta_data.csv is damaged ({error}): {DOWNLOAD_AGAIN}") from error
     return tasks
 
 
-def read_rows(path: Path, fields: set[str]) -> list[dict[str, Any]]:
+def _load_task(bundle: Path, entry: dict[str, Any], baselines: dict[str, float], max_per_task: int) -> CoreTask:
+    label = entry["label"]
+    kind = entry["icl_task_type"]
+    num_fewshot = entry["num_fewshot"][0]
+    if kind not in FIELDS or label not in baselines:
+        raise UserError(f"{bundle}: {label} has an unknown kind or no baseline: {DOWNLOAD_AGAIN}")
+    items = read_items(bundle / "eval_data" / entry["dataset_uri"], FIELDS[kind])
+    random.Random(SHUFFLE_SEED).shuffle(items)
+    if max_per_task >= 0:
+        items = items[:max_per_task]
+    if len(items) <= num_fewshot:
+        remedy = "raise --max-per-task" if len(items) == max_per_task else DOWNLOAD_AGAIN
+        raise UserError(
+            f"{label} shows {num_fewshot} other items before each item, so it needs {num_fewshot + 1} items "
+            f"and has {len(items)}: {remedy}"
+        )
+    delimiter = entry.get("continuation_delimiter", " ")
+    return CoreTask(label, kind, num_fewshot, delimiter, baselines[label], items)
+
+
+def read_items(path: Path, fields: set[str]) -> list[dict[str, Any]]:
+    """Reads a file of JSON objects, one per line. Raises UserError if one is damaged or lacks a field."""
     try:
         with path.open(encoding="utf-8") as file:
-            rows = [dict(json.loads(line)) for line in file if line.strip()]
-    except (ValueError, TypeError) as error:  # no UTF-8, no JSON, no object
-        raise UserError(f"{path} is damaged ({error}): fetch the bundle anew") from error
-    if missing := next((fields - row.keys() for row in rows if fields - row.keys()), None):
-        raise UserError(f"{path}: a row lacks {', '.join(sorted(missing))}: fetch the bundle anew")
-    return rows
+            items = [dict(json.loads(line)) for line in file if line.strip()]
+    except (ValueError, TypeError) as error:  # not UTF-8, not JSON, not an object
+        raise UserError(f"{path} is damaged ({error}): {DOWNLOAD_AGAIN}") from error
+    for item in items:
+        missing = fields - item.keys()
+        if missing:
+            raise UserError(f"{path}: an item lacks {', '.join(sorted(missing))}: {DOWNLOAD_AGAIN}")
+    return items
 
 
-# ---- from an item to its prompts, and what of them is scored ----
+# ---- from an item to its prompts and their scored tokens ----
 
 
-def render(task: CoreTask, index: int) -> list[str]:
+def render_prompts(task: CoreTask, index: int) -> list[str]:
     """
-    The prompts of an item: one per choice or context, or for language modeling without and with the continuation.
-    The few-shot examples are drawn from the task's other items, for each item anew.
+    Renders the prompts of an item: one per choice or context; for language modeling one without and one with the
+    continuation. The few-shot examples are sampled from the task's other items, for each item again.
     """
-    others = range(len(task) - 1)  # sampled by position, so no list of the others need be made
-    sampled = random.Random(FEWSHOT_SEED + index).sample(others, task.num_fewshot) if task.num_fewshot else []
-    shots = "".join(solved(task, task.rows[i + (i >= index)]) + "\n\n" for i in sampled)
-    row, delimiter = task.rows[index], task.delimiter
+    examples = ""
+    if task.num_fewshot:
+        positions = range(len(task) - 1)  # in a list of the other items, which is never built
+        for position in random.Random(FEWSHOT_SEED + index).sample(positions, task.num_fewshot):
+            other = position if position < index else position + 1
+            examples += render_solved(task, task.items[other]) + "\n\n"
+    item, delimiter = task.items[index], task.delimiter
     if task.kind == "multiple_choice":
-        return [f"{shots}{row['query']}{delimiter}{choice}" for choice in row["choices"]]
+        return [f"{examples}{item['query']}{delimiter}{choice}" for choice in item["choices"]]
     if task.kind == "schema":
-        return [f"{shots}{context}{delimiter}{row['continuation']}" for context in row["context_options"]]
-    context = f"{shots}{row['context'].strip()}{delimiter}"
-    # Without its last blanks, which with the continuation belong to the continuation's first token.
-    return [context.strip(), context + row["continuation"]]
+        return [f"{examples}{context}{delimiter}{item['continuation']}" for context in item["context_options"]]
+    context = f"{examples}{item['context'].strip()}{delimiter}"
+    # Spaces at the end are stripped: with the continuation, they become part of the continuation's first token.
+    return [context.strip(), context + item["continuation"]]
 
 
-def solved(task: CoreTask, row: dict[str, Any]) -> str:
-    """A row with its right answer."""
+def render_solved(task: CoreTask, item: dict[str, Any]) -> str:
+    """Renders an item with its correct continuation, as a few-shot example."""
     if task.kind == "multiple_choice":
-        return f"{row['query']}{task.delimiter}{row['choices'][row['gold']]}"
+        return f"{item['query']}{task.delimiter}{item['choices'][item['gold']]}"
     if task.kind == "schema":
-        return f"{row['context_options'][row['gold']]}{task.delimiter}{row['continuation']}"
-    return f"{row['context'].strip()}{task.delimiter}{row['continuation']}"
+        return f"{item['context_options'][item['gold']]}{task.delimiter}{item['continuation']}"
+    return f"{item['context'].strip()}{task.delimiter}{item['continuation']}"
 
 
-def locate(kind: str, prompts: Sequence[list[int]]) -> list[Row]:
+def locate_scored_tokens(kind: str, prompts: Sequence[list[int]]) -> list[ScoredPrompt]:
     """
-    What is scored of an item's prompts, tokens with bos first: after the beginning that the choices share, the end that
-    the contexts share, what the continuation adds. At least one token each: a choice with which another one begins
-    would have none, and its last shared token counts then for all.
+    Finds the scored tokens of an item's prompts (tokens, BOS first).
+
+    Multiple choice: everything after the longest common prefix. Schema: the longest common suffix. Language modeling:
+    what the second prompt adds to the first. At least one token of each prompt is scored: a choice that is the
+    beginning of another choice would have none, so then all prompts are scored from one token earlier.
     """
-    shortest = min(map(len, prompts))
+    shortest = min(len(tokens) for tokens in prompts)
     if kind == "multiple_choice":
-        start = min(common_prefix(prompts), shortest - 1)
-        return [Row(tokens, start, len(tokens)) for tokens in prompts]
+        start = min(common_prefix_length(prompts), shortest - 1)
+        return [ScoredPrompt(tokens, start, len(tokens)) for tokens in prompts]
     if kind == "schema":
-        shared = min(max(common_prefix([tokens[::-1] for tokens in prompts]), 1), shortest - 1)
-        return [Row(tokens, len(tokens) - shared, len(tokens)) for tokens in prompts]
-    without, whole = prompts
-    return [Row(whole, min(common_prefix(prompts), len(whole) - 1), len(whole))]
+        num_common = common_prefix_length([tokens[::-1] for tokens in prompts])
+        num_scored = min(max(num_common, 1), shortest - 1)
+        return [ScoredPrompt(tokens, len(tokens) - num_scored, len(tokens)) for tokens in prompts]
+    _, whole = prompts
+    start = min(common_prefix_length(prompts), len(whole) - 1)
+    return [ScoredPrompt(whole, start, len(whole))]
 
 
-def common_prefix(sequences: Sequence[list[int]]) -> int:
-    """How many tokens at the beginning are the same in all."""
-    first, last = min(sequences), max(sequences)  # in lexical order those between agree where these two do
-    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+def common_prefix_length(sequences: Sequence[list[int]]) -> int:
+    """How many tokens at the beginning are the same in all sequences."""
+    # Sorted, the first and the last sequence differ the earliest, so comparing these two is enough.
+    first, last = min(sequences), max(sequences)
+    for i, (a, b) in enumerate(zip(first, last, strict=False)):
+        if a != b:
+            return i
+    return min(len(first), len(last))
 
 
-def cut(row: Row, context: int) -> Row:
-    """A row longer than the model's context loses its beginning. The first token that is left cannot be scored."""
-    surplus = len(row.tokens) - context
-    return row if surplus <= 0 else Row(row.tokens[surplus:], max(row.start - surplus, 1), context)
+def truncate_left(prompt: ScoredPrompt, max_tokens: int) -> ScoredPrompt:
+    """Drops the beginning of a prompt that is too long. The first token that is left cannot be scored."""
+    surplus = len(prompt.tokens) - max_tokens
+    if surplus <= 0:
+        return prompt
+    return ScoredPrompt(prompt.tokens[surplus:], max(prompt.start - surplus, 1), max_tokens)
 
 
-def tokenize(tokenizer: Tokenizer, items: Sequence[tuple[CoreTask, int]], context: int) -> Iterator[dict[int, Row]]:
-    """The rows of each item by choice. A choice that repeats an earlier one is left out: it cannot win."""
-    prompts = [render(task, index) for task, index in items]
-    encoded = iter(tokenizer.encode_batch([prompt for of_item in prompts for prompt in of_item]))
-    for (task, _), of_item in zip(items, prompts, strict=True):
-        rows = locate(task.kind, [[tokenizer.bos, *next(encoded)] for _ in of_item])
-        yield {i: cut(row, context) for i, row in enumerate(rows) if row not in rows[:i]}
+def tokenize_items(
+    tokenizer: Tokenizer, items: Sequence[tuple[CoreTask, int]], max_tokens: int
+) -> Iterator[dict[int, ScoredPrompt]]:
+    """
+    Yields the prompts of each item (a task and an index), by choice. Prompts of more than max_tokens lose their
+    beginning. A choice that repeats an earlier one is left out: on a tie the earlier one wins.
+    """
+    texts = [render_prompts(task, index) for task, index in items]
+    encoded = iter(tokenizer.encode_batch([text for item_texts in texts for text in item_texts]))
+    for (task, _), item_texts in zip(items, texts, strict=True):
+        tokens = [[tokenizer.bos, *next(encoded)] for _ in item_texts]
+        prompts = locate_scored_tokens(task.kind, tokens)
+        yield {
+            choice: truncate_left(prompt, max_tokens)
+            for choice, prompt in enumerate(prompts)
+            if prompt not in prompts[:choice]
+        }

@@ -1,15 +1,14 @@
 """
-Checkpoints as a model of the lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), an optional
-package: pip install -c constraints.txt -e '.[lm-eval]'. Importing this module registers the model "nanochat"; run as a
-command it is the harness' own command line.
+Makes checkpoints available to the lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), an
+optional package: pip install -c constraints.txt -e '.[lm-eval]'. Importing this module registers the model "nanochat";
+run as a command, it is the command line of the harness.
 
     python -m nanochat.eval.lm_eval_adapter --model nanochat --model_args source=base --tasks lambada_openai
     python -m nanochat.eval.lm_eval_adapter --model nanochat --model_args source=sft --tasks gsm8k --batch_size 32
 
-model_args are source (base, mid, sft, rl), model_tag and step, as in the scripts. Prompts are plain text after a bos,
-for chat models too: their own protocol is what scripts/chat_eval.py speaks. Likelihoods come from CORE's code: requests
-of about one length are a batch, what the choices of an item share is computed once. --batch_size is how many texts are
-written at a time.
+model_args are source (base, mid, sft, rl), model_tag and step, as in the scripts. Prompts are plain text after BOS, for
+chat models too; scripts/chat_eval.py evaluates with the chat template. Likelihoods use the prefix sharing and batching
+of core.py. --batch_size is how many texts are generated at a time.
 """
 
 import math
@@ -28,14 +27,15 @@ from rich.progress import Progress
 from nanochat import checkpoint_manager, hardware
 from nanochat.common import UserError
 from nanochat.engine import Engine, Request
-from nanochat.eval.core import BATCH_COLUMNS, batches, grow, score
-from nanochat.eval.core_tasks import Row, cut
+from nanochat.eval.chat import truncate_prompt
+from nanochat.eval.core import WINDOW, score_items
+from nanochat.eval.core_tasks import ScoredPrompt, truncate_left
 from nanochat.tokenizer import Tokenizer, default_dir
 
-AUTO_BATCH = 32  # texts written at a time with --batch_size auto; arbitrary
-WINDOW = 512  # items sorted by length at a time, as in CORE
+AUTO_BATCH = 32  # texts generated at a time with --batch_size auto; heuristic, not tuned
 
-Scored = tuple[tuple[str, str], list[int], list[int]]  # context and continuation as texts, context's and its tokens
+# A request of the harness: (context, continuation) as texts, tokens of the context, tokens of the continuation.
+TokenizedRequest = tuple[tuple[str, str], list[int], list[int]]
 
 
 @register_model("nanochat")
@@ -47,20 +47,21 @@ class NanochatLM(TemplateLM):
         step: int = -1,
         device: str = "auto",
         batch_size: int | str = 1,
-        max_batch_size: int | None = None,  # the most that an automatic batch_size may be
+        max_batch_size: int | None = None,  # upper limit of an automatic batch_size
     ) -> None:
         super().__init__()
-        where = hardware.pick_device(device)
+        torch_device = hardware.pick_device(device)
+        dtype = hardware.pick_dtype(torch_device)
         self.tokens = Tokenizer.load(default_dir())
-        self.model, _ = checkpoint_manager.load_model(
-            source, str(model_tag), step, self.tokens, where, hardware.pick_dtype(where)
-        )
-        hardware.tune_process(where)
-        is_auto = str(batch_size).startswith("auto")
-        num_rows = min(AUTO_BATCH, max_batch_size or AUTO_BATCH) if is_auto else int(batch_size)
+        self.model, _ = checkpoint_manager.load_model(source, str(model_tag), step, self.tokens, torch_device, dtype)
+        hardware.tune_process(torch_device)
+        if str(batch_size).startswith("auto"):
+            num_rows = min(AUTO_BATCH, max_batch_size or AUTO_BATCH)
+        else:
+            num_rows = int(batch_size)
         self.engine = Engine(self.model, self.tokens, num_rows)
 
-    # ---- what TemplateLM asks for ----
+    # ---- the interface of TemplateLM ----
 
     @property
     def eot_token_id(self) -> int:
@@ -71,106 +72,113 @@ class NanochatLM(TemplateLM):
         return [self.tokens.bos, *ids] if add_special_tokens else ids
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[Scored], disable_tqdm: bool = False, **kwargs: Any
+        self, requests: Sequence[TokenizedRequest], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Of each continuation its log-probability, in nats, and whether each of its tokens is the likeliest."""
+        """Returns for each continuation its log-probability in nats and whether each token is the most likely one."""
         items = []
         for _, group in groupby(requests, key=lambda request: request[0][0]):  # the choices of one question
-            rows = []
+            prompts = []
             for _, context, continuation in group:
-                # A continuation that merges into the context's last token leaves none of its own: that one counts then.
                 tokens = [*context, *continuation]
-                rows.append(Row(tokens, min(len(context), len(tokens) - 1), len(tokens)))
-            items.append(rows)
+                # If the continuation merged into the context's last token and has no tokens left, that one is scored.
+                start = min(len(context), len(tokens) - 1)
+                prompts.append(ScoredPrompt(tokens, start, len(tokens)))
+            items.append(prompts)
         results = self.score(items, disable_tqdm)
         for (texts, _, _), result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, result)
         return results
 
-    # ---- likelihoods ----
-
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probabilities of whole texts, in nats. One longer than the context is scored in pieces."""
-        items = []
-        for (text,) in (request.args for request in requests):
+        """Returns log-probabilities of whole texts, in nats. A text longer than the context is scored in pieces."""
+        pieces_by_text = []
+        for request in requests:
+            [text] = request.args
             ids = self.tok_encode(text, add_special_tokens=False)
-            pieces = get_rolling_token_windows(ids, self.tokens.bos, self.model.config.sequence_len, context_len=1)
-            tokens = [([*read, predicted[-1]], len(predicted)) for read, predicted in pieces]
-            items.append([Row(row, len(row) - predicted, len(row)) for row, predicted in tokens])
-        results = iter(self.score([[row] for rows in items for row in rows], disable_tqdm))
-        totals = [math.fsum(next(results)[0] for _ in rows) for rows in items]
-        for request, total in zip(requests, totals, strict=True):
+            pieces = []
+            windows = get_rolling_token_windows(ids, self.tokens.bos, self.model.config.sequence_len, context_len=1)
+            for read, predicted in windows:
+                tokens = [*read, predicted[-1]]
+                pieces.append(ScoredPrompt(tokens, len(tokens) - len(predicted), len(tokens)))
+            pieces_by_text.append(pieces)
+        results = iter(self.score([[piece] for pieces in pieces_by_text for piece in pieces], disable_tqdm))
+        totals = []
+        for request, pieces in zip(requests, pieces_by_text, strict=True):
+            total = math.fsum(next(results)[0] for _ in pieces)
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+            totals.append(total)
         return totals
 
     @torch.inference_mode()
-    def score(self, items: Sequence[Sequence[Row]], disable_progress: bool) -> list[tuple[float, bool]]:
-        """Of each row of each item. Rows that do not fit the context lose their beginning."""
-        context, max_columns = self.model.config.sequence_len, BATCH_COLUMNS[self.model.device.type]
+    def score(self, items: Sequence[Sequence[ScoredPrompt]], disable_progress: bool) -> list[tuple[float, bool]]:
+        """Scores each prompt of each item; prompts that do not fit the context lose their beginning."""
+        max_tokens = self.model.config.sequence_len + 1  # the last token is predicted, not read
         results: list[tuple[float, bool]] = []
         with Progress(disable=disable_progress) as bar:
-            task = bar.add_task("likelihoods", total=sum(map(len, items)))
+            task = bar.add_task("likelihoods", total=sum(len(prompts) for prompts in items))
             for first in range(0, len(items), WINDOW):
-                fitting = [[cut(row, context + 1) for row in rows] for rows in items[first : first + WINDOW]]
-                window = [dict(enumerate(rows)) for rows in fitting]
-                found: list[dict[int, tuple[float, bool]]] = [{} for _ in window]
-                trees = [tree for item, rows in enumerate(window) for tree in grow(item, rows)]
-                for batch in batches(trees, max_columns):
-                    for item, choice, of_row in score(self.model, batch):
-                        row = window[item][choice]
-                        found[item][choice] = (-of_row.loss * (row.stop - row.start), of_row.all_likeliest)
-                        bar.advance(task)
-                results.extend(of_item[choice] for of_item in found for choice in sorted(of_item))
+                window = []
+                for prompts in items[first : first + WINDOW]:
+                    window.append({i: truncate_left(prompt, max_tokens) for i, prompt in enumerate(prompts)})
+                for prompts_by_choice, scores in zip(window, score_items(self.model, window), strict=True):
+                    for choice, prompt in prompts_by_choice.items():
+                        logprob = -scores[choice].loss * (prompt.stop - prompt.start)
+                        results.append((logprob, scores[choice].all_most_likely))
+                    bar.advance(task, len(prompts_by_choice))
         return results
 
-    # ---- texts ----
-
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What follows each context, up to the first of the texts that `until` names."""
-        writers: dict[int, Writer] = {}  # by their number in the engine
+        """Generates a text after each context, up to the first of its stop strings ("until")."""
+        generated: dict[int, StoppableText] = {}  # by the engine's number of the request
         for i, request in enumerate(requests):
             context, settings = request.args
             options = normalize_gen_kwargs(settings)
-            writer = Writer([text.encode() for text in options["until"] if text])
-            writers[self.engine.add(self.request(context, options, seed=i))] = writer
+            stops = [stop.encode() for stop in options["until"] if stop]
+            generated[self.engine.add(self.make_request(context, options, seed=i))] = StoppableText(stops)
         with Progress(disable=disable_tqdm) as bar:
             task = bar.add_task("texts", total=len(requests))
             while self.engine.is_busy:
                 for number, token, completion in self.engine.step():
                     if token is None:
                         bar.advance(task)
-                    elif writers[number].ends(self.tokens.decode_bytes([token])) and not completion.finish:
+                        continue
+                    stopped = generated[number].append(self.tokens.decode_bytes([token]))
+                    if stopped and not completion.finish:
                         self.engine.cancel(number)
                         bar.advance(task)
-        texts = [writer.text.decode("utf-8", errors="replace") for writer in writers.values()]
+        texts = [text.data.decode("utf-8", errors="replace") for text in generated.values()]
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
-    def request(self, context: str, options: Mapping[str, Any], seed: int) -> Request:
-        """A context that is too long loses its beginning, and leaves half of the model's for the text at most."""
-        length, max_tokens = self.model.config.sequence_len, options["max_gen_toks"]
-        prompt = self.tok_encode(context)
-        room = length - min(max_tokens, length // 2)
-        prompt = prompt if len(prompt) <= room else [prompt[0], *prompt[len(prompt) - room + 1 :]]
-        temperature = float(options["temperature"]) if options["do_sample"] else 0.0
+    def make_request(self, context: str, options: Mapping[str, Any], seed: int) -> Request:
+        """A context that is too long loses its beginning; at most half of the model's context is for the new text."""
+        sequence_len, max_tokens = self.model.config.sequence_len, options["max_gen_toks"]
+        max_prompt = sequence_len - min(max_tokens, sequence_len // 2)
         return Request(
-            prompt, max_tokens, temperature, int(options.get("top_k", 0)), float(options.get("top_p", 1.0)), seed
+            prompt=truncate_prompt(self.tok_encode(context), max_prompt),
+            max_tokens=max_tokens,
+            temperature=float(options["temperature"]) if options["do_sample"] else 0.0,
+            top_k=int(options.get("top_k", 0)),
+            top_p=float(options.get("top_p", 1.0)),
+            seed=seed,
         )
 
 
-class Writer:
-    """A text that grows until one of several texts is in it, and then ends before that."""
+class StoppableText:
+    """A growing text that ends before the first of its stop strings."""
 
     def __init__(self, stops: Sequence[bytes]) -> None:
-        self.stops, self.text = stops, b""
+        self.stops = stops
+        self.data = b""
 
-    def ends(self, more: bytes) -> bool:
-        """Adds bytes; True when there is nothing to add any more."""
-        self.text += more
-        found = [place for stop in self.stops if (place := self.text.find(stop)) >= 0]
+    def append(self, new: bytes) -> bool:
+        """Adds bytes; returns whether a stop string was found."""
+        self.data += new
+        positions = [self.data.find(stop) for stop in self.stops]
+        found = [position for position in positions if position >= 0]
         if found:
-            self.text = self.text[: min(found)]
+            self.data = self.data[: min(found)]
         return bool(found)
 
 
