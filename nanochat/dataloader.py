@@ -42,7 +42,9 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (B, T) each, in
 MicroBatch = tuple[torch.Tensor, torch.Tensor, int]  # inputs, targets, and the number of targets in the whole step
 
 TEXTS_PER_CALL = 128  # documents tokenized per call: keeps all threads busy without delaying the first batch
-# More documents to choose from mean fewer crops, but the data is then seen less in its original order.
+# More documents to choose from mean fewer crops, but text then leaves the buffer less in its original order. With 100,
+# 1,000 and 10,000 documents, 21, 14 and 8 % of the tokens are discarded at T = 2048 (3,000 rows of English text,
+# vocabulary 32,768). Rows should be longer than most documents: at T = 512 it is 74, 72 and 50 %.
 MIN_DOCUMENTS_IN_BUFFER = 1000
 MIN_CONVERSATIONS_IN_BUFFER = 256  # heuristic, not tuned
 

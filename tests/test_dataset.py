@@ -268,6 +268,7 @@ def test_download_broken_connection_is_retried(hub, base_dir):
     assert len(hub.gets(path)) == 2
 
 
+@pytest.mark.slow
 def test_download_killed_leaves_no_partial_shard_and_can_be_repeated(hub, base_dir):
     path = f"{SOURCE}/shard_00000.parquet"
     hub.hold_at[path] = 100

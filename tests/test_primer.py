@@ -164,6 +164,7 @@ def check_tool_use(parts):
             assert parts[-1] == {"type": "text", "text": f"{a} {sign} {b} = {output['text']}."}
 
 
+@pytest.mark.slow
 def test_conversations_of_some_kinds_are_a_subset():
     everything = [json.dumps(c) for c in conversations("train")]
     kinds = ("identity", "greeting")
@@ -358,6 +359,7 @@ def test_primer_script_folder_with_other_files_is_refused(written_primer, tmp_pa
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_primer_script_default_folder_is_in_the_base_dir(base_dir, capsys):
     primer_script.main([])
     assert f"{base_dir / 'primer'}: 4 shards" in capsys.readouterr().out
