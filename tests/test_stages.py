@@ -340,7 +340,7 @@ def test_chat_eval_scores_and_records_each_task(workspace, capsys):
     scores = chat_eval.main(argv)
     assert [score.total for score in scores.values()] == [4, 4, 4]
     out = capsys.readouterr().out
-    assert out.count("95 % sure") == 3 and "chatsft_checkpoints/d2" in out
+    assert out.count("95 % interval") == 3 and "chatsft_checkpoints/d2" in out
     assert chat_eval.main([*argv, "-i", "base"]).keys() == scores.keys()
     assert "ChatCORE" not in out  # which is of other tasks
     lines = (workspace / "report/chat_eval/sft-d2-000006-first-4/Sums.jsonl").read_text().splitlines()
@@ -564,8 +564,8 @@ WRONG = [  # what was done, script, flags, words of the error
     (nothing, chat_eval, [*CPU, "-n", "8"], "add --temperature"),
     (nothing, chat_eval, [*CPU, "-n", "8", "-t", "1", "--pass-k", "1,16"], "from 1 to --num-samples, which is 8"),
     (nothing, chat_eval, [*CPU, "-n", "8", "-t", "1", "--pass-k", "all"], "from 1 to --num-samples, which is 8"),
-    (nothing, chat_eval, [*CPU, "-a", "Quiz"], "there are ARC-Easy"),
-    (nothing, base_eval, [*CPU, "--eval", "bpb,cor"], "there are core, bpb, sample"),
+    (nothing, chat_eval, [*CPU, "-a", "Quiz"], "choose among ARC-Easy"),
+    (nothing, base_eval, [*CPU, "--eval", "bpb,cor"], "choose among core, bpb, sample"),
     (nothing, chat_cli, [*CPU, "-t", "-1"], "at least 0"),
     (nothing, chat_cli, [*CPU, "-p", "so " * 500], "at most 64 fit"),
     (nothing, mid_train, [*SFT, "--identity-epochs", "0", "--primer-epochs", "0"], "--smoltalk-epochs 1"),
