@@ -1,9 +1,17 @@
 """
-Byte-level BPE in the manner of GPT-4: trained and run by rustbpe, or run by tiktoken, stored as plain data.
+The tokenizer: text to token ids and back, by byte-level byte-pair encoding (BPE) as in GPT-4.
 
     tokenizer = Tokenizer.train(texts, vocab_size=32768)
     tokenizer.save(default_dir())
-    ids = Tokenizer.load(default_dir()).encode("hello")     # begins with no bos: say so with tokenizer.bos
+    ids = [tokenizer.bos, *Tokenizer.load(default_dir()).encode("hello")]     # encode() adds no special tokens
+
+A regular expression, the split pattern, cuts text into pieces: words, numbers, punctuation, white space. Each piece
+starts as its UTF-8 bytes, 256 tokens that can spell any text. Training counts which two neighbouring tokens are the
+most frequent within pieces, makes them a new token, and repeats that until the vocabulary is full (arXiv 1508.07909, on
+bytes as in GPT-2). Encoding applies these merges in the same order.
+
+The crate in rustbpe/ trains and encodes; tiktoken encodes where only the published rustbpe wheel is installed. The
+tokenizer is stored as plain JSON.
 """
 
 import base64
@@ -22,20 +30,22 @@ import torch
 from nanochat import legacy
 from nanochat.common import UserError, atomic_path, base_dir
 
-# Their ids follow the ordinary vocabulary in this order. In text they are plain characters: encode() never gives one.
+# Their ids follow the ordinary vocabulary in this order. encode() never returns one: in a text their names are ordinary
+# characters, so that users cannot forge the structure of a conversation.
 SPECIAL_TOKENS = (
-    "<|bos|>",  # begins every document and every conversation
+    "<|bos|>",  # starts every document and every conversation
     "<|user_start|>",
     "<|user_end|>",
     "<|assistant_start|>",
     "<|assistant_end|>",
     "<|python_start|>",  # the assistant calls the calculator
     "<|python_end|>",
-    "<|output_start|>",  # what the calculator answers
+    "<|output_start|>",  # the calculator's result
     "<|output_end|>",
 )
 
-# GPT-4's pattern with \p{N}{1,2} for {1,3}: three digits at a time would take too much of a small vocabulary.
+# GPT-4's pattern, but with at most two digits per token instead of three: numbers of three digits would fill 1,000
+# tokens of a small vocabulary.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
@@ -51,16 +61,16 @@ MAX_BLOCK = 400_000  # characters
 
 
 def default_dir() -> Path:
-    """Where the tokenizer of this user's models lives."""
+    """The folder of the tokenizer that all stages use."""
     return base_dir() / "tokenizer"
 
 
 class Tokenizer:
     """
-    Text to token ids and back. Safe to share between threads.
+    Converts text to token ids and back. Threads may share it.
 
-    pattern: the regex that cuts text into the pieces within which bytes are merged
-    ranks:   token's bytes → id; every single byte is in it and the ids are 0 … n-1, ValueError otherwise
+    pattern: the split pattern, a regular expression; merges never cross the borders of its matches
+    ranks:   bytes of each token → id. ValueError unless the ids are 0 … n-1 and every single byte has a token.
     """
 
     def __init__(self, pattern: str, ranks: Mapping[bytes, int] | Iterable[tuple[bytes, int]]) -> None:
@@ -88,26 +98,27 @@ class Tokenizer:
         progress: Callable[[int, int], object] | None = None,
     ) -> "Tokenizer":
         """
-        Learns vocab_size tokens, special ones included, and calls progress(merges done, merges in all) meanwhile if
-        our rustbpe is installed. UserError if the tokens are too few, or too many for the texts.
+        A new tokenizer of vocab_size tokens, special tokens included, from the merges that the texts suggest. Calls
+        progress(merges done, merges in total) while merging, if the crate in rustbpe/ is installed. UserError if
+        vocab_size is too small for the bytes, or too large for the texts.
         """
         import rustbpe  # only training needs it
 
         smallest = NUM_BYTES + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
-            raise UserError(f"a vocabulary of {vocab_size} is too small: {smallest} hold the bytes and special tokens")
+            raise UserError(f"a vocabulary of {vocab_size} is too small: bytes and special tokens alone are {smallest}")
         trainer = rustbpe.Tokenizer()
-        has_progress = hasattr(trainer, "from_tokens")  # the published wheel has neither
+        has_progress = hasattr(trainer, "from_tokens")  # the published wheel has neither of them
         options: dict[str, Any] = {"progress": progress} if has_progress else {}
         try:
             trainer.train_from_iterator(iter(texts), vocab_size - len(SPECIAL_TOKENS), pattern=pattern, **options)
         except UnicodeEncodeError as error:
-            raise UserError(f"a text is not valid Unicode, clean it or leave it out: {error}") from error
+            raise UserError(f"a text is not valid Unicode, remove or repair it: {error}") from error
         tokenizer = cls(pattern, trainer.get_mergeable_ranks())
         if tokenizer.vocab_size < vocab_size:
             raise UserError(
-                f"the text has merges for a vocabulary of {tokenizer.vocab_size} only, not {vocab_size}: "
-                "train on more text or ask for fewer tokens"
+                f"the texts suffice for a vocabulary of {tokenizer.vocab_size} only, not {vocab_size}: "
+                "train on more text, or choose a smaller vocabulary"
             )
         return tokenizer
 
@@ -116,7 +127,7 @@ class Tokenizer:
         return self._special_ids[name]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, never a special one. Lone surrogates, which are no characters, become U+FFFD."""
+        """The token ids of a text, never a special token. Lone surrogates, which are not characters, become U+FFFD."""
         if self._fast is not None:
             try:
                 return self._fast.encode(text)
@@ -124,11 +135,13 @@ class Tokenizer:
                 return self._fast.encode(without_surrogates(text))
         if len(text) <= MAX_BLOCK:
             return self._encoding.encode_ordinary(text)
-        blocks = (text[start : start + MAX_BLOCK] for start in range(0, len(text), MAX_BLOCK))
-        return [token for block in blocks for token in self._encoding.encode_ordinary(block)]
+        ids: list[int] = []
+        for start in range(0, len(text), MAX_BLOCK):
+            ids += self._encoding.encode_ordinary(text[start : start + MAX_BLOCK])
+        return ids
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 4) -> list[list[int]]:
-        """encode() of each text, on several threads."""
+        """The token ids of each text, as encode() returns them, computed on several threads."""
         if self._fast is not None:
             try:
                 return self._fast.batch_encode(texts, threads=num_threads)
@@ -138,49 +151,59 @@ class Tokenizer:
             return list(pool.map(self.encode, texts))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; special tokens show their names, bytes that are no UTF-8 become U+FFFD."""
+        """The text of token ids. Special tokens appear by name, and bytes that are not valid UTF-8 as U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The bytes of ids; KeyError for an id outside the vocabulary."""
+        """The bytes of token ids. KeyError for an id outside the vocabulary."""
         return self._encoding.decode_bytes(ids)
 
     def token_bytes(self) -> torch.Tensor:
-        """Bytes per token, int32 (vocab_size,), 0 for special tokens: what bits per byte divides by."""
-        return torch.tensor([len(token) for token in self.tokens] + [0] * len(SPECIAL_TOKENS), dtype=torch.int32)
+        """
+        Number of bytes of each token, int32 (vocab_size,), 0 for special tokens. Bits per byte divides by these, so
+        that models with different tokenizers can be compared.
+        """
+        lengths = [len(token) for token in self.tokens]
+        lengths += [0] * len(SPECIAL_TOKENS)
+        return torch.tensor(lengths, dtype=torch.int32)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that name this tokenizer: a checkpoint can tell which one it was trained with."""
+        """A hash of 16 hexadecimal digits, by which a checkpoint recognises the tokenizer that it was trained with."""
         return hashlib.sha256(json.dumps(self._to_data(), sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, directory: Path) -> None:
         """
-        Writes tokenizer.json into the folder. Another tokenizer that is there is kept as tokenizer.<fingerprint>.json:
-        models that were trained with it are worth nothing without.
+        Writes tokenizer.json into the folder. A different tokenizer that is already there is renamed to
+        tokenizer.<fingerprint>.json, because the models that were trained with it are useless without it.
         """
-        path = Path(directory) / FILE_NAME
-        with contextlib.suppress(OSError, ValueError):
-            if (there := self._from_json(path.read_bytes()).fingerprint) != self.fingerprint:
-                path.rename(path.with_name(f"tokenizer.{there}.json"))
-        with atomic_path(Path(directory) / FILE_NAME) as path:
+        target = Path(directory) / FILE_NAME
+        with contextlib.suppress(OSError, ValueError):  # there is none, or none that can be read
+            existing = self._from_json(target.read_bytes()).fingerprint
+            if existing != self.fingerprint:
+                target.rename(target.with_name(f"tokenizer.{existing}.json"))
+        with atomic_path(target) as path:
             path.write_text(json.dumps({"format": FORMAT, "version": VERSION, **self._to_data()}))
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
-        """Reads what save() wrote or, if there is only that, a tokenizer.pkl. UserError: none there, or a bad one."""
-        path, pickled = Path(directory) / FILE_NAME, Path(directory) / PICKLE_NAME
-        if path.exists():
-            read = cls._from_json
-        elif pickled.exists():
-            path, read = pickled, cls._from_pickle
-        else:
+        """
+        Reads tokenizer.json, or the tokenizer.pkl of an older version if that is all there is. UserError if the folder
+        has no tokenizer or its file is damaged.
+        """
+        path = Path(directory) / FILE_NAME
+        if not path.exists():
+            path = Path(directory) / PICKLE_NAME
+        if not path.exists():
             raise UserError(f"no tokenizer in {directory}: train one with `python -m scripts.tok_train`")
         try:
-            return read(path.read_bytes())
+            if path.name == PICKLE_NAME:
+                return cls._from_pickle(path.read_bytes())
+            return cls._from_json(path.read_bytes())
         except ValueError as error:
             raise UserError(
-                f"{path} is no usable tokenizer ({error}): restore it, or train anew with `python -m scripts.tok_train`"
+                f"{path} is not a usable tokenizer ({error}): restore the file, or train a new one with "
+                "`python -m scripts.tok_train`"
             ) from error
 
     def _to_data(self) -> dict[str, Any]:
@@ -203,7 +226,7 @@ class Tokenizer:
         except (KeyError, TypeError) as error:
             raise ValueError(f"a part is missing or malformed: {error}") from error
         if special_tokens != list(SPECIAL_TOKENS) or not isinstance(pattern, str):
-            raise ValueError(f"its special tokens are not {', '.join(SPECIAL_TOKENS)}, or it has no pattern")
+            raise ValueError(f"its special tokens are not {', '.join(SPECIAL_TOKENS)}, or its pattern is missing")
         return cls(pattern, ranks)
 
     @classmethod
@@ -216,8 +239,9 @@ class Tokenizer:
 
 def fast_encoder(pattern: str, tokens: list[bytes]) -> Any:
     """
-    Our rustbpe as an encoder: the ids of tiktoken at 4 times its speed (batches of 128 documents, 2 cores: 60 against
-    14 MB/s). None, and tiktoken encodes, where only the published wheel is installed or the pattern is another one.
+    An encoder of the crate in rustbpe/, which gives the ids of tiktoken at 4 times its speed (60 against 14 MB/s for
+    batches of 128 documents on 2 cores). None if only the published wheel is installed, or for a pattern that the crate
+    does not support: then tiktoken encodes.
     """
     import rustbpe
 
@@ -230,10 +254,12 @@ def fast_encoder(pattern: str, tokens: list[bytes]) -> Any:
 
 
 def without_surrogates(text: str) -> str:
-    """Pairs of surrogates become the character that they stand for, lone ones U+FFFD: what tiktoken does."""
+    """Joins pairs of surrogates to the characters they stand for and replaces lone ones by U+FFFD, as tiktoken does."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def bytes_per_token(encode: Callable[[str], list[int]], texts: Sequence[str]) -> float:
-    """Compression of the texts: their UTF-8 bytes over their tokens. More is better."""
-    return sum(len(text.encode()) for text in texts) / sum(len(encode(text)) for text in texts)
+    """The compression of the texts: UTF-8 bytes per token. More is better."""
+    num_bytes = sum(len(text.encode()) for text in texts)
+    num_tokens = sum(len(encode(text)) for text in texts)
+    return num_bytes / num_tokens

@@ -1,8 +1,8 @@
 """
-How well the tokenizer compresses, beside GPT-2's and GPT-4's, in bytes per token (more is better).
+Compare the compression of the tokenizer with that of GPT-2's and GPT-4's, in bytes per token (more is better).
 
     python -m scripts.tok_eval
-    TIKTOKEN_CACHE_DIR=~/.cache/tiktoken python -m scripts.tok_eval     # where tiktoken keeps the others' files
+    TIKTOKEN_CACHE_DIR=~/.cache/tiktoken python -m scripts.tok_eval     # tiktoken's files of the other two
 """
 
 import itertools
@@ -19,8 +19,8 @@ from nanochat.cli import command, flag
 from nanochat.common import UserError
 from nanochat.tokenizer import Tokenizer, bytes_per_token, default_dir
 
-OTHERS = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}  # name → tiktoken's name for it
-NUM_DOCS = 100  # documents of each split (arbitrary)
+OTHERS = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}  # shown name → tiktoken's name
+NUM_DOCS = 100  # documents of each split (heuristic, not tuned)
 
 
 @dataclass(frozen=True)
@@ -31,27 +31,29 @@ class Flags:
 
 @command
 def main(flags: Flags) -> dict[str, dict[str, float]]:
-    """Returns kind of text → tokenizer → bytes per token."""
+    """Prints the table, and returns kind of text → tokenizer → bytes per token."""
     ours = Tokenizer.load(Path(flags.tokenizer_dir) if flags.tokenizer_dir else default_dir())
-    encoders, sizes = {"ours": ours.encode}, {"ours": ours.vocab_size}
+    encoders = {"ours": ours.encode}
+    sizes = {"ours": ours.vocab_size}
     for name, tiktoken_name in OTHERS.items():
         encoding = local_encoding(tiktoken_name)
         if encoding is None:
-            print(f"{name}: left out, tiktoken has no local copy of {tiktoken_name} (see $TIKTOKEN_CACHE_DIR)")
+            print(f"{name}: skipped, tiktoken has no local copy of {tiktoken_name} (see $TIKTOKEN_CACHE_DIR)")
         else:
-            encoders[name], sizes[name] = encoding.encode_ordinary, encoding.n_vocab
+            encoders[name] = encoding.encode_ordinary
+            sizes[name] = encoding.n_vocab
 
-    samples = {kind: [text] for kind, text in SAMPLES.items()} | split_samples(flags.data_dir)
-    results = {
-        kind: {name: bytes_per_token(encode, texts) for name, encode in encoders.items()}
-        for kind, texts in samples.items()
-    }
+    samples = {kind: [text] for kind, text in SAMPLES.items()}
+    samples |= split_samples(flags.data_dir)
+    results = {}
+    for kind, texts in samples.items():
+        results[kind] = {name: bytes_per_token(encode, texts) for name, encode in encoders.items()}
     print_table(results, sizes)
     return results
 
 
 def local_encoding(name: str) -> tiktoken.Encoding | None:
-    """tiktoken's encoding if its files are on this machine. It would download them: here that step is cut off."""
+    """tiktoken's encoding of that name, or None if its files are not on this machine. Never downloads them."""
     with mock.patch("tiktoken.load.read_file", side_effect=FileNotFoundError):
         try:
             return tiktoken.get_encoding(name)
@@ -60,13 +62,13 @@ def local_encoding(name: str) -> tiktoken.Encoding | None:
 
 
 def split_samples(data_dir: str) -> dict[str, list[str]]:
-    """The first documents of the training and validation splits, or nothing where there are no shards."""
+    """The first documents of the training and validation splits; empty if there are no shards."""
     try:
         train_shards, val_shards = dataset.split_shards(dataset.resolve_data_dir(data_dir))
     except UserError as error:
         if data_dir:
-            raise  # asked for by name
-        print(f"train, val: left out, {error}")
+            raise  # the user named this folder
+        print(f"train and val split: skipped, {error}")
         return {}
     splits = {"train split": train_shards, "val split": val_shards}
     return {name: list(itertools.islice(dataset.iterate_texts(shards), NUM_DOCS)) for name, shards in splits.items()}

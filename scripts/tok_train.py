@@ -1,8 +1,8 @@
 """
-Train the tokenizer on the training split.
+Train the tokenizer on the training shards. This is the first stage: every later one uses its vocabulary.
 
     python -m scripts.tok_train                                             # 32,768 tokens from 2 billion characters
-    python -m scripts.tok_train --vocab-size 4096 --max-chars 20000000      # a small one, seconds
+    python -m scripts.tok_train --vocab-size 4096 --max-chars 20000000      # a small one, in seconds
 """
 
 import itertools
@@ -21,14 +21,14 @@ from nanochat.common import duration, human
 from nanochat.logging import save_numbers
 from nanochat.tokenizer import PORTABLE_SPLIT_PATTERN, SPLIT_PATTERN, Tokenizer, bytes_per_token, default_dir
 
-NUM_SAMPLES = 200  # validation documents for the check at the end (arbitrary)
+NUM_SAMPLES = 200  # validation documents for the check at the end (heuristic, not tuned)
 
 
 @dataclass(frozen=True)
 class Flags:
     vocab_size: int = flag(32_768, "tokens, special ones included")
     max_chars: int = flag(2_000_000_000, "characters to train on")
-    doc_cap: int = flag(10_000, "characters of each document that count, so that long ones do not dominate")
+    doc_cap: int = flag(10_000, "characters used of each document, so that long ones do not dominate")
     portable: bool = flag(False, "split numbers into single digits, for models trained with base_train --portable")
     data_dir: str = flag("", "folder of parquet shards; empty = $NANOCHAT_DATA_DIR or the default")
     tokenizer_dir: str = flag("", "folder to write to; empty = tokenizer/ in $NANOCHAT_BASE_DIR")
@@ -39,7 +39,7 @@ def main(flags: Flags) -> Tokenizer:
     directory = Path(flags.tokenizer_dir) if flags.tokenizer_dir else default_dir()
     train_shards, val_shards = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
 
-    directory.mkdir(parents=True, exist_ok=True)  # fails before the training, if at all
+    directory.mkdir(parents=True, exist_ok=True)  # an unwritable folder is reported before training
 
     texts = CappedTexts(dataset.iterate_texts(train_shards), flags.max_chars, flags.doc_cap)
     start = time.perf_counter()
@@ -59,9 +59,9 @@ def main(flags: Flags) -> Tokenizer:
     print(f"vocabulary  {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint}")
     sample = list(itertools.islice(dataset.iterate_texts(val_shards), NUM_SAMPLES))
     for text in sample:
-        assert tokenizer.decode(tokenizer.encode(text)) == text, "decoding does not give back what was encoded"
+        assert tokenizer.decode(tokenizer.encode(text)) == text, "decoding does not restore the text"
     ratio = bytes_per_token(tokenizer.encode, sample)
-    print(f"validation  {ratio:.2f} bytes per token; {len(sample)} documents make the round trip")
+    print(f"validation  {ratio:.2f} bytes per token; decoding restores {len(sample)} documents")
     print(f"saved       {directory}")
     numbers = {"vocabulary": tokenizer.vocab_size, "bytes per token": ratio, "MB/s": texts.num_bytes / seconds / 1e6}
     save_numbers("tok_train", numbers)
@@ -69,11 +69,14 @@ def main(flags: Flags) -> Tokenizer:
 
 
 class CappedTexts:
-    """The first doc_cap characters of each text until max_chars are reached; counts what went through."""
+    """Yields the first doc_cap characters of each text, up to max_chars in total, and counts documents and bytes."""
 
     def __init__(self, texts: Iterable[str], max_chars: int, doc_cap: int) -> None:
-        self.texts, self.max_chars, self.doc_cap = texts, max_chars, doc_cap
-        self.num_docs = self.num_bytes = 0
+        self.texts = texts
+        self.max_chars = max_chars
+        self.doc_cap = doc_cap
+        self.num_docs = 0
+        self.num_bytes = 0
 
     def __iter__(self) -> Iterator[str]:
         chars_left = self.max_chars

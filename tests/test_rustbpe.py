@@ -1,6 +1,5 @@
 """
-Our BPE trainer learns what the golden cases say, cuts text as the regular expressions do, encodes as tiktoken does, and
-fails cleanly.
+The crate in rustbpe/: golden merges, splitting as the regular expressions do, encoding as tiktoken does, errors.
 
     python -m pytest tests/test_rustbpe.py
 """
@@ -71,15 +70,15 @@ def trained(corpus):
 
 @pytest.mark.parametrize("name", ["nanochat", "gpt4"])
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_the_golden_merges_whatever_the_threads(corpus, name, threads):
+def test_merges_equal_golden_with_any_number_of_threads(corpus, name, threads):
     expected = json.loads((GOLDEN / "tokenizer" / "merges.json").read_text())[name]
     tokenizer = train(corpus, expected["vocab_size"], pattern=expected["pattern"], threads=threads)
     assert tokenizer.get_mergeable_ranks() == [(base64.b64decode(token), rank) for token, rank in expected["ranks"]]
     assert (tokenizer.vocab_size, tokenizer.get_pattern()) == (expected["vocab_size"], expected["pattern"])
 
 
-def test_letters_numbers_and_spaces_are_those_of_tiktoken():
-    """No string of one class is cut: a single chunk of all of it means that every code point has the class."""
+def test_character_classes_equal_those_of_tiktoken():
+    """A string of all characters of one class must be a single chunk: then every code point has that class."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     kinds = {}
     for kind in (r"\p{L}", r"\p{N}", r"\s"):
@@ -95,8 +94,8 @@ def test_letters_numbers_and_spaces_are_those_of_tiktoken():
     assert rustbpe.split([others]) == [[others]]
 
 
-def test_text_is_cut_as_the_regular_expressions_say():
-    """A sample: 7.4 million of such strings, from all assigned code points too, gave no difference."""
+def test_splitting_equals_the_regular_expressions():
+    """This is a sample: 7.4 million such strings, from all assigned code points, showed no difference."""
     alphabets = [
         [chr(code) for code in range(128)],
         list("' sSdDmMtTlLvVrReEſK"),
@@ -114,7 +113,7 @@ def test_text_is_cut_as_the_regular_expressions_say():
         assert rustbpe.split(texts, pattern) == [cut(text) for text in texts]
 
 
-def test_encoding_is_tiktokens_and_decoding_gives_the_text_back(trained, corpus):
+def test_encoding_equals_tiktoken_and_decoding_restores_the_text(trained, corpus):
     reference = tiktoken_of(trained)
     texts = [*ADVERSARIAL, *corpus[:300]]
     rows = trained.batch_encode(texts)
@@ -123,7 +122,7 @@ def test_encoding_is_tiktokens_and_decoding_gives_the_text_back(trained, corpus)
     assert [trained.decode(row) for row in rows] == texts
 
 
-def test_random_chunks_are_encoded_as_tiktoken_does(trained):
+def test_encoding_of_random_long_chunks_equals_tiktoken(trained):
     reference, rng = tiktoken_of(trained), random.Random(1)
     for length in [*range(1, 40), 63, 64, 65, 66, 100, 1000, 5000]:
         text = "".join(rng.choices("abest", k=length))
@@ -131,7 +130,7 @@ def test_random_chunks_are_encoded_as_tiktoken_does(trained):
 
 
 @pytest.mark.parametrize("kind", ["letter", "spaces", "random letters"])
-def test_a_megabyte_without_a_cut_takes_no_quadratic_time(trained, kind):
+def test_one_chunk_of_a_megabyte_takes_no_quadratic_time(trained, kind):
     rng = random.Random(2)
     text = {"letter": "a", "spaces": " "}.get(kind, "") * 1_000_000 or "".join(rng.choices("abcdefgh", k=1_000_000))
     start = time.perf_counter()
@@ -140,12 +139,12 @@ def test_a_megabyte_without_a_cut_takes_no_quadratic_time(trained, kind):
     assert trained.decode(ids) == text
 
 
-def test_training_on_long_runs():
+def test_training_on_long_runs_of_one_character():
     tokenizer = train(["a" * 1_000_000, " " * 300_000, "ab" * 200_000], 300)
     assert [token for token, _ in tokenizer.get_mergeable_ranks()[256:261]] == [b"aa", b"aaaa", b"  ", b"a" * 8, b"ab"]
 
 
-def test_nothing_is_merged_across_documents_or_buffers():
+def test_merges_do_not_cross_documents_or_buffers():
     texts = ["ab", "", "ab", "c", "abc"]
     for options in ({}, {"buffer_size": 1}, {"buffer_size": 2, "threads": 1}):
         assert train(texts, **options).get_mergeable_ranks()[256:] == [(b"ab", 256), (b"abc", 257)]
@@ -153,7 +152,7 @@ def test_nothing_is_merged_across_documents_or_buffers():
     assert train(["", "a"], 300).vocab_size == 256
 
 
-def test_an_untrained_tokenizer_knows_the_bytes():
+def test_untrained_tokenizer_encodes_bytes():
     tokenizer = rustbpe.Tokenizer()
     assert tokenizer.vocab_size == 256
     assert tokenizer.encode("né") == list("né".encode())
@@ -164,7 +163,7 @@ def test_an_untrained_tokenizer_knows_the_bytes():
         tokenizer.decode([255])
 
 
-def test_a_tokenizer_from_tokens_encodes_as_the_one_that_learned_them(trained):
+def test_tokenizer_from_tokens_equals_the_trained_one(trained):
     tokens = [token for token, _ in trained.get_mergeable_ranks()]
     again = rustbpe.Tokenizer.from_tokens(tokens, trained.get_pattern())
     assert again.get_mergeable_ranks() == trained.get_mergeable_ranks()
@@ -178,7 +177,7 @@ def test_a_tokenizer_from_tokens_encodes_as_the_one_that_learned_them(trained):
         rustbpe.Tokenizer.from_tokens(tokens, "x")
 
 
-def test_what_cannot_be_learned_is_said(trained):
+def test_bad_arguments_raise_and_change_nothing(trained):
     before = trained.get_mergeable_ranks()
     with pytest.raises(ValueError, match=r"\{1,K\}.*1 to 3"):
         trained.train_from_iterator(["a"], 300, pattern=r"\w+")
@@ -197,7 +196,7 @@ def test_what_cannot_be_learned_is_said(trained):
     assert trained.get_mergeable_ranks() == before
 
 
-def test_an_exception_of_the_iterator_arrives_as_it_is():
+def test_exception_of_the_iterator_is_passed_on():
     error = LookupError("no more")
 
     def texts():
@@ -209,7 +208,7 @@ def test_an_exception_of_the_iterator_arrives_as_it_is():
     assert caught.value is error
 
 
-def test_the_benchmark_compares_what_is_there(tmp_path, capsys):
+def test_benchmark_skips_what_is_not_installed(tmp_path, capsys):
     for shard in range(2):
         texts = [f"Text {i} of shard {shard}, squared {i * i}." for i in range(300)]
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / f"shard_{shard:05d}.parquet")
@@ -226,7 +225,7 @@ def many_words(number):
     return [" ".join("".join(rng.choices("abcdefghij", k=12)) for _ in range(1000)) for _ in range(number // 1000)]
 
 
-def test_progress_is_reported_and_can_stop_it():
+def test_progress_is_reported_and_can_stop_training():
     texts, calls = many_words(100_000), []
     train(texts, 20_000, progress=lambda *call: calls.append(call))
     assert calls and calls == sorted(calls) and {total for _, total in calls} == {20_000 - 256}
@@ -239,13 +238,13 @@ def test_progress_is_reported_and_can_stop_it():
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers that send signals here")
-def test_ctrl_c_stops_it_while_merges_are_learned():
+def test_ctrl_c_stops_merging():
     def interrupt(*_):
         raise KeyboardInterrupt
 
     def texts():
         yield from documents
-        signal.setitimer(signal.ITIMER_REAL, 0.1)  # the counting that is left takes less
+        signal.setitimer(signal.ITIMER_REAL, 0.1)  # the rest of the counting takes less time
 
     documents, before = many_words(400_000), signal.signal(signal.SIGALRM, interrupt)
     try:

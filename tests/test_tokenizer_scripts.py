@@ -1,5 +1,5 @@
 """
-Training, comparing and looking, from the command line.
+The command lines of the tokenizer: training, comparing, showing a conversation.
 
     python -m pytest tests/test_tokenizer_scripts.py
 """
@@ -26,7 +26,7 @@ def data_dir(tmp_path):
     return directory
 
 
-def test_train_then_compare(data_dir, tmp_path, monkeypatch, capsys):
+def test_training_and_comparing(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
     trained = tok_train.main(["--vocab-size", "300", "--data-dir", str(data_dir)])
@@ -40,7 +40,7 @@ def test_train_then_compare(data_dir, tmp_path, monkeypatch, capsys):
     assert all(ratios["ours"] >= 1 for ratios in results.values())
     assert results["val split"]["ours"] > results["maths"]["ours"]
     if "GPT-2" not in results["news"]:  # tiktoken may hold it in memory from elsewhere
-        assert "GPT-2: left out" in capsys.readouterr().out
+        assert "GPT-2: skipped" in capsys.readouterr().out
 
 
 def test_portable_tokenizer_keeps_digits_apart_after_loading(data_dir, tmp_path):
@@ -53,24 +53,24 @@ def test_portable_tokenizer_keeps_digits_apart_after_loading(data_dir, tmp_path)
     assert portable._fast is None or portable.encode("7 of 1²") == portable._encoding.encode_ordinary("7 of 1²")
 
 
-def test_compare_without_data_says_so(golden_tokenizer, tmp_path, monkeypatch, capsys):
+def test_comparing_without_shards_skips_the_splits(golden_tokenizer, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setenv("NANOCHAT_DATA_DIR", str(tmp_path / "nowhere"))
     golden_tokenizer.save(tmp_path / "tokenizer")
     assert list(tok_eval.main([])) == ["news", "code", "Korean", "maths"]
-    assert "train, val: left out" in capsys.readouterr().out
+    assert "train and val split: skipped" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="error"):
         tok_eval.main(["--data-dir", str(tmp_path / "nowhere")])
 
 
-def test_others_are_compared_where_tiktoken_has_them(golden_tokenizer, monkeypatch):
+def test_local_encodings_of_tiktoken_are_found(golden_tokenizer, monkeypatch):
     monkeypatch.setattr(tok_eval.tiktoken, "get_encoding", lambda name: golden_tokenizer._encoding)
     assert tok_eval.local_encoding("gpt2").n_vocab == golden_tokenizer.vocab_size
 
 
-def test_nothing_is_downloaded(tmp_path, monkeypatch):
+def test_missing_encodings_are_not_downloaded(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("requests.get", lambda *args, **kwargs: pytest.fail("asked the network"))
+    monkeypatch.setattr("requests.get", lambda *args, **kwargs: pytest.fail("network access"))
     assert tok_eval.local_encoding("p50k_base") is None
 
 
@@ -83,7 +83,7 @@ def test_nothing_is_downloaded(tmp_path, monkeypatch):
         (6, 3, ["aaa", "bbb"]),
     ],
 )
-def test_texts_are_capped(max_chars, doc_cap, expected):
+def test_texts_are_capped_per_document_and_in_total(max_chars, doc_cap, expected):
     texts = tok_train.CappedTexts(["aaaa", "bbbbbb", "cc"], max_chars, doc_cap)
     assert list(texts) == expected
     assert (texts.num_docs, texts.num_bytes) == (len(expected), sum(map(len, expected)))
