@@ -345,7 +345,10 @@ def test_write_shards_over_a_primer_without_marker_needs_the_same_seed(written_p
     assert contents(folder) == contents(written_primer)
 
 
-@pytest.mark.parametrize("name, has_primer", [("shard_00000.parquet", False), ("zebra.parquet", True), ("notes", True)])
+@pytest.mark.parametrize(
+    "name, has_primer",
+    [("shard_00000.parquet", False), ("primer.json", False), ("zebra.parquet", True), ("notes", True)],
+)
 def test_primer_script_folder_with_other_files_is_refused(written_primer, tmp_path, name, has_primer):
     folder = tmp_path / "data"
     if has_primer:

@@ -16,7 +16,7 @@ from nanochat.primer.sums import OPERATORS, compute, draw_operands
 # Documents per kind. The proportions are reasoned, not tuned: most of the text states facts or asks for them, each fact
 # 40 to 70 times in all. Multiple choice has no letters, see CONVERSATION_MIX.
 DOCUMENT_MIX = {
-    "entry": 5500, "theme": 5500, "list": 2500, "questions": 6500, "dialogue": 2000, "choice": 2500,
+    "entry": 5500, "theme": 5500, "fact_list": 2500, "questions": 6500, "dialogue": 2000, "choice": 2500,
     "sum": 3000, "numbers": 500, "spelling": 500, "story": 900,
 }  # fmt: skip
 VAL_SHARE = 0.03  # of the documents, in the last shard, which is the validation split by convention
@@ -99,7 +99,7 @@ class DocumentWriter:
             clauses = [conjunction.join(clauses[:2]), *clauses[2:]]
         return " ".join(sentence(clause) for clause in clauses)
 
-    def list(self) -> str:
+    def fact_list(self) -> str:
         relation, facts = self.draw_related(self.rng.choice((6, 8, 10)))
         title = sentence(relation.wordings["title"][0])[:-1] + ":"
         mark = self.rng.choice((": ", ": ", " - "))
@@ -239,17 +239,26 @@ def _require_own_folder(directory: Path, hashes: dict[str, str]) -> None:
     """
     if not directory.exists():
         return
-    known = set(hashes.items())
     marker = directory / MARKER
-    if marker.exists():
-        known |= set(json.loads(marker.read_text(encoding="utf-8"))["sha256"].items())
+    recorded = _read_marker(marker)
     for path in sorted(directory.iterdir()):
-        is_hidden = path.name.startswith(".")  # temporary files
-        if not is_hidden and path != marker and (path.name, _hash_shard(path)) not in known:
+        is_temporary = path.name.startswith(".")
+        is_marker = path == marker and recorded
+        if is_temporary or is_marker:
+            continue
+        if _hash_shard(path) not in (hashes.get(path.name), recorded.get(path.name)):
             raise UserError(
                 f"{directory} holds {path.name}, which is not part of a primer and could be overwritten: "
                 "choose an empty or new folder with --data-dir"
             )
+
+
+def _read_marker(path: Path) -> dict[str, str]:
+    """The hash of each shard; empty if there is no marker file, or another file of that name."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["sha256"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _hash_shard(path: Path) -> str:
