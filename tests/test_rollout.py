@@ -5,7 +5,6 @@ engine's log-probabilities, steps that resume, and a model that learns from rewa
     python -m pytest tests/test_rollout.py
 """
 
-import doctest
 import itertools
 import json
 import math
@@ -39,17 +38,13 @@ def make_rollout(tokens=(5, 6), reward=0.0, advantage=0.0, *, prompt=(1, 2, 3), 
     return Rollout(list(prompt), list(tokens), sampled, [], reward, advantage, finish)
 
 
-def questions(tokenizer, count=3):
+def make_questions(tokenizer, count=3):
     """Questions of several lengths. The reward has many values: the share of the letter e in the completion."""
     texts = ["Say e." * (i + 1) for i in range(count)]
     return [
         Question([tokenizer.bos, *tokenizer.encode(text)], lambda text: text.count("e") / (len(text) + 1))
         for text in texts
     ]
-
-
-def test_examples_in_docstrings():
-    assert doctest.testmod(rollout).failed == 0
 
 
 # ---- completions, rewards, advantages ----
@@ -86,8 +81,10 @@ def test_summarize_mean_reward_length_signal_and_cut_off():
 
 def test_evaluate_pass_at_k_powers_of_two_are_means_over_questions(golden_tokenizer, model):
     number = itertools.count()
-    asked = [Question([1], lambda text: float(next(number) % 2 == 0)), Question([2], lambda text: 0.0)]
-    scores = rollout.evaluate_pass_at_k(Engine(model, golden_tokenizer), asked, replace(SAMPLING, num_samples=5), CPU)
+    questions = [Question([1], lambda text: float(next(number) % 2 == 0)), Question([2], lambda text: 0.0)]
+    scores = rollout.evaluate_pass_at_k(
+        Engine(model, golden_tokenizer), questions, replace(SAMPLING, num_samples=5), CPU
+    )
     assert scores == pytest.approx({"eval/pass@1": 0.6 / 2, "eval/pass@2": 0.9 / 2, "eval/pass@4": 1 / 2})
 
 
@@ -107,11 +104,11 @@ class Talk:
 
 
 def test_load_questions_long_prompts_are_skipped_and_counted(golden_tokenizer):
-    asked, too_long = rollout.load_questions(Talk(), golden_tokenizer, 12)
+    questions, too_long = rollout.load_questions(Talk(), golden_tokenizer, 12)
     assert too_long == 1
-    assert [question.reward_fn("hi") for question in asked] == [1.0, 0.0]
+    assert [question.reward_fn("hi") for question in questions] == [1.0, 0.0]
     first, too_long = rollout.load_questions(Talk(), golden_tokenizer, 12, limit=1)
-    assert [question.prompt for question in first] == [asked[0].prompt] and too_long == 0
+    assert [question.prompt for question in first] == [questions[0].prompt] and too_long == 0
     with pytest.raises(UserError, match="no question fits: the shortest has .*--max-new-tokens"):
         rollout.load_questions(Talk(), golden_tokenizer, 2)
 
@@ -127,20 +124,22 @@ class OneOf(Dist):
 
 
 def test_sample_rollouts_any_ranks_and_rows_same_completions(golden_tokenizer, model):
-    asked, numbers = questions(golden_tokenizer), range(7, 10)
-    expected = rollout.sample_rollouts(Engine(model, golden_tokenizer), asked, numbers, SAMPLING, CPU)
+    questions, numbers = make_questions(golden_tokenizer), range(7, 10)
+    expected = rollout.sample_rollouts(Engine(model, golden_tokenizer), questions, numbers, SAMPLING, CPU)
     assert len(expected) == 12 and len({tuple(r.completion) for r in expected}) > 3
-    assert [r.prompt for r in expected] == [q.prompt for q in asked for _ in range(4)]
-    few_rows = rollout.sample_rollouts(Engine(model, golden_tokenizer, num_rows=3), asked, numbers, SAMPLING, CPU)
+    assert [r.prompt for r in expected] == [q.prompt for q in questions for _ in range(4)]
+    few_rows = rollout.sample_rollouts(Engine(model, golden_tokenizer, num_rows=3), questions, numbers, SAMPLING, CPU)
     assert few_rows == expected
     for rank in (1, 2, 3, 0):  # of four, for three questions; the first one runs last, with the others' rollouts
         dist = OneOf(CPU.device, rank, 4)
         if rank:
             with pytest.raises(TypeError):  # the first rank's rollouts are missing
-                rollout.sample_rollouts(Engine(model, golden_tokenizer), asked, numbers, SAMPLING, dist)
+                rollout.sample_rollouts(Engine(model, golden_tokenizer), questions, numbers, SAMPLING, dist)
         else:
-            assert rollout.sample_rollouts(Engine(model, golden_tokenizer), asked, numbers, SAMPLING, dist) == expected
-    others = rollout.sample_rollouts(Engine(model, golden_tokenizer), asked, range(8, 11), SAMPLING, CPU)
+            assert (
+                rollout.sample_rollouts(Engine(model, golden_tokenizer), questions, numbers, SAMPLING, dist) == expected
+            )
+    others = rollout.sample_rollouts(Engine(model, golden_tokenizer), questions, range(8, 11), SAMPLING, CPU)
     assert all(a.completion != b.completion for a, b in zip(others[::4], expected[::4], strict=True))
 
 
@@ -255,7 +254,7 @@ def test_policy_loss_any_micro_batches_and_ranks_equals_naive_loss(top_k, temper
 def test_target_logprobs_unchanged_weights_equal_the_engines(golden_tokenizer, model, top_k, temperature):
     sampling = replace(SAMPLING, top_k=top_k, temperature=temperature, logprobs=True)
     rollouts = rollout.sample_rollouts(
-        Engine(model, golden_tokenizer), questions(golden_tokenizer), range(3), sampling, CPU
+        Engine(model, golden_tokenizer), make_questions(golden_tokenizer), range(3), sampling, CPU
     )
     for batch in rollout.pack_micro_batches(rollouts, 4, CPU, keep_zero_advantage=True)[0]:
         logits = model.logits(model.hidden(batch.idx_BT).flatten(0, 1)[batch.positions_N]) / temperature
@@ -399,12 +398,12 @@ def test_train_rewarded_letter_becomes_more_frequent(golden_tokenizer):
     groups = [replace(group, lr=0.0 if group.is_scalar else 0.01) for group in param_groups(model.config)]
     optimizer = build_optimizer(model, groups)
     engine = Engine(model, golden_tokenizer)
-    asked = questions(golden_tokenizer)
+    questions = make_questions(golden_tokenizer)
     sampling = RolloutConfig(num_samples=16, max_tokens=6, top_k=0)
 
     def draw(first, step):
         engine.refresh_weights()
-        return rollout.sample_rollouts(engine, asked, range(first, first + 3), sampling, CPU)
+        return rollout.sample_rollouts(engine, questions, range(first, first + 3), sampling, CPU)
 
     pack = partial(rollout.pack_micro_batches, device_batch_size=16, dist=CPU)
     steps = rollout.rollout_steps(RolloutPlan(num_steps=25, questions_per_batch=3), draw, pack, CPU)

@@ -5,13 +5,11 @@ results are forced into the completion after a call.
     python -m pytest tests/test_tools.py
 """
 
-import doctest
 import random
 import warnings
 
 import pytest
 
-from nanochat import tools
 from nanochat.tools import MAX_DEPTH, MAX_LENGTH, ToolUse, calculate
 
 
@@ -116,10 +114,6 @@ def test_calculate_random_text_neither_raises_nor_returns_long_results():
         for _ in range(3000):
             result = calculate("".join(rng.choices(alphabet, k=rng.randint(1, 12))))
             assert result is None or len(result) <= 64
-
-
-def test_examples_in_docstrings():
-    assert doctest.testmod(tools).failed == 0
 
 
 def special(tokenizer, *names):
