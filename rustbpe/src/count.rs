@@ -1,7 +1,7 @@
-//! Counts the different chunks of all documents, on all cores, in memory that grows with the different chunks only.
+//! Counts the distinct chunks of all documents on all cores, in memory proportional to the distinct chunks.
 //!
-//! A thread counts in a small table of its own, which stays in the core's cache; when that is full it goes into the
-//! large one, which all threads share. A chunk of up to 15 bytes (nearly all are) is two numbers, not a string.
+//! Each thread counts in a small table that fits into the core's cache, and adds it to a large table, which all threads
+//! share, when it is full. Chunks of up to 15 bytes, nearly all of them, are stored as two integers and not as strings.
 
 use std::collections::HashMap;
 use std::hash::Hasher;
@@ -12,18 +12,18 @@ use std::thread;
 use crate::hash::{Build, Fast, Key, MAX_SHORT};
 use crate::split::Pattern;
 
-/// Chunks and how often each occurs, in no particular order. Chunks of one byte are left out: nothing to merge.
+/// Distinct chunks and their counts, in no particular order. Chunks of one byte have nothing to merge and are omitted.
 #[derive(Default)]
 pub struct Words {
-    pub bytes: Vec<u8>,   // all chunks, one after the other
-    pub ends: Vec<usize>, // where each ends in them
+    pub bytes: Vec<u8>,   // of all chunks, concatenated
+    pub ends: Vec<usize>, // end of each chunk in `bytes`
     pub counts: Vec<u64>,
 }
 
-const SHARDS: usize = 64; // more than there are threads that could want the same one
+const SHARDS: usize = 64; // many more than threads, so that two rarely wait for each other
 const LOCAL_SLOTS: usize = 1 << 15; // × 24 bytes: fits into the second-level cache of most cores (1–2 MiB)
-const LOCAL_FULL: usize = LOCAL_SLOTS / 2; // longer probes beyond
-const DOCUMENTS_AT_ONCE: usize = 16; // that a thread takes; arbitrary
+const LOCAL_FULL: usize = LOCAL_SLOTS / 2; // with more, probing takes longer
+const DOCUMENTS_AT_ONCE: usize = 16; // that a thread takes; heuristic, not tuned
 
 #[derive(Default)]
 struct Shard {
@@ -42,7 +42,7 @@ impl Counter {
         Self { pattern, threads: threads.max(1), shards: (0..SHARDS).map(|_| Mutex::default()).collect() }
     }
 
-    /// Counts the chunks of these documents. Nothing joins the end of one with the start of the next.
+    /// Counts the chunks of these documents. No chunk spans two documents.
     pub fn add(&self, documents: &[&str]) {
         let next = AtomicUsize::new(0);
         let work = || {
@@ -107,7 +107,7 @@ impl Words {
     }
 }
 
-/// One thread's table: open addressing, linear probing; a count of 0 marks an empty slot.
+/// The table of one thread: open addressing with linear probing. A count of 0 marks an empty slot.
 struct Local<'a> {
     slots: Vec<(Key, u64)>,
     used: usize,
@@ -153,7 +153,7 @@ impl<'a> Local<'a> {
         }
     }
 
-    /// Moves what was counted into the shared table.
+    /// Adds the counts to the shared table and empties this one.
     fn flush(&mut self) {
         for slot in &mut self.slots {
             if slot.1 > 0 {
@@ -174,7 +174,7 @@ impl<'a> Local<'a> {
     }
 }
 
-/// Bits of the hash that neither the local table nor those of the shards go by first.
+/// The shard of a hash, from bits that the local tables and the shards' own tables do not use first.
 fn shard_of(hash: u64) -> usize {
     (hash >> 40) as usize % SHARDS
 }
@@ -194,20 +194,20 @@ mod tests {
         let mut start = 0;
         for (&end, &count) in words.ends.iter().zip(&words.counts) {
             let before = counts.insert(words.bytes[start..end].to_vec(), count);
-            assert_eq!(before, None, "a chunk has two counts");
+            assert_eq!(before, None, "a chunk was counted twice");
             start = end;
         }
         counts
     }
 
     #[test]
-    fn documents_stay_apart_and_single_bytes_are_left_out() {
+    fn chunks_do_not_span_documents_and_single_bytes_are_omitted() {
         let counts = count(&["ab ab", "ab", "a", "", "b"], 2);
         assert_eq!(counts, BTreeMap::from([(b"ab".to_vec(), 2), (b" ab".to_vec(), 1)]));
     }
 
     #[test]
-    fn more_chunks_than_a_local_table_holds_on_one_thread_and_on_three() {
+    fn counts_do_not_depend_on_threads_when_local_tables_overflow() {
         let documents: Vec<String> = (0..3000u32)
             .map(|i| (0..40).map(|j| format!(" w{} longerthanfifteen{}", i * 7 + j, i % 9)).collect())
             .collect();

@@ -1,7 +1,7 @@
-//! Text to token ids, the same ids that tiktoken gives.
+//! Converts text to token ids, the same ids as tiktoken's.
 //!
-//! In each chunk the neighbours that form the token with the lowest id are joined, the leftmost first, until none form
-//! a token. What counts is whether the bytes of two neighbours together are a token, not by which merge it was learned.
+//! In each chunk, the two neighbours whose bytes together are the token with the lowest id are joined, the leftmost of
+//! equals first, until no two neighbours form a token. By which merge a token was learned does not matter.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -12,8 +12,8 @@ use std::thread;
 use crate::hash::{Build, Key, MAX_SHORT};
 use crate::split::Pattern;
 
-/// Chunks of more bytes are joined with a heap, n·log n; shorter ones by looking at all pairs each time, n² (arbitrary:
-/// both take about as long there).
+/// Chunks of more bytes are joined with a heap, in n·log n. Shorter ones are scanned for each join, in n². (Heuristic,
+/// not tuned: near this length both take about as long.)
 const MAX_QUADRATIC: usize = 64;
 const NONE: u32 = u32::MAX;
 
@@ -22,11 +22,11 @@ pub struct Encoder {
     bytes: [u32; 256],               // the ids of the single bytes
     short: HashMap<Key, u32, Build>, // token of up to 15 bytes → id
     long: HashMap<Box<[u8]>, u32, Build>,
-    joined: HashMap<u64, u32, Build>, // two ids → the id of their bytes together
+    joined: HashMap<u64, u32, Build>, // two ids → the id of their concatenation
 }
 
 impl Encoder {
-    /// Tokens by id. A message if one of the 256 single bytes is missing.
+    /// An encoder of these tokens, given by id. An error message if one of the 256 single bytes has no token.
     pub fn new<T: AsRef<[u8]>>(pattern: Pattern, tokens: &[T]) -> Result<Self, String> {
         let (mut short, mut long) = (HashMap::default(), HashMap::default());
         for (id, token) in (0..).zip(tokens.iter().map(AsRef::as_ref)) {
@@ -65,7 +65,7 @@ impl Encoder {
         ids
     }
 
-    /// encode() of each text, on several threads.
+    /// The ids of each text, as `encode` returns them, computed on several threads.
     pub fn encode_batch(&self, texts: &[&str], threads: usize) -> Vec<Vec<u32>> {
         let next = AtomicUsize::new(0);
         let results = Mutex::new(vec![Vec::new(); texts.len()]);
@@ -139,13 +139,13 @@ impl Encoder {
     }
 
     fn join_many(&self, parts: &mut [Part]) {
-        let place_in_queue = |joined: u32, at: usize| Reverse(u64::from(joined) << 32 | at as u64);
+        let queue_entry = |joined: u32, at: usize| Reverse(u64::from(joined) << 32 | at as u64);
         let candidates = parts.iter().enumerate().filter(|(_, part)| part.joined != NONE);
-        let mut queue: BinaryHeap<_> = candidates.map(|(at, part)| place_in_queue(part.joined, at)).collect();
+        let mut queue: BinaryHeap<_> = candidates.map(|(at, part)| queue_entry(part.joined, at)).collect();
         while let Some(Reverse(queued)) = queue.pop() {
             let (joined, at) = ((queued >> 32) as u32, queued as u32 as usize);
             if parts[at].joined != joined {
-                continue; // one of the two has been joined with another since
+                continue; // outdated: one of the two has been joined since
             }
             let gone = parts[at].after as usize;
             let after = parts[gone].after as usize;
@@ -157,25 +157,25 @@ impl Encoder {
                 parts[after].before = at as u32;
                 parts[at].joined = self.id_of_pair(joined, parts[after].id);
                 if parts[at].joined != NONE {
-                    queue.push(place_in_queue(parts[at].joined, at));
+                    queue.push(queue_entry(parts[at].joined, at));
                 }
             }
             let before = parts[at].before as usize;
             if before < parts.len() {
                 parts[before].joined = self.id_of_pair(parts[before].id, joined);
                 if parts[before].joined != NONE {
-                    queue.push(place_in_queue(parts[before].joined, before));
+                    queue.push(queue_entry(parts[before].joined, before));
                 }
             }
         }
     }
 }
 
-/// A token so far, while a chunk is joined. Numbers outside of the chunk say that there is no neighbour.
+/// A token of a chunk while it is joined. A neighbour outside of the chunk means that there is none.
 #[derive(Clone, Copy)]
 struct Part {
     id: u32,
-    joined: u32, // the token that it would form with the one after it, or NONE
+    joined: u32, // the token that it forms with the next one, or NONE
     before: u32,
     after: u32,
 }
@@ -196,7 +196,7 @@ mod tests {
     const A: u32 = b'a' as u32;
 
     #[test]
-    fn the_lowest_id_is_joined_first_and_the_leftmost_of_equals() {
+    fn lowest_id_is_joined_first_and_leftmost_of_equals() {
         let merges = [(A + 1, A + 2), (A, A + 1), (A, A)]; // bc, ab, aa
         assert_eq!(encoder(&merges).encode("abc"), [A, 256]);
         assert_eq!(encoder(&merges).encode("aaa abd"), [258, A, 32, 257, A + 3]);
@@ -204,14 +204,14 @@ mod tests {
     }
 
     #[test]
-    fn bytes_count_and_not_how_they_were_learned() {
+    fn tokens_match_by_bytes_and_not_by_merge() {
         let merges = [(A, A + 1), (A + 1, A + 2), (256, A + 2), (A + 3, A)]; // ab, bc, abc, da
         assert_eq!(encoder(&merges).encode("abc"), [258]);
         assert_eq!(encoder(&merges).encode("dabc"), [A + 3, 258]);
     }
 
     #[test]
-    fn many_parts_are_joined_as_few_are() {
+    fn heap_joins_like_scanning() {
         let merges = [(A, A), (256, 256), (257, A + 1), (A + 1, A), (A + 1, A + 1), (260, 260)];
         let encoder = encoder(&merges);
         let mut state = 7u32;
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_is_its_texts() {
+    fn batch_equals_single_texts() {
         let encoder = encoder(&[(A, A)]);
         let texts = ["aaa", "", "b aa", "é"];
         let expected: Vec<_> = texts.iter().map(|text| encoder.encode(text)).collect();
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn single_bytes_may_have_any_id_but_need_one() {
+    fn single_bytes_need_a_token_of_any_id() {
         let pattern = Pattern::parse(Pattern::GPT4).unwrap();
         let mut tokens = tokens_of(&[(A, A)]);
         tokens.reverse();

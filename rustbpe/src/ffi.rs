@@ -1,8 +1,8 @@
-//! The C interface, for the Python package. All `unsafe` code of the crate is here.
+//! The C interface for the Python package. All `unsafe` code of the crate is here.
 //!
-//! What the caller promises, for every function: a pointer to an object is one that the function named in its comment
-//! gave and that was not freed; a pointer with a number of elements points to that many; nobody frees or changes what it
-//! points to during the call. No function unwinds into C: a panic is reported as an error.
+//! Every function requires of its caller: a pointer to an object was returned by a function of this file and has not been
+//! freed; a pointer with a number of elements points to that many; what it points to is neither freed nor changed during
+//! the call. No function unwinds into C: a panic is returned as an error.
 
 use std::os::raw::c_int;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -14,14 +14,14 @@ use crate::merge::{train, Stopped};
 use crate::split::Pattern;
 
 pub const RUSTBPE_OK: c_int = 0;
-pub const RUSTBPE_FAILED: c_int = 1; // a panic, or text that is not UTF-8: both are bugs of the caller or of this crate
-pub const RUSTBPE_STOPPED: c_int = 2; // the progress callback said so
-pub const RUSTBPE_TOO_LARGE: c_int = 3; // more than 4 GB of different chunks
+pub const RUSTBPE_FAILED: c_int = 1; // a panic or invalid UTF-8: a bug of the caller or of this crate
+pub const RUSTBPE_STOPPED: c_int = 2; // by the progress callback
+pub const RUSTBPE_TOO_LARGE: c_int = 3; // more than 4 GB of distinct chunks
 
-/// Rows of numbers: what training and encoding give. To be freed with rustbpe_rows_free.
+/// Rows of numbers, the result of training and encoding. Free with rustbpe_rows_free.
 pub struct Rows(Vec<Vec<u32>>);
 
-/// Writes what is wrong with a pattern, as UTF-8, and returns its length in bytes; 0 if the pattern is supported.
+/// Writes an error message about a pattern as UTF-8 and returns its length in bytes; 0 if the pattern is supported.
 #[no_mangle]
 pub unsafe extern "C" fn rustbpe_check_pattern(
     pattern: *const u8,
@@ -29,18 +29,18 @@ pub unsafe extern "C" fn rustbpe_check_pattern(
     message: *mut u8,
     capacity: usize,
 ) -> usize {
-    // SAFETY: the caller promises `length` bytes.
-    let Err(said) = (unsafe { read_pattern(pattern, length) }) else { return 0 };
-    let shown = said.len().min(capacity);
-    // SAFETY: the caller promises that `message` has room for `capacity` bytes, and a new String overlaps nothing.
-    unsafe { ptr::copy_nonoverlapping(said.as_ptr(), message, shown) };
+    // SAFETY: the caller guarantees `length` bytes.
+    let Err(error) = (unsafe { read_pattern(pattern, length) }) else { return 0 };
+    let shown = error.len().min(capacity);
+    // SAFETY: the caller guarantees that `message` has room for `capacity` bytes, and a new String overlaps nothing.
+    unsafe { ptr::copy_nonoverlapping(error.as_ptr(), message, shown) };
     shown
 }
 
-/// A counter; null if the pattern is not supported. rustbpe_train or rustbpe_counter_free ends it.
+/// A counter; null if the pattern is not supported. rustbpe_train or rustbpe_counter_free frees it.
 #[no_mangle]
 pub unsafe extern "C" fn rustbpe_counter_new(pattern: *const u8, length: usize, threads: usize) -> *mut Counter {
-    // SAFETY: the caller promises `length` bytes.
+    // SAFETY: the caller guarantees `length` bytes.
     match unsafe { read_pattern(pattern, length) } {
         Ok(pattern) => Box::into_raw(Box::new(Counter::new(pattern, threads))),
         Err(_) => ptr::null_mut(),
@@ -55,9 +55,9 @@ pub unsafe extern "C" fn rustbpe_count(
     lengths: *const usize,
     num: usize,
 ) -> c_int {
-    // SAFETY: the caller promises a live counter; it is shared, and Counter is Sync.
+    // SAFETY: the caller guarantees a live counter; it is shared, and Counter is Sync.
     let counter = unsafe { &*counter };
-    // SAFETY: the caller promises `num` documents that live until the function returns, and no reference outlives it.
+    // SAFETY: the caller guarantees `num` documents that live until the function returns, and no reference outlives it.
     let Some(documents) = (unsafe { read_texts(documents, lengths, num) }) else { return RUSTBPE_FAILED };
     match catch_unwind(AssertUnwindSafe(|| counter.add(&documents))) {
         Ok(()) => RUSTBPE_OK,
@@ -65,7 +65,8 @@ pub unsafe extern "C" fn rustbpe_count(
     }
 }
 
-/// Ends the counter and learns merges: one row, the two ids of each. `progress(done, total)` stops it with 0.
+/// Learns merges and frees the counter. Returns one row with the two ids of each merge. `progress(done, total)` stops
+/// the training by returning 0.
 #[no_mangle]
 pub unsafe extern "C" fn rustbpe_train(
     counter: *mut Counter,
@@ -81,11 +82,11 @@ pub unsafe extern "C" fn rustbpe_train(
             let ids = merges.iter().flat_map(|&(first, second)| [first, second]);
             (Box::into_raw(Box::new(Rows(vec![ids.collect()]))), RUSTBPE_OK)
         }
-        Ok(Err(Stopped::Asked)) => (ptr::null_mut(), RUSTBPE_STOPPED),
+        Ok(Err(Stopped::ByCallback)) => (ptr::null_mut(), RUSTBPE_STOPPED),
         Ok(Err(Stopped::TooLarge)) => (ptr::null_mut(), RUSTBPE_TOO_LARGE),
         Err(_) => (ptr::null_mut(), RUSTBPE_FAILED),
     };
-    // SAFETY: the caller promises a place for one int.
+    // SAFETY: the caller guarantees space for one int.
     unsafe { *status = result };
     rows
 }
@@ -106,7 +107,7 @@ pub unsafe extern "C" fn rustbpe_encoder_new(
     lengths: *const usize,
     num: usize,
 ) -> *mut Encoder {
-    // SAFETY: the caller promises `length` bytes, and `num` tokens that live until the function returns.
+    // SAFETY: the caller guarantees `length` bytes, and `num` tokens that live until the function returns.
     let (pattern, tokens) = unsafe { (read_pattern(pattern, length), read_bytes(tokens, lengths, num)) };
     let Ok(pattern) = pattern else { return ptr::null_mut() };
     match catch_unwind(|| Encoder::new(pattern, &tokens)) {
@@ -124,9 +125,9 @@ pub unsafe extern "C" fn rustbpe_encode(
     num: usize,
     threads: usize,
 ) -> *mut Rows {
-    // SAFETY: the caller promises a live encoder; it is shared, and Encoder is Sync.
+    // SAFETY: the caller guarantees a live encoder; it is shared, and Encoder is Sync.
     let encoder = unsafe { &*encoder };
-    // SAFETY: the caller promises `num` texts that live until the function returns, and no reference outlives it.
+    // SAFETY: the caller guarantees `num` texts that live until the function returns, and no reference outlives it.
     let Some(texts) = (unsafe { read_texts(texts, lengths, num) }) else { return ptr::null_mut() };
     match catch_unwind(AssertUnwindSafe(|| encoder.encode_batch(&texts, threads))) {
         Ok(rows) => Box::into_raw(Box::new(Rows(rows))),
@@ -134,7 +135,7 @@ pub unsafe extern "C" fn rustbpe_encode(
     }
 }
 
-/// Where the chunks of `num` texts in UTF-8 end, in bytes, a row for each text; null if something failed.
+/// The ends of the chunks of `num` texts in UTF-8, in bytes, a row for each text; null if something failed.
 #[no_mangle]
 pub unsafe extern "C" fn rustbpe_split(
     pattern: *const u8,
@@ -143,7 +144,7 @@ pub unsafe extern "C" fn rustbpe_split(
     lengths: *const usize,
     num: usize,
 ) -> *mut Rows {
-    // SAFETY: the caller promises `length` bytes, and `num` texts that live until the function returns.
+    // SAFETY: the caller guarantees `length` bytes, and `num` texts that live until the function returns.
     let read = unsafe { (read_pattern(pattern, length), read_texts(texts, lengths, num)) };
     let (Ok(pattern), Some(texts)) = read else { return ptr::null_mut() };
     let ends = |text: &&str| pattern.split(text).map(|(_, end)| u32::try_from(end)).collect();
@@ -159,13 +160,13 @@ pub unsafe extern "C" fn rustbpe_encoder_free(encoder: *mut Encoder) {
     drop(unsafe { Box::from_raw(encoder) });
 }
 
-/// Row i and how many numbers are in it; null if there is no such row. Valid until the rows are freed.
+/// Row i, and its length in `length`; null if there is no such row. Valid until the rows are freed.
 #[no_mangle]
 pub unsafe extern "C" fn rustbpe_row(rows: *const Rows, i: usize, length: *mut usize) -> *const u32 {
-    // SAFETY: the caller promises live rows.
+    // SAFETY: the caller guarantees live rows.
     let rows = unsafe { &*rows };
     let Some(row) = rows.0.get(i) else { return ptr::null() };
-    // SAFETY: the caller promises a place for one number.
+    // SAFETY: the caller guarantees space for one number.
     unsafe { *length = row.len() };
     row.as_ptr()
 }
@@ -178,31 +179,31 @@ pub unsafe extern "C" fn rustbpe_rows_free(rows: *mut Rows) {
 
 /// SAFETY: `pattern` points to `length` bytes.
 unsafe fn read_pattern(pattern: *const u8, length: usize) -> Result<Pattern, String> {
-    // SAFETY: as promised; the slice is not kept.
+    // SAFETY: as guaranteed; the slice is not kept.
     let bytes = unsafe { elements(pattern, length) };
     Pattern::parse(&String::from_utf8_lossy(bytes))
 }
 
-/// SAFETY: as for read_bytes. None if a text is not UTF-8; the check runs at some 10 GB/s.
+/// SAFETY: as for read_bytes. None if a text is not UTF-8 (checked at about 10 GB/s).
 unsafe fn read_texts<'a>(texts: *const *const u8, lengths: *const usize, num: usize) -> Option<Vec<&'a str>> {
-    // SAFETY: as promised.
+    // SAFETY: as guaranteed.
     let strings = unsafe { read_bytes(texts, lengths, num) };
     strings.into_iter().map(|bytes| str::from_utf8(bytes).ok()).collect()
 }
 
 /// SAFETY: `strings` and `lengths` point to `num` elements, and each string to its length in bytes, for the whole of 'a.
 unsafe fn read_bytes<'a>(strings: *const *const u8, lengths: *const usize, num: usize) -> Vec<&'a [u8]> {
-    // SAFETY: as promised.
+    // SAFETY: as guaranteed.
     let (strings, lengths) = unsafe { (elements(strings, num), elements(lengths, num)) };
-    // SAFETY: as promised.
+    // SAFETY: as guaranteed.
     strings.iter().zip(lengths).map(|(&bytes, &length)| unsafe { elements(bytes, length) }).collect()
 }
 
-/// SAFETY: `first` points to `num` elements for the whole of 'a. With none it may be anything, also null.
+/// SAFETY: `first` points to `num` elements for the whole of 'a. With num = 0 it may be anything, even null.
 unsafe fn elements<'a, T>(first: *const T, num: usize) -> &'a [T] {
     if num == 0 {
         return &[];
     }
-    // SAFETY: as promised.
+    // SAFETY: as guaranteed.
     unsafe { slice::from_raw_parts(first, num) }
 }

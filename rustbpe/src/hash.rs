@@ -1,5 +1,5 @@
-//! Keys of hash tables: short byte strings as two numbers, and a fast hash for keys that nobody chose in order to
-//! collide, made of multiplications and rotations as in the compiler's own tables.
+//! Keys of hash tables: short byte strings as two integers, and a fast hash of multiplications and rotations, like the
+//! one in the Rust compiler. It does not protect against keys chosen to collide.
 
 use std::hash::{BuildHasherDefault, Hash, Hasher};
 
@@ -29,7 +29,7 @@ impl Hasher for Fast {
         }
     }
 
-    /// The high bits are the best mixed ones, and tables look at the low ones too.
+    /// Multiplication mixes the high bits best, but tables use the low bits too.
     #[inline]
     fn finish(&self) -> u64 {
         self.0 ^ (self.0 >> 32)
@@ -38,7 +38,7 @@ impl Hasher for Fast {
 
 pub const MAX_SHORT: usize = 15;
 
-/// Up to 15 bytes: from the lowest on, then zeros, and their number in the highest byte.
+/// Up to 15 bytes, from the lowest byte upwards, padded with zeros, and their number in the highest byte.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 pub struct Key([u64; 2]);
 
@@ -47,7 +47,7 @@ impl Key {
         Self::of_part(bytes, 0, bytes.len())
     }
 
-    /// The key of text[start..end], read as 16 bytes where the text goes on that far.
+    /// The key of text[start..end], read as 16 bytes at once if the text is long enough.
     #[inline]
     pub fn of_part(text: &[u8], start: usize, end: usize) -> Self {
         let length = end - start;

@@ -1,8 +1,8 @@
-//! Learns the merges: the most frequent pair of neighbouring tokens becomes a new token, again and again; of equally
-//! frequent pairs the one with the smaller ids.
+//! Learns the merges: the most frequent pair of neighbouring tokens becomes a new token, repeatedly. Of equally frequent
+//! pairs, the one with the smaller ids is taken.
 //!
-//! All chunks lie in one array with a slot per byte. A token shows its id in its first and in its last slot, so that a
-//! step to either neighbour is an addition and merging moves nothing:
+//! All chunks are in one array with a slot per byte. A token stores its id in its first and its last slot, so that the
+//! neighbour on either side is found by an addition, and a merge moves nothing:
 //!
 //! ```text
 //! "low" + "lower" as bytes   | l o w | l o w e r |
@@ -10,10 +10,10 @@
 //! after 256 w → 257          | 257 - 257 | 257 - 257 e r |
 //! ```
 //!
-//! A pair is queued once, when the younger of its tokens is made, with its count and the places where it stands. Later
-//! merges take places away from it and never add any, so a count in the queue may be too high but not too low: the pair
-//! at the top is counted again, and goes back with the right count if that is lower. No table from pairs to counts is
-//! needed, and the work is in proportion to the places.
+//! A pair enters the queue once, when the newer of its tokens is created, with its count and its positions. Later merges
+//! remove some of these positions and never add any, so a count in the queue can be too high but not too low. Therefore
+//! the pair at the top is recounted, and goes back into the queue if its count was too high. No table from pairs to
+//! counts is needed, and the work is proportional to the number of positions.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -26,18 +26,18 @@ pub type Pair = (u32, u32);
 
 #[derive(Debug, PartialEq, Eq)]
 pub enum Stopped {
-    /// The progress callback said so.
-    Asked,
-    /// The different chunks together have more bytes than places can be numbered.
+    /// The progress callback returned false.
+    ByCallback,
+    /// The distinct chunks together have more bytes than 32-bit positions can number.
     TooLarge,
 }
 
 const BOUNDARY: u32 = u32::MAX; // between two chunks
-const DEAD: u32 = u32::MAX - 1; // inside of a token, where another one once began
+const DEAD: u32 = u32::MAX - 1; // inside a token, where another one started before a merge
 const REPORT_EVERY: Duration = Duration::from_millis(20);
 
-/// The merges in order: the i-th makes token 256 + i out of two older ones. Fewer than asked for when no pair is left.
-/// `progress(done, total)` is called every few milliseconds; training stops when it says false.
+/// The merges in order: the i-th makes token 256 + i out of two older ones. There are fewer than vocab_size - 256 if no
+/// pair is left. `progress(done, total)` is called every 20 ms and stops the training by returning false.
 pub fn train(
     words: &Words,
     vocab_size: usize,
@@ -48,12 +48,12 @@ pub fn train(
     let total = vocab_size.saturating_sub(256);
     let mut reported = Instant::now();
     while merges.len() < total {
-        let Some((pair, places)) = merger.most_frequent() else { break };
-        merger.merge(pair, places);
+        let Some((pair, positions)) = merger.most_frequent() else { break };
+        merger.merge(pair, positions);
         merges.push(pair);
         if reported.elapsed() >= REPORT_EVERY {
             if !progress(merges.len(), total) {
-                return Err(Stopped::Asked);
+                return Err(Stopped::ByCallback);
             }
             reported = Instant::now();
         }
@@ -61,7 +61,7 @@ pub fn train(
     Ok(merges)
 }
 
-/// The bytes of each token, by id: the 256 single bytes, then what the merges make.
+/// The bytes of each token, by id: the 256 single bytes, then the results of the merges.
 pub fn tokens_of(merges: &[Pair]) -> Vec<Vec<u8>> {
     let mut tokens: Vec<Vec<u8>> = (0..=u8::MAX).map(|byte| vec![byte]).collect();
     for &(first, second) in merges {
@@ -78,9 +78,9 @@ struct Slot {
 
 struct Merger<'a> {
     slots: Vec<Slot>,
-    counts: &'a [u64], // by word
-    lengths: Vec<u32>, // by token, in bytes
-    places: Vec<u32>,  // the slots where pairs begin; each pair has a range of it, ascending
+    counts: &'a [u64],   // by word
+    lengths: Vec<u32>,   // by token, in bytes
+    positions: Vec<u32>, // slots where pairs start; each pair has a range of this, ascending
     queue: Queue,
     before: Neighbours, // scratch space of merge()
     after: Neighbours,
@@ -104,7 +104,7 @@ impl<'a> Merger<'a> {
             slots,
             counts: &words.counts,
             lengths: vec![1; 256],
-            places: Vec::new(),
+            positions: Vec::new(),
             queue: Queue::default(),
             before: Neighbours::default(),
             after: Neighbours::default(),
@@ -114,89 +114,90 @@ impl<'a> Merger<'a> {
     }
 
     fn queue_pairs_of_bytes(&mut self) {
-        let mut pairs = Neighbours::default(); // a pair's number stands for the neighbour
-        for (place, pair) in (0..).zip(self.slots.windows(2)) {
+        let mut pairs = Neighbours::default(); // of numbers that stand for pairs, instead of neighbours
+        for (position, pair) in (0..).zip(self.slots.windows(2)) {
             if pair[0].token < 256 && pair[1].token < 256 {
                 let number = pair[0].token << 8 | pair[1].token;
-                pairs.add(number, place, self.counts[pair[0].word as usize]);
+                pairs.add(number, position, self.counts[pair[0].word as usize]);
             }
         }
-        pairs.queue(&mut self.places, &mut self.queue, |number| (number >> 8, number & 255));
+        pairs.queue(&mut self.positions, &mut self.queue, |number| (number >> 8, number & 255));
     }
 
-    /// The next pair to merge and where it stands.
+    /// The next pair to merge, and the range of its positions.
     fn most_frequent(&mut self) -> Option<(Pair, Range<usize>)> {
         while let Some(top) = self.queue.pop() {
             let Reverse(pair) = top.pair;
-            let (count, places) = self.recount(pair, top.places());
+            let (count, positions) = self.recount(pair, top.positions());
             if count == top.count {
-                return Some((pair, places));
+                return Some((pair, positions));
             }
             if count > 0 {
-                self.queue.push(Queued::new(count, pair, &places));
+                self.queue.push(Queued::new(count, pair, &positions));
             }
         }
         None
     }
 
-    /// The count of a pair now. Its places move to the front of their range, and the part that they fill is returned.
+    /// The current count of a pair. Positions that are still valid move to the front of the range; returns the count and
+    /// the range that they fill.
     fn recount(&mut self, (first, second): Pair, range: Range<usize>) -> (u64, Range<usize>) {
         let step = self.lengths[first as usize] as usize;
         let (mut count, mut kept) = (0, range.start);
         for i in range.clone() {
-            let place = self.places[i];
-            let slot = self.slots[place as usize];
-            if slot.token == first && self.slots[place as usize + step].token == second {
+            let position = self.positions[i];
+            let slot = self.slots[position as usize];
+            if slot.token == first && self.slots[position as usize + step].token == second {
                 count += self.counts[slot.word as usize];
-                self.places[kept] = place;
+                self.positions[kept] = position;
                 kept += 1;
             }
         }
         (count, range.start..kept)
     }
 
-    /// Puts a new token where the pair stands, and queues the pairs of the new token with its neighbours.
+    /// Replaces the pair by a new token at all positions, and queues the pairs of the new token with its neighbours.
     fn merge(&mut self, (first, second): Pair, range: Range<usize>) {
         let new = self.lengths.len() as u32;
         let step = self.lengths[first as usize];
         let length = step + self.lengths[second as usize];
         self.lengths.push(length);
 
-        let mut made = range.start; // the places that become the new token move to the front
+        let mut made = range.start; // positions that become the new token move to the front
         for i in range.clone() {
-            let place = self.places[i] as usize;
-            let middle = place + step as usize;
-            // In a run, such as "aaa", the pair before may have taken this place.
-            if self.slots[place].token == first && self.slots[middle].token == second {
-                self.slots[place].token = new;
+            let position = self.positions[i] as usize;
+            let middle = position + step as usize;
+            // In a run such as "aaa", the previous pair may have used this token already.
+            if self.slots[position].token == first && self.slots[middle].token == second {
+                self.slots[position].token = new;
                 self.slots[middle].token = DEAD;
-                self.slots[place + length as usize - 1].token = new;
-                self.places[made] = place as u32;
+                self.slots[position + length as usize - 1].token = new;
+                self.positions[made] = position as u32;
                 made += 1;
             }
         }
         for i in range.start..made {
-            let place = self.places[i];
-            let slot = self.slots[place as usize];
+            let position = self.positions[i];
+            let slot = self.slots[position as usize];
             let count = self.counts[slot.word as usize];
-            let before = self.slots[place as usize - 1].token;
-            let after = self.slots[(place + length) as usize].token;
+            let before = self.slots[position as usize - 1].token;
+            let after = self.slots[(position + length) as usize].token;
             if before != BOUNDARY {
-                self.before.add(before, place - self.lengths[before as usize], count);
+                self.before.add(before, position - self.lengths[before as usize], count);
             }
             if after != BOUNDARY && after != new {
-                self.after.add(after, place, count); // new beside new is counted as a neighbour before
+                self.after.add(after, position, count); // two new tokens in a row are counted as `before`
             }
         }
-        self.before.queue(&mut self.places, &mut self.queue, |before| (before, new));
-        self.after.queue(&mut self.places, &mut self.queue, |after| (new, after));
+        self.before.queue(&mut self.positions, &mut self.queue, |before| (before, new));
+        self.after.queue(&mut self.positions, &mut self.queue, |after| (new, after));
     }
 }
 
-/// The tokens found on one side of a new one: how often, and where the pair begins.
+/// The neighbours found on one side of a new token: their counts, and where the pairs start.
 #[derive(Default)]
 struct Neighbours {
-    found: Vec<(u32, u32)>, // neighbour, place
+    found: Vec<(u32, u32)>, // neighbour, position
     different: Vec<u32>,
     totals: Vec<Total>, // by neighbour
 }
@@ -204,38 +205,38 @@ struct Neighbours {
 #[derive(Clone, Copy, Default)]
 struct Total {
     count: u64,
-    places: u32,
+    positions: u32,
     cursor: usize,
 }
 
 impl Neighbours {
     #[inline]
-    fn add(&mut self, neighbour: u32, place: u32, count: u64) {
+    fn add(&mut self, neighbour: u32, position: u32, count: u64) {
         if self.totals.len() <= neighbour as usize {
             self.totals.resize(neighbour as usize + 1, Total::default());
         }
         let total = &mut self.totals[neighbour as usize];
-        if total.places == 0 {
+        if total.positions == 0 {
             self.different.push(neighbour);
         }
-        total.places += 1;
+        total.positions += 1;
         total.count += count;
-        self.found.push((neighbour, place));
+        self.found.push((neighbour, position));
     }
 
-    /// Queues a pair for each neighbour, appends the places, grouped by pair, and starts afresh.
-    fn queue(&mut self, places: &mut Vec<u32>, queue: &mut Queue, pair: impl Fn(u32) -> Pair) {
-        let mut end = places.len();
+    /// Queues a pair for each neighbour, appends the positions grouped by pair, and clears itself.
+    fn queue(&mut self, positions: &mut Vec<u32>, queue: &mut Queue, pair: impl Fn(u32) -> Pair) {
+        let mut end = positions.len();
         for &neighbour in &self.different {
             let total = &mut self.totals[neighbour as usize];
             total.cursor = end;
-            end += total.places as usize;
+            end += total.positions as usize;
             queue.push(Queued::new(total.count, pair(neighbour), &(total.cursor..end)));
         }
-        places.resize(end, 0);
-        for (neighbour, place) in self.found.drain(..) {
+        positions.resize(end, 0);
+        for (neighbour, position) in self.found.drain(..) {
             let cursor = &mut self.totals[neighbour as usize].cursor;
-            places[*cursor] = place;
+            positions[*cursor] = position;
             *cursor += 1;
         }
         for neighbour in self.different.drain(..) {
@@ -244,42 +245,42 @@ impl Neighbours {
     }
 }
 
-/// A pair in the queue. The greatest is the next: most frequent, then with the smaller ids.
+/// A pair in the queue. The greatest is merged next: the most frequent, and of equals the one with the smaller ids.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Queued {
     count: u64,
     pair: Reverse<Pair>,
     start: usize,
-    num_places: u32,
+    num_positions: u32,
 }
 
 impl Queued {
-    fn new(count: u64, pair: Pair, places: &Range<usize>) -> Self {
-        Self { count, pair: Reverse(pair), start: places.start, num_places: places.len() as u32 }
+    fn new(count: u64, pair: Pair, positions: &Range<usize>) -> Self {
+        Self { count, pair: Reverse(pair), start: positions.start, num_positions: positions.len() as u32 }
     }
 
-    fn places(&self) -> Range<usize> {
-        self.start..self.start + self.num_places as usize
+    fn positions(&self) -> Range<usize> {
+        self.start..self.start + self.num_positions as usize
     }
 }
 
-/// A priority queue of which only the top is ordered: the pairs whose count has fewer bits than that of the top wait in
-/// plain lists, and most of them, the rare ones, wait there for ever.
+/// A priority queue that orders only its top. Pairs whose count has fewer bits than that of the top are kept in plain
+/// lists, and most pairs, the rare ones, are never sorted.
 struct Queue {
     top: BinaryHeap<Queued>,
-    waiting: Vec<Vec<Queued>>, // by the number of bits of the count; those of waiting.len() bits and more are in `top`
+    rest: Vec<Vec<Queued>>, // by the number of bits of the count; those of rest.len() bits and more are in `top`
 }
 
 impl Default for Queue {
     fn default() -> Self {
-        Self { top: BinaryHeap::new(), waiting: (0..=u64::BITS).map(|_| Vec::new()).collect() }
+        Self { top: BinaryHeap::new(), rest: (0..=u64::BITS).map(|_| Vec::new()).collect() }
     }
 }
 
 impl Queue {
     fn push(&mut self, queued: Queued) {
         let bits = (u64::BITS - queued.count.leading_zeros()) as usize;
-        match self.waiting.get_mut(bits) {
+        match self.rest.get_mut(bits) {
             Some(list) => list.push(queued),
             None => self.top.push(queued),
         }
@@ -287,7 +288,7 @@ impl Queue {
 
     fn pop(&mut self) -> Option<Queued> {
         while self.top.is_empty() {
-            self.top = self.waiting.pop()?.into();
+            self.top = self.rest.pop()?.into();
         }
         self.top.pop()
     }
@@ -298,7 +299,7 @@ mod tests {
     use super::*;
     use std::collections::HashMap;
 
-    /// Counts all pairs anew for each merge.
+    /// Counts all pairs again for each merge.
     fn train_slowly(words: &[(&[u8], u64)], vocab_size: usize) -> Vec<Pair> {
         let as_tokens = |&(bytes, count): &(&[u8], u64)| (bytes.iter().map(|&byte| byte.into()).collect(), count);
         let mut words: Vec<(Vec<u32>, u64)> = words.iter().map(as_tokens).collect();
@@ -335,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn the_most_frequent_pair_first_and_of_equals_the_smaller() {
+    fn most_frequent_pair_is_first_and_of_equals_the_smaller() {
         let words: [(&[u8], u64); 3] = [(b"bc", 5), (b"ab", 5), (b"abab", 1)];
         assert_eq!(train_fast(&words, 258), [(97, 98), (98, 99)]);
         assert_eq!(train_fast(&words, 1000).len(), 3); // abab is one token then
@@ -355,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn same_as_counting_anew() {
+    fn merges_equal_counting_again_for_each_merge() {
         let mut state = 1u64;
         let mut random = |below: u64| {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -373,10 +374,10 @@ mod tests {
     }
 
     #[test]
-    fn the_callback_can_stop_it() {
+    fn callback_can_stop_training() {
         let long: Vec<u8> = (0..300_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
         let mut words = Words::default();
         words.push(&long, 1);
-        assert_eq!(train(&words, 100_000, &mut |_, _| false), Err(Stopped::Asked));
+        assert_eq!(train(&words, 100_000, &mut |_, _| false), Err(Stopped::ByCallback));
     }
 }

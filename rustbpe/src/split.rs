@@ -1,11 +1,11 @@
-//! Cuts text into chunks as this regular expression does, for K = 1, 2 or 3:
+//! Splits text into chunks as this regular expression does, for K = 1, 2 or 3:
 //!
 //! ```text
 //! '(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,K}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+
 //! ```
 //!
-//! Written by hand: looking at each byte about once, it is many times as fast as an engine that backtracks. Every
-//! character starts a match of one of the alternatives, so the chunks together are the whole text.
+//! Written by hand, because reading each byte about once is many times as fast as a backtracking engine. Some
+//! alternative matches at every character, so the chunks together are the whole text.
 
 use crate::unicode::{self, LETTER, NUMBER, OTHER, SPACE};
 
@@ -24,7 +24,7 @@ impl Pattern {
         r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
     );
 
-    /// The pattern that this regular expression says; for any other one a message that names those supported.
+    /// The pattern of this regular expression, or a message with the supported ones.
     pub fn parse(regex: &str) -> Result<Self, String> {
         let quantifier = regex.strip_prefix(HEAD).and_then(|rest| rest.strip_suffix(TAIL));
         let max_digits = match quantifier {
@@ -40,7 +40,7 @@ impl Pattern {
         Ok(Self { max_digits })
     }
 
-    /// The chunks of the text, in order; joined they are the text.
+    /// The chunks of the text in order. Concatenated they are the text.
     pub fn split(self, text: &str) -> Chunks<'_> {
         Chunks { text: text.as_bytes(), start: 0, max_digits: self.max_digits }
     }
@@ -97,7 +97,8 @@ impl Chunks<'_> {
         }
     }
 
-    /// `\s*[\r\n]|\s+(?!\S)|\s+`: up to the run's last newline; without one the run, less the space before a word.
+    /// The end of `\s*[\r\n]|\s+(?!\S)|\s+`: after the last newline of the run of white space. If there is none, the
+    /// end of the run, or one character before it if a word follows.
     fn end_of_spaces(&self, start: usize, second: usize) -> usize {
         let (mut end, mut last, mut after_newline) = (second, start, 0);
         if is_newline(self.text[start]) {
@@ -123,7 +124,7 @@ impl Chunks<'_> {
         }
     }
 
-    /// The end of `(?i:[sdmt]|ll|ve|re)` at this place. Without regard to case, ſ (U+017F) is an s.
+    /// The end of `(?i:[sdmt]|ll|ve|re)` if it matches here. Ignoring case, ſ (U+017F) is an s.
     fn contraction(&self, at: usize) -> Option<usize> {
         let lower = |at: usize| self.text.get(at).map_or(0, u8::to_ascii_lowercase);
         match (lower(at), lower(at + 1)) {
@@ -133,7 +134,7 @@ impl Chunks<'_> {
         }
     }
 
-    /// The end of the run of this class that goes on at this place.
+    /// The end of the run of characters of this class that continues here.
     #[inline]
     fn skip(&self, mut at: usize, kind: u8) -> usize {
         loop {
@@ -204,7 +205,7 @@ fn is_newline(byte: u8) -> bool {
 const END: u8 = 4;
 const WIDE: u8 = 5;
 
-/// The class of each byte below 128. The others begin or continue a character of several bytes.
+/// The class of each byte below 128. All others are part of a character of several bytes.
 static ASCII: [u8; 256] = ascii_classes();
 
 const fn ascii_classes() -> [u8; 256] {

@@ -3,10 +3,10 @@ Writes src/unicode.rs: which code points are letters, numbers and white space.
 
     pip install tiktoken && python rustbpe/tools/unicode_tables.py
 
-The classes are those of Python's unicodedata, and every code point that it knows is checked against tiktoken, which
-does the encoding and must cut text as the training did. Where tiktoken's Unicode is the newer one, the code points that
-are unassigned for Python are taken from tiktoken. Run it anew when tiktoken moves to a newer Unicode: the test of the
-tables (tests/test_rustbpe.py) then fails.
+The classes are those of Python's unicodedata. Every code point that it has is checked against tiktoken, because encoding
+with tiktoken must split text as training did. Where tiktoken's Unicode is the newer one, the code points that
+are unassigned for Python are taken from tiktoken. Run it again when tiktoken moves to a newer Unicode: the test of the
+tables (tests/test_rustbpe.py) fails then.
 """
 
 import sys
@@ -46,7 +46,7 @@ def main() -> None:
         if unicodedata.category(chr(code)) == "Cn":
             newer += kind != OTHER
         elif kind != from_python(code):
-            sys.exit(f"U+{code:04X}: tiktoken says {kind}, Python {from_python(code)}")
+            sys.exit(f"U+{code:04X}: class {kind} in tiktoken, {from_python(code)} in Python")
 
     pages, blocks = [], []
     for start in range(0, len(classes), PAGE):

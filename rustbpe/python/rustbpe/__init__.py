@@ -20,23 +20,26 @@ DEFAULT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 NUM_BYTES = 256
-# UTF-8 bytes that are handed over at a time, for each thread: enough that starting the threads costs nothing, little
-# enough that memory does not notice (arbitrary between).
+# UTF-8 bytes that each thread gets at a time: enough to make starting the threads cheap, few enough to save memory
+# (heuristic, not tuned).
 BYTES_PER_THREAD = 4 << 20
 MESSAGE_CAPACITY = 4096  # bytes
 
 
 class Tokenizer:
-    """Learns merges from text; encodes and decodes with them. Before training it knows the 256 bytes."""
+    """Learns merges from text, and encodes and decodes with them. Before training it has the 256 bytes as tokens."""
 
     def __init__(self) -> None:
         self._pattern = DEFAULT_PATTERN
         self._tokens = [bytes([byte]) for byte in range(NUM_BYTES)]
-        self._encoder: Any = None  # made when it is first needed
+        self._encoder: Any = None  # created on first use
 
     @classmethod
     def from_tokens(cls, tokens: Iterable[bytes], pattern: str = DEFAULT_PATTERN) -> "Tokenizer":
-        """A tokenizer that was learned before: its tokens by id. ValueError: a byte has none, unsupported pattern."""
+        """
+        A tokenizer with these tokens, given by id. ValueError if a single byte has no token or the pattern is not
+        supported.
+        """
         tokenizer = cls()
         tokenizer._tokens, tokenizer._pattern = list(tokens), pattern
         tokenizer._encoder = tokenizer._make_encoder()
@@ -53,17 +56,18 @@ class Tokenizer:
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
         """
-        Learns up to vocab_size - 256 merges, fewer if no pair is left. What was known before is replaced, or, if this
-        raises, kept. Texts are counted in the background while the iterator gives the next ones.
+        Learns up to vocab_size - 256 merges, fewer if no pair is left, and replaces the current ones. They stay as they
+        are if this raises. Texts are counted in the background while the iterator produces the next ones.
 
-        vocab_size:  tokens, the 256 bytes included
-        buffer_size: documents that are collected at most before they are counted (and no more than some megabytes)
-        pattern:     how text is cut into chunks: one of the GPT-4 family
+        vocab_size:  number of tokens, the 256 bytes included
+        buffer_size: maximum number of documents that are collected before they are counted
+        pattern:     the regular expression that splits text into chunks, one of the GPT-4 family
         threads:     by default all cores; the result does not depend on it
-        progress:    called as progress(merges done, merges in all) every few milliseconds while merges are learned
+        progress:    called as progress(merges done, merges in total) every 20 ms while merges are learned
 
-        ValueError: vocab_size below 256, an unsupported pattern, or a text with lone surrogates (UnicodeEncodeError).
-        TypeError: a text that is no str. What the iterator or progress raise is passed on; Ctrl-C stops.
+        Raises ValueError for a vocab_size below 256, an unsupported pattern, or a text with lone surrogates
+        (UnicodeEncodeError), and TypeError for a text that is not a str. Exceptions of the iterator and of progress are
+        passed on, and Ctrl-C stops the training.
         """
         if vocab_size < NUM_BYTES:
             raise ValueError(f"vocab_size must be at least {NUM_BYTES}, not {vocab_size}")
@@ -78,7 +82,7 @@ class Tokenizer:
         except BaseException:
             lib.rustbpe_counter_free(counter)
             raise
-        merges = _learn(counter, vocab_size, progress)  # ends the counter
+        merges = _learn(counter, vocab_size, progress)  # frees the counter
 
         tokens = [bytes([byte]) for byte in range(NUM_BYTES)]
         for first, second in merges:
@@ -87,27 +91,27 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The 256 bytes and the merges."""
+        """Number of tokens: the 256 bytes and the merges."""
         return len(self._tokens)
 
     def get_pattern(self) -> str:
-        """The regular expression that cuts text into chunks."""
+        """The regular expression that splits text into chunks."""
         return self._pattern
 
     def get_mergeable_ranks(self) -> list[tuple[bytes, int]]:
-        """Each token's bytes and id, by id."""
+        """Bytes and id of each token, in the order of the ids."""
         return [(token, rank) for rank, token in enumerate(self._tokens)]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, the same as tiktoken's."""
+        """The token ids of a text, the same as tiktoken's."""
         return self._encode([text], 1)[0]
 
     def batch_encode(self, texts: Sequence[str], *, threads: int | None = None) -> list[list[int]]:
-        """encode() of each text, by default on all cores."""
+        """The token ids of each text, computed by default on all cores."""
         return self._encode(texts, threads or _num_cores())
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids. ValueError for an unknown id, UnicodeDecodeError if the bytes are not valid UTF-8."""
+        """The text of token ids. ValueError for an unknown id, UnicodeDecodeError if the bytes are not valid UTF-8."""
         parts = []
         for token in ids:
             if not 0 <= token < len(self._tokens):
@@ -133,7 +137,7 @@ class Tokenizer:
 
 
 def split(texts: Sequence[str], pattern: str = DEFAULT_PATTERN) -> list[list[str]]:
-    """The chunks of each text, within which merges stay: what regex.findall(pattern, text) gives, many times faster."""
+    """The chunks of each text, as regex.findall(pattern, text) returns them. Merges never cross chunks."""
     encoded_pattern = _checked(pattern)
     encoded = [_utf8(text, number) for number, text in enumerate(texts)]
     rows = lib.rustbpe_split(encoded_pattern, len(encoded_pattern), *_pointers(encoded), len(encoded))
@@ -146,7 +150,7 @@ def split(texts: Sequence[str], pattern: str = DEFAULT_PATTERN) -> list[list[str
 
 
 def _checked(pattern: str) -> bytes:
-    """The pattern as UTF-8; ValueError with those that are supported if it is another one."""
+    """The pattern as UTF-8. ValueError, with the supported patterns, for any other one."""
     encoded = pattern.encode(errors="replace")
     message = ffi.new("uint8_t[]", MESSAGE_CAPACITY)
     length = lib.rustbpe_check_pattern(encoded, len(encoded), message, MESSAGE_CAPACITY)
@@ -169,7 +173,7 @@ def _buffers(texts: Iterable[str], max_documents: int, max_bytes: int) -> Iterat
 
 
 def _utf8(text: str, number: int) -> bytes:
-    """A text as UTF-8. What is wrong with it is said together with its number, from 0."""
+    """A text as UTF-8. Errors mention its number, counted from 0."""
     if not isinstance(text, str):
         raise TypeError(f"document {number} is a {type(text).__name__}, not a str")
     try:
@@ -185,7 +189,7 @@ def _count(counter: Any, buffers: Iterator[list[bytes]]) -> None:
             raise RuntimeError("counting failed, which is a bug in rustbpe")
 
     pending: Future[None] | None = None
-    with ThreadPoolExecutor(1) as background:  # leaving it, also by an exception, waits for what is being counted
+    with ThreadPoolExecutor(1) as background:  # on exit, even by an exception, it waits for the count in progress
         for buffer in buffers:
             if pending:
                 pending.result()
@@ -200,7 +204,7 @@ def _learn(counter: Any, vocab_size: int, progress: Callable[[int, int], object]
     def report(done: int, total: int) -> int:
         if progress:
             progress(done, total)
-        return 1  # go on; an exception, and Ctrl-C is one, stops it
+        return 1  # continue; an exception, such as Ctrl-C, returns 0 and stops the training
 
     callback = ffi.callback(
         "int(uintptr_t, uintptr_t)", report, error=0, onerror=lambda _type, value, _traceback: raised.append(value)
@@ -210,7 +214,7 @@ def _learn(counter: Any, vocab_size: int, progress: Callable[[int, int], object]
     if raised:
         raise raised[0]
     if status[0] == lib.RUSTBPE_TOO_LARGE:
-        raise ValueError("the texts have more than 4 GB of different chunks: train on fewer")
+        raise ValueError("the texts have more than 4 GB of distinct chunks: train on fewer texts")
     if status[0] != lib.RUSTBPE_OK:
         raise RuntimeError("learning the merges failed, which is a bug in rustbpe")
     flat = iter(_take_rows(rows, 1)[0])
@@ -218,7 +222,7 @@ def _learn(counter: Any, vocab_size: int, progress: Callable[[int, int], object]
 
 
 def _pointers(encoded: list[bytes]) -> tuple[Any, Any]:
-    """Where the bytes of each text are, without a copy, and how many."""
+    """Pointers to the bytes of each text, which are not copied, and their lengths."""
     pointers = ffi.new("uint8_t *[]", [ffi.from_buffer("uint8_t[]", text) for text in encoded])
     return pointers, ffi.new("uintptr_t[]", [len(text) for text in encoded])
 
@@ -232,5 +236,5 @@ def _take_rows(rows: Any, num: int) -> list[list[int]]:
 
 
 def _num_cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
