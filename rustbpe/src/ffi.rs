@@ -1,8 +1,8 @@
 //! The C interface for the Python package. All `unsafe` code of the crate is here.
 //!
-//! Every function requires of its caller: a pointer to an object was returned by a function of this file and has not been
-//! freed; a pointer with a number of elements points to that many; what it points to is neither freed nor changed during
-//! the call. No function unwinds into C: a panic is returned as an error.
+//! Every function requires of its caller: a pointer to an object was returned by a function of this file and has not
+//! been freed; a pointer with a number of elements points to that many; what it points to is neither freed nor changed
+//! during the call. No function unwinds into C: a panic is returned as an error.
 
 use std::os::raw::c_int;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -191,7 +191,8 @@ unsafe fn read_texts<'a>(texts: *const *const u8, lengths: *const usize, num: us
     strings.into_iter().map(|bytes| str::from_utf8(bytes).ok()).collect()
 }
 
-/// SAFETY: `strings` and `lengths` point to `num` elements, and each string to its length in bytes, for the whole of 'a.
+/// SAFETY: `strings` and `lengths` point to `num` elements, and each string to its length in bytes, for the whole of
+/// 'a.
 unsafe fn read_bytes<'a>(strings: *const *const u8, lengths: *const usize, num: usize) -> Vec<&'a [u8]> {
     // SAFETY: as guaranteed.
     let (strings, lengths) = unsafe { (elements(strings, num), elements(lengths, num)) };

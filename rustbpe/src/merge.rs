@@ -1,5 +1,5 @@
-//! Learns the merges: the most frequent pair of neighbouring tokens becomes a new token, repeatedly. Of equally frequent
-//! pairs, the one with the smaller ids is taken.
+//! Learns the merges: the most frequent pair of neighbouring tokens becomes a new token, repeatedly. Of equally
+//! frequent pairs, the one with the smaller ids is taken.
 //!
 //! All chunks are in one array with a slot per byte. A token stores its id in its first and its last slot, so that the
 //! neighbour on either side is found by an addition, and a merge moves nothing:
@@ -10,10 +10,10 @@
 //! after 256 w → 257          | 257 - 257 | 257 - 257 e r |
 //! ```
 //!
-//! A pair enters the queue once, when the newer of its tokens is created, with its count and its positions. Later merges
-//! remove some of these positions and never add any, so a count in the queue can be too high but not too low. Therefore
-//! the pair at the top is recounted, and goes back into the queue if its count was too high. No table from pairs to
-//! counts is needed, and the work is proportional to the number of positions.
+//! A pair enters the queue once, when the newer of its tokens is created, with its count and its positions. Later
+//! merges remove some of these positions and never add any, so a count in the queue can be too high but not too low.
+//! Therefore the pair at the top is recounted, and goes back into the queue if its count was too high. No table from
+//! pairs to counts is needed, and the work is proportional to the number of positions.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -139,8 +139,8 @@ impl<'a> Merger<'a> {
         None
     }
 
-    /// The current count of a pair. Positions that are still valid move to the front of the range; returns the count and
-    /// the range that they fill.
+    /// The current count of a pair. Positions that are still valid move to the front of the range; returns the count
+    /// and the range that they fill.
     fn recount(&mut self, (first, second): Pair, range: Range<usize>) -> (u64, Range<usize>) {
         let step = self.lengths[first as usize] as usize;
         let (mut count, mut kept) = (0, range.start);

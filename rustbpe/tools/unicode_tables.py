@@ -3,8 +3,8 @@ Writes src/unicode.rs: which code points are letters, numbers and white space.
 
     pip install tiktoken && python rustbpe/tools/unicode_tables.py
 
-The classes are those of Python's unicodedata. Every code point that it has is checked against tiktoken, because encoding
-with tiktoken must split text as training did. Where tiktoken's Unicode is the newer one, the code points that
+The classes are those of Python's unicodedata. Every code point that it has is checked against tiktoken, because
+encoding with tiktoken must split text as training did. Where tiktoken's Unicode is the newer one, the code points that
 are unassigned for Python are taken from tiktoken. Run it again when tiktoken moves to a newer Unicode: the test of the
 tables (tests/test_rustbpe.py) fails then.
 """
