@@ -511,7 +511,7 @@ WRONG = [  # what was done, script, flags, words of the error
     (no_tokenizer, chat_cli, CPU, "scripts.tok_train"),
     (no_tokenizer, tok_eval, [], "scripts.tok_train"),
     (no_tokenizer, show_conversation, [], "scripts.tok_train"),
-    (broken_tokenizer, base_train, BASE, "restore it, or train anew"),
+    (broken_tokenizer, base_train, BASE, "restore the file, or train a new one"),
     (other_tokenizer, base_train, [*BASE, "--resume"], "another tokenizer (vocabulary 600, here 1024)"),
     (other_tokenizer, base_eval, CPU, "another tokenizer"),
     (other_tokenizer, mid_train, SFT, "another tokenizer"),
