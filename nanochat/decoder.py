@@ -257,16 +257,21 @@ class LayerWeights:
 # ---- the decoder ----
 
 
-@dataclass
-class StepContext:
-    """What all layers of one decode step share. A layer finds its entries by the length of its ring."""
+class RingContext(NamedTuple):
+    """How one decode step uses the rings of one length."""
+
+    num_keys: int  # to read
+    indices: torch.Tensor  # (B * K,): where the new keys go, in the cache flattened to (R * K * ring, D)
+    mask: torch.Tensor | None  # (B * K, num_keys, 1), added to the scores; None: every key is visible
+
+
+class StepContext(NamedTuple):
+    """What all layers of one decode step share."""
 
     tokens_B: torch.Tensor
     cos_B1D: torch.Tensor
     sin_B1D: torch.Tensor
-    num_keys: dict[int, int]  # keys to read per ring
-    key_indices: dict[int, torch.Tensor]  # (B * K,): where the new keys go, in the cache flattened to (R * K * ring, D)
-    masks: dict[int, torch.Tensor | None]  # (B * K, num_keys, 1), added to the scores; None: every key is visible
+    rings: dict[int, RingContext]  # by length; layers with equal windows have equal rings
 
 
 class Decoder:
@@ -458,49 +463,55 @@ class Decoder:
         self, tokens_B: torch.Tensor, positions_B: torch.Tensor, num_keys: int, min_position: int
     ) -> StepContext:
         """num_keys: keys to read at most; min_position: the lowest of the positions."""
-        B, num_kv = len(tokens_B), self.model.config.n_kv_head
-        num_keys_by_ring = {ring: min(ring, num_keys) for ring in self.ring_starts}
-        key_indices = {}
-        for ring, starts in self.ring_starts.items():
-            key_indices[ring] = (starts[:B] + (positions_B % ring)[:, None]).view(-1)
-        masks_by_size: dict[int, torch.Tensor | None] = {}
-        for size in set(num_keys_by_ring.values()):
-            masks_by_size[size] = None
-            if min_position + 1 < size:
-                is_hidden = (self.range[:size] > positions_B[:, None]).repeat_interleave(num_kv, dim=0)
-                mask = torch.zeros(is_hidden.shape, device=is_hidden.device, dtype=self.dtype)
-                masks_by_size[size] = mask.masked_fill_(is_hidden, -torch.inf)[:, :, None]
-        masks = {ring: masks_by_size[size] for ring, size in num_keys_by_ring.items()}
-        return StepContext(tokens_B, self.cos[positions_B], self.sin[positions_B], num_keys_by_ring, key_indices, masks)
+        rings: dict[int, RingContext] = {}
+        masks: dict[int, torch.Tensor | None] = {}  # by number of keys
+        for length, starts in self.ring_starts.items():
+            size = min(length, num_keys)
+            if size not in masks:
+                all_visible = min_position + 1 >= size
+                masks[size] = None if all_visible else self._mask(positions_B, size)
+            indices = (starts[: len(tokens_B)] + (positions_B % length)[:, None]).view(-1)
+            rings[length] = RingContext(size, indices, masks[size])
+        return StepContext(tokens_B, self.cos[positions_B], self.sin[positions_B], rings)
+
+    def _mask(self, positions_B: torch.Tensor, num_keys: int) -> torch.Tensor:
+        """(B * K, num_keys, 1): 0 for entries up to the position, minus infinity for those not written yet."""
+        is_hidden = self.range[:num_keys] > positions_B[:, None]
+        is_hidden = is_hidden.repeat_interleave(self.model.config.n_kv_head, dim=0)
+        mask = torch.zeros(is_hidden.shape, device=is_hidden.device, dtype=self.dtype)
+        return mask.masked_fill_(is_hidden, -torch.inf)[:, :, None]
 
     def _forward(self, context: StepContext, previous_BC: torch.Tensor) -> torch.Tensor:
-        """Logits before the softcap, (B, V) in the compute dtype. previous_BC: for smear, updated in place."""
+        """
+        Logits before the softcap, (B, V) in the compute dtype; all steps are explained in gpt.py. previous_BC: the
+        embeddings of the previous tokens, for smear; updated in place.
+        """
         model, config = self.model, self.model.config
-        x = self._embed(context.tokens_B)
+        x_BC = self._embed(context.tokens_B)
         if config.smear:
-            x = self._smear(x, previous_BC)
+            x_BC = self._smear(x_BC, previous_BC)
         if config.residual_scalars:
-            x0_LBC = (model.x0_lambdas.to(self.dtype)[:, None, None] * x).unbind()
+            x0_LBC = (model.x0_lambdas.to(self.dtype)[:, None, None] * x_BC).unbind()
             resid_L = model.resid_lambdas.to(self.dtype).unbind()
-        middle = x
+        middle = x_BC
         for i, layer in enumerate(self.layers):
             if config.residual_scalars:
-                x = torch.addcmul(x0_LBC[i], x, resid_L[i])
-            x = x + self._attend(i, self._norm(x), context)
-            x = x + layer.mlp_out(layer.mlp_in(self._norm(x)).relu_().square_())
+                x_BC = torch.addcmul(x0_LBC[i], x_BC, resid_L[i])
+            x_BC = x_BC + self._attend(i, self._norm(x_BC), context)
+            x_BC = x_BC + layer.mlp_out(layer.mlp_in(self._norm(x_BC)).relu_().square_())
             if i == len(self.layers) // 2:
-                middle = x
+                middle = x_BC
         if config.backout:
-            x = torch.addcmul(x, middle, model.backout_lambda.to(self.dtype), value=-1)
-        return self.head(self._norm(x))
+            x_BC = torch.addcmul(x_BC, middle, model.backout_lambda.to(self.dtype), value=-1)
+        return self.head(self._norm(x_BC))
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         return self._norm(F.embedding(tokens, self.model.transformer.wte.weight).to(self.model.dtype).to(self.dtype))
 
-    def _smear(self, x: torch.Tensor, previous_BC: torch.Tensor) -> torch.Tensor:
-        gate = F.linear(x[:, :SMEAR_CHANNELS], self.model.smear_gate.weight.to(self.dtype)).sigmoid_()
-        smeared = torch.addcmul(x, gate * self.model.smear_lambda.to(self.dtype), previous_BC)
-        previous_BC.copy_(x)
+    def _smear(self, x_BC: torch.Tensor, previous_BC: torch.Tensor) -> torch.Tensor:
+        gate = F.linear(x_BC[:, :SMEAR_CHANNELS], self.model.smear_gate.weight.to(self.dtype)).sigmoid_()
+        smeared = torch.addcmul(x_BC, gate * self.model.smear_lambda.to(self.dtype), previous_BC)
+        previous_BC.copy_(x_BC)
         return smeared
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
@@ -510,12 +521,12 @@ class Decoder:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x * torch.addcmul(self.norm_eps, length, length, value=1 / x.size(-1)).rsqrt_()
 
-    def _attend(self, i: int, x: torch.Tensor, context: StepContext) -> torch.Tensor:
+    def _attend(self, i: int, x_BC: torch.Tensor, context: StepContext) -> torch.Tensor:
         """The attention of layer i, (B, C): writes the new keys and values into the cache, then reads the cache."""
         config = self.model.config
-        B, num_kv, D = len(x), config.n_kv_head, config.head_dim
+        B, num_kv, D = len(x_BC), config.n_kv_head, config.head_dim
         num_qk = config.n_head + num_kv
-        inputs = self.layers[i].attn_in(x).to(self.dtype)
+        inputs = self.layers[i].attn_in(x_BC).to(self.dtype)
         heads = inputs[:, : (num_qk + num_kv) * D].unflatten(1, (-1, D))
         qk, v = heads[:, :num_qk], heads[:, num_qk:]
         if str(i) in self.model.value_embeds:
@@ -526,16 +537,15 @@ class Decoder:
         rotated = torch.addcmul(qk * context.cos_B1D, qk.roll(D // 2, dims=-1), context.sin_B1D)
         qk = self._norm(rotated) * self.gains
 
-        ring = self.rings[i]
-        self.keys[i].view(-1, D).index_copy_(0, context.key_indices[ring], qk[:, -num_kv:].reshape(-1, D))
-        self.values[i].view(-1, D).index_copy_(0, context.key_indices[ring], v.reshape(-1, D))
-        keys = self.keys[i][: B * num_kv, : context.num_keys[ring]]
-        values = self.values[i][: B * num_kv, : context.num_keys[ring]]
+        ring = context.rings[self.rings[i]]
+        self.keys[i].view(-1, D).index_copy_(0, ring.indices, qk[:, -num_kv:].reshape(-1, D))
+        self.values[i].view(-1, D).index_copy_(0, ring.indices, v.reshape(-1, D))
+        keys = self.keys[i][: B * num_kv, : ring.num_keys]
+        values = self.values[i][: B * num_kv, : ring.num_keys]
 
         # Scores are keys times queries: on a CPU up to a quarter faster than queries times keys.
         q = qk[:, :-num_kv].reshape(B * num_kv, -1, D).transpose(1, 2)
-        mask = context.masks[ring]
-        scores = torch.bmm(keys, q) if mask is None else torch.baddbmm(mask, keys, q)
+        scores = torch.bmm(keys, q) if ring.mask is None else torch.baddbmm(ring.mask, keys, q)
         y = torch.bmm(scores.softmax(dim=1).transpose(1, 2), values)
         return self.layers[i].attn_out(y.view(B, -1))
 
