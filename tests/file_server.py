@@ -1,20 +1,19 @@
 """A local web server with injectable faults that answers as the Hugging Face Hub does, for tests that download."""
 
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FileServer(ThreadingHTTPServer):
-    """
-    Serves `files`. For huggingface_hub, which asks for /datasets/<repo>/resolve/main/<file>, every response has an ETag
-    and a commit.
-    """
+    """Serves `files`. Every response has an ETag and a commit, as huggingface_hub expects them."""
 
     daemon_threads = True
 
@@ -28,9 +27,32 @@ class FileServer(ThreadingHTTPServer):
         self.release = threading.Event()
         self.log: list[tuple[str, str, str, int]] = []  # method, path, Range, status
 
+    def add_dataset(self, repo: str, folder: Path) -> None:
+        """Serves the files of a folder as a dataset of the hub, with the listings that `datasets` asks for."""
+        for revision in ("main", COMMIT):
+            info = {"id": repo, "sha": COMMIT, "siblings": []}
+            self.files[f"/api/datasets/{repo}/revision/{revision}"] = json.dumps(info).encode()
+            for path in [folder, *folder.rglob("*")]:
+                name = "" if path == folder else f"/{path.relative_to(folder).as_posix()}"
+                if path.is_file():
+                    self.files[f"/datasets/{repo}/resolve/{revision}{name}"] = path.read_bytes()
+                else:
+                    listing = [_tree_entry(folder, child) for child in path.iterdir()]
+                    self.files[f"/api/datasets/{repo}/tree/{revision}{name}"] = json.dumps(listing).encode()
+
     def gets(self, path: str) -> list[tuple[str, int]]:
         """(Range, status) of the GETs of a path so far."""
         return [(span, status) for method, name, span, status in self.log if (method, name) == ("GET", path)]
+
+
+def _tree_entry(folder: Path, path: Path) -> dict[str, object]:
+    content = path.read_bytes() if path.is_file() else b""
+    return {
+        "type": "file" if path.is_file() else "directory",
+        "path": path.relative_to(folder).as_posix(),
+        "oid": hashlib.sha1(content).hexdigest(),
+        "size": len(content),
+    }
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -43,7 +65,8 @@ class Handler(BaseHTTPRequestHandler):
         self.respond()
 
     def respond(self) -> None:
-        server, path = self.server, self.path
+        server = self.server
+        path, _, _ = self.path.partition("?")
         request = f"{self.command} {path}"
         if server.unavailable.get(request, 0) > 0:
             server.unavailable[request] -= 1

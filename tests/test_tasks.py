@@ -5,21 +5,18 @@ Tasks: datasets from a local mirror and from a hub, items, grading.
     NANOCHAT_DATASETS_DIR=… python -m pytest tests/test_tasks.py    # with the real datasets of a local mirror
 """
 
-import hashlib
 import json
 import os
 import random
 import subprocess
 import sys
-import threading
 from decimal import Decimal
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from file_server import running
 
 from nanochat.common import UserError
 from tasks import hub
@@ -31,7 +28,6 @@ from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ARC_ROWS = [
     {"id": "a", "question": "Wet?", "choices": {"text": ["water", "sand"], "label": ["A", "B"]}, "answerKey": "A"},
     {"id": "b", "question": "Dry?", "choices": {"text": ["water", "sand"], "label": ["1", "2"]}, "answerKey": "2"},
@@ -215,47 +211,6 @@ def test_hub_load_damaged_mirror_raises(mirror):
         hub.load("openai/gsm8k", "main", "train")
 
 
-class Hub(SimpleHTTPRequestHandler):
-    """Serves a mirror with the part of the hub's API that `datasets` uses."""
-
-    def do_HEAD(self):  # noqa: N802
-        self.respond(with_body=False)
-
-    def do_GET(self):  # noqa: N802
-        self.respond(with_body=True)
-
-    def respond(self, with_body):
-        path = self.path.split("?")[0].removeprefix("/api")
-        owner, name, what, *rest = path.removeprefix("/datasets/").split("/")
-        repo = Path(self.directory) / owner / name
-        headers, body = {"X-Repo-Commit": COMMIT}, None
-        if what == "resolve" and (repo / "/".join(rest[1:])).is_file():
-            body = (repo / "/".join(rest[1:])).read_bytes()
-            headers["ETag"] = f'"{hashlib.sha256(body).hexdigest()}"'
-        elif what == "revision":
-            body = json.dumps({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": []}).encode()
-        elif what == "tree" and (repo / "/".join(rest[1:])).is_dir():
-            body = json.dumps([describe(repo, path) for path in (repo / "/".join(rest[1:])).iterdir()]).encode()
-        else:
-            headers["X-Error-Code"] = "EntryNotFound"
-        self.send_response(404 if body is None else 200)
-        for key, value in (headers | {"Content-Length": str(len(body or b""))}).items():
-            self.send_header(key, value)
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body or b"")
-
-    def log_message(self, *args):
-        pass
-
-
-def describe(repo, path):
-    content = b"" if path.is_dir() else path.read_bytes()
-    kind = "directory" if path.is_dir() else "file"
-    oid = hashlib.sha1(content).hexdigest()
-    return {"type": kind, "path": path.relative_to(repo).as_posix(), "oid": oid, "size": len(content)}
-
-
 def run_python(code, **environment):
     """Runs code in a separate process, because huggingface_hub reads its environment when it is imported."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "NANOCHAT_"))} | environment
@@ -264,18 +219,16 @@ def run_python(code, **environment):
 
 @pytest.mark.slow
 def test_hub_load_from_a_server_is_cached_for_offline_use(tmp_path):
-    write_datasets(tmp_path / "hub")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=str(tmp_path / "hub")))
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    write_datasets(tmp_path / "mirror")
     code = "from tasks.gsm8k import GSM8K; task = GSM8K('train'); print(len(task), task[0]['messages'][0]['content'])"
     environment = {
         "NANOCHAT_BASE_DIR": str(tmp_path / "base"),
         "HF_HOME": str(tmp_path / "hf"),
         "HF_HUB_DISABLE_XET": "1",
     }
-    online = run_python(code, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", **environment)
-    server.shutdown()
-    server.server_close()
+    with running() as server:
+        server.add_dataset("openai/gsm8k", tmp_path / "mirror" / "openai" / "gsm8k")
+        online = run_python(code, HF_ENDPOINT=server.url, **environment)
     assert online.returncode == 0 and online.stdout.startswith("100 "), online.stderr
     assert "Generating" not in online.stderr
     offline = run_python(code, HF_HUB_OFFLINE="1", **environment)
