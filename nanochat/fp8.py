@@ -84,7 +84,7 @@ def _is_large(linear: Linear) -> bool:
 class Fp8Linear(Linear):
     """
     A linear layer that shares the weight of another one and keeps FP8 copies of it in both layouts: one for the forward
-    and one for the backward pass. Whoever changes the weight must update the copies (_cast_weight).
+    and one for the backward pass. Code that changes the weight must update the copies (_cast_weight).
     """
 
     weight_NK: torch.Tensor

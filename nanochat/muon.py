@@ -55,7 +55,7 @@ class ParamGroup:
     lr: float
     weight_decay: float
     betas: tuple[float, float] | None = None  # of AdamW; None = this group is Muon's
-    is_scalar: bool = False  # scalars of the residual stream have a schedule of their own in the first step
+    is_scalar: bool = False  # residual scalars, which have a separate schedule in the first step
 
 
 def build_optimizer(

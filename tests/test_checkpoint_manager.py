@@ -110,7 +110,7 @@ def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---- checkpoints that people have ----
+# ---- legacy checkpoints ----
 
 
 def legacy(base_dir, vintage):

@@ -19,7 +19,7 @@ class Flags:
     source: str = flag("sft", "stage to load", short="-i", choices=("base", "sft"))
     workers: int = flag(4, "downloads at a time", choices=(1, 2, 4))
     compile: bool = flag(True, "compile the model")
-    resume: bool = flag(False, "go on from the newest checkpoint")
+    resume: bool = flag(False, "resume from the newest checkpoint")
 
 
 @dataclass(frozen=True)

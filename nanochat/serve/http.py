@@ -72,7 +72,7 @@ class EventStream(StreamingResponse):
     async def start(
         cls, handle: ResponseHandle, chunks: AsyncIterator[bytes], headers: dict[str, str] | None = None
     ) -> "EventStream":
-        """Waits for the first chunk, so that a failure before it gets an HTTP status of its own."""
+        """Waits for the first chunk, so that a failure before it gets its proper HTTP status."""
         try:
             first = await anext(chunks)
         except BaseException:
