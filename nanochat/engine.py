@@ -173,7 +173,7 @@ class Prefill:
 
 
 class ActiveRequest:
-    """A request in the engine, waiting or in a slot."""
+    """A request with its state, from the queue until its completion has ended."""
 
     def __init__(self, number: int, request: Request, tools: ToolUse, config: GPTConfig):
         self.number, self.request, self.tools = number, request, tools
