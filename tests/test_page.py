@@ -599,9 +599,7 @@ def test_page_works_with_keyboard_only(page):
     page.keyboard.type("two")
     expect(question).to_have_value("one\ntwo")
     composing = "new KeyboardEvent('keydown', { key: 'Enter', isComposing: true, bubbles: true, cancelable: true })"
-    page.evaluate(
-        f"$('message').dispatchEvent({composing})"
-    )  # Enter that picks a character in an input method does not send
+    page.evaluate(f"$('message').dispatchEvent({composing})")  # Enter in an input method picks a character
     expect(page.locator("article")).to_have_count(0)
     page.keyboard.press("Enter")
     expect(page.locator("article.user .text")).to_have_text("one\ntwo")

@@ -99,7 +99,7 @@ def prometheus(stats: dict[str, Any]) -> str:
     """Formats Service.stats() for Prometheus: https://prometheus.io/docs/instrumenting/exposition_formats/"""
     lines: list[str] = []
 
-    def add(name: str, kind: str, help: str, values: dict[str, float]) -> None:
+    def add(name: str, kind: str, help: str, *, values: dict[str, float]) -> None:
         lines.append(f"# HELP nanochat_{name} {help}")
         lines.append(f"# TYPE nanochat_{name} {kind}")
         lines.extend(f"nanochat_{name}{labels} {value}" for labels, value in values.items())
@@ -107,14 +107,14 @@ def prometheus(stats: dict[str, Any]) -> str:
     def by_device(key: str) -> dict[str, float]:
         return {f'{{model="{device["model"]}",gpu="{device["gpu"]}"}}': device[key] for device in stats["devices"]}
 
-    add("uptime_seconds", "gauge", "Seconds since the start.", {"": stats["uptime_seconds"]})
-    add("ready", "gauge", "1 if every model is ready.", {"": int(stats["status"] == "ok")})
-    add("waiting", "gauge", "Completions in the queue.", {"": stats["waiting"]})
-    add("running", "gauge", "Completions being generated.", by_device("running"))
-    add("slots", "gauge", "Completions that can be generated together.", by_device("slots"))
-    add("tokens_total", "counter", "Tokens generated.", by_device("tokens"))
-    add("tokens_per_second", "gauge", "Average of the last minute.", by_device("tokens_per_second"))
-    add("prompt_tokens_total", "counter", "Tokens of prompts.", {"": stats["prompt_tokens"]})
+    add("uptime_seconds", "gauge", "Seconds since the start.", values={"": stats["uptime_seconds"]})
+    add("ready", "gauge", "1 if every model is ready.", values={"": int(stats["status"] == "ok")})
+    add("waiting", "gauge", "Completions in the queue.", values={"": stats["waiting"]})
+    add("running", "gauge", "Completions being generated.", values=by_device("running"))
+    add("slots", "gauge", "Completions that can be generated together.", values=by_device("slots"))
+    add("tokens_total", "counter", "Tokens generated.", values=by_device("tokens"))
+    add("tokens_per_second", "gauge", "Average of the last minute.", values=by_device("tokens_per_second"))
+    add("prompt_tokens_total", "counter", "Tokens of prompts.", values={"": stats["prompt_tokens"]})
     outcomes = {f'{{outcome="{outcome}"}}': count for outcome, count in stats["answers"].items()}
-    add("answers_total", "counter", "Completions by outcome.", outcomes)
+    add("answers_total", "counter", "Completions by outcome.", values=outcomes)
     return "\n".join(lines) + "\n"

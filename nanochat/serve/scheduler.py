@@ -69,15 +69,15 @@ class TokenEvent:
 
     generation: Generation
     token: int | None  # None: the generation has ended
-    logprob: float  # of the token in nats; 0 unless the request asks for it
-    finish: str  # at the end, as in engine.Completion; else ""
     device: int  # index of the engine
+    logprob: float = 0.0  # of the token in nats, if the request asks for it
+    finish: str = ""  # at the end: the reason, as in engine.Completion
 
 
 class ResponseHandle:
     """The generations of one API call. The caller must close it."""
 
-    def __init__(self, service: "Service", model: "ServedModel", requests: Sequence[Request], client: str):
+    def __init__(self, service: "Service", model: "ServedModel", requests: Sequence[Request], *, client: str):
         self.service = service
         self.model = model
         self.client = client
@@ -318,9 +318,9 @@ class EngineThread(threading.Thread):
         generation = self.generations[number]
         if token is None:
             self._drop(number)
-            return TokenEvent(generation, None, 0.0, completion.finish, self.index)
+            return TokenEvent(generation, None, self.index, finish=completion.finish)
         logprob = completion.logprobs[len(completion.tokens) - 1] if completion.logprobs else 0.0
-        return TokenEvent(generation, token, logprob, "", self.index)
+        return TokenEvent(generation, token, self.index, logprob=logprob)
 
     def _drop(self, number: int) -> None:
         self.queue.release(self.generations.pop(number))
@@ -416,7 +416,7 @@ class Service:
         """
         for request in requests:
             request.validate(model.config)
-        handle = ResponseHandle(self, model, requests, client)
+        handle = ResponseHandle(self, model, requests, client=client)
         try:
             if self.is_stopping:
                 raise Unavailable("the server is shutting down")

@@ -85,7 +85,7 @@ class LoadClient:
             try:
                 writer.write(self._request(question))
                 if leave_after:
-                    await self._read(reader, response, leave_after, start)
+                    await self._read(reader, response, leave_after, start=start)
                 is_early = len(response.events) == leave_after and not response.is_complete
                 response.left = is_early and response.status in (0, 200)
                 if reset:
@@ -106,7 +106,7 @@ class LoadClient:
         ]
         return "\r\n".join([*head, "", body]).encode()
 
-    async def _read(self, reader: asyncio.StreamReader, response: Response, max_events: int, start: float) -> None:
+    async def _read(self, reader: asyncio.StreamReader, response: Response, max_events: int, *, start: float) -> None:
         response.headers = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
         response.status = int(response.headers.split()[1])
         if response.status != 200:
