@@ -1,12 +1,12 @@
 """
 Reads files that older versions of nanochat wrote: model configurations, .pt checkpoints, pickled tokenizers.
 
-- Checkpoints once were two files per step, model_<step>.pt and meta_<step>.json.
-- A configuration once named a *vintage*, "modern" or "classic", for what GPTConfig now has a field each. Still older
-  ones name nothing: which parameters the file holds shows which vintage it is.
-- A tokenizer once was a pickled tiktoken.Encoding, tokenizer.pkl.
+- Checkpoints used to be two files per step, model_<step>.pt and meta_<step>.json.
+- Configurations used to have one field "vintage", which was "modern" or "classic", instead of a field per feature. The
+  oldest ones do not have it either; then the names of the parameters show which vintage it is.
+- The tokenizer used to be a pickled tiktoken.Encoding, tokenizer.pkl.
 
-Nothing here executes code from a file. New files are never written in these formats.
+Nothing here executes code from a file, and nothing writes these formats any more.
 """
 
 import io
@@ -21,7 +21,7 @@ import torch
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
 
-# The fields of GPTConfig that came after the vintages, with the values that these models were trained with.
+# The fields of GPTConfig that each vintage stands for.
 VINTAGES: dict[str, dict[str, Any]] = {
     "modern": {
         "value_embeds": True,
@@ -46,7 +46,7 @@ VINTAGES: dict[str, dict[str, Any]] = {
 }
 
 
-# What reading a damaged JSON or .pt file can raise.
+# Exceptions of reading a damaged JSON or .pt file.
 UNREADABLE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.PickleError,
 )  # fmt: skip
@@ -93,7 +93,7 @@ def checkpoint_steps(directory: Path) -> set[int]:
 
 def read_checkpoint(directory: Path, step: int) -> tuple[Path, dict[str, Any]]:
     """
-    The file of weights of a .pt checkpoint, and what its JSON file says, with "model_config" upgraded.
+    The file of weights of a .pt checkpoint, and the content of its JSON file with "model_config" upgraded.
     ValueError, with a message for users, if either cannot be read.
     """
     model_file = directory / f"model_{step:06d}.pt"
