@@ -31,7 +31,7 @@ MIN_AMAX = 1e-30  # keeps the scale of an all-zero tensor above 0; gradients are
 MIN_CAPABILITY = (8, 9)  # Ada; Hopper has 9.0
 
 
-def check(config: GPTConfig, rows: int, device: torch.device) -> None:
+def check_support(config: GPTConfig, rows: int, device: torch.device) -> None:
     """UserError unless this device can train the model in FP8 with this many rows (tokens) per micro-batch."""
     required = "a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell)"
     if device.type != "cuda":

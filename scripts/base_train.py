@@ -45,7 +45,7 @@ def main(flags: Flags) -> None:
         B, T = flags.device_batch_size, flags.max_seq_len
         accumulation = recipe.accumulation_steps(plan.total_batch_size, B, T, dist.world_size)
         if flags.fp8:
-            fp8.check(plan.model, B * T, dist.device)
+            fp8.check_support(plan.model, B * T, dist.device)
 
         tag = flags.model_tag or f"d{flags.depth}"
         with Run.open("base", tag, plan.model, flags, tokenizer=tokenizer, dist=dist) as run:

@@ -251,12 +251,12 @@ def test_unsupported_training_is_a_user_error_with_the_reason(monkeypatch, capab
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
     config = GPTConfig(n_head=1, n_kv_head=1, n_embd=width)
     with pytest.raises(UserError, match=part) as caught:
-        fp8.check(config, rows, torch.device("cuda", 0))
+        fp8.check_support(config, rows, torch.device("cuda", 0))
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    fp8.check(CONFIG, 64, torch.device("cuda", 0))
+    fp8.check_support(CONFIG, 64, torch.device("cuda", 0))
 
 
 def test_cpu_is_a_user_error():
     with pytest.raises(UserError, match="the device is cpu: leave out --fp8"):
-        fp8.check(CONFIG, 64, CPU)
+        fp8.check_support(CONFIG, 64, CPU)
