@@ -249,6 +249,7 @@ def test_packages_get_their_arguments_as_documented(stand_in, name):
     assert module.calls == [(way, w) for w in (5, 37, 37, 37) for way in ("forward", "backward")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fa3", "fa4", "blocks"])
 def test_operators_pass_opcheck_and_compile_into_one_graph(stand_in, name):
     if name != "blocks":

@@ -139,6 +139,7 @@ def text_of(response):
 # ---- the page's endpoint ----
 
 
+@pytest.mark.slow
 def test_native_endpoint_streams_what_the_engine_generates(url, tiny, golden_tokenizer):
     response = ask(url, temperature=0)
     assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
@@ -157,6 +158,7 @@ def test_native_endpoint_streams_what_the_engine_generates(url, tiny, golden_tok
     assert all(event["gpu"] == 0 for event in tokens)
 
 
+@pytest.mark.slow
 def test_concurrent_requests_get_the_same_completions_as_alone(url):
     questions = [[{"role": "user", "content": f"{i} " * (1 + 7 * i % 40)}] for i in range(12)]
     alone = [events(ask(url, question, temperature=0, max_tokens=30)) for question in questions]
@@ -610,6 +612,7 @@ def test_full_queue_returns_429_with_retry_after(tiny, golden_tokenizer):
         wait_until(lambda: service.stats()["answers"] == service.stats()["answers"] | {"stop": 3, "refused": 2})
 
 
+@pytest.mark.slow
 def test_fair_queue_does_not_starve_light_clients(tiny, golden_tokenizer):
     def ask_from(address):
         return ask(url, headers={"X-Forwarded-For": address}).status_code  # as a proxy on this machine sends it

@@ -533,6 +533,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0.0, 0.004, 0.011, 0.02])
 def test_kill_while_saving_leaves_only_complete_checkpoints(base_dir, after):
     root = Path(__file__).parent.parent

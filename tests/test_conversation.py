@@ -167,6 +167,7 @@ def test_read_parts_returns_the_rendered_parts(golden_tokenizer):
 TOKENIZER = Tokenizer.load(GOLDEN / "tokenizer")
 
 
+@pytest.mark.slow
 @given(st.text(), st.lists(st.tuples(st.sampled_from(["text", "python", "python_output"]), st.text(min_size=1))))
 def test_read_parts_any_text_survives_rendering(question, typed):
     parts = [{"type": kind, "text": text} for kind, text in typed]

@@ -211,6 +211,7 @@ def test_batch_trees_keeps_to_max_columns_and_loses_nothing(golden_tokenizer):
     assert sorted((tree.item, *tree.prompts) for tree in found) == sorted((tree.item, *tree.prompts) for tree in trees)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

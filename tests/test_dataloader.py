@@ -189,6 +189,7 @@ def test_pretrain_loader_any_lengths_equals_linear_scan(
         assert (x[:, 0] == BOS).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(longest=st.integers(2, 200), sequence_len=st.integers(8, 80), seed=st.integers(0, 1000))
 def test_pretrain_loader_one_epoch_neither_loses_nor_repeats_documents(longest, sequence_len, seed):

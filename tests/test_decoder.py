@@ -61,6 +61,7 @@ SETTINGS = [
 RAW = torch.tensor([3.0, -1.0, 20.0, 0.0, 16.0, 17.0, -30.0, 5.0])  # some are changed by the softcap
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [False, True], ids=["alone", "mixed"])
 @pytest.mark.parametrize("raw", [RAW, RAW / 10], ids=["peaked", "flat"])
 def test_sample_counts_follow_the_distribution(raw, together):
@@ -266,6 +267,7 @@ MIXED = [
 ]
 
 
+@pytest.mark.slow
 def test_step_static_shapes_give_the_same_completions(golden_tokenizer):
     """The shapes of CUDA graphs: batches with unused slots, and more keys than there are."""
     model = make_model()

@@ -18,6 +18,8 @@ from nanochat.muon import SHARD_MIN_NUMEL, build_optimizer
 from nanochat.recipe import StepSchedule, param_groups
 from nanochat.train import Step, Trainer, TrainState, token_loss
 
+pytestmark = pytest.mark.slow  # the fixture starts two processes
+
 WORLD_SIZE, NUM_STEPS = 2, 3
 V, T, ROWS = 256, 48, 4  # vocabulary, tokens per row, rows per optimizer step
 

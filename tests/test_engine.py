@@ -245,6 +245,7 @@ def random_request(rng):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_generate_other_requests_do_not_change_a_completion(talkative, golden_tokenizer, seed):
     rng = random.Random(seed)
@@ -536,6 +537,7 @@ def test_generate_limits_to_one_token_equal_greedy(modern, golden_tokenizer, set
     assert completion.tokens == naive(modern, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"top_k": GOLDEN_VOCAB_SIZE}, {"top_k": 10**30}, {"top_p": 1 - 1e-12}])
 def test_generate_limits_that_exclude_nothing_change_nothing(modern, golden_tokenizer, settings):
     engine = make_engine(modern, golden_tokenizer)
@@ -678,6 +680,7 @@ def test_tool_call_without_result_forces_nothing(golden_tokenizer, expression):
     assert (completion.finish, completion.end_token) == ("stop", golden_tokenizer.bos)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "expression",
     ["(" * 600 + "1" + ")" * 600, "9" * 2000, "-" * 1500 + "1", "9**9**9**9", "'a'*10**10", "__import__('os')", "\0"],

@@ -213,6 +213,7 @@ def test_choose_letters_of_truncated_prompts_counts_them(engine, max_columns):
     assert 0 < evaluate_task(engine, "Letters", task, CPU).cut == sum(length > CONTEXT for length in lengths) < 23
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_tokens, max_prompt", [(28, 100), (64, 64), (1000, 64)])
 def test_grade_completions_of_truncated_prompts_leaves_room(engine, monkeypatch, max_tokens, max_prompt):
     task = Written(words=9)

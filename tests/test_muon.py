@@ -200,6 +200,7 @@ def test_full_state_of_another_model_raises_user_error():
         tiny_optimizer(deeper).load_full_state(optimizer.full_state())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="torch.compile needs a C++ compiler here")
 @pytest.mark.parametrize("update", [adamw_update, muon_update])
 def test_compiled_update_matches_eager_without_recompiling(update):

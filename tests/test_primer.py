@@ -83,6 +83,7 @@ def sha256(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
+@pytest.mark.slow
 def test_generated_text_is_unchanged():
     """Results in README.md and reports are for exactly this text."""
     assert sha256(documents()) == "07592f93f0a65cad"
@@ -223,6 +224,7 @@ def stem(item):
     return re.sub(rf"(:| ?Choose from)? ?{listed} ?", "", item["question"], flags=re.IGNORECASE)
 
 
+@pytest.mark.slow
 def test_quiz_is_balanced_and_in_unseen_wordings():
     quiz = generate_quiz()
     assert Counter(item["kind"] for item in quiz) == {"choice": 200, "free": 200}
@@ -310,6 +312,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_write_shards_holds_the_documents(tmp_path):
     paths = write_shards(tmp_path, num_shards=3)
     assert [path.name for path in paths] == [f"shard_{i:05d}.parquet" for i in range(3)]
@@ -345,6 +348,7 @@ def test_write_shards_over_a_primer_without_marker_needs_the_same_seed(written_p
     assert contents(folder) == contents(written_primer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, has_primer",
     [("shard_00000.parquet", False), ("primer.json", False), ("zebra.parquet", True), ("notes", True)],

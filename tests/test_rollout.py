@@ -392,6 +392,7 @@ def test_train_step_without_signal_counts_but_changes_no_weight(scale_loss):
     assert torch.isfinite(seen[2]).all()
 
 
+@pytest.mark.slow
 def test_train_rewarded_letter_becomes_more_frequent(golden_tokenizer):
     """A random model learns to write the letter e from rewards alone."""
     model = tiny_gpt()

@@ -77,6 +77,7 @@ def test_merges_equal_golden_with_any_number_of_threads(corpus, name, threads):
     assert (tokenizer.vocab_size, tokenizer.get_pattern()) == (expected["vocab_size"], expected["pattern"])
 
 
+@pytest.mark.slow
 def test_character_classes_equal_those_of_tiktoken():
     """A string of all characters of one class must be a single chunk: then every code point has that class."""
     ranks = {bytes([byte]): byte for byte in range(256)}
@@ -113,6 +114,7 @@ def test_splitting_equals_the_regular_expressions():
         assert rustbpe.split(texts, pattern) == [cut(text) for text in texts]
 
 
+@pytest.mark.slow
 def test_encoding_equals_tiktoken_and_decoding_restores_the_text(trained, corpus):
     reference = tiktoken_of(trained)
     texts = [*ADVERSARIAL, *corpus[:300]]
@@ -208,6 +210,7 @@ def test_exception_of_the_iterator_is_passed_on():
     assert caught.value is error
 
 
+@pytest.mark.slow
 def test_benchmark_skips_what_is_not_installed(tmp_path, capsys):
     for shard in range(2):
         texts = [f"Text {i} of shard {shard}, squared {i * i}." for i in range(300)]

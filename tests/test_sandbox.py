@@ -534,6 +534,7 @@ def without_linux(monkeypatch, tmp_path):
     parent.CHILD.write_text(source.replace('sys.platform == "linux"', "False"))
 
 
+@pytest.mark.slow
 def test_without_linux_only_limits_are_reported(monkeypatch, tmp_path):
     without_linux(monkeypatch, tmp_path)
     result = run(RIGHT, CHECK, "add", timeout=20)

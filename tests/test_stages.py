@@ -41,6 +41,8 @@ from scripts import (
 )
 from tasks.common import Task
 
+pytestmark = pytest.mark.slow  # the fixture runs all stages
+
 VOCAB = 600
 COMMON = ["--device", "cpu", "--no-compile", "--save-every", "3", "--eval-every", "3"]
 BASE = [*COMMON, "--depth", "2", "--aspect-ratio", "32", "--head-dim", "32", "--max-seq-len", "128"]

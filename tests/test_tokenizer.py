@@ -60,6 +60,7 @@ PIECES = st.sampled_from([*SPECIAL_TOKENS, "'ll", "12345", " \n", "<|", "|>", " 
 TEXTS = st.lists(st.text(max_size=20) | PIECES, max_size=8).map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(text=TEXTS)
 def test_any_text_is_restored_by_decoding(text, golden_tokenizer):
