@@ -50,6 +50,8 @@ RESPONSES = {
 CONTEXT = 4096
 STEPS = 120  # enough for a loss below 0.05 nats
 TIMEOUT_MS = 30_000  # for a busy machine
+# Greedy decoding unless a test changes the settings: a sampled token can differ from the memorised one.
+GREEDY = "if (location.protocol === 'http:') localStorage['nanochat.settings'] ??= '{\"temperature\": 0}'"
 
 
 # ---- model, server, browser ----
@@ -157,6 +159,7 @@ def new_page(browser):
         if context is None:
             context = browser.new_context(**({"viewport": {"width": 1200, "height": 800}} | settings))
             context.grant_permissions(["clipboard-read", "clipboard-write"])
+            context.add_init_script(GREEDY)
             contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(TIMEOUT_MS)
