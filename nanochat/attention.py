@@ -35,14 +35,22 @@ def attend(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, win
     """
     The kernel "banded", which runs on any device and in any dtype. Returns (B, T, H, D).
 
-    With a window shorter than the sequence, each block of queries is attended to its own keys only, which are views:
+    With a window shorter than the sequence, each block of queries attends to its own keys only, which are views:
     1.9 to 2.7 times as fast on a CPU as one T x T mask, forward and backward, at T 512 to 2048.
     """
+    return _attend_in_blocks(q_BTHD, k_BTKD, v_BTKD, window, block=max(window // 2, 1))
+
+
+def attend_masked(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
+    """The kernel "sdpa": the window as one mask of T x T. The baseline of the benchmarks; never chosen by "auto"."""
+    return _attend_in_blocks(q_BTHD, k_BTKD, v_BTKD, window, block=q_BTHD.size(1))
+
+
+def _attend_in_blocks(q_BTHD, k_BTKD, v_BTKD, window: int, *, block: int) -> torch.Tensor:
     q, k, v = q_BTHD.transpose(1, 2), k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
     num_tokens = q.size(2)
     if window >= num_tokens - 1:
         return _sdpa(q, k, v, is_causal=True).transpose(1, 2)
-    block = max(window // 2, 1)
     outputs = []
     for start in range(0, num_tokens, block):
         stop = min(start + block, num_tokens)
@@ -51,16 +59,6 @@ def attend(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, win
         keys = slice(first_key, stop)
         outputs.append(_sdpa(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], mask=mask))
     return torch.cat(outputs, dim=2).transpose(1, 2)
-
-
-def attend_masked(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
-    """The kernel "sdpa": the window as a mask of T x T. The baseline of the benchmarks; never chosen by "auto"."""
-    q, k, v = q_BTHD.transpose(1, 2), k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
-    num_tokens = q.size(2)
-    if window >= num_tokens - 1:
-        return _sdpa(q, k, v, is_causal=True).transpose(1, 2)
-    mask = band_mask(torch.arange(num_tokens, device=q.device), 0, num_tokens, window)
-    return _sdpa(q, k, v, mask=mask).transpose(1, 2)
 
 
 def attend_cached(
