@@ -26,6 +26,7 @@ from typing import Any, TypeVar, get_type_hints
 from nanochat.common import UserError
 
 T = TypeVar("T")
+METAVARS = {int: "N", float: "X", str: "TEXT"}  # how --help shows a value
 
 
 def flag(default: Any, help: str, short: str = "", choices: Sequence[Any] | None = None) -> Any:
@@ -38,17 +39,22 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
     parser = _Parser(
         usage="%(prog)s [flags]",
         description=description,
-        formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=32, width=120),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=120),
     )
     hints = get_type_hints(cls)
     for f in fields(cls):  # type: ignore[arg-type]
         name, kind = "--" + f.name.replace("_", "-"), hints[f.name]
         names = [f.metadata["short"], name] if f.metadata["short"] else [name]
-        options: dict[str, Any] = {"default": f.default, "help": f.metadata["help"]}
+        help_line = f.metadata["help"]
+        if f.default not in ("", MISSING):
+            help_line += " (default: %(default)s)"
+        options: dict[str, Any] = {"default": f.default, "help": help_line}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"type": kind, "choices": f.metadata["choices"], "required": f.default is MISSING}
+            if not f.metadata["choices"]:
+                options["metavar"] = METAVARS[kind]
         parser.add_argument(*names, **options)
     return cls(**vars(parser.parse_args(argv)))
 
@@ -78,7 +84,3 @@ def command(main: Callable[[Any], T]) -> Callable[..., T]:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         self.exit(2, f"error: {message} (see --help)\n")
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the script's docstring with its line breaks, and the default of every flag."""

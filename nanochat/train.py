@@ -39,7 +39,7 @@ class Step:
 
     micro_batches: list[Any]
     progress: float  # share of the run done before this step, in [0, 1)
-    num_tokens: int  # over all ranks; 0 = nothing to learn from: the step counts, but no weight changes
+    num_tokens: int  # over all ranks; 0 = no training signal: the step counts, but no weight changes
     data_state: dict[str, Any]  # the state of the data source after this step, for resuming
     position: str = ""  # the same for error messages
     metrics: dict[str, float] = field(default_factory=dict)  # of the data itself, logged with the loss
