@@ -284,6 +284,7 @@ def test_openai_models_lists_and_rejects_unknown_names(client):
         chat(client, model="gpt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stop, expected",
     [
@@ -518,6 +519,7 @@ def test_cors_allows_only_named_origins(url, tiny, golden_tokenizer):
         assert allowed not in ask(url, headers={"Origin": "https://b.example"}).headers
 
 
+@pytest.mark.slow
 def test_host_header_of_other_sites_is_refused(tiny, golden_tokenizer):
     with scripted(tiny, golden_tokenizer, [1] * 9, hosts=["localhost", "chat.example"]) as (url, *_):
         for host in ("localhost:8000", "LOCALHOST", "127.0.0.1", "10.1.2.3:80", "[::1]:8000", "chat.example"):
@@ -572,6 +574,7 @@ def post(body, path="/chat/completions", headers=""):
     return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("abruptly", [False, True])
 @pytest.mark.parametrize("path, stream", [("/chat/completions", {}), ("/v1/chat/completions", {"stream": False})])
 def test_disconnect_frees_slot_and_queue_entry(tiny, golden_tokenizer, path, stream, abruptly):

@@ -295,6 +295,7 @@ def test_pretrain_loader_ranks_read_disjoint_row_groups():
     assert sorted(set().union(*reads_by_rank)) == list(range(12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (2, 3), (4, 2)])
 def test_pretrain_loader_other_number_of_ranks_loses_no_document(before, after):
     row_groups = random_row_groups(24, 300)

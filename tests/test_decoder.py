@@ -170,6 +170,7 @@ def update(model):
             p.add_(torch.randn_like(p) * 0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_rows", [1, 8])
 @pytest.mark.parametrize("cast", [False, True], ids=["", "cast"])
 @pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])

@@ -162,6 +162,7 @@ def test_generate_prompts_of_all_lengths_equal_naive_generation(model, golden_to
     assert completions[-1].tokens == naive(model, CONTEXT, 1) and completions[-1].finish == "context"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_rows", [1, 3])
 @pytest.mark.parametrize("cast", [False, True], ids=["shared", "cast"])  # shared: the trainer's own weights
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])

@@ -283,6 +283,7 @@ class Rank(Dist):
         return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 30])  # with 30, some ranks have no questions
 @pytest.mark.parametrize("kind", [Letters, Written])
 def test_evaluate_task_on_ranks_equals_one_process(golden_tokenizer, tmp_path, monkeypatch, kind, world_size):

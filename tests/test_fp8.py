@@ -206,6 +206,7 @@ def test_alternating_training_and_evaluation_compiles_once_each():
     assert graphs == [2, 2, 2, 2]  # one graph to train, one to evaluate
 
 
+@pytest.mark.slow
 def test_layer_compiles_into_one_graph():
     layer = make_layer(128, 144, "cpu")
     x, grad = torch.randn(32, 128, requires_grad=True), torch.randn(32, 144)

@@ -6,6 +6,7 @@ The tracked files are free of phrases that this project replaced by plain Englis
 
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,20 +51,23 @@ PHRASES = {
 }
 
 
-def tracked_files():
+@cache
+def tracked_lines():
+    """(file and line number, line) of all tracked text files."""
     done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         pytest.skip("not a git checkout")
-    paths = [name for name in done.stdout.splitlines() if not name.startswith(SKIPPED)]
-    return [name for name in paths if (ROOT / name).is_file() and Path(name).suffix in SUFFIXES]
+    lines = []
+    for name in done.stdout.splitlines():
+        path = ROOT / name
+        if path.is_file() and path.suffix in SUFFIXES and not name.startswith(SKIPPED):
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                lines.append((f"{name}:{number}", line))
+    return lines
 
 
 @pytest.mark.parametrize("phrase", PHRASES)
 def test_no_tracked_file_contains_the_phrase(phrase):
     pattern = re.compile(phrase, re.IGNORECASE)
-    found = []
-    for name in tracked_files():
-        for number, line in enumerate((ROOT / name).read_text(encoding="utf-8").splitlines(), 1):
-            if pattern.search(line):
-                found.append(f"{name}:{number}: {line.strip()}")
+    found = [f"{place}: {line.strip()}" for place, line in tracked_lines() if pattern.search(line)]
     assert not found, f"write {PHRASES[phrase]!r}:\n" + "\n".join(found)

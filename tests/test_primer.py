@@ -92,12 +92,14 @@ def test_generated_text_is_unchanged():
     assert sha256(generate_quiz()) == "79cd0d7eb899b5f3"
 
 
+@pytest.mark.slow
 def test_generated_text_depends_on_the_seed_only():
     assert generate_conversations("val") == conversations("val")
     assert generate_quiz() == generate_quiz() != generate_quiz(1)
     assert generate_sums("test") == generate_sums("test") != generate_sums("test", 1)
 
 
+@pytest.mark.slow
 def test_generated_text_has_the_documented_sizes():
     size = sum(len(text.encode()) for text in documents())
     assert 25_000 <= len(documents()) <= 35_000 and 5e6 < size < 7e6

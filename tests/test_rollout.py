@@ -372,6 +372,7 @@ def test_rollout_steps_state_of_earlier_version_loads():
     assert Rollout.from_state_dict(rollouts[0]).state_dict() == rollouts[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale_loss", [False, True])
 def test_train_step_without_signal_counts_but_changes_no_weight(scale_loss):
     model = tiny_gpt()

@@ -76,6 +76,7 @@ COMPLETIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPLETIONS)
 def test_is_correct_right_completion_in_any_form_passes(task, name):
     result = task.run_tests(task[0], COMPLETIONS[name])
