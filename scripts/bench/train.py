@@ -55,7 +55,7 @@ TOKENIZER_DOCUMENTS = 3000  # enough to learn a vocabulary for a benchmark (heur
 class Flags:
     depth: int = flag(4, "transformer layers")
     head_dim: int = flag(64, "channels per attention head")
-    vocab_size: int = flag(8192, "tokens")
+    vocab_size: int = flag(-1, "tokens; -1 = 8192, or 4096 with the primer, which has too little text for more")
     max_seq_len: int = flag(512, "tokens of context")
     window_pattern: str = flag("SSSL", "attention windows, tiled over the layers: S short, L full")
     device_batch_size: int = flag(16, "sequences per forward pass")
@@ -82,7 +82,10 @@ def main(flags: Flags) -> dict[str, float]:
         max_seq_len=flags.max_seq_len,
         window_pattern=flags.window_pattern,
     )
-    config = recipe.model_config(shape, flags.vocab_size)
+    vocab_size = flags.vocab_size
+    if vocab_size == -1:
+        vocab_size = 8192 if flags.data_dir else 4096
+    config = recipe.model_config(shape, vocab_size)
     sides = {"nanochat": nanochat_side}
     if flags.plain:
         sides["plain"] = plain_side
@@ -109,7 +112,7 @@ def measure_sides(
             primer.write_shards(Path(folder))
         shards = dataset.split_shards(Path(flags.data_dir or folder))[0]
         documents = islice(dataset.iterate_texts(shards), TOKENIZER_DOCUMENTS)
-        Tokenizer.train(documents, flags.vocab_size).save(Path(folder))
+        Tokenizer.train(documents, config.vocab_size).save(Path(folder))
         workers: dict[str, Worker] = {}
         for name, make_side in sides.items():
             workers[name] = Worker(work, time.time(), make_side, flags, config, Path(folder), shards)
