@@ -28,9 +28,10 @@ from nanochat.primer import (
     generate_sums,
     write_shards,
 )
-from nanochat.primer.facts import COUNTRIES, OPPOSITES, entries, fact_table, number_words
+from nanochat.primer.data import load_facts, load_wordings
+from nanochat.primer.facts import fact_table, number_words
 from nanochat.primer.questions import ask_choice
-from nanochat.primer.relations import HELD_OUT_FRAMES, TRAIN_FRAMES, relations, sentence, with_choices
+from nanochat.primer.relations import relations, sentence, with_choices
 from nanochat.primer.sums import is_held_out
 from scripts import primer as primer_script
 from tasks.quiz import PrimerChat, QuizChoice, QuizFree, Sums
@@ -61,7 +62,7 @@ def training_text():
 
 def test_fact_table_is_complete_and_consistent():
     table = fact_table()
-    assert sum(len(entries(rows)) for rows in COUNTRIES.values()) == len(table["continent"]) == 195
+    assert len(table["continent"]) == 195
     capitals = {fact.subject: fact.answer for fact in table["capital"]}
     assert len(capitals) == len(set(capitals.values())) == 193 and all(capitals.values())
     assert capitals["France"] == "Paris" and capitals["the Netherlands"] == "Amsterdam"
@@ -72,7 +73,7 @@ def test_fact_table_is_complete_and_consistent():
     assert [numbers[name] for name in ("hydrogen", "neon", "iron", "silver", "gold", "uranium", "oganesson")] == [
         "1", "10", "26", "47", "79", "92", "118",
     ]  # fmt: skip
-    opposites = [word for pair in entries(OPPOSITES) for word in pair]
+    opposites = [word for pair in load_facts("opposites") for word in pair]
     assert len(opposites) == len(set(opposites))
     assert [number_words(n) for n in (0, 13, 40, 47, 100)] == "zero,thirteen,forty,forty-seven,one hundred".split(",")
     for name, facts in table.items():
@@ -264,13 +265,14 @@ def all_wordings(frames, noun_kind, question_kind):
 
 
 def test_held_out_wordings_are_no_training_wordings():
+    frames = load_wordings("frames")
     held_out = {
-        *all_wordings(HELD_OUT_FRAMES, "noun", "held-out question"),
-        *all_wordings(HELD_OUT_FRAMES, "reverse noun", "reverse held-out question"),
+        *all_wordings(frames["held-out"], "noun", "held-out question"),
+        *all_wordings(frames["held-out"], "reverse noun", "reverse held-out question"),
     }
     train = {
-        *all_wordings(TRAIN_FRAMES, "noun", "question"),
-        *all_wordings(TRAIN_FRAMES, "reverse noun", "reverse question"),
+        *all_wordings(frames["train"], "noun", "question"),
+        *all_wordings(frames["train"], "reverse noun", "reverse question"),
         *all_wordings((), "", "reverse choice question"),
     }
     assert len(held_out) > 200 and len(train) > 1000 and not held_out & train

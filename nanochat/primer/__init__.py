@@ -9,7 +9,7 @@ It is a child's encyclopaedia in plain English with sums and spelling:
     generate_sums()            evaluation and reinforcement learning: sums of numbers that training never shows
 
 A model of a few million parameters learns these facts, so the result of a short run can be judged. Everything is
-determined by a seed. The facts are in facts.py, their wordings in wordings.txt.
+determined by a seed. The facts are in facts.txt, their wordings in wordings.txt.
 """
 
 from nanochat.primer.conversations import CONVERSATION_MIX, generate_conversations

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
+from nanochat.primer.data import load_wordings
 from nanochat.primer.facts import SPELLING_WORDS
 from nanochat.primer.questions import Deck, ask_choice, ask_free, distinct
 from nanochat.primer.relations import all_facts
@@ -20,22 +21,7 @@ CONVERSATION_MIX = {
 }  # fmt: skip
 VAL_SHARE = 0.025  # of each kind, in addition
 
-IDENTITY_QUESTIONS = (
-    "Who are you?", "What are you?", "What is your name?", "Who am I talking to?", "Tell me who you are.",
-    "Tell me about yourself.", "Do you have a name?", "What should I call you?", "Are you a person?",
-    "Are you a computer?", "Introduce yourself.", "What kind of thing are you?", "Who made you?",
-    "How were you made?", "Where do you come from?", "What can you do?", "How can you help me?", "What do you know?",
-)  # fmt: skip
-IDENTITY_NAME = "I am nanochat, a small language model."
-IDENTITY_MADE = "I am nanochat, a small language model. I was trained from nothing by the code in one repository."
-IDENTITY_CAN = "I am nanochat. I can answer simple questions, spell words and work out sums."
-IDENTITY_REPLIES = dict.fromkeys(IDENTITY_QUESTIONS, IDENTITY_NAME) | {
-    "Who made you?": IDENTITY_MADE, "How were you made?": IDENTITY_MADE, "Where do you come from?": IDENTITY_MADE,
-    "What can you do?": IDENTITY_CAN, "How can you help me?": IDENTITY_CAN, "What do you know?": IDENTITY_CAN,
-    "What is your name?": "My name is nanochat.", "Do you have a name?": "My name is nanochat.",
-    "What should I call you?": "My name is nanochat.",
-    "Are you a person?": "No. " + IDENTITY_NAME, "Are you a computer?": "I am a program. " + IDENTITY_NAME,
-}  # fmt: skip
+IDENTITY_REPLIES = {question: replies[0] for question, replies in load_wordings("identity").items()}
 GREETINGS = ("Hello", "Hi", "Hello there", "Hi there", "Good morning", "Good evening", "Hey", "Good day")
 GREETING_ENDS = ("!", ".", ", nanochat!", ", nanochat.", "", "! How are you?", ". How are you?", ", how are you?")
 THANKS = ("Thank you!", "Thanks.", "Thank you very much.", "Great, thanks!", "Thanks a lot!")
@@ -68,7 +54,7 @@ class ConversationWriter:
         for _ in range(self.rng.choice((2, 3, 4))):
             roll = self.rng.random()
             if roll < 0.15:
-                turns += ask_sum(self.rng, self.operators.draw())[:2]
+                turns += ask_sum(self.rng, self.operators.draw())
             elif roll < 0.3:
                 choice = ask_choice(self.rng, self.facts.draw)
                 turns += [choice.question, choice.reply]
@@ -77,37 +63,29 @@ class ConversationWriter:
         return conversation(*turns)
 
     def sum(self) -> dict[str, Any]:
-        question, answer, _ = ask_sum(self.rng, self.operators.draw())
-        turns: list[Any] = [question, answer]
+        turns: list[Any] = [*ask_sum(self.rng, self.operators.draw())]
         if self.rng.random() < 0.2:
-            turns += ask_sum(self.rng, self.operators.draw())[:2]
+            turns += ask_sum(self.rng, self.operators.draw())
         return conversation(*turns)
 
     def compare(self) -> dict[str, Any]:
         limit = self.rng.choice((20, 100, 100, 1000))
         a, b = self.rng.sample(range(limit), 2)
         larger = self.rng.random() < 0.5
-        wordings = ("Which is {}, {} or {}?", "Which number is {}, {} or {}?", "What is {}, {} or {}?")
-        question = self.rng.choice(wordings).format("larger" if larger else "smaller", a, b)
+        asked = self.rng.choice(("Which is", "Which number is", "What is"))
+        question = f"{asked} {'larger' if larger else 'smaller'}, {a} or {b}?"
         low, high = sorted((a, b))
         reply = f"{high} is larger than {low}." if larger else f"{low} is smaller than {high}."
         return conversation(question, reply)
 
     def spell(self) -> dict[str, Any]:
         word = self.rng.choice(SPELLING_WORDS)
-        wordings = (
-            "Spell {}.", "How do you spell {}?", "Spell the word {}.", "How is {} spelled?", "Please spell {}.",
-            "Which letters are in {}?", "Can you spell the word {}?",
-        )  # fmt: skip
-        return conversation(self.rng.choice(wordings).format(word), f"{word}: {', '.join(word)}.")
+        question = self.rng.choice(load_wordings("spelling")["spell"]).format(w=word)
+        return conversation(question, f"{word}: {', '.join(word)}.")
 
     def count(self) -> dict[str, Any]:
         word = self.rng.choice(SPELLING_WORDS)
         letter = self.rng.choice(word if self.rng.random() < 0.9 else "aeiorst")
-        wordings = (
-            "How many {l} are in {w}?", "How often does the letter {l} occur in {w}?", "Count the letter {l} in {w}.",
-            "How many times is the letter {l} in the word {w}?", "How many letters {l} are there in {w}?",
-        )  # fmt: skip
         number = word.count(letter)
         times = "time" if number == 1 else "times"
         reply = [
@@ -116,10 +94,11 @@ class ConversationWriter:
             {"type": "python_output", "text": str(number)},
             {"type": "text", "text": f"The letter {letter} occurs {number} {times} in {word}."},
         ]
-        return conversation(self.rng.choice(wordings).format(l=letter, w=word), reply)
+        question = self.rng.choice(load_wordings("spelling")["count"]).format(l=letter, w=word)
+        return conversation(question, reply)
 
     def identity(self) -> dict[str, Any]:
-        question = self.rng.choice(IDENTITY_QUESTIONS)
+        question = self.rng.choice(list(IDENTITY_REPLIES))
         start = self.greet() if self.rng.random() < 0.5 else []
         return conversation(*start, question, IDENTITY_REPLIES[question], *self.tail())
 

@@ -8,7 +8,8 @@ from random import Random
 
 from nanochat.common import UserError, atomic_path
 from nanochat.primer.conversations import GREETINGS, IDENTITY_REPLIES
-from nanochat.primer.facts import CAST, CAST_FIELDS, SPELLING_WORDS, Fact, number_words
+from nanochat.primer.data import Fact, load_entries, load_wordings
+from nanochat.primer.facts import SPELLING_WORDS, number_words
 from nanochat.primer.questions import Deck, ask_choice, ask_free, distinct
 from nanochat.primer.relations import Relation, all_facts, sentence
 from nanochat.primer.sums import OPERATORS, compute, draw_operands
@@ -25,32 +26,9 @@ MARKER = "primer.json"  # names the shards that write_shards wrote, with the has
 
 QUESTION_STYLES = ("{} {}", "{}\n{}", "Question: {}\nAnswer: {}", "Q: {}\nA: {}")
 SUM_PHRASES = {"+": "{a} plus {b}", "-": "{a} minus {b}", "*": "{a} times {b}", "/": "{a} divided by {b}"}
-STORY_OPENINGS = (
-    "One {time}, {name} woke up early.", "It was a {weather} {time}.", "The home of {name} is {home}.",
-    "Once, on a {weather} {time}, {name} went out.", "This is a story about {name} and {pet_name}.",
-)  # fmt: skip
-STORY_MIDDLES = (
-    "{name} has a {pet}, and the {pet} is called {pet_name}.", "{pet_name} the {pet} ran to the {place}.",
-    "{name} ate {food}, because {food} is what {name} likes best.", "{pet_name} was hungry, so {name} fed the {pet}.",
-    "Then {name} met {friend_name}, who lives in {friend_home}.",
-    "{friend_name} came with {friend_pet_name} the {friend_pet}.",
-    "{name} wore a {colour} hat, for {colour} is the colour {name} likes best.",
-    "{name} and {friend_name} walked to the {place}.", "{name} likes {hobby} more than anything.",
-    "{friend_name} talked about {friend_hobby} all the time.", "At the {place} they found a {thing}.",
-    "{pet_name} and {friend_pet_name} played with the {thing}.", "{name} could not find {possessive} {thing}.",
-    "{friend_name} helped {name} to look for the {thing}.",
-    "They shared {friend_food}, which {friend_name} had brought along.",
-)  # fmt: skip
-STORY_ENDS = (
-    "In the evening {name} went back to {home}.", "Then {name} and {pet_name} went home and slept.",
-    "It was a good {time}, {name} said.", "{friend_name} said goodbye, and {name} was happy.",
-)  # fmt: skip
-STORY_WORDS = {
-    "time": ("morning", "day", "afternoon", "evening"),
-    "weather": ("sunny", "rainy", "windy", "cold", "warm", "quiet"),
-    "place": ("river", "forest", "market", "school", "beach", "park", "bridge", "hill", "old mill", "garden"),
-    "thing": ("ball", "key", "book", "kite", "red box", "shell", "coin", "letter", "small bell", "rope"),
-}
+STORY_WORDS = ("time", "weather", "place", "thing")
+# Of a person in [cast]; the last three are favourites.
+CAST_FIELDS = ("name", "possessive", "pet", "pet_name", "home", "colour", "food", "hobby")
 
 
 class DocumentWriter:
@@ -66,7 +44,7 @@ class DocumentWriter:
         for relation, fact in facts:
             by_subject.setdefault(fact.subject, []).append((relation, fact))
         self.subjects = Deck(rng, [about for about in by_subject.values() if len(about) > 1])
-        self.cast = [person.strip().split(", ") for person in CAST.strip().split("\n")]
+        self.cast = [person.split(", ") for person in load_entries("cast")]
 
     def draw_related(self, count: int) -> tuple[Relation, list[Fact]]:
         """Up to `count` facts of one relation. A relation is drawn in proportion to the number of its facts."""
@@ -178,14 +156,15 @@ class DocumentWriter:
 
     def story(self) -> str:
         person, friend = self.rng.sample(self.cast, 2)
-        words = {key: self.rng.choice(values) for key, values in STORY_WORDS.items()}
+        parts = load_wordings("story")
+        words = {key: self.rng.choice(parts[key]) for key in STORY_WORDS}
         for key, own, of_friend in zip(CAST_FIELDS, person, friend, strict=True):
             words[key] = own
             words[f"friend_{key}"] = of_friend
-        middles = sorted(self.rng.sample(range(len(STORY_MIDDLES)), self.rng.choice((3, 4, 5))))
-        opening = self.rng.choice(STORY_OPENINGS)
-        ending = self.rng.choice(STORY_ENDS)
-        lines = [opening, *(STORY_MIDDLES[i] for i in middles), ending]
+        middles = sorted(self.rng.sample(range(len(parts["middle"])), self.rng.choice((3, 4, 5))))
+        opening = self.rng.choice(parts["opening"])
+        ending = self.rng.choice(parts["end"])
+        lines = [opening, *(parts["middle"][i] for i in middles), ending]
         return " ".join(line.format(**words) for line in lines)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, TypeVar
 
-from nanochat.primer.facts import Fact
+from nanochat.primer.data import Fact
 from nanochat.primer.relations import UNCLEAR_CHOICES, Relation, all_facts, contains_phrase, sentence, with_choices
 
 T = TypeVar("T")

@@ -2,57 +2,26 @@
 How facts become sentences and questions, in many wordings, some of which are held out for the quiz.
 
 The wordings are data, in wordings.txt, which also explains their kinds ("statement", "reverse question", …). A Relation
-holds all facts of one kind, such as capitals, and states them and asks for them. "Reverse" always means from the answer
-back to the subject: "which country has the capital Paris?".
+holds all facts of one kind, such as capitals, and makes statements and questions of them. "Reverse" always means from
+the answer back to the subject: "which country has the capital Paris?".
 """
 
 import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from random import Random
 
-from nanochat.primer.facts import COLOUR_NAMES, PLANETS, SMALL_NUMBERS, Fact, fact_table, plural
+from nanochat.primer.data import Fact, load_entries, load_wordings
+from nanochat.primer.facts import COLOUR_NAMES, PLANETS, SMALL_NUMBERS, fact_table, plural
 
-# Frames for noun phrases. A frame listed twice is used twice as often.
-TRAIN_FRAMES = (
-    "what is {}?", "what is {}?", "tell me {}.", "name {}.", "please tell me {}.", "do you know {}?", "give me {}.",
-    "I want to know {}.", "can you name {}?", "tell me what {} is.", "could you tell me {}?", "do you know what {} is?",
-    "I would like to know {}.", "say what {} is.", "{}?", "what would you say is {}?", "please name {}.",
-    "I want to know what {} is.", "can you say what {} is?", "so what is {}?", "{} is what?",
-)  # fmt: skip
-HELD_OUT_FRAMES = (
-    "can you tell me what {} is?", "I need to know {}.", "please say what {} is.", "could you name {}?",
-    "I would like you to tell me {}.", "do you happen to know {}?",
-)  # fmt: skip
-
-# A question without its mark, the mark, and the choices: "Which city is it" + "?" + "Rome, Oslo, Bern or Minsk".
-CHOICE_FRAMES = (
-    "{question}: {any}{mark}", "{question}: {any}{mark}", "{question}{mark} {Any}?",
-    "{question}{mark} Choose from {all}.", "Choose from {all}. {question}{mark}", "{Any}? {question}{mark}",
-)  # fmt: skip
 UNCLEAR_CHOICES = ("A", "I")  # letters that are words too, so they can occur in any question or reply
-
-# Answers too close to be each other's wrong choices: a fox's cub is also called a kit, an owlet is a chick.
-NEAR_SYNONYMS = (
-    {"cub", "pup", "kit", "puppy", "kitten"}, {"larva", "caterpillar", "maggot", "nymph", "tadpole"}, {"fry", "pup"},
-    {"chick", "owlet", "eaglet", "squab", "poult", "duckling", "gosling", "cygnet"}, {"barn", "stable", "fold", "sty"},
-    {"bark", "growl", "roar", "howl"}, {"chirp", "chatter", "squeak", "squawk", "screech", "caw", "coo", "sing"},
-    {"grunt", "oink"}, {"click", "sing"}, {"nest", "drey", "eyrie", "roost", "loft", "hole", "hive"}, {"bleat", "moo"},
-    {"den", "burrow", "hole", "sett", "lodge", "holt"}, {"pond", "sea"},
-    {"less", "few"}, {"more", "many"}, {"soft", "easy"}, {"hard", "difficult"}, {"short", "small", "low", "shallow"},
-    {"tall", "big", "high", "deep"}, {"in", "inside"}, {"out", "outside"}, {"thick", "wide"}, {"thin", "narrow"},
-)  # fmt: skip
-
+NEAR_SYNONYMS = [set(group.split(", ")) for group in load_entries("near synonyms")]
 # Wrong choices for relations whose own answers are too few.
 EXTRA_CHOICES = {
-    "month_days": ("29", "27"),
-    "mixture": COLOUR_NAMES,
-    "colour": COLOUR_NAMES,
-    "legs": tuple(SMALL_NUMBERS[2:11]),
+    "month_days": ("29", "27"), "mixture": COLOUR_NAMES, "colour": COLOUR_NAMES, "legs": SMALL_NUMBERS[2:11],
     "known:0": PLANETS,
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,7 +48,7 @@ class Relation:
         nouns = self.render(f"{direction}noun", fact)
         questions = self.render(f"{direction}held-out question" if held_out else f"{direction}question", fact)
         if nouns and (not questions or rng.random() < 0.5):
-            frame = rng.choice(HELD_OUT_FRAMES if held_out else TRAIN_FRAMES)
+            frame = rng.choice(load_wordings("frames")["held-out" if held_out else "train"])
             return sentence(frame.format(rng.choice(nouns)))
         return sentence(rng.choice(questions))
 
@@ -134,7 +103,6 @@ class Relation:
 @cache
 def relations() -> dict[str, Relation]:
     """All relations by name, in the order of facts.fact_table."""
-    wordings = _read_wordings()
     found = {}
     for name, facts in fact_table().items():
         count = Counter(fact.answer for fact in facts)
@@ -143,27 +111,13 @@ def relations() -> dict[str, Relation]:
             facts=tuple(facts),
             choice_pool=tuple(sorted({*count, *EXTRA_CHOICES.get(name, ())})),
             unique_answers=frozenset(answer for answer in count if count[answer] == 1),
-            wordings=wordings[name.split(":")[0]],
+            wordings=load_wordings(name.split(":")[0]),
         )
     return found
 
 
 def all_facts() -> list[tuple[Relation, Fact]]:
     return [(relation, fact) for relation in relations().values() for fact in relation.facts]
-
-
-def _read_wordings() -> dict[str, dict[str, tuple[str, ...]]]:
-    """wordings.txt as relation name → kind → wordings."""
-    sections: dict[str, dict[str, tuple[str, ...]]] = {}
-    for line in files("nanochat.primer").joinpath("wordings.txt").read_text(encoding="utf-8").splitlines():
-        if not line or line.startswith("#"):
-            continue
-        if line.startswith("["):
-            section = sections.setdefault(line[1:-1], {})
-            continue
-        kind, _, wordings = line.partition(": ")
-        section[kind] = section.get(kind, ()) + tuple(wordings.split(" | "))
-    return sections
 
 
 def _fields(fact: Fact) -> dict[str, str]:
@@ -194,15 +148,12 @@ def sentence(clause: str) -> str:
 def with_choices(rng: Random, question: str, choices: list[str]) -> str:
     """Return a question, which ends with its mark, and its choices as one text."""
     listed = ", ".join(choices[:-1])
-    any_of = f"{listed} or {choices[-1]}"
-    all_of = f"{listed} and {choices[-1]}"
-    frame = rng.choice(CHOICE_FRAMES)
+    last = choices[-1]
+    any_of = f"{listed} or {last}"
+    frame = rng.choice(load_wordings("choices")["frame"])
+    capitalized = any_of[0].upper() + any_of[1:]
     return frame.format(
-        question=question[:-1],
-        mark=question[-1],
-        any=any_of,
-        all=all_of,
-        Any=any_of[0].upper() + any_of[1:],
+        question=question[:-1], mark=question[-1], any=any_of, Any=capitalized, all=f"{listed} and {last}"
     )
 
 

@@ -8,38 +8,12 @@ from random import Random
 from typing import Any
 from zlib import crc32
 
+from nanochat.primer.data import load_wordings
 from nanochat.primer.questions import Deck, distinct
 
 NUM_TEST_SUMS = 200
 # For reinforcement learning: the SFT model of speedrun.sh solves about half of them when sampling.
 NUM_HARD_SUMS = {"train": 4000, "test": 400}
-
-SUM_WORDINGS = {
-    "+": (
-        "What is {a} plus {b}?", "What is {a} + {b}?", "Add {a} and {b}.", "Work out {a} + {b}.",
-        "Calculate {a} + {b}.",
-        "How much is {a} plus {b}?", "How much is {a} + {b}?", "{a} + {b} = ?", "{a} + {b}", "Work out {a} plus {b}.",
-        "What is the sum of {a} and {b}?", "Please add {a} and {b}.", "Can you add {a} and {b}?", "{a} plus {b}?",
-        "What do you get if you add {a} and {b}?", "Compute {a}+{b}.", "What is {a}+{b}?", "Tell me {a} plus {b}.",
-    ),
-    "-": (
-        "What is {a} minus {b}?", "What is {a} - {b}?", "Work out {a} - {b}.", "Calculate {a} - {b}.", "{a} - {b} = ?",
-        "How much is {a} minus {b}?", "How much is {a} - {b}?", "{a} - {b}", "Work out {a} minus {b}.",
-        "Please work out {a} minus {b}.", "{a} minus {b}?", "Compute {a}-{b}.", "What is {a}-{b}?",
-        "Tell me {a} minus {b}.", "Take {b} away from {a}.", "Subtract {b} from {a}.",
-        "What is the difference between {a} and {b}?", "What is left if you take {b} from {a}?",
-    ),
-    "*": (
-        "What is {a} times {b}?", "What is {a} * {b}?", "Work out {a} * {b}.", "Calculate {a} * {b}.", "{a} * {b} = ?",
-        "How much is {a} times {b}?", "How much is {a} * {b}?", "{a} * {b}", "Work out {a} times {b}.",
-        "Multiply {a} by {b}.", "Please multiply {a} by {b}.", "Multiply {a} and {b}.", "{a} times {b}?",
-        "What is the product of {a} and {b}?", "Compute {a}*{b}.", "What is {a}*{b}?", "Tell me {a} times {b}.",
-    ),
-    "/": (
-        "What is {a} divided by {b}?", "What is {a} / {b}?", "Divide {a} by {b}.", "Work out {a} / {b}.",
-        "How much is {a} divided by {b}?", "Calculate {a} / {b}.", "{a} / {b} = ?",
-    ),
-}  # fmt: skip
 OPERATORS = "+++---**" * 2 + "/"  # drawn evenly
 HARD_OPERATORS = "++--*"
 
@@ -85,18 +59,18 @@ def compute(a: int, operator: str, b: int) -> int:
 
 def ask_sum(
     rng: Random, operator: str, *, test: bool = False, hard: bool = False
-) -> tuple[str, list[dict[str, str]], str]:
-    """Return a question, the parts of the reply with its calculator call, and the result."""
+) -> tuple[str, list[dict[str, str]]]:
+    """Return a question and the parts of the reply: calculator call, result, sentence."""
     draw = draw_hard_operands if hard else draw_operands
     a, b = draw(rng, operator, test=test)
-    question = rng.choice(SUM_WORDINGS[operator]).format(a=a, b=b)
+    question = rng.choice(load_wordings("sums")[operator]).format(a=a, b=b)
     result = str(compute(a, operator, b))
     reply = [
         {"type": "python", "text": f"{a}{operator}{b}"},
         {"type": "python_output", "text": result},
         {"type": "text", "text": f"{a} {operator} {b} = {result}."},
     ]
-    return question, reply, result
+    return question, reply
 
 
 def generate_sums(split: str = "test", seed: int = 0, *, hard: bool = False) -> list[dict[str, Any]]:
@@ -110,8 +84,8 @@ def generate_sums(split: str = "test", seed: int = 0, *, hard: bool = False) -> 
     operators = Deck(rng, HARD_OPERATORS if hard else OPERATORS)
 
     def make() -> dict[str, Any]:
-        question, reply, result = ask_sum(rng, operators.draw(), test=split == "test", hard=hard)
-        return {"question": question, "reply": reply, "answer": result}
+        question, reply = ask_sum(rng, operators.draw(), test=split == "test", hard=hard)
+        return {"question": question, "reply": reply, "answer": reply[1]["text"]}
 
     count = NUM_HARD_SUMS[split] if hard else NUM_TEST_SUMS
     return list(distinct(make, count, lambda item: item["question"], set()))
