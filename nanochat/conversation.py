@@ -46,7 +46,7 @@ PART_KINDS = {
 }
 
 
-# ---- validation ----
+# ---- conversations ----
 
 
 def validate(conversation: Mapping[str, Any]) -> None:
@@ -82,6 +82,12 @@ def _validate_content(i: int, role: str, content: Any) -> None:
         is_part = isinstance(part, Mapping) and part.get("type") in tuple(PART_KINDS)
         if not is_part or not isinstance(part.get("text"), str):
             raise UserError(f'message {i}, part {j}: expected {{"type": {" | ".join(PART_KINDS)}, "text": a string}}')
+
+
+def turns(*contents: str | list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Return messages with these contents, of the user and the assistant in turn."""
+    roles = itertools.cycle(["user", "assistant"])
+    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
 
 
 # ---- conversation → token ids ----

@@ -1,8 +1,8 @@
 """
 The task protocol: a task is a dataset of conversations which can be trained on, and which may grade completions.
 
-To add a task, add one file with a subclass of Task that defines __len__ and __getitem__, and is_correct if completions
-can be graded.
+To add a task, add one file with a subclass of Task that defines __getitem__, __len__ (unless it sets `rows`), and
+is_correct if completions can be graded.
 """
 
 import random
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-SEED = 42  # of all shuffles of rows, so that "the first 100 problems" are the same in every run
+SEED = 42  # of all shuffles, so that "the first 100 problems" are the same in every run
 
 Conversation = Mapping[str, Any]
 
@@ -20,16 +20,19 @@ Conversation = Mapping[str, Any]
 class Task(ABC):
     """
     A sequence of conversations {"messages": […]}, each ending with the assistant's reference reply. An item may have
-    further keys, which grading needs. `kind` selects how a model is evaluated:
+    further keys, which grading needs. `rows` are the source of the items; a task without rows defines __len__.
+
+    `kind` selects how a model is evaluated:
     - "categorical":   the model chooses one of item["letters"]
     - "generative":    the model generates a completion, which is_correct grades
     - "conversations": not at all, the task is for training only
     """
 
     kind: str
+    rows: Sequence[Any] = ()
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.rows)
 
     @abstractmethod
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -54,17 +57,11 @@ class TaskMixture(Task):
     kind = "conversations"
 
     def __init__(self, tasks: Sequence[Task], seed: int = SEED) -> None:
-        self.tasks = list(tasks)
-        self._order: list[tuple[Task, int]] = []
-        for task in self.tasks:
-            self._order += [(task, index) for index in range(len(task))]
-        random.Random(seed).shuffle(self._order)
-
-    def __len__(self) -> int:
-        return len(self._order)
+        self.rows = [(task, index) for task in tasks for index in range(len(task))]
+        random.Random(seed).shuffle(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        task, task_index = self._order[index]
+        task, task_index = self.rows[index]
         return task[task_index]
 
 
@@ -78,23 +75,11 @@ def limited(task: Task, max_examples: int) -> Task:
 class _Limited(Task):
     def __init__(self, task: Task, num_items: int) -> None:
         self.task = task
-        self.kind = task.kind
-        self._indices = range(num_items)
-
-    def __len__(self) -> int:
-        return len(self._indices)
+        self.rows = range(num_items)
+        self.kind, self.is_correct, self.grade, self.reward = task.kind, task.is_correct, task.grade, task.reward
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.task[self._indices[index]]
-
-    def is_correct(self, conversation: Conversation, completion: str) -> bool:
-        return self.task.is_correct(conversation, completion)
-
-    def grade(self, conversation: Conversation, completion: str) -> dict[str, Any]:
-        return self.task.grade(conversation, completion)
-
-    def reward(self, conversation: Conversation, completion: str) -> float:
-        return self.task.reward(conversation, completion)
+        return self.task[self.rows[index]]
 
 
 def final_number(text: str) -> Decimal | None:

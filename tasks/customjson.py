@@ -19,18 +19,15 @@ class CustomJSON(Task):
             lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would split at U+2028 too
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from error
-        self.conversations = []
+        self.rows = []
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                self.conversations.append(_parse(path, number, line))
-        if not self.conversations:
+                self.rows.append(_parse(path, number, line))
+        if not self.rows:
             raise UserError(f"{path} has no conversations: write one array of messages per line")
 
-    def __len__(self) -> int:
-        return len(self.conversations)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.conversations[index]
+        return self.rows[index]
 
 
 def _parse(path: str | Path, number: int, line: str) -> dict[str, Any]:

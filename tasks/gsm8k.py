@@ -3,27 +3,22 @@
 import re
 from typing import Any
 
+from nanochat.conversation import turns
 from tasks import hub
-from tasks.common import SEED, Conversation, Task, final_number
+from tasks.common import Conversation, Task, final_number
 
 
 class GSM8K(Task):
     kind = "generative"
 
     def __init__(self, split: str) -> None:  # "train" or "test"
-        self.rows = hub.load("openai/gsm8k", "main", split).shuffle(seed=SEED)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        self.rows = hub.load("openai/gsm8k", "main", split)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
         answer = final_number(row["answer"])
         assert answer is not None, f"no number after #### in {row['answer']!r}"
-        messages = [
-            {"role": "user", "content": row["question"]},
-            {"role": "assistant", "content": solution_parts(row["answer"])},
-        ]
+        messages = turns(row["question"], solution_parts(row["answer"]))
         return {"messages": messages, "answer": str(answer)}
 
     def is_correct(self, conversation: Conversation, completion: str) -> bool:

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.common import UserError, base_dir
+from tasks.common import SEED
 
 
 def load(repo: str, config: str | None, split: str) -> Any:
     """
-    Return one split of the dataset "owner/name" as a datasets.Dataset.
+    Return one split of the dataset "owner/name" as a datasets.Dataset, in a fixed random order.
 
     It is read from $NANOCHAT_DATASETS_DIR/owner/name if that folder exists, otherwise downloaded from the hub (or
     $HF_ENDPOINT) and cached. Raises UserError if it cannot be loaded.
@@ -26,7 +27,8 @@ def load(repo: str, config: str | None, split: str) -> Any:
     had_progress_bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(source, config, split=split, cache_dir=str(base_dir() / "datasets"))
+        rows = datasets.load_dataset(source, config, split=split, cache_dir=str(base_dir() / "datasets"))
+        return rows.shuffle(seed=SEED)
     except ConnectionError as error:
         raise UserError(
             f"{repo} cannot be reached: check the network, "

@@ -4,9 +4,10 @@ import re
 import textwrap
 from typing import Any
 
+from nanochat.conversation import turns
 from nanochat.sandbox.parent import Result, run
 from tasks import hub
-from tasks.common import SEED, Conversation, Task
+from tasks.common import Conversation, Task
 
 CODE_BLOCK = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 # A line without indentation that belongs to a program; any other line without indentation is prose.
@@ -23,18 +24,12 @@ class HumanEval(Task):
 
     def __init__(self, timeout: float = 5.0) -> None:
         """`timeout` limits the tests of one completion, in seconds; 5 is 50 times what the reference solutions need."""
-        self.rows = hub.load("openai/openai_humaneval", "openai_humaneval", "test").shuffle(seed=SEED)
+        self.rows = hub.load("openai/openai_humaneval", "openai_humaneval", "test")
         self.timeout = timeout
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        messages = [
-            {"role": "user", "content": row["prompt"]},
-            {"role": "assistant", "content": f"```python\n{row['prompt']}{row['canonical_solution']}```"},
-        ]
+        messages = turns(row["prompt"], f"```python\n{row['prompt']}{row['canonical_solution']}```")
         grading = {key: row[key] for key in ("task_id", "prompt", "test", "entry_point")}
         return {"messages": messages, **grading}
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from nanochat.conversation import multiple_choice
+from nanochat.conversation import multiple_choice, turns
 from tasks import hub
-from tasks.common import SEED, Task
+from tasks.common import Task
 
 LETTERS = ["A", "B", "C", "D"]
 
@@ -14,13 +14,10 @@ class MMLU(Task):
 
     def __init__(self, split: str) -> None:
         """`split` is "auxiliary_train" (questions of other benchmarks, for training), "validation", "dev" or "test"."""
-        self.rows = hub.load("cais/mmlu", "all", split).shuffle(seed=SEED)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        self.rows = hub.load("cais/mmlu", "all", split)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
         question = multiple_choice(row["question"], row["choices"], LETTERS)
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": LETTERS[row["answer"]]}]
+        messages = turns(question, LETTERS[row["answer"]])
         return {"messages": messages, "letters": LETTERS, "subject": row["subject"]}

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from nanochat.conversation import turns
 from nanochat.primer import contains_phrase, generate_conversations, generate_quiz, generate_sums
 from tasks.common import Conversation, Task
 
@@ -18,17 +19,11 @@ class QuizFree(Task):
     item_kind = "free"
 
     def __init__(self) -> None:
-        self.items = [item for item in generate_quiz() if item["kind"] == self.item_kind]
-
-    def __len__(self) -> int:
-        return len(self.items)
+        self.rows = [item for item in generate_quiz() if item["kind"] == self.item_kind]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.items[index]
-        messages = [
-            {"role": "user", "content": item["question"]},
-            {"role": "assistant", "content": item["answer"]},
-        ]
+        item = self.rows[index]
+        messages = turns(item["question"], item["answer"])
         return {"messages": messages, "answer": item["answer"], "choices": item.get("choices", [])}
 
     def is_correct(self, conversation: Conversation, completion: str) -> bool:
@@ -52,18 +47,11 @@ class Sums(Task):
     hard = False
 
     def __init__(self, split: str) -> None:  # "train" or "test"
-        self.items = generate_sums(split, hard=self.hard)
-
-    def __len__(self) -> int:
-        return len(self.items)
+        self.rows = generate_sums(split, hard=self.hard)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.items[index]
-        messages = [
-            {"role": "user", "content": item["question"]},
-            {"role": "assistant", "content": item["reply"]},
-        ]
-        return {"messages": messages, "answer": item["answer"]}
+        item = self.rows[index]
+        return {"messages": turns(item["question"], item["reply"]), "answer": item["answer"]}
 
     def is_correct(self, conversation: Conversation, completion: str) -> bool:
         numbers = re.findall(r"-?\d+", completion)
@@ -82,10 +70,7 @@ class PrimerChat(Task):
     kind = "conversations"
 
     def __init__(self, split: str, kinds: Sequence[str] = ()) -> None:  # "train" or "val"
-        self.items = generate_conversations(split, kinds=kinds)
-
-    def __len__(self) -> int:
-        return len(self.items)
+        self.rows = generate_conversations(split, kinds=kinds)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.items[index]
+        return self.rows[index]

@@ -4,17 +4,14 @@ from typing import Any
 
 from nanochat.conversation import validate
 from tasks import hub
-from tasks.common import SEED, Task
+from tasks.common import Task
 
 
 class SmolTalk(Task):
     kind = "conversations"
 
     def __init__(self, split: str) -> None:  # "train" or "test"
-        self.rows = hub.load("HuggingFaceTB/smol-smoltalk", None, split).shuffle(seed=SEED)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        self.rows = hub.load("HuggingFaceTB/smol-smoltalk", None, split)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         conversation = {"messages": self.rows[index]["messages"]}

@@ -6,9 +6,12 @@ determined by the seed i in training and 10,000,000 + i in testing.
 """
 
 import re
+from pathlib import Path
 from random import Random
 from typing import Any
 
+from nanochat.conversation import turns
+from nanochat.primer.data import load_wordings
 from nanochat.tokenizer import Tokenizer
 from tasks.common import Conversation, Task, final_number
 from tasks.words import load_words
@@ -16,50 +19,10 @@ from tasks.words import load_words
 FIRST_SEED = {"train": 0, "test": 10_000_000}
 DEFAULT_SIZE = {"train": 80_000, "test": 500}  # items; heuristic, not tuned
 
-# {l} is the letter and {w} the word. The words are English, the questions in several languages.
-WORDINGS = {
-    "English": (
-        "How many {l} are in {w}?", "How many {l} are there in {w}?", "How many letters {l} are in {w}?",
-        "How many {l} does {w} have?", "How many {l} does the word {w} contain?", "How many times is {l} in {w}?",
-        "How many times does {l} occur in {w}?", "How many times does the letter {l} appear in the word {w}?",
-        "How often does {l} occur in {w}?", "How often is the letter {l} used in {w}?",
-        "How often do I write {l} when I write {w}?", "How many of the letters of {w} are {l}?",
-        "In {w}, how many {l} are there?",
-        "How many {l} do you see in {w}?", "How many {l} do I need for {w}?", "{w}: how many {l}?",
-        "The word {w} has how many {l}?", "The letter {l} is in {w} how many times?", "Count the {l} in {w}.",
-        "Count the letter {l} in the word {w}.", "Count how often {l} occurs in {w}.", "Please count the {l} in {w}.",
-        "Can you count the {l} in {w}?", "Could you tell me how many {l} are in {w}?", "Tell me how many {l} {w} has.",
-        "What is the number of {l} in {w}?", "Give me the number of {l} in {w}.", "Number of {l} in {w}?",
-        "Look at the word {w}. How many {l} are in it?", "I wrote {w}. How many {l} did I write?",
-        "Is there a {l} in {w}, and how many?", "Do you know how many {l} there are in {w}?",
-    ),
-    "Spanish": (
-        "¿Cuántas {l} hay en {w}?", "¿Cuántas letras {l} tiene la palabra {w}?", "¿Cuántas veces aparece {l} en {w}?",
-        "Cuenta las {l} de {w}.",
-    ),
-    "French": (
-        "Combien de {l} y a-t-il dans {w} ?", "Combien de fois trouve-t-on la lettre {l} dans {w} ?",
-        "Compte les {l} dans le mot {w}.",
-    ),
-    "German": (
-        "Wie viele {l} sind in {w}?", "Wie oft kommt {l} in {w} vor?", "Wie viele {l} hat das Wort {w}?",
-        "Zähle die {l} in {w}.",
-    ),
-    "Italian": ("Quante {l} ci sono in {w}?", "Quante volte compare la lettera {l} in {w}?", "Conta le {l} in {w}."),
-    "Portuguese": ("Quantas letras {l} há em {w}?", "Quantas vezes {l} aparece na palavra {w}?"),
-    "Dutch": ("Hoeveel {l} zitten er in {w}?", "Hoe vaak komt de letter {l} voor in {w}?"),
-    "Swedish": ("Hur många {l} finns det i {w}?", "Hur ofta förekommer {l} i ordet {w}?"),
-    "Polish": ("Ile razy litera {l} występuje w słowie {w}?", "Ile liter {l} jest w słowie {w}?"),
-    "Russian": ("Сколько букв {l} в слове {w}?", "Сколько раз буква {l} встречается в слове {w}?"),
-    "Chinese": ("{w}里有几个{l}？", "单词{w}中{l}出现了多少次？", "数一数{w}里的字母{l}。"),
-    "Japanese": ("{w}に{l}はいくつありますか？", "{w}という単語に{l}は何回出てきますか？"),
-    "Korean": ("{w}에 {l} 글자가 몇 개 있나요?", "단어 {w}에서 글자 {l}는 몇 번 나오나요?"),
-}  # fmt: skip
+QUESTIONS = Path(__file__).with_suffix(".txt")
+WORDINGS = load_wordings("counting", QUESTIONS)  # by language
+SPELLING_WORDINGS = load_wordings("spelling", QUESTIONS)["English"]
 QUOTES = ("{}", "{}", "'{}'", '"{}"', "`{}`", "“{}”", "‘{}’", "«{}»", "「{}」", "*{}*", "({})")
-SPELLING_WORDINGS = (
-    "Spell {w}.", "Spell the word {w}.", "How do you spell {w}?", "How is {w} spelled?", "Please spell {w}.",
-    "Spell out {w}.", "Which letters are in {w}?", "Take {w} apart into letters.", "{w}, letter by letter?",
-)  # fmt: skip
 
 
 class _SpellingTask(Task):
@@ -73,16 +36,13 @@ class _SpellingTask(Task):
         a tokenizer, the words of its vocabulary are used too.
         """
         self.words = load_words(split, tokenizer)
-        self.size = DEFAULT_SIZE[split] if size is None else size
-        self.first_seed = FIRST_SEED[split]
-
-    def __len__(self) -> int:
-        return self.size
+        size = DEFAULT_SIZE[split] if size is None else size
+        self.rows = range(FIRST_SEED[split], FIRST_SEED[split] + size)
 
     def random(self, index: int) -> Random:
-        if not 0 <= index < self.size:
+        if index < 0:
             raise IndexError(index)
-        return Random(self.first_seed + index)
+        return Random(self.rows[index])
 
 
 class SpellingBee(_SpellingTask):
@@ -101,8 +61,7 @@ class SpellingBee(_SpellingTask):
             {"type": "text", "text": f"\n\n#### {number}"},
         ]
         question = draw_question(rng, word, letter)
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-        return {"messages": messages, "answer": number}
+        return {"messages": turns(question, reply), "answer": number}
 
     def is_correct(self, conversation: Conversation, completion: str) -> bool:
         """Whether the number after "####" is the answer."""
@@ -118,8 +77,7 @@ class SimpleSpelling(_SpellingTask):
         wording = rng.choice(SPELLING_WORDINGS)
         quoted_word = rng.choice(QUOTES).format(word)
         question = make_informal(rng, wording.format(w=quoted_word))
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": spell(word)}]
-        return {"messages": messages, "answer": word}
+        return {"messages": turns(question, spell(word)), "answer": word}
 
     def is_correct(self, conversation: Conversation, completion: str) -> bool:
         """Whether the text after the last colon lists the letters of the word one by one."""

@@ -16,7 +16,7 @@ SKIPPED = (
     "LICENSE",
     "nanochat/primer/facts.txt",  # training text
     "nanochat/primer/wordings.txt",
-    "scripts/tok_eval.py",  # sample texts
+    "scripts/samples/",  # texts for the comparison of tokenizers
     "tests/golden/",
     "tests/test_language.py",
 )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
+from nanochat.conversation import turns
 from nanochat.primer.data import load_wordings
 from nanochat.primer.facts import SPELLING_WORDS
 from nanochat.primer.questions import Deck, ask_choice, ask_free, distinct
@@ -29,7 +30,10 @@ GOODBYES = ("Goodbye!", "Bye!", "See you later.", "Good night!")
 
 
 class ConversationWriter:
-    """Writes conversations; one method per kind in CONVERSATION_MIX."""
+    """
+    Writes conversations; one method per kind in CONVERSATION_MIX. Each returns the contents of the messages, of which
+    the user sends the first, the assistant the second, and so on.
+    """
 
     def __init__(self, rng: Random) -> None:
         self.rng = rng
@@ -37,38 +41,38 @@ class ConversationWriter:
         self.operators = Deck(rng, OPERATORS)
         self.plain_facts = all_facts()  # still to be asked in their plainest wording
 
-    def choice(self) -> dict[str, Any]:
+    def choice(self) -> list[Any]:
         choice = ask_choice(self.rng, self.facts.draw)
-        return conversation(choice.question, choice.reply)
+        return [choice.question, choice.reply]
 
-    def fact(self) -> dict[str, Any]:
+    def fact(self) -> list[Any]:
         """Every fact once in its plainest wording, then random facts in random wordings."""
         if self.plain_facts:
             relation, fact = self.plain_facts.pop()
-            return conversation(relation.plainest_question(fact), relation.reply(fact))
-        return conversation(*ask_free(self.rng, *self.facts.draw()))
+            return [relation.plainest_question(fact), relation.reply(fact)]
+        return [*ask_free(self.rng, *self.facts.draw())]
 
-    def several(self) -> dict[str, Any]:
+    def several(self) -> list[Any]:
         """Several questions one after another, mostly about facts."""
-        turns: list[Any] = []
+        contents: list[Any] = []
         for _ in range(self.rng.choice((2, 3, 4))):
             roll = self.rng.random()
             if roll < 0.15:
-                turns += ask_sum(self.rng, self.operators.draw())
+                contents += ask_sum(self.rng, self.operators.draw())
             elif roll < 0.3:
                 choice = ask_choice(self.rng, self.facts.draw)
-                turns += [choice.question, choice.reply]
+                contents += [choice.question, choice.reply]
             else:
-                turns += ask_free(self.rng, *self.facts.draw())
-        return conversation(*turns)
+                contents += ask_free(self.rng, *self.facts.draw())
+        return contents
 
-    def sum(self) -> dict[str, Any]:
-        turns: list[Any] = [*ask_sum(self.rng, self.operators.draw())]
+    def sum(self) -> list[Any]:
+        contents: list[Any] = [*ask_sum(self.rng, self.operators.draw())]
         if self.rng.random() < 0.2:
-            turns += ask_sum(self.rng, self.operators.draw())
-        return conversation(*turns)
+            contents += ask_sum(self.rng, self.operators.draw())
+        return contents
 
-    def compare(self) -> dict[str, Any]:
+    def compare(self) -> list[Any]:
         limit = self.rng.choice((20, 100, 100, 1000))
         a, b = self.rng.sample(range(limit), 2)
         larger = self.rng.random() < 0.5
@@ -76,14 +80,14 @@ class ConversationWriter:
         question = f"{asked} {'larger' if larger else 'smaller'}, {a} or {b}?"
         low, high = sorted((a, b))
         reply = f"{high} is larger than {low}." if larger else f"{low} is smaller than {high}."
-        return conversation(question, reply)
+        return [question, reply]
 
-    def spell(self) -> dict[str, Any]:
+    def spell(self) -> list[Any]:
         word = self.rng.choice(SPELLING_WORDS)
         question = self.rng.choice(load_wordings("spelling")["spell"]).format(w=word)
-        return conversation(question, f"{word}: {', '.join(word)}.")
+        return [question, f"{word}: {', '.join(word)}."]
 
-    def count(self) -> dict[str, Any]:
+    def count(self) -> list[Any]:
         word = self.rng.choice(SPELLING_WORDS)
         letter = self.rng.choice(word if self.rng.random() < 0.9 else "aeiorst")
         number = word.count(letter)
@@ -95,38 +99,32 @@ class ConversationWriter:
             {"type": "text", "text": f"The letter {letter} occurs {number} {times} in {word}."},
         ]
         question = self.rng.choice(load_wordings("spelling")["count"]).format(l=letter, w=word)
-        return conversation(question, reply)
+        return [question, reply]
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> list[Any]:
         question = self.rng.choice(list(IDENTITY_REPLIES))
         start = self.greet() if self.rng.random() < 0.5 else []
-        return conversation(*start, question, IDENTITY_REPLIES[question], *self.tail())
+        return [*start, question, IDENTITY_REPLIES[question], *self.tail()]
 
-    def greeting(self) -> dict[str, Any]:
-        return conversation(*self.greet(), *self.tail())
+    def greeting(self) -> list[Any]:
+        return [*self.greet(), *self.tail()]
 
-    def greet(self) -> list[str]:
+    def greet(self) -> list[Any]:
         greeting = self.rng.choice(GREETINGS)
         end = self.rng.choice(GREETING_ENDS)
         well = "I am well. " if "how are you" in end.lower() else ""
         return [greeting + end, f"Hello! {well}How can I help you?"]
 
-    def tail(self) -> list[str]:
+    def tail(self) -> list[Any]:
         """A question, thanks and a goodbye, each of them optional."""
-        turns: list[str] = []
+        contents: list[Any] = []
         if self.rng.random() < 0.5:
-            turns += ask_free(self.rng, *self.facts.draw())
+            contents += ask_free(self.rng, *self.facts.draw())
         if self.rng.random() < 0.4:
-            turns += [self.rng.choice(THANKS), "You are welcome!"]
+            contents += [self.rng.choice(THANKS), "You are welcome!"]
         if self.rng.random() < 0.3:
-            turns += [self.rng.choice(GOODBYES), "Goodbye!"]
-        return turns
-
-
-def conversation(*contents: str | list[dict[str, str]]) -> dict[str, Any]:
-    """Return a conversation of user and assistant messages in turn, the user first."""
-    roles = ("user", "assistant")
-    return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]}
+            contents += [self.rng.choice(GOODBYES), "Goodbye!"]
+        return contents
 
 
 def generate_conversations(split: str, seed: int = 0, kinds: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -144,7 +142,8 @@ def generate_conversations(split: str, seed: int = 0, kinds: Sequence[str] = ())
     selected: list[dict[str, Any]] = []
     for kind, num_train in CONVERSATION_MIX.items():
         count = num_train + round(num_train * VAL_SHARE)
-        written = list(distinct(getattr(writer, kind), count, json.dumps, seen))
+        contents = distinct(getattr(writer, kind), count, json.dumps, seen)
+        written = [{"messages": turns(*each)} for each in contents]
         if not kinds or kind in kinds:
             selected += written[:num_train] if split == "train" else written[num_train:]
     Random(f"order {seed}").shuffle(selected)

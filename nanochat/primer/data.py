@@ -1,8 +1,11 @@
-"""Reads the data files of the primer: facts.txt and wordings.txt, which describe their formats."""
+"""Reads data files: facts.txt and wordings.txt, which describe their formats, and others of the same formats."""
 
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import NamedTuple
+
+FACTS = Path(__file__).with_name("facts.txt")
+WORDINGS = Path(__file__).with_name("wordings.txt")
 
 
 class Fact(NamedTuple):
@@ -11,10 +14,10 @@ class Fact(NamedTuple):
 
 
 @cache
-def read_sections(file_name: str) -> dict[str, list[str]]:
-    """Return the lines of each [section] of a file in this folder, without comments and empty lines."""
+def read_sections(path: Path) -> dict[str, list[str]]:
+    """Return the lines of each [section] of a file, without comments and empty lines."""
     sections: dict[str, list[str]] = {}
-    for line in files("nanochat.primer").joinpath(file_name).read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
             lines = sections.setdefault(line[1:-1], [])
         elif line and not line.startswith("#"):
@@ -24,7 +27,7 @@ def read_sections(file_name: str) -> dict[str, list[str]]:
 
 def load_entries(section: str) -> list[str]:
     """Return the entries of a section of facts.txt."""
-    return " ".join(read_sections("facts.txt")[section]).split("; ")
+    return " ".join(read_sections(FACTS)[section]).split("; ")
 
 
 def load_facts(section: str) -> list[Fact]:
@@ -33,10 +36,10 @@ def load_facts(section: str) -> list[Fact]:
 
 
 @cache
-def load_wordings(section: str) -> dict[str, tuple[str, ...]]:
-    """Return the wordings of each kind in a section of wordings.txt."""
-    found: dict[str, tuple[str, ...]] = {}
-    for line in read_sections("wordings.txt")[section]:
+def load_wordings(section: str, path: Path = WORDINGS) -> dict[str, tuple[str, ...]]:
+    """Return the wordings of each kind in a section."""
+    wordings: dict[str, tuple[str, ...]] = {}
+    for line in read_sections(path)[section]:
         kind, _, listed = line.partition(": ")
-        found[kind] = found.get(kind, ()) + tuple(listed.split(" | "))
-    return found
+        wordings[kind] = wordings.get(kind, ()) + tuple(listed.split(" | "))
+    return wordings

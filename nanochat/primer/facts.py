@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from functools import cache
 from string import ascii_uppercase
 
-from nanochat.primer.data import Fact, load_entries, load_facts, read_sections
+from nanochat.primer.data import FACTS, Fact, load_entries, load_facts, read_sections
 
 ANIMAL_RELATIONS = ("animal_class", "young", "sound", "home", "legs")  # the columns of [animals]
 COLOUR_NAMES = ("red", "blue", "yellow", "green", "orange", "purple", "pink", "brown", "black", "white", "grey")
@@ -49,7 +49,7 @@ def plural(noun: str) -> str:
 def fact_table() -> dict[str, list[Fact]]:
     """All facts by relation. The relations known:0, known:1, … share the wordings of "known"."""
     table: dict[str, list[Fact]] = {"capital": [], "continent": []}
-    for section in read_sections("facts.txt"):
+    for section in read_sections(FACTS):
         if section.startswith("countries of "):
             continent = section.removeprefix("countries of ")
             table["capital"] += [fact for fact in load_facts(section) if fact.answer != "-"]
@@ -76,7 +76,7 @@ def fact_table() -> dict[str, list[Fact]]:
     table["number_word"] = [Fact(str(n), number_words(n)) for n in (*range(41), *range(50, 101, 10))]
     table["letter_after"] = _pair(ascii_uppercase, ascii_uppercase[1:])
     table["unit"] = load_facts("unit")
-    for section in read_sections("facts.txt"):
+    for section in read_sections(FACTS):
         if section.startswith("known:"):
             table[section] = load_facts(section)
     return table

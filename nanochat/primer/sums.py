@@ -57,9 +57,7 @@ def compute(a: int, operator: str, b: int) -> int:
     return {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[operator]
 
 
-def ask_sum(
-    rng: Random, operator: str, *, test: bool = False, hard: bool = False
-) -> tuple[str, list[dict[str, str]]]:
+def ask_sum(rng: Random, operator: str, *, test: bool = False, hard: bool = False) -> tuple[str, list[dict[str, str]]]:
     """Return a question and the parts of the reply: calculator call, result, sentence."""
     draw = draw_hard_operands if hard else draw_operands
     a, b = draw(rng, operator, test=test)
