@@ -15,15 +15,13 @@ from nanochat.common import base_dir
 
 @dataclass(frozen=True)
 class Flags:
-    data_dir: str = flag(
-        "", "folder for the shards, empty or with an earlier primer; default $NANOCHAT_BASE_DIR/primer"
-    )
+    data_dir: str = flag("", "folder for the shards, empty or with an older primer; default $NANOCHAT_BASE_DIR/primer")
     seed: int = flag(0, "seed of the wordings and their order")
 
 
 @command
 def main(flags: Flags) -> None:
-    directory = Path(flags.data_dir).expanduser() if flags.data_dir else base_dir() / "primer"
+    directory = Path(flags.data_dir or base_dir() / "primer").expanduser()
     shards = primer.write_shards(directory, flags.seed)
     size = sum(shard.stat().st_size for shard in shards)
     print(f"{directory}: {len(shards)} shards, {size / 1e6:.1f} MB")

@@ -51,7 +51,7 @@ class Flags:
 def main(flags: Flags) -> None:
     if flags.num < 1 or flags.max_tokens < 1:
         raise UserError("--num and --max-tokens must be at least 1")
-    tokenizer = Tokenizer.load(Path(flags.tokenizer_dir) if flags.tokenizer_dir else default_dir())
+    tokenizer = Tokenizer.load(Path(flags.tokenizer_dir or default_dir()))
     task = CustomJSON(flags.path) if flags.path else SOURCES[flags.source](tokenizer)
     console = Console()
     for i, conversation in enumerate(limited(task, flags.num)):

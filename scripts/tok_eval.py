@@ -33,7 +33,7 @@ class Flags:
 @command
 def main(flags: Flags) -> dict[str, dict[str, float]]:
     """Prints the table, and returns kind of text → tokenizer → bytes per token."""
-    ours = Tokenizer.load(Path(flags.tokenizer_dir) if flags.tokenizer_dir else default_dir())
+    ours = Tokenizer.load(Path(flags.tokenizer_dir or default_dir()))
     encoders = {"ours": ours.encode}
     sizes = {"ours": ours.vocab_size}
     for name, tiktoken_name in OTHERS.items():

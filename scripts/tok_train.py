@@ -36,7 +36,7 @@ class Flags:
 
 @command
 def main(flags: Flags) -> Tokenizer:
-    directory = Path(flags.tokenizer_dir) if flags.tokenizer_dir else default_dir()
+    directory = Path(flags.tokenizer_dir or default_dir())
     train_shards, val_shards = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
 
     directory.mkdir(parents=True, exist_ok=True)  # an unwritable folder is reported before training
