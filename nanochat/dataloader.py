@@ -22,6 +22,7 @@ Shapes: B rows per micro-batch and rank, T tokens per row.
 """
 
 import bisect
+import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -142,9 +143,8 @@ class PretrainLoader:
             self._own_texts = slice(dist.rank, None, dist.world_size)
         self.texts_done = 0  # of this rank's texts in that row group
         self.buffer = PackingBuffer()
-        # Texts of one row group are kept, because reading them costs more than tokenizing TEXTS_PER_CALL of them.
-        self._texts: list[str] = []
-        self._texts_row_group = -1
+        # Keeps one row group, because reading it costs more than tokenizing TEXTS_PER_CALL of its texts.
+        self._read = functools.lru_cache(maxsize=1)(row_groups.texts)
 
         if any(state["num_units"] != len(row_groups) for state in states):
             raise UserError("the checkpoint was trained on other shards: resume with the same --data-dir")
@@ -158,10 +158,7 @@ class PretrainLoader:
         """Yield steps first_step … num_steps - 1, each with `accumulation` micro-batches on this rank."""
         num_tokens = self.batch_size * self.sequence_len * accumulation * self.world_size
         for i in range(first_step, num_steps):
-            micro_batches: list[MicroBatch] = []
-            for _ in range(accumulation):
-                x_BT, y_BT = self.next_batch()
-                micro_batches.append((x_BT, y_BT, num_tokens))
+            micro_batches: list[MicroBatch] = [(*self.next_batch(), num_tokens) for _ in range(accumulation)]
             shard, row_group, epoch = self.position()
             position = f"shard {shard}, row group {row_group}, epoch {epoch}"
             yield Step(micro_batches, i / num_steps, num_tokens, self.state(), position)
@@ -226,36 +223,29 @@ class PretrainLoader:
 
     def _refill(self) -> None:
         """Tokenize the next texts into the buffer."""
-        self._read_row_group()
-        texts = self._texts[self.texts_done : self.texts_done + TEXTS_PER_CALL]
+        texts = self._texts_of_row_group()
+        next_texts = texts[self.texts_done : self.texts_done + TEXTS_PER_CALL]
         self._last_row_group = self.row_group
         self.texts_done += TEXTS_PER_CALL
-        if self.texts_done >= len(self._texts):
+        if self.texts_done >= len(texts):
             self.row_group += self._stride
             self.texts_done = 0
-        for ids in self.tokenizer.encode_batch(texts):
+        for ids in self.tokenizer.encode_batch(next_texts):
             document = np.array([self.tokenizer.bos, *ids], dtype=np.int32)
             self.buffer.add(document, len(document))
 
-    def _read_row_group(self) -> None:
-        """Read this rank's texts of the current row group; skip row groups without any."""
-        if self._texts_row_group == self.row_group:
-            return
+    def _texts_of_row_group(self) -> list[str]:
+        """This rank's texts of the current row group; row groups without any are skipped."""
         for _ in range(len(self.row_groups) + 1):
-            texts = self.row_groups.texts(self.row_group % len(self.row_groups))
-            self._texts = texts[self._own_texts]
-            self._texts_row_group = self.row_group
-            if self._texts:
-                return
+            texts = self._read(self.row_group % len(self.row_groups))[self._own_texts]
+            if texts:
+                return texts
             self.row_group += self._stride
         raise UserError("the shards have no text for this rank: use fewer ranks or more text")
 
 
 def _buffered_documents(state: dict[str, Any]) -> list[np.ndarray]:
-    lengths = state["waiting_lengths"].numpy()
-    if len(lengths) == 0:
-        return []
-    return np.split(state["waiting"].numpy(), np.cumsum(lengths)[:-1])
+    return [document.numpy() for document in state["waiting"].split(state["waiting_lengths"].tolist())]
 
 
 class ConversationLoader:

@@ -9,6 +9,7 @@ The last shard by name is the validation split, the others are the training spli
 """
 
 import bisect
+import functools
 import itertools
 import os
 import shutil
@@ -83,8 +84,7 @@ class RowGroups:
         self.shards = list(shards)
         counts = [pq.read_metadata(shard).num_row_groups for shard in self.shards]
         self._ends = list(itertools.accumulate(counts))  # per shard, the number of its last row group plus 1
-        self._open_shard = -1
-        self._open_file: pq.ParquetFile | None = None
+        self._open = functools.lru_cache(maxsize=1)(pq.ParquetFile)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -100,20 +100,12 @@ class RowGroups:
         """Return the documents of a row group, without null and empty ones. Raises UserError if it is damaged."""
         shard, row_group = self.locate(index)
         try:
-            table = self._open(shard).read_row_group(row_group, columns=["text"])
+            table = self._open(self.shards[shard]).read_row_group(row_group, columns=["text"])
         except (OSError, pa.ArrowException) as error:
             where = f"{self.shards[shard]}, row group {row_group}"
             reason = " ".join(str(error).split())
             raise UserError(f"{where} is damaged ({reason}): download or write the shard again") from error
         return [text for text in table.column("text").to_pylist() if text]
-
-    def _open(self, shard: int) -> pq.ParquetFile:
-        if self._open_shard != shard or self._open_file is None:
-            if self._open_file is not None:
-                self._open_file.close()
-            self._open_file = pq.ParquetFile(self.shards[shard])
-            self._open_shard = shard
-        return self._open_file
 
 
 def download_public(num_train: int, directory: Path, workers: int = 4) -> None:
@@ -215,10 +207,9 @@ def _may_have_text(row_group: pq.RowGroupMetaData, column: int) -> bool:
     statistics = row_group.column(column).statistics
     if statistics is None:
         return True
-    if statistics.has_null_count and statistics.null_count == row_group.num_rows:
-        return False
-    only_empty_texts = statistics.has_min_max and not statistics.max
-    return not only_empty_texts
+    only_null = statistics.has_null_count and statistics.null_count == row_group.num_rows
+    only_empty = statistics.has_min_max and not statistics.max
+    return not only_null and not only_empty
 
 
 @dataclass(frozen=True)

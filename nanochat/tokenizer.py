@@ -129,12 +129,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, never a special token. Lone surrogates, which are not characters, become U+FFFD."""
         if self._fast is not None:
-            try:
-                return self._fast.encode(text)
-            except UnicodeEncodeError:
-                return self._fast.encode(without_surrogates(text))
-        if len(text) <= MAX_BLOCK:
-            return self._encoding.encode_ordinary(text)
+            return self._encode_fast([text], 1)[0]
         ids: list[int] = []
         for start in range(0, len(text), MAX_BLOCK):
             ids += self._encoding.encode_ordinary(text[start : start + MAX_BLOCK])
@@ -143,12 +138,15 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], num_threads: int = 4) -> list[list[int]]:
         """The token ids of each text, as encode() returns them, computed on several threads."""
         if self._fast is not None:
-            try:
-                return self._fast.batch_encode(texts, threads=num_threads)
-            except UnicodeEncodeError:
-                return self._fast.batch_encode([without_surrogates(text) for text in texts], threads=num_threads)
+            return self._encode_fast(texts, num_threads)
         with ThreadPoolExecutor(num_threads) as pool:  # tiktoken releases the GIL
             return list(pool.map(self.encode, texts))
+
+    def _encode_fast(self, texts: Sequence[str], num_threads: int) -> list[list[int]]:
+        try:
+            return self._fast.batch_encode(texts, threads=num_threads)
+        except UnicodeEncodeError:
+            return self._fast.batch_encode([without_surrogates(text) for text in texts], threads=num_threads)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids. Special tokens appear by name, and bytes that are not valid UTF-8 as U+FFFD."""

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from nanochat.common import UserError, atomic_path
 from nanochat.primer.conversations import GREETINGS, IDENTITY_REPLIES
 from nanochat.primer.data import Fact, load_entries, load_wordings
@@ -187,9 +190,6 @@ def write_shards(directory: Path, seed: int = 0, num_shards: int = 4) -> list[Pa
 
     Raises UserError if the folder holds anything that this function has not written.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     assert num_shards >= 2, "at least one shard for training and one for validation"
     shards = _split_documents(generate_documents(seed), num_shards)
     hashes = {name: _hash_texts(texts) for name, texts in shards.items()}
@@ -206,9 +206,9 @@ def _split_documents(texts: list[str], num_shards: int) -> dict[str, list[str]]:
     """The texts of each shard, by file name."""
     num_train = len(texts) - round(len(texts) * VAL_SHARE)
     per_shard = -(-num_train // (num_shards - 1))  # rounded up
-    starts = [min(i * per_shard, num_train) for i in range(num_shards)]
-    ends = [*starts[1:], len(texts)]
-    return {f"shard_{i:05d}.parquet": texts[start:end] for i, (start, end) in enumerate(zip(starts, ends, strict=True))}
+    train = texts[:num_train]
+    shards = [train[i * per_shard : (i + 1) * per_shard] for i in range(num_shards - 1)]
+    return {f"shard_{i:05d}.parquet": shard for i, shard in enumerate([*shards, texts[num_train:]])}
 
 
 def _require_own_folder(directory: Path, hashes: dict[str, str]) -> None:
@@ -242,9 +242,6 @@ def _read_marker(path: Path) -> dict[str, str]:
 
 def _hash_shard(path: Path) -> str:
     """The hash of a shard's texts; empty if it is not a shard."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
         return _hash_texts(pq.read_table(path, columns=["text"])["text"].to_pylist())
     except (OSError, ValueError, KeyError, pa.ArrowException):
