@@ -24,11 +24,9 @@ def load(repo: str, config: str | None, split: str) -> Any:
             raise UserError(f"NANOCHAT_DATASETS_DIR is {folder}, which is not a folder: correct it or unset it")
         if (folder / repo).is_dir():
             source = str(folder / repo)
-    had_progress_bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(source, config, split=split, cache_dir=str(base_dir() / "datasets"))
-        return rows.shuffle(seed=SEED)
     except ConnectionError as error:
         raise UserError(
             f"{repo} cannot be reached: check the network, "
@@ -37,6 +35,4 @@ def load(repo: str, config: str | None, split: str) -> Any:
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{source}, config {config or 'default'}, split {split} cannot be loaded: {reason}") from error
-    finally:
-        if had_progress_bars:
-            datasets.enable_progress_bars()
+    return rows.shuffle(seed=SEED)

@@ -13,21 +13,13 @@ determined by a seed. The facts are in facts.txt, their wordings in wordings.txt
 """
 
 from nanochat.primer.conversations import CONVERSATION_MIX, generate_conversations
-from nanochat.primer.documents import DOCUMENT_MIX, generate_documents, write_shards
+from nanochat.primer.documents import generate_documents, write_shards
 from nanochat.primer.facts import SPELLING_WORDS
 from nanochat.primer.questions import generate_quiz
 from nanochat.primer.relations import all_facts, contains_phrase
 from nanochat.primer.sums import generate_sums
 
 __all__ = [
-    "CONVERSATION_MIX",
-    "DOCUMENT_MIX",
-    "SPELLING_WORDS",
-    "all_facts",
-    "contains_phrase",
-    "generate_conversations",
-    "generate_documents",
-    "generate_quiz",
-    "generate_sums",
-    "write_shards",
-]
+    "CONVERSATION_MIX", "SPELLING_WORDS", "all_facts", "contains_phrase", "generate_conversations",
+    "generate_documents", "generate_quiz", "generate_sums", "write_shards",
+]  # fmt: skip

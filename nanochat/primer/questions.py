@@ -1,9 +1,8 @@
 """Questions about the facts of the primer, free or multiple choice, and the quiz that evaluates a trained model."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from nanochat.primer.data import Fact
 from nanochat.primer.relations import UNCLEAR_CHOICES, Relation, all_facts, contains_phrase, sentence, with_choices
@@ -43,8 +42,7 @@ def distinct(make: Callable[[], T], count: int, key: Callable[[T], str], seen: s
             assert misses <= 1000, "the wordings are used up: ask for fewer of this kind"
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     question: str  # with the choices in it
     choices: list[str]
     right: str
@@ -52,11 +50,7 @@ class Choice:
 
 
 def ask_choice(
-    rng: Random,
-    draw: Callable[[], tuple[Relation, Fact]],
-    *,
-    held_out: bool = False,
-    right_index: int | None = None,
+    rng: Random, draw: Callable[[], tuple[Relation, Fact]], *, held_out: bool = False, right_index: int | None = None
 ) -> Choice:
     """
     Return a multiple-choice question about the first fact drawn that gives a clear one: the question does not contain
@@ -103,10 +97,8 @@ def generate_quiz(seed: int = 0) -> list[dict[str, Any]]:
     items: list[dict[str, Any]] = []
     while len(items) < QUIZ_ITEMS:
         if len(items) % 2 == 1:
-            choice = ask_choice(rng, facts.draw, held_out=True, right_index=right_indices.draw())
-            items.append(
-                {"kind": "choice", "question": choice.question, "choices": choice.choices, "answer": choice.right}
-            )
+            question, choices, right, _ = ask_choice(rng, facts.draw, held_out=True, right_index=right_indices.draw())
+            items.append({"kind": "choice", "question": question, "choices": choices, "answer": right})
             continue
         relation, fact = facts.draw()
         reverse = rng.random() < 0.25 and relation.is_reversible(fact)

@@ -23,29 +23,24 @@ def is_held_out(a: int, b: int) -> bool:
     return crc32(f"{min(a, b)} {max(a, b)}".encode()) % 12 == 0
 
 
-def draw_operands(rng: Random, operator: str, *, test: bool = False) -> tuple[int, int]:
-    """Return two numbers whose result is a non-negative integer, from the training pairs or the test pairs."""
+def draw_operands(rng: Random, operator: str, *, test: bool = False, hard: bool = False) -> tuple[int, int]:
+    """
+    Return two numbers whose result is a non-negative integer, from the training pairs or the test pairs.
+
+    They have at most three digits, except that two thirds of the first numbers of hard sums have four.
+    """
     while True:
-        limit = rng.choice((20, 100, 100, 1000))
-        a, b = rng.randrange(1, limit), rng.randrange(1, limit)
+        if hard:
+            limit = rng.choice((1000, 10_000, 10_000))
+            a, b = rng.randrange(limit // 10, limit), rng.randrange(1, 1000)
+        else:
+            limit = rng.choice((20, 100, 100, 1000))
+            a, b = rng.randrange(1, limit), rng.randrange(1, limit)
         if operator == "*":
-            b = rng.randrange(2, 13 if limit == 1000 else min(limit, 100))
+            b = rng.randrange(2, limit if limit <= 100 else 13)
         elif operator == "/":
             b = rng.randrange(2, 13)
             a = b * rng.randrange(2, 60)
-        elif operator == "-":
-            a, b = max(a, b), min(a, b)
-        if is_held_out(a, b) == test:
-            return a, b
-
-
-def draw_hard_operands(rng: Random, operator: str, *, test: bool = False) -> tuple[int, int]:
-    """Like draw_operands, but two thirds of the first numbers have four digits; there they have at most three."""
-    while True:
-        limit = rng.choice((1000, 10_000, 10_000))
-        a, b = rng.randrange(limit // 10, limit), rng.randrange(1, 1000)
-        if operator == "*":
-            b = rng.randrange(2, 13)
         elif operator == "-":
             a, b = max(a, b), min(a, b)
         if is_held_out(a, b) == test:
@@ -59,8 +54,7 @@ def compute(a: int, operator: str, b: int) -> int:
 
 def ask_sum(rng: Random, operator: str, *, test: bool = False, hard: bool = False) -> tuple[str, list[dict[str, str]]]:
     """Return a question and the parts of the reply: calculator call, result, sentence."""
-    draw = draw_hard_operands if hard else draw_operands
-    a, b = draw(rng, operator, test=test)
+    a, b = draw_operands(rng, operator, test=test, hard=hard)
     question = rng.choice(load_wordings("sums")[operator]).format(a=a, b=b)
     result = str(compute(a, operator, b))
     reply = [
