@@ -59,6 +59,14 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
     return cls(**vars(parser.parse_args(argv)))
 
 
+def require_positive(flags: Any, *names: str) -> None:
+    """UserError unless each of these flags is at least 1."""
+    for name in names:
+        value = getattr(flags, name)
+        if value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+
 def command(main: Callable[[Any], T]) -> Callable[..., T]:
     """
     Turns main(flags) into main(argv=None), which parses the command line. UserError, OSError and Ctrl-C end the program

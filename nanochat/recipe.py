@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-from nanochat.cli import flag
+from nanochat.cli import flag, require_positive
 from nanochat.common import UserError, human
 from nanochat.gpt import PORTABLE, GPTConfig, flops_per_token, param_counts
 from nanochat.muon import ParamGroup
@@ -159,9 +159,7 @@ def model_config(flags: RecipeFlags, vocab_size: int) -> GPTConfig:
     The model that the flags ask for. A portable one has only parts that other programs implement (gpt.PORTABLE), and
     full windows whatever the pattern.
     """
-    for name in ("depth", "aspect_ratio", "max_seq_len"):
-        if getattr(flags, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least 1")
+    require_positive(flags, "depth", "aspect_ratio", "max_seq_len")
     if flags.head_dim < 16 or flags.head_dim % 2:  # value gates read 12 channels, smear 24, and rotary rotates pairs
         raise UserError(f"--head-dim {flags.head_dim}: must be even and at least 16")
     n_head = math.ceil(flags.depth * flags.aspect_ratio / flags.head_dim)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 
 from nanochat import checkpoint_manager, distributed, hardware, rollout
 from nanochat.checkpoint_manager import Checkpoint
-from nanochat.cli import command, flag
+from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.logging import append_after
@@ -131,18 +131,8 @@ def train_on_rollouts(flags: Flags, run: Run, source: Checkpoint) -> None:
 
 def validate_flags(flags: Flags) -> None:
     """UserError for values that make no sense, alone or together."""
-    for name in (
-        "num_epochs",
-        "examples_per_step",
-        "max_new_tokens",
-        "rollout_batch_size",
-        "device_batch_size",
-        "updates_per_batch",
-        "eval_examples",
-        "eval_samples",
-    ):
-        if getattr(flags, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least 1")
+    require_positive(flags, "num_epochs", "examples_per_step", "max_new_tokens", "rollout_batch_size")
+    require_positive(flags, "device_batch_size", "updates_per_batch", "eval_examples", "eval_samples")
     if flags.num_iterations < 1 and flags.num_iterations != -1:
         raise UserError(f"--num-iterations {flags.num_iterations}: must be at least 1, or -1 to train for --num-epochs")
     if flags.num_samples < 2:

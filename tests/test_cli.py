@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass
 
 import pytest
 
-from nanochat.cli import command, flag, parse
+from nanochat.cli import command, flag, parse, require_positive
 from nanochat.common import UserError
 
 
@@ -114,3 +114,9 @@ def test_ctrl_c_prints_one_line():
 
     with pytest.raises(SystemExit, match="^interrupted$"):
         endless([])
+
+
+def test_require_positive_names_the_flag_and_its_value():
+    require_positive(Flags(), "depth", "workers")
+    with pytest.raises(UserError, match="^--matrix-lr -1: must be at least 1$"):
+        require_positive(Flags(matrix_lr=-1), "depth", "matrix_lr")

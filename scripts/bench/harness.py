@@ -31,16 +31,6 @@ from nanochat.common import UserError
 T = TypeVar("T")
 
 
-# ---- flags ----
-
-
-def require_positive(flags: Any, *names: str) -> None:
-    """UserError unless each of these flags is at least 1."""
-    for name in names:
-        if getattr(flags, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-
-
 # ---- runs ----
 
 

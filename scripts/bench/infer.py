@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 
 from nanochat import checkpoint_manager, hardware
-from nanochat.cli import command, flag
+from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError, human
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT, decode_flops, kv_bytes_read, matmul_weights
 from nanochat.recipe import RecipeFlags, model_config
 from nanochat.tokenizer import Tokenizer, default_dir
-from scripts.bench.harness import alternate, print_table, report, require_positive, timed
+from scripts.bench.harness import alternate, print_table, report, timed
 from scripts.bench.plain import PlainCache, sample_next
 
 

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 
 from nanochat import checkpoint_manager, hardware, rollout
-from nanochat.cli import command, flag
+from nanochat.cli import command, flag, require_positive
 from nanochat.distributed import Dist
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
@@ -28,7 +28,7 @@ from nanochat.recipe import RecipeFlags, model_config
 from nanochat.rollout import Question, RolloutConfig
 from nanochat.tokenizer import Tokenizer, default_dir
 from nanochat.tools import ToolUse
-from scripts.bench.harness import alternate, medians, print_table, report, require_positive
+from scripts.bench.harness import alternate, medians, print_table, report
 from scripts.bench.plain import PlainCache, sample_next
 from tasks.quiz import HardSums
 

@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 
 from nanochat.checkpoint_manager import STAGES, CheckpointWriter
-from nanochat.cli import command, flag
+from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError, base_dir, human
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT
@@ -47,7 +47,7 @@ from nanochat.primer import generate_quiz
 from nanochat.recipe import RecipeFlags, model_config, param_groups
 from nanochat.tokenizer import NUM_BYTES, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, default_dir
 from nanochat.train import TrainState
-from scripts.bench.harness import medians, print_table, report, require_positive
+from scripts.bench.harness import medians, print_table, report
 from scripts.bench.load_client import HOST, OUTCOMES, LoadClient, Response, get_json, summarize
 
 DEPTH = 4  # of a fresh model, which has 256 channels; heuristic, not tuned

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import dataset
-from nanochat.cli import command, flag
+from nanochat.cli import command, flag, require_positive
 from nanochat.tokenizer import SPLIT_PATTERN
-from scripts.bench.harness import alternate, medians, print_table, report, require_positive, run_in_process
+from scripts.bench.harness import alternate, medians, print_table, report, run_in_process
 
 BATCH = 128  # documents per call, as in the data loader
 ENCODE_CHARS = 10_000_000  # about a second of the slowest encoder

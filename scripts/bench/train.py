@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import attention, dataset, hardware, primer, recipe
-from nanochat.cli import command, flag
+from nanochat.cli import command, flag, require_positive
 from nanochat.common import human
 from nanochat.dataloader import PretrainLoader, prefetch, to_device
 from nanochat.distributed import Dist
@@ -36,16 +36,7 @@ from nanochat.muon import MuonAdamW, adamw_update, build_optimizer
 from nanochat.run import Run, RunFlags
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Step, token_loss
-from scripts.bench.harness import (
-    Stopwatch,
-    Worker,
-    alternate,
-    medians,
-    print_table,
-    report,
-    require_positive,
-    time_passes,
-)
+from scripts.bench.harness import Stopwatch, Worker, alternate, medians, print_table, report, time_passes
 
 PARTS = ("data", "forward", "loss", "backward", "optimizer")
 TOKENIZER_DOCUMENTS = 3000  # enough to learn a vocabulary for a benchmark (heuristic, not tuned)
