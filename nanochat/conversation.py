@@ -14,8 +14,8 @@ becomes
     <|python_start|> 12*3 <|python_end|> <|output_start|> 36 <|output_end|> 36. <|assistant_end|>
 
 The model is trained on what it has to generate itself: the assistant's text, its tool calls with their markers, and the
-end token. The loss mask excludes everything else, tool outputs included. Special tokens in text are encoded as plain
-characters, so a user cannot produce one.
+end token. The loss mask excludes everything else, tool outputs included. The name of a special token in a text is
+encoded as ordinary characters, so that users cannot forge one.
 """
 
 import codecs

@@ -10,13 +10,13 @@ Two loaders of the same shape:
             for x_BT, y_BT, num_targets in step.micro_batches:
                 ...
 
-Both pack best-fit (arXiv 2404.10830). A row of T + 1 tokens repeatedly takes the longest document in a buffer that
-still fits whole. When none fits, pretraining crops the shortest document to fill the row, so no computation is spent
-on padding; fine-tuning pads the row, so that every conversation is trained on whole. Every document starts with BOS,
-and so does every row. Inputs are a row's first T tokens, targets its last T.
+Both pack best-fit (arXiv 2404.10830): to fill a row of T + 1 tokens, they repeatedly take the longest document of a
+buffer that still fits into the row. When none fits, pretraining crops the shortest document to the rest of the row, so
+that no computation is spent on padding; fine-tuning pads the row, so that conversations stay complete. Every document
+starts with BOS, and so does every row. Inputs are a row's first T tokens, targets its last T.
 
-A step's `data_state` holds the position in the data and the documents in the buffer. A loader constructed with
-`states` continues with exactly the batches of an uninterrupted run.
+A step's `data_state` holds the position in the data and the documents in the buffer. A loader that is constructed with
+such `states` yields exactly the batches that an uninterrupted run would yield next.
 
 Shapes: B rows per micro-batch and rank, T tokens per row.
 """
@@ -43,9 +43,9 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (B, T) each, in
 MicroBatch = tuple[torch.Tensor, torch.Tensor, int]  # inputs, targets, and the number of targets in the whole step
 
 TEXTS_PER_CALL = 128  # documents tokenized per call: keeps all threads busy without delaying the first batch
-# More documents to choose from mean fewer crops, but text then leaves the buffer less in its original order. With 100,
-# 1,000 and 10,000 documents, 21, 14 and 8 % of the tokens are discarded at T = 2048 (3,000 rows of English text,
-# vocabulary 32,768). Rows should be longer than most documents: at T = 512 it is 74, 72 and 50 %.
+# A larger buffer means fewer crops, but it changes the order of the documents more. With 100, 1,000 and 10,000
+# documents, 21, 14 and 8 % of the tokens are discarded at T = 2048 (3,000 rows of English text, vocabulary 32,768).
+# Rows should be longer than most documents: at T = 512, 74, 72 and 50 % are discarded.
 MIN_DOCUMENTS_IN_BUFFER = 1000
 MIN_CONVERSATIONS_IN_BUFFER = 256  # heuristic, not tuned
 
@@ -110,9 +110,9 @@ class PretrainLoader:
     Row groups are numbered consecutively over all epochs, and rank r reads r, r + world_size, r + 2 * world_size, …
     With fewer row groups than ranks, every rank reads all row groups and takes every world_size-th text.
 
-    `states` are the data states of all ranks of the run to resume. With another number of ranks than before, the
-    buffered documents are distributed over the new ranks and reading continues at the rank that had read least: no
-    document is lost, some are read twice.
+    `states` are the data states of all ranks of the run to resume. If the number of ranks has changed, the buffered
+    documents are distributed over the new ranks, and reading continues at the earliest row group that a rank was
+    reading: no document is lost, some are read twice.
 
     Raises UserError if no row group has text for this rank, and if the states belong to other shards.
     """
@@ -141,7 +141,7 @@ class PretrainLoader:
             self.row_group = 0
             self._stride = 1
             self._own_texts = slice(dist.rank, None, dist.world_size)
-        self.texts_done = 0  # of this rank's texts in that row group
+        self.texts_done = 0  # number of this rank's texts already taken from that row group
         self.buffer = PackingBuffer()
         # Keeps one row group, because reading it costs more than tokenizing TEXTS_PER_CALL of its texts.
         self._read = functools.lru_cache(maxsize=1)(row_groups.texts)
@@ -152,7 +152,7 @@ class PretrainLoader:
             self._restore(states[dist.rank])
         elif states:
             self._restore_resharded(states, dist)
-        self._last_row_group = self.row_group  # the one read last, for messages
+        self._last_row_group = self.row_group  # for messages
 
     def steps(self, accumulation: int, num_steps: int, first_step: int = 0) -> Iterator[Step]:
         """Yield steps first_step … num_steps - 1, each with `accumulation` micro-batches on this rank."""
@@ -176,7 +176,7 @@ class PretrainLoader:
         return rows_BT[:, :-1].contiguous(), rows_BT[:, 1:].contiguous()
 
     def position(self) -> tuple[int, int, int]:
-        """(shard, row group in that shard, epoch) of the texts read last; the epoch counts from 1."""
+        """Return (shard, row group in that shard, epoch) of the last texts read; epochs count from 1."""
         epoch, index = divmod(self._last_row_group, len(self.row_groups))
         shard, row_group = self.row_groups.locate(index)
         return shard, row_group, epoch + 1
@@ -276,7 +276,7 @@ class ConversationLoader:
         self.dist = dist
 
         self.step = 0
-        self.next_index = 0  # of the conversation to render next; counts on over all passes
+        self.next_index = 0  # of the conversation to render next; later passes continue the count
         self.truncated = 0
         self.buffer = PackingBuffer()  # of (index, ids, mask)
         if states:
@@ -358,7 +358,7 @@ class ConversationLoader:
     def _fill_buffer(self, one_pass: bool) -> None:
         """
         Render conversations until the buffer has enough to choose from. A pass is packed completely before the next one
-        starts: otherwise long conversations of the next pass could crowd out this one's short ones.
+        starts: otherwise long conversations of the next pass could be packed before short ones of this pass.
         """
         while len(self.buffer) < MIN_CONVERSATIONS_IN_BUFFER:
             pass_is_over = self.next_index > 0 and self.next_index % len(self.conversations) == 0

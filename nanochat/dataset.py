@@ -1,8 +1,8 @@
 """
 Pretraining text: a folder of parquet shards with a `text` column of documents.
 
-The last shard by name is the validation split, the others are the training split. Any such folder can be used, with
---data-dir or $NANOCHAT_DATA_DIR. The default is a public dataset, which this module downloads:
+The last shard by name is the validation split, the others are the training split. --data-dir or $NANOCHAT_DATA_DIR
+selects any such folder. The default is a public dataset, which this module downloads:
 
     python -m nanochat.dataset -n 170    # 170 training shards of about 100 MB, enough for the speedrun, and validation
     python -m nanochat.dataset -n -1     # all 6,542
@@ -42,8 +42,8 @@ def split_shards(directory: Path) -> tuple[list[Path], list[Path]]:
     """
     Return the training shards and the validation shard, sorted by name.
 
-    Raises UserError if a shard is damaged, empty or without a text column. Only footers are read, so every problem is
-    reported before any expensive work.
+    Raises UserError if a shard is incomplete, empty or without a text column. Reads only the footers of the shards, so
+    that such problems are reported before any expensive work.
     """
     shards = sorted(directory.glob("*.parquet"))
     if not shards:
@@ -114,7 +114,7 @@ def download_public(num_train: int, directory: Path, workers: int = 4) -> None:
     a time, from $HF_ENDPOINT or huggingface.co. Shards that exist are skipped.
 
     Raises UserError if the disk is too small (checked before the first byte is downloaded), if the server cannot be
-    reached, and if shards are missing in the end.
+    reached, and if a shard could not be downloaded.
     """
     if not -1 <= num_train <= NUM_PUBLIC_TRAIN or num_train == 0:
         raise UserError(f"{num_train} training shards: ask for 1 to {NUM_PUBLIC_TRAIN}, or -1 for all")

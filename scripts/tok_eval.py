@@ -2,7 +2,7 @@
 Compare the compression of the tokenizer with that of GPT-2's and GPT-4's, in bytes per token (more is better).
 
     python -m scripts.tok_eval
-    TIKTOKEN_CACHE_DIR=~/.cache/tiktoken python -m scripts.tok_eval     # tiktoken's files of the other two
+    TIKTOKEN_CACHE_DIR=~/.cache/tiktoken python -m scripts.tok_eval     # where tiktoken keeps the other two
 """
 
 import itertools
@@ -32,7 +32,7 @@ class Flags:
 
 @command
 def main(flags: Flags) -> dict[str, dict[str, float]]:
-    """Prints the table, and returns kind of text → tokenizer → bytes per token."""
+    """Print a table and return bytes per token by kind of text and tokenizer."""
     ours = Tokenizer.load(Path(flags.tokenizer_dir or default_dir()))
     encoders = {"ours": ours.encode}
     sizes = {"ours": ours.vocab_size}
@@ -55,7 +55,7 @@ def main(flags: Flags) -> dict[str, dict[str, float]]:
 
 
 def local_encoding(name: str) -> tiktoken.Encoding | None:
-    """tiktoken's encoding of that name, or None if its files are not on this machine. Never downloads them."""
+    """Return tiktoken's encoding of that name, or None if its files are not on this machine: nothing is downloaded."""
     with mock.patch("tiktoken.load.read_file", side_effect=FileNotFoundError):
         try:
             return tiktoken.get_encoding(name)
@@ -64,12 +64,12 @@ def local_encoding(name: str) -> tiktoken.Encoding | None:
 
 
 def split_samples(data_dir: str) -> dict[str, list[str]]:
-    """The first documents of the training and validation splits; empty if there are no shards."""
+    """Return the first documents of the training and validation splits; empty if there are no shards."""
     try:
         train_shards, val_shards = dataset.split_shards(dataset.resolve_data_dir(data_dir))
     except UserError as error:
         if data_dir:
-            raise  # the user named this folder
+            raise  # the user asked for this folder
         print(f"train and val split: skipped, {error}")
         return {}
     splits = {"train split": train_shards, "val split": val_shards}
