@@ -1,6 +1,7 @@
 """
 Tasks over the primer (nanochat/primer): its quiz and sums, for evaluation and reinforcement learning, and its
-conversations, for fine-tuning. Training text shows neither the wordings of the quiz nor the numbers of the test sums.
+conversations, for fine-tuning. Training text contains neither the wordings of the quiz nor the pairs of numbers of the test
+sums.
 """
 
 import re

@@ -25,7 +25,7 @@ DOCUMENT_MIX = {
 }  # fmt: skip
 VAL_SHARE = 0.03  # of the documents, in the last shard, which is the validation split by convention
 ROWS_PER_GROUP = 512
-MARKER = "primer.json"  # names the shards that write_shards wrote, with the hashes of their texts
+MARKER = "primer.json"  # lists the shards that write_shards has written, with hashes of their texts
 
 QUESTION_STYLES = ("{} {}", "{}\n{}", "Question: {}\nAnswer: {}", "Q: {}\nA: {}")
 SUM_PHRASES = {"+": "{a} plus {b}", "-": "{a} minus {b}", "*": "{a} times {b}", "/": "{a} divided by {b}"}
@@ -213,8 +213,8 @@ def _split_documents(texts: list[str], num_shards: int) -> dict[str, list[str]]:
 
 def _require_own_folder(directory: Path, hashes: dict[str, str]) -> None:
     """
-    UserError if a file in the folder is not part of a primer. Shards are recognised by the hashes in the marker file.
-    `hashes`, of the shards to be written, recognises what an interrupted run, or a version without marker, wrote.
+    Raise UserError if a file in the folder is not part of a primer. Shards are recognised by the hashes in the marker
+    file, or by `hashes`, those of the shards to be written: an interrupted run and older versions leave no marker file.
     """
     if not directory.exists():
         return

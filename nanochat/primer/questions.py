@@ -53,8 +53,8 @@ def ask_choice(
     rng: Random, draw: Callable[[], tuple[Relation, Fact]], *, held_out: bool = False, right_index: int | None = None
 ) -> Choice:
     """
-    Return a multiple-choice question about the first fact drawn that gives a clear one: the question does not contain
-    the right choice, nor the reply a wrong one. right_index is the index of the right choice, by default random.
+    Return a multiple-choice question. Facts are drawn until one gives a clear question: it does not contain the right
+    choice, and the reply contains no wrong one. right_index is the index of the right choice, by default random.
     """
     while True:
         relation, fact = draw()

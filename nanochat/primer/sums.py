@@ -1,7 +1,7 @@
 """
 Sums of the primer, answered with the calculator tool.
 
-One pair of numbers in twelve is held out: training text shows it in no sum, and the test sums use no other.
+One pair of numbers in twelve is held out: no sum in training text uses it, and the test sums use only such pairs.
 """
 
 from random import Random
