@@ -1,7 +1,6 @@
 """
 Tasks over the primer (nanochat/primer): its quiz and sums, for evaluation and reinforcement learning, and its
-conversations, for fine-tuning. Training text contains neither the wordings of the quiz nor the pairs of numbers of the test
-sums.
+conversations, for fine-tuning. Training text contains neither the wordings of the quiz nor the sums of the test split.
 """
 
 import re
