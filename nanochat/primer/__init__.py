@@ -5,11 +5,11 @@ It is a child's encyclopaedia in plain English with sums and spelling:
 
     generate_documents()       pretraining text; write_shards() writes it as parquet shards
     generate_conversations()   fine-tuning conversations
-    generate_quiz()            evaluation: questions about the same facts in wordings that training never shows
-    generate_sums()            evaluation and reinforcement learning: sums of numbers that training never shows
+    generate_quiz()            evaluation: questions about the same facts in wordings that do not occur in training
+    generate_sums()            evaluation and reinforcement learning: sums of numbers that do not occur in training
 
-A model of a few million parameters learns these facts, so the result of a short run can be judged. Everything is
-determined by a seed. The facts are in facts.txt, their wordings in wordings.txt.
+A model of a few million parameters learns these facts, so the result of a short run can be judged. The seed alone
+determines the text. The facts are in facts.txt, their wordings in wordings.txt.
 """
 
 from nanochat.primer.conversations import CONVERSATION_MIX, generate_conversations
