@@ -6,7 +6,7 @@ It is a child's encyclopaedia in plain English with sums and spelling:
     generate_documents()       pretraining text; write_shards() writes it as parquet shards
     generate_conversations()   fine-tuning conversations
     generate_quiz()            evaluation: questions about the same facts in wordings that do not occur in training
-    generate_sums()            evaluation and reinforcement learning: sums of numbers that do not occur in training
+    generate_sums()            evaluation and reinforcement learning: sums, in the test split of unseen numbers
 
 A model of a few million parameters learns these facts, so the result of a short run can be judged. The seed alone
 determines the text. The facts are in facts.txt, their wordings in wordings.txt.
