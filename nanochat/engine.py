@@ -18,9 +18,11 @@ import random
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.attention import attend, attend_cached, band_mask
 from nanochat.common import UserError
@@ -109,7 +111,8 @@ class Prefill:
     """
 
     def __init__(self, prompts: Sequence[tuple[int, ...]], model: GPT):
-        self.prompts, self.model = list(prompts), model
+        self.prompts = list(prompts)
+        self.model = model
         self.start = 0  # tokens read so far
         self.keys: dict[int, torch.Tensor] = {}  # by layer, (B, S, K, D)
         self.values: dict[int, torch.Tensor] = {}
@@ -118,15 +121,11 @@ class Prefill:
 
     def read(self, num_tokens: int) -> list[Prefix]:
         """Reads the next tokens of every prompt; returns the states of the prompts that are complete."""
-        longest = max(len(prompt) for prompt in self.prompts)
-        stop = min(self.start + num_tokens, longest)
-        rows = []
-        for prompt in self.prompts:
-            chunk = list(prompt[self.start : stop])
-            rows.append(chunk + [0] * (stop - self.start - len(chunk)))
+        stop = min(self.start + num_tokens, max(map(len, self.prompts)))
+        chunks = [torch.tensor(prompt[self.start : stop]) for prompt in self.prompts]
         self.positions_BT = torch.arange(self.start, stop, device=self.model.device)[None]
         self.masks: dict[int, torch.Tensor] = {}  # by window
-        self.model.hidden(torch.tensor(rows, device=self.model.device), self)
+        self.model.hidden(pad_sequence(chunks, batch_first=True).to(self.model.device), self)
         self.start = stop
         prefixes = [self._prefix(b) for b, prompt in enumerate(self.prompts) if len(prompt) <= stop]
         self._keep([b for b, prompt in enumerate(self.prompts) if len(prompt) > stop])
@@ -134,7 +133,8 @@ class Prefill:
 
     def drop(self, prompt: tuple[int, ...]) -> None:
         """Stops reading a prompt, if it is among these."""
-        self._keep([b for b, other in enumerate(self.prompts) if other != prompt])
+        if prompt in self.prompts:
+            self._keep([b for b, other in enumerate(self.prompts) if other != prompt])
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         """The attention of one layer, called by the model: appends to the cache, then reads it."""
@@ -261,7 +261,7 @@ class Engine:
             self.decoder = Decoder(model, num_rows, int8)
         self.waiting: deque[ActiveRequest] = deque()
         self.active: list[ActiveRequest] = []  # in slots 0, 1, …
-        self.prefill: Prefill | None = None  # the prompts being read
+        self.prefill = Prefill([], model)  # the prompts being read
         self.prefixes: dict[tuple[int, ...], Prefix] = {(): Prefix((), [], [])}  # read, for waiting requests
         self.prefix_refcounts: Counter[tuple[int, ...]] = Counter()  # waiting requests per prefix
         self.num_requests = 0  # so far
@@ -280,10 +280,8 @@ class Engine:
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Returns the completions in the order of the requests. UserError as in `stream`."""
-        completions: list[Completion] = [Completion()] * len(requests)
-        for index, _, completion in self.stream(requests):
-            completions[index] = completion
-        return completions
+        completions = {index: completion for index, _, completion in self.stream(requests)}
+        return [completions[index] for index in range(len(requests))]
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
         """
@@ -291,13 +289,13 @@ class Engine:
         indices of the requests. UserError before anything is generated if a request is not valid.
         """
         assert not self.is_busy, "stream and generate need an engine without other requests"
-        for i, request in enumerate(requests):
-            try:
-                request.validate(self.model.config)
-            except UserError as error:
-                raise UserError(f"request {i}: {error}") from None
-        indices = {self.enqueue(request): i for i, request in enumerate(requests)}
+        indices: dict[int, int] = {}  # number → index
         try:
+            for i, request in enumerate(requests):
+                try:
+                    indices[self.add(request)] = i
+                except UserError as error:
+                    raise UserError(f"request {i}: {error}") from None
             while self.is_busy:
                 for number, token, completion in self.step():
                     yield Event(indices[number], token, completion)
@@ -310,10 +308,6 @@ class Engine:
     def add(self, request: Request) -> int:
         """Queues a request; returns its number, which its events carry. UserError if the request is not valid."""
         request.validate(self.model.config)
-        return self.enqueue(request)
-
-    def enqueue(self, request: Request) -> int:
-        """Like `add`, for a request that the caller has already validated."""
         entry = ActiveRequest(self.num_requests, request, ToolUse(self.tokenizer), self.model.config)
         self.num_requests += 1
         self.waiting.append(entry)
@@ -362,21 +356,18 @@ class Engine:
 
     def _read_prompts(self) -> None:
         """Reads one chunk of the prompts of the next requests, as many as there are free slots."""
-        if self.prefill is None:
-            prompts = self._prompts_to_read()
-            self.prefill = Prefill(prompts, self.model) if prompts else None
-        if self.prefill is not None:
+        if not self.prefill.prompts:
+            self.prefill = Prefill(self._prompts_to_read(), self.model)
+        if self.prefill.prompts:
             for prefix in self.prefill.read(self.prefill_chunk):
                 self.prefixes[prefix.tokens] = prefix
-            if not self.prefill.prompts:
-                self.prefill = None
 
     def _prompts_to_read(self) -> list[tuple[int, ...]]:
         num_free = self.num_rows - len(self.active)
-        next_prefixes = [entry.prefix for entry, _ in zip(self.waiting, range(num_free), strict=False)]
-        prompts = [prefix for prefix in dict.fromkeys(next_prefixes) if prefix not in self.prefixes]
-        max_tokens = max(self.max_prefill_tokens, self.prefill_chunk)
-        while prompts and len(prompts) * min(self.prefill_chunk, max(map(len, prompts))) > max_tokens:
+        next_prefixes = dict.fromkeys(entry.prefix for entry in islice(self.waiting, num_free))  # each one once
+        prompts = [prefix for prefix in next_prefixes if prefix not in self.prefixes]
+        chunk = self.prefill_chunk
+        while len(prompts) > 1 and len(prompts) * min(chunk, max(map(len, prompts))) > self.max_prefill_tokens:
             prompts.pop()
         return prompts
 
@@ -406,10 +397,7 @@ class Engine:
         del self.prefix_refcounts[prefix]
         if prefix:
             self.prefixes.pop(prefix, None)
-        if self.prefill is not None:
-            self.prefill.drop(prefix)
-            if not self.prefill.prompts:
-                self.prefill = None
+        self.prefill.drop(prefix)
 
     def _free_slot(self, slot: int) -> None:
         """Removes a request from its slot; the last one moves there, so that the first slots are the active ones."""
@@ -422,11 +410,8 @@ class Engine:
 def sample_prompts(engine: Engine, max_tokens: int = 32) -> None:
     """Prints greedy completions of a few prompts: a quick look at what a base model has learned."""
     tokenizer = engine.tokenizer
-    texts, requests = [], []
-    for text in SAMPLE_PROMPTS:
-        prompt = [tokenizer.bos, *tokenizer.encode(text)]
-        if len(prompt) <= engine.model.config.sequence_len:
-            texts.append(text)
-            requests.append(Request(prompt, max_tokens, temperature=0.0))
-    for text, completion in zip(texts, engine.generate(requests), strict=True):
-        print(f"  {text!r} → {tokenizer.decode(completion.tokens)!r}", flush=True)
+    prompts = [[tokenizer.bos, *tokenizer.encode(text)] for text in SAMPLE_PROMPTS]
+    fitting = [prompt for prompt in prompts if len(prompt) <= engine.model.config.sequence_len]
+    completions = engine.generate([Request(prompt, max_tokens, temperature=0.0) for prompt in fitting])
+    for prompt, completion in zip(fitting, completions, strict=True):
+        print(f"  {tokenizer.decode(prompt[1:])!r} → {tokenizer.decode(completion.tokens)!r}", flush=True)

@@ -124,7 +124,7 @@ def assert_same(completion, expected):
 
 
 def assert_nothing_left(engine):
-    assert not engine.active and not engine.waiting and not engine.prefix_refcounts and engine.prefill is None
+    assert not engine.active and not engine.waiting and not engine.prefix_refcounts and not engine.prefill.prompts
     assert list(engine.prefixes) == [()]
 
 
@@ -207,7 +207,7 @@ def test_prefill_in_chunks_keeps_keys_within_windows(modern, golden_tokenizer):
     engine = make_engine(modern, golden_tokenizer, prefill_chunk=20)
     engine.add(greedy(prompt_of(220)))
     while engine.step() == []:
-        if engine.prefill:
+        if engine.prefill.prompts:
             assert engine.prefill.keys[0].size(1) == min(engine.prefill.start, 128)
     assert [keys.size(1) for keys in engine.decoder.keys] == [129, CONTEXT, CONTEXT]
 
