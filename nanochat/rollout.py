@@ -24,9 +24,9 @@ Shapes: B rows, T tokens, N trained tokens of a micro-batch, V vocabulary, S tok
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -37,6 +37,8 @@ from nanochat.engine import Completion, Engine, Request
 from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Step
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -120,31 +122,27 @@ def sample_rollouts(
     `numbers` has one number per question that no other question of the run has. The seeds follow from it, so the
     completions depend neither on the number of ranks nor on what else is sampled at the same time.
     """
-    own_indices = range(dist.rank, len(questions), dist.world_size)
+    template = Request([], config.max_tokens, config.temperature, config.top_k, logprobs=config.logprobs)
+    own_questions = questions[dist.rank :: dist.world_size]
     requests = []
-    for i in own_indices:
-        for j in range(config.num_samples):
-            request = Request(
-                questions[i].prompt,
-                max_tokens=config.max_tokens,
-                temperature=config.temperature,
-                top_k=config.top_k,
-                seed=numbers[i] * config.num_samples + j,
-                logprobs=config.logprobs,
-            )
-            requests.append(request)
-    completions = engine.generate(requests)
+    for question, number in zip(own_questions, numbers[dist.rank :: dist.world_size], strict=True):
+        for i in range(config.num_samples):
+            requests.append(replace(template, prompt=question.prompt, seed=number * config.num_samples + i))
+    groups = _split(engine.generate(requests), config.num_samples)
+    graded = [
+        grade_group(question, group, engine.tokenizer) for question, group in zip(own_questions, groups, strict=True)
+    ]
 
-    own_groups = []
-    for n, i in enumerate(own_indices):
-        group = completions[n * config.num_samples : (n + 1) * config.num_samples]
-        own_groups.append(grade_group(questions[i], group, engine.tokenizer))
-
-    groups_by_rank = dist.gather(own_groups)
+    graded_by_rank = dist.gather(graded)
     rollouts = []
     for i in range(len(questions)):
-        rollouts += groups_by_rank[i % dist.world_size][i // dist.world_size]
+        rollouts += graded_by_rank[i % dist.world_size][i // dist.world_size]
     return rollouts
+
+
+def _split(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """The groups of `size` items that follow one another; the last one may be smaller."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def grade_group(question: Question, completions: Sequence[Completion], tokenizer: Tokenizer) -> list[Rollout]:
@@ -183,7 +181,7 @@ def summarize(rollouts: Sequence[Rollout], num_samples: int) -> dict[str, float]
     Metrics of a batch: mean reward, mean length in tokens, the fraction of groups with a training signal (not all
     rewards equal), and the fraction of completions that were cut off.
     """
-    groups = [rollouts[i : i + num_samples] for i in range(0, len(rollouts), num_samples)]
+    groups = _split(rollouts, num_samples)
     return {
         "rl/reward": math.fsum(r.reward for r in rollouts) / len(rollouts),
         "rl/length": sum(len(r.completion) for r in rollouts) / len(rollouts),
@@ -200,10 +198,7 @@ def evaluate_pass_at_k(
 ) -> dict[str, float]:
     """pass@k for k = 1, 2, 4 … num_samples; a completion with a reward of at least 1 is correct. Collective."""
     rollouts = sample_rollouts(engine, questions, range(len(questions)), config, dist)
-    num_correct = []
-    for start in range(0, len(rollouts), config.num_samples):
-        group = rollouts[start : start + config.num_samples]
-        num_correct.append(sum(r.reward >= 1 for r in group))
+    num_correct = [sum(r.reward >= 1 for r in group) for group in _split(rollouts, config.num_samples)]
     metrics = {}
     k = 1
     while k <= config.num_samples:
@@ -252,35 +247,28 @@ def pack_micro_batches(
     used = [r for r in rollouts if r.advantage or keep_zero_advantage]
     used.sort(key=lambda r: len(r.prompt) + len(r.completion), reverse=True)
     own = used[dist.rank :: dist.world_size]
-    batches = []
-    for start in range(0, len(own), device_batch_size):
-        batches.append(_collate(own[start : start + device_batch_size], num_targets, dist.device))
+    batches = [_collate(rows, num_targets, dist.device) for rows in _split(own, device_batch_size)]
     return batches, sum(sum(r.sampled) for r in used)
 
 
 def _collate(rollouts: Sequence[Rollout], num_targets: int, device: torch.device) -> RolloutBatch:
-    T = max(len(r.prompt) + len(r.completion) for r in rollouts) - 1
-    idx_BT = torch.zeros((len(rollouts), T), dtype=torch.long)  # any token pads: attention is causal
-    positions: list[int] = []
-    targets: list[int] = []
-    advantages: list[float] = []
-    old_logprobs: list[float] = []
+    shape = (len(rollouts), max(len(r.prompt) + len(r.completion) for r in rollouts))
+    ids = torch.zeros(shape, dtype=torch.long)  # any token pads: attention is causal
+    is_sampled = torch.zeros(shape, dtype=torch.bool)
+    advantages, old_logprobs = torch.zeros(shape), torch.zeros(shape)
     for row, r in enumerate(rollouts):
-        inputs = (r.prompt + r.completion)[:-1]
-        idx_BT[row, : len(inputs)] = torch.tensor(inputs)
-        first_position = row * T + len(r.prompt) - 1  # its output predicts the first token of the completion
-        for i, token in enumerate(r.completion):
-            if r.sampled[i]:
-                positions.append(first_position + i)
-                targets.append(token)
-                advantages.append(r.advantage)
-                old_logprobs.append(r.logprobs[i] if r.logprobs else 0.0)
+        completion = slice(len(r.prompt), len(r.prompt) + len(r.completion))
+        ids[row, : completion.stop] = torch.tensor(r.prompt + r.completion)
+        is_sampled[row, completion] = torch.tensor(r.sampled)
+        advantages[row] = r.advantage
+        if r.logprobs:
+            old_logprobs[row, completion] = torch.tensor(r.logprobs)
     return RolloutBatch(
-        idx_BT=idx_BT.to(device),
-        positions_N=torch.tensor(positions, dtype=torch.long, device=device),
-        targets_N=torch.tensor(targets, dtype=torch.long, device=device),
-        advantages_N=torch.tensor(advantages, dtype=torch.float32, device=device),
-        old_logprobs_N=torch.tensor(old_logprobs, dtype=torch.float32, device=device),
+        idx_BT=ids[:, :-1].to(device),
+        positions_N=is_sampled[:, 1:].flatten().nonzero().squeeze(1).to(device),  # each predicts the token after it
+        targets_N=ids[is_sampled].to(device),
+        advantages_N=advantages[is_sampled].to(device),
+        old_logprobs_N=old_logprobs[is_sampled].to(device),
         num_targets=num_targets,
     )
 
@@ -357,17 +345,18 @@ def target_logprobs(logits_NV: torch.Tensor, targets_N: torch.Tensor, support_NS
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """How many rollouts are drawn for how many optimizer steps."""
+    """How many rollouts are drawn for how many optimizer steps, and how they are packed into micro-batches."""
 
     num_steps: int  # optimizer steps of the run
     questions_per_batch: int  # over all ranks
+    device_batch_size: int  # rollouts per micro-batch
     steps_per_batch: int = 1  # optimizer steps on each batch of rollouts
+    keep_zero_advantage: bool = False  # see pack_micro_batches
 
 
 def rollout_steps(
     plan: RolloutPlan,
     draw: Callable[[int, int], list[Rollout]],  # (number of the first question, optimizer step) → rollouts
-    pack: Callable[[Sequence[Rollout]], tuple[list[RolloutBatch], int]],  # pack_micro_batches
     dist: Dist,
     state: dict[str, Any] | None = None,  # the first rank's data state, of a resumed run
 ) -> Iterator[Step]:
@@ -389,7 +378,7 @@ def rollout_steps(
             next_question += plan.questions_per_batch
             steps_left = plan.steps_per_batch
         steps_left -= 1
-        micro_batches, num_tokens = pack(rollouts)
+        micro_batches, num_tokens = pack_micro_batches(rollouts, plan.device_batch_size, dist, plan.keep_zero_advantage)
         data_state = {"step": step, "next": next_question, "updates_left": steps_left, "rollouts": []}
         if steps_left and dist.is_main:
             data_state["rollouts"] = [rollout.state_dict() for rollout in rollouts]

@@ -11,7 +11,7 @@ The completions of the first question of every batch are written to <base>/repor
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 from nanochat import checkpoint_manager, distributed, hardware, rollout
@@ -21,7 +21,7 @@ from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.logging import append_after
 from nanochat.recipe import load_hyperparameters, param_groups, rl_schedule
-from nanochat.rollout import PolicyLoss, Question, Rollout, RolloutBatch, RolloutConfig, RolloutPlan
+from nanochat.rollout import PolicyLoss, Question, Rollout, RolloutConfig, RolloutPlan
 from nanochat.run import Run, RunFlags
 from nanochat.tokenizer import Tokenizer, default_dir
 from nanochat.train import Hook, TrainState
@@ -117,14 +117,10 @@ def train_on_rollouts(flags: Flags, run: Run, source: Checkpoint) -> None:
         engine.refresh_weights()
         return rollout.evaluate_pass_at_k(engine, test_questions, eval_sampling, dist)
 
-    def pack(rollouts: Sequence[Rollout]) -> tuple[list[RolloutBatch], int]:
-        keep_zero_advantage = flags.kl_coef > 0
-        return rollout.pack_micro_batches(rollouts, flags.device_batch_size, dist, keep_zero_advantage)
-
     if flags.eval_every >= 0 and run.state.step == 0:
         logger.log(run.state, evaluate(run.state))
     data_state = run.data_states[0] if run.data_states else None
-    steps = rollout.rollout_steps(plan, draw, pack, dist, data_state)
+    steps = rollout.rollout_steps(plan, draw, dist, data_state)
     run.train(steps, loss_fn, rl_schedule, [Hook(flags.eval_every, evaluate), run.save_hook()])
     run.finish(**{"questions": len(questions), "too long": num_skipped, "transcripts": str(transcript_path)})
 
@@ -174,7 +170,13 @@ def load_questions(flags: Flags, tokenizer: Tokenizer, sequence_len: int) -> tup
 def plan_rollouts(flags: Flags, num_questions: int) -> RolloutPlan:
     num_batches = max(1, flags.num_epochs * num_questions // flags.examples_per_step)
     num_steps = flags.num_iterations if flags.num_iterations > 0 else num_batches * flags.updates_per_batch
-    return RolloutPlan(num_steps, flags.examples_per_step, flags.updates_per_batch)
+    return RolloutPlan(
+        num_steps,
+        questions_per_batch=flags.examples_per_step,
+        device_batch_size=flags.device_batch_size,
+        steps_per_batch=flags.updates_per_batch,
+        keep_zero_advantage=flags.kl_coef > 0,
+    )
 
 
 def transcript(r: Rollout, step: int, tokenizer: Tokenizer) -> str:

@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -327,9 +326,8 @@ def drawn(first, step):
 
 
 def rl_steps(num_steps, state=None, updates=1, draw=drawn):
-    plan = RolloutPlan(num_steps, questions_per_batch=2, steps_per_batch=updates)
-    pack = partial(rollout.pack_micro_batches, device_batch_size=2, dist=CPU)
-    return rollout.rollout_steps(plan, draw, pack, CPU, state)
+    plan = RolloutPlan(num_steps, questions_per_batch=2, device_batch_size=2, steps_per_batch=updates)
+    return rollout.rollout_steps(plan, draw, CPU, state)
 
 
 def test_rollout_steps_draw_only_when_a_step_needs_rollouts():
@@ -407,8 +405,8 @@ def test_train_rewarded_letter_becomes_more_frequent(golden_tokenizer):
         engine.refresh_weights()
         return rollout.sample_rollouts(engine, questions, range(first, first + 3), sampling, CPU)
 
-    pack = partial(rollout.pack_micro_batches, device_batch_size=16, dist=CPU)
-    steps = rollout.rollout_steps(RolloutPlan(num_steps=25, questions_per_batch=3), draw, pack, CPU)
+    plan = RolloutPlan(num_steps=25, questions_per_batch=3, device_batch_size=16)
+    steps = rollout.rollout_steps(plan, draw, CPU)
     rewards = []
     trainer = Trainer(
         model, optimizer, TrainState(), CPU, log=lambda state, metrics: rewards.append(metrics["rl/reward"])
