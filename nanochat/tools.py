@@ -83,9 +83,7 @@ def _evaluate(node: ast.expr, source: str, depth: int) -> Fraction:
     if depth == 0:
         raise ValueError("nested too deeply")
     match node:
-        case ast.Constant(value=bool()):
-            raise ValueError("not a number")
-        case ast.Constant(value=int() | float()):
+        case ast.Constant(value=number) if type(number) in (int, float):  # not bool, which is an int too
             value = Fraction(ast.get_source_segment(source, node) or "")  # the float itself would be rounded
         case ast.UnaryOp(op=ast.UAdd(), operand=operand):
             value = _evaluate(operand, source, depth - 1)

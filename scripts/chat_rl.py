@@ -90,9 +90,8 @@ def train_on_rollouts(flags: Flags, run: Run, source: Checkpoint) -> None:
     engine = Engine(run.model, tokenizer, flags.rollout_batch_size)
     logger = run.open_log(plan.num_steps)
 
-    sampling = RolloutConfig(flags.num_samples, flags.max_new_tokens, flags.temperature, flags.top_k)
-    eval_sampling = replace(sampling, num_samples=flags.eval_samples)
-    sampling = replace(sampling, logprobs=flags.clip_ratio > 0)
+    eval_sampling = RolloutConfig(flags.eval_samples, flags.max_new_tokens, flags.temperature, flags.top_k)
+    sampling = replace(eval_sampling, num_samples=flags.num_samples, logprobs=flags.clip_ratio > 0)
     loss_fn = PolicyLoss(sampling, flags.clip_ratio, flags.kl_coef, reference)
     transcript_path = run.log_file("transcripts")
     transcripts = append_after(run.state.step, transcript_path) if dist.is_main else None

@@ -10,7 +10,9 @@ code in float32 (on a GPU in the engine's dtype).
 """
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -51,30 +53,30 @@ def main(flags: Flags) -> dict[str, float]:
     device = hardware.pick_device(flags.device)
     dtypes = [torch.float32, torch.bfloat16] if device.type == "cpu" else [hardware.pick_dtype(device)]
     bandwidth = hardware.copy_bandwidth(device)
+    context = flags.prompt_tokens + flags.max_tokens // 2  # tokens that a step reads, on average
 
     results: dict[str, dict[str, float]] = {}
     baselines: dict[int, float] = {}  # tokens/s by batch size, in the first dtype
     for dtype in dtypes:
         model = load(flags, device, dtype)
         matmul_rate = hardware.matmul_rate(device, dtype)
-        variants = {dtype_name(dtype): False}  # name → 8-bit weights
+        variants = {str(dtype).removeprefix("torch."): False}  # name → 8-bit weights
         if flags.int8 and dtype == dtypes[-1]:
             variants["int8"] = True
         for name, int8 in variants.items():
             for B in batch_sizes:
                 result = measure(model, B, flags, int8)
-                baselines.setdefault(B, result["plain"])
-                result["bandwidth"] = bytes_per_second(model, result, B, flags, int8) / bandwidth
-                context = flags.prompt_tokens + flags.max_tokens // 2  # on average
-                result["flops"] = result["tokens_per_second"] * decode_flops(model.config, context) / matmul_rate
-                result["ratio"] = result["tokens_per_second"] / baselines[B]
+                speed = result["tokens_per_second"]
+                result["bandwidth"] = bytes_per_step(model, B, context, int8) * speed / B / bandwidth
+                result["flops"] = decode_flops(model.config, context) * speed / matmul_rate
+                result["ratio"] = speed / baselines.setdefault(B, result["plain"])
                 results[f"{name} {B}"] = result
 
     print_table("engine and plain code, by weights and requests at a time", table_rows(results))
     memory = hardware.peak_memory(device)
     print(
         f"{hardware.describe(device)}: copies {bandwidth / 1e9:.1f} GB/s; peak memory {human(memory)}B; plain: the "
-        f"straightforward code in the same dtype; ratio: against it in {dtype_name(dtypes[0])}"
+        f"straightforward code in the same dtype; ratio: against it in {dtypes[0]}"
     )
     ratios = {name: result["ratio"] for name, result in results.items()}
     return report("infer", ratios, results=results, peak_memory=memory)
@@ -90,38 +92,30 @@ def parse_batch_sizes(text: str) -> list[int]:
     return batch_sizes
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def load(flags: Flags, device: torch.device, dtype: torch.dtype) -> GPT:
     """The model, ready for inference."""
     if flags.source:
         tokenizer = Tokenizer.load(default_dir())
         return checkpoint_manager.load_model(flags.source, flags.model_tag, -1, tokenizer, device, dtype)[0]
     shape = RecipeFlags(depth=flags.depth, head_dim=flags.head_dim, max_seq_len=flags.max_seq_len)
-    config = model_config(shape, flags.vocab_size)
     torch.manual_seed(0)
-    model = GPT.create(config, device, dtype)
+    model = GPT.create(model_config(shape, flags.vocab_size), device, dtype)
     model.cast_weights()
     return model.requires_grad_(False)
 
 
 def measure(model: GPT, B: int, flags: Flags, int8: bool) -> dict[str, float]:
     """Tokens/s of the engine and of the plain code, prompts included, and the engine's seconds to a first token."""
-    engine = Engine(model, NoSpecialTokens(), B, int8)  # type: ignore[arg-type]
+    no_special_tokens: Any = SimpleNamespace(bos=-1, special=lambda text: -1)  # no token ends a completion
+    engine = Engine(model, no_special_tokens, B, int8)
     prompt = torch.randint(model.config.vocab_size, (flags.prompt_tokens,)).tolist()
-
-    def generate(num_requests: int, max_tokens: int) -> None:
-        requests = [
-            Request(prompt, max_tokens, flags.temperature, flags.top_k, seed=seed) for seed in range(num_requests)
-        ]
-        engine.generate(requests)
-
+    request = Request(prompt, flags.max_tokens, flags.temperature, flags.top_k)
+    requests = [replace(request, seed=seed) for seed in range(B)]
+    first_token = replace(request, max_tokens=1)
     runs = {  # each ends with the tokens on the host
-        "engine": lambda: timed(lambda: generate(B, flags.max_tokens)),
+        "engine": lambda: timed(lambda: engine.generate(requests)),
         "plain": lambda: timed(lambda: plain_generate(model, prompt, B, flags)),
-        "first_token": lambda: timed(lambda: generate(1, 1)),
+        "first_token": lambda: timed(lambda: engine.generate([first_token])),
     }
     seconds = {name: statistics.median(turns) for name, turns in alternate(runs, flags.rounds).items()}
     num_tokens = B * flags.max_tokens
@@ -130,15 +124,6 @@ def measure(model: GPT, B: int, flags: Flags, int8: bool) -> dict[str, float]:
         "plain": num_tokens / seconds["plain"],
         "first_token": seconds["first_token"],
     }
-
-
-class NoSpecialTokens:
-    """Replaces the tokenizer: no token ends a completion or calls a tool."""
-
-    bos = -1
-
-    def special(self, text: str) -> int:
-        return -1
 
 
 @torch.inference_mode()
@@ -153,14 +138,11 @@ def plain_generate(model: GPT, prompt: list[int], B: int, flags: Flags) -> list[
     return steps
 
 
-def bytes_per_second(model: GPT, result: dict[str, float], B: int, flags: Flags, int8: bool) -> float:
-    """Bytes that the engine's decode steps read: all weights once per step, and the KV cache."""
-    context = flags.prompt_tokens + flags.max_tokens // 2
+def bytes_per_step(model: GPT, B: int, context: int, int8: bool) -> float:
+    """Bytes that a decode step of the engine reads: all weights, and the KV cache of B sequences."""
     cache_dtype = torch.float32 if model.device.type == "cpu" else model.dtype
     weight_bytes = matmul_weights(model.config) * (1 if int8 else model.dtype.itemsize)
-    cache_bytes = B * kv_bytes_read(model.config, context, cache_dtype)
-    steps_per_second = result["tokens_per_second"] / B
-    return steps_per_second * (weight_bytes + cache_bytes)
+    return weight_bytes + B * kv_bytes_read(model.config, context, cache_dtype)
 
 
 def table_rows(results: dict[str, dict[str, float]]) -> dict[str, dict[str, str]]:

@@ -61,9 +61,8 @@ def main(flags: Flags) -> dict[str, float]:
     max_prompt_tokens = model.config.sequence_len - flags.max_new_tokens
     questions, _ = rollout.load_questions(HardSums("train"), tokenizer, max_prompt_tokens, flags.examples_per_step)
 
-    runs = {}
-    for name, sample in make_sides(flags, model, tokenizer, questions).items():
-        runs[name] = partial(measure, sample)
+    sides = make_sides(flags, model, tokenizer, questions)
+    runs = {name: partial(measure, sample) for name, sample in sides.items()}
     results = {name: medians(turns) for name, turns in alternate(runs, flags.rounds).items()}
     speeds = {name: result["rollouts/s"] for name, result in results.items()}
     ratios = {f"over {name}": speeds[ALL_AT_ONCE] / speed for name, speed in speeds.items() if name != ALL_AT_ONCE}
