@@ -163,12 +163,14 @@ class PackedLinear:
         """layout: as chosen by choose_layout; "int8" has one scale per output channel."""
         self.weights, self.dtype, self.layout = weights, dtype, layout
         self.weight = self.scale = torch.empty(0)
+        self.is_shared = False  # the weight is the model's own tensor
         self.refresh()
 
     def refresh(self) -> None:
         """Copies the model's weights again: in place where possible, as a captured graph may read them."""
         sources = [weight.detach() for weight in self.weights()]
-        weight = (sources[0] if len(sources) == 1 else torch.cat(sources)).to(self.dtype)
+        weights = [weight.to(self.dtype) for weight in sources]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         if self.layout == "packed":
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 0)
         elif self.layout == "int8":
@@ -177,10 +179,13 @@ class PackedLinear:
             self.weight = copy_or_replace(self.weight, (weight.float() / scale[:, None]).round().to(torch.int8))
         elif self.layout == "transposed":
             self.weight = weight.t().contiguous()
-        elif weight.data_ptr() == sources[0].data_ptr():
-            self.weight = weight  # shared with the model
         else:
-            self.weight = copy_or_replace(self.weight, weight)
+            was_shared = self.is_shared
+            self.is_shared = weight.data_ptr() == sources[0].data_ptr()
+            if was_shared or self.is_shared:  # a shared tensor is never written to: the caller may have kept it
+                self.weight = weight
+            else:
+                self.weight = copy_or_replace(self.weight, weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.dtype)
@@ -197,7 +202,9 @@ class PackedLinear:
 
 def copy_or_replace(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """`new` copied into `old` if the shapes are equal, otherwise `new` itself."""
-    return old.copy_(new) if old.shape == new.shape else new
+    if old.shape == new.shape and old.data_ptr() != new.data_ptr():
+        return old.copy_(new)
+    return new
 
 
 def choose_layout(model: GPT, num_slots: int, int8: bool) -> str:
@@ -241,6 +248,10 @@ class LayerWeights:
         self.attn_out = PackedLinear(lambda: [attn.c_proj.weight], dtype, layout)
         self.mlp_in = PackedLinear(lambda: [block.mlp.c_fc.weight], dtype, layout)
         self.mlp_out = PackedLinear(lambda: [block.mlp.c_proj.weight], dtype, layout)
+
+    @property
+    def linears(self) -> list[PackedLinear]:
+        return [self.attn_in, self.attn_out, self.mlp_in, self.mlp_out]
 
 
 # ---- the decoder ----
@@ -303,9 +314,10 @@ class Decoder:
 
     def refresh_weights(self) -> None:
         """Must be called after the model's weights have changed."""
-        linears = [linear for layer in self.layers for linear in vars(layer).values()]
-        for linear in [*linears, self.head]:
-            linear.refresh()
+        for layer in self.layers:
+            for linear in layer.linears:
+                linear.refresh()
+        self.head.refresh()
         weight_ptrs = [p.data_ptr() for p in self.model.parameters()]
         if weight_ptrs != self.weight_ptrs:  # the graphs read from the old addresses
             self.graphs.clear()
@@ -378,9 +390,10 @@ class Decoder:
 
     def move(self, source: int, target: int) -> None:
         """Copies the contents of one slot to another."""
+        num_kv = self.model.config.n_kv_head
         for tensor in self.slot_tensors():
-            rows = tensor.view(self.num_slots, -1)
-            rows[target] = rows[source]
+            size = num_kv if tensor.dim() == 3 else 1  # keys and values have K rows per slot
+            tensor[target * size : (target + 1) * size] = tensor[source * size : (source + 1) * size]
 
     # ---- the step ----
 

@@ -289,13 +289,13 @@ class Engine:
         indices of the requests. UserError before anything is generated if a request is not valid.
         """
         assert not self.is_busy, "stream and generate need an engine without other requests"
-        indices: dict[int, int] = {}  # number → index
+        for i, request in enumerate(requests):
+            try:
+                request.validate(self.model.config)
+            except UserError as error:
+                raise UserError(f"request {i}: {error}") from None
+        indices = {self.enqueue(request): i for i, request in enumerate(requests)}
         try:
-            for i, request in enumerate(requests):
-                try:
-                    indices[self.add(request)] = i
-                except UserError as error:
-                    raise UserError(f"request {i}: {error}") from None
             while self.is_busy:
                 for number, token, completion in self.step():
                     yield Event(indices[number], token, completion)
@@ -308,6 +308,10 @@ class Engine:
     def add(self, request: Request) -> int:
         """Queues a request; returns its number, which its events carry. UserError if the request is not valid."""
         request.validate(self.model.config)
+        return self.enqueue(request)
+
+    def enqueue(self, request: Request) -> int:
+        """Like `add`, for a request that the caller has already validated."""
         entry = ActiveRequest(self.num_requests, request, ToolUse(self.tokenizer), self.model.config)
         self.num_requests += 1
         self.waiting.append(entry)
