@@ -104,10 +104,11 @@ class Event(NamedTuple):
 
 class Prefill:
     """
-    Reads prompts of different lengths together, chunk by chunk, and is the model's KV cache meanwhile.
+    Reads prompts of different lengths together, chunk by chunk. The object is the KV cache of the model's forward
+    passes (gpt.Cache).
 
-    All prompts are at the same position. Those that end within a chunk are padded on the right, which causal attention
-    never sees, and leave after it.
+    All prompts are at the same position. A prompt that ends within a chunk is padded on the right, which causal
+    attention never sees, and is removed after the chunk.
     """
 
     def __init__(self, prompts: Sequence[tuple[int, ...]], model: GPT):
@@ -150,7 +151,7 @@ class Prefill:
         return attend_cached(q, self.keys[layer], self.values[layer], self.masks[window])
 
     def _keep(self, rows: list[int]) -> None:
-        """Keeps these prompts only, and of the cache what is within the windows."""
+        """Removes all other prompts, and from each layer the keys and values that its window no longer reaches."""
         self.prompts = [self.prompts[b] for b in rows]
         self.previous_B1C = self.previous_B1C[rows]
         for layer in self.keys:
@@ -215,8 +216,8 @@ class ActiveRequest:
 
 def sampling_params(request: Request, vocab_size: int) -> SamplingParams:
     """
-    The parameters as the decoder needs them. They are rounded to float32 here, and a limit that excludes nothing is
-    removed, because host and device must agree on which rows are greedy or limited: otherwise neither samples them.
+    The parameters as the decoder needs them. They are rounded to float32 here, and a top_k that excludes nothing is
+    removed: if host and device disagreed on which rows are greedy or limited, a row might not be sampled at all.
     """
     temperature, top_p = torch.tensor([request.temperature, request.top_p], dtype=torch.float32).tolist()
     if request.temperature > 0:

@@ -92,10 +92,9 @@ def load_questions(
     """
     questions: list[Question] = []
     lengths: list[int] = []
-    for i in range(len(task)):
+    for conversation in task:
         if len(questions) >= limit:
             break
-        conversation = task[i]
         prompt = render_for_completion(conversation, tokenizer)
         lengths.append(len(prompt))
         if len(prompt) <= max_prompt_tokens:
@@ -200,11 +199,10 @@ def evaluate_pass_at_k(
     rollouts = sample_rollouts(engine, questions, range(len(questions)), config, dist)
     num_correct = [sum(r.reward >= 1 for r in group) for group in _split(rollouts, config.num_samples)]
     metrics = {}
-    k = 1
-    while k <= config.num_samples:
+    for exponent in range(config.num_samples.bit_length()):
+        k = 2**exponent
         scores = [pass_at_k(config.num_samples, correct, k) for correct in num_correct]
         metrics[f"eval/pass@{k}"] = math.fsum(scores) / len(scores)
-        k *= 2
     return metrics
 
 
@@ -297,7 +295,9 @@ class PolicyLoss:
 
     def __call__(self, model: GPT, batch: RolloutBatch) -> torch.Tensor:
         logits_NV = self._logits(model, batch)
-        support_NS = self._support(logits_NV)
+        support_NS = None  # the tokens that could be sampled; None = all
+        if 0 < self.config.top_k < logits_NV.size(1):
+            support_NS = logits_NV.topk(self.config.top_k).indices
         logprobs_N = target_logprobs(logits_NV, batch.targets_N, support_NS)
         if self.clip_ratio:
             ratio_N = (logprobs_N - batch.old_logprobs_N).exp()
@@ -317,12 +317,6 @@ class PolicyLoss:
         """(N, V), over the temperature: at the trained positions only, which saves most of lm_head's work."""
         hidden_NC = model.hidden(batch.idx_BT).flatten(0, 1)[batch.positions_N]
         return model.logits(hidden_NC) / self.config.temperature
-
-    def _support(self, logits_NV: torch.Tensor) -> torch.Tensor | None:
-        """The tokens that could be sampled, (N, S); None if all could."""
-        if 0 < self.config.top_k < logits_NV.size(1):
-            return logits_NV.topk(self.config.top_k, dim=-1).indices
-        return None
 
 
 def target_logprobs(logits_NV: torch.Tensor, targets_N: torch.Tensor, support_NS: torch.Tensor | None) -> torch.Tensor:
@@ -366,13 +360,10 @@ def rollout_steps(
     the rollouts of a batch that has optimizer steps left.
     """
     state = state or {"step": 0, "next": 0, "updates_left": 0, "rollouts": []}
-    step = state["step"]
     next_question = state["next"]
     steps_left = state["updates_left"]  # on the current batch of rollouts
     rollouts = [Rollout.from_state_dict(fields) for fields in state["rollouts"]]
-    while step < plan.num_steps:
-        progress = step / plan.num_steps
-        step += 1
+    for step in range(state["step"] + 1, plan.num_steps + 1):
         if steps_left == 0:
             rollouts = draw(next_question, step)
             next_question += plan.questions_per_batch
@@ -383,4 +374,5 @@ def rollout_steps(
         if steps_left and dist.is_main:
             data_state["rollouts"] = [rollout.state_dict() for rollout in rollouts]
         metrics = summarize(rollouts, num_samples=len(rollouts) // plan.questions_per_batch)
+        progress = (step - 1) / plan.num_steps
         yield Step(micro_batches, progress, num_tokens, data_state, f"questions up to {next_question}", metrics)

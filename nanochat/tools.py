@@ -39,7 +39,7 @@ OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction | int]] = {
 # A string literal, which must stay as it is, or a number with thousands separators.
 STRING_OR_NUMBER = re.compile(r"""'[^']*'|"[^"]*"|(?<![\w.,])\d{1,3}(?:,\d{3})+(?!\w)""")
 
-# The numbers that only Python has (0x10, 1_000, 1e5, 1.e5, 2j), and words stuck to a number, which its parser warns of.
+# Numbers in notations of Python (0x10, 1_000, 1e5, 1.e5, 2j), and words right after a number: its parser warns of them.
 PYTHON_NUMBER = re.compile(r"\d\.?[A-Za-z_]")
 
 

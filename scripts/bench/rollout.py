@@ -1,14 +1,13 @@
 """
-Rollouts of reinforcement learning: all questions of a batch at once, as chat_rl draws them, against one question at a
-time and one completion at a time.
+Rollouts of reinforcement learning: all questions of a batch at once, as chat_rl samples them, compared with one
+question at a time and one completion at a time.
 
     python -m scripts.bench rollout                             # the SFT model
     python -m scripts.bench rollout --fresh-depth 4             # random weights: completions of maximum length
     NANOCHAT_DTYPE=bfloat16 python -m scripts.bench rollout
 
-The plain sides are straightforward code on the trained model itself (plain.py): a prompt is read once for all its
-completions, and every row is decoded until the last one has ended. `ratios`: rollouts/s of all questions at once over
-each of the others.
+The sides named plain use straightforward code (plain.py): a prompt is read once for all its completions, and every row
+is decoded until the last one has ended. `ratios`: rollouts/s of all questions at once over those of each other side.
 """
 
 import time
