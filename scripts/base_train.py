@@ -19,7 +19,7 @@ from nanochat.eval.bpb import evaluate_bpb
 from nanochat.gpt import param_counts
 from nanochat.logging import print_table
 from nanochat.run import Run, RunFlags
-from nanochat.tokenizer import Tokenizer, default_dir
+from nanochat.tokenizer import PORTABLE_SPLIT_PATTERN, Tokenizer, default_dir
 from nanochat.train import Hook, TrainState, token_loss
 
 
@@ -44,6 +44,8 @@ def main(flags: Flags) -> None:
         plan = recipe.derive(flags, tokenizer.vocab_size)
         B, T = flags.device_batch_size, flags.max_seq_len
         accumulation = recipe.accumulation_steps(plan.total_batch_size, B, T, dist.world_size)
+        if flags.portable and tokenizer.pattern != PORTABLE_SPLIT_PATTERN:
+            distributed.warn0("--portable, but the tokenizer is not: train it with tok_train --portable to export both")
         if flags.fp8:
             fp8.check_support(plan.model, B * T, dist.device)
 

@@ -256,12 +256,12 @@ def test_stop_ends_response_and_frees_slot(page, server, how):
     expect(page.locator("article")).to_have_count(0)
     page.evaluate("settings.max_tokens = 4000")
     ask(page, LONG, wait=False)
-    expect(prose(page)).to_contain_text("la la")
+    expect(prose(page)).to_contain_text("la")
     page.get_by_label("Stop").click() if how == "button" else page.keyboard.press("Escape")
     expect(response(page)).to_contain_text("Stopped.")
     text = prose(page).inner_text()
     page.reload()
-    assert prose(page).inner_text() == text and "la la" in text
+    assert prose(page).inner_text() == text and "la" in text
     wait_until(lambda: server.num_running() == 0)  # it must not generate all 4,000 tokens
 
 
@@ -330,7 +330,7 @@ def test_conversations_can_be_reopened_renamed_and_deleted(page):
 def test_response_continues_while_another_conversation_is_shown(page):
     page.evaluate("settings.max_tokens = 1500")
     ask(page, LONG, wait=False)
-    expect(prose(page)).to_contain_text("la la")
+    expect(prose(page)).to_contain_text("la")
     page.get_by_role("button", name="New conversation").click()
     ask(page, WHO)
     expect(prose(page)).to_have_text("I am nanochat.")
@@ -341,9 +341,9 @@ def test_response_continues_while_another_conversation_is_shown(page):
 def test_reload_keeps_the_partial_response(page):
     page.evaluate("settings.max_tokens = 4000")
     ask(page, LONG, wait=False)
-    expect(prose(page)).to_contain_text("la la")
+    expect(prose(page)).to_contain_text("la")
     page.reload()
-    expect(prose(page)).to_contain_text("la la")
+    expect(prose(page)).to_contain_text("la")
     expect(response(page)).to_contain_text(re.compile("incomplete|before the response was complete"))
     response(page).get_by_role("button", name="Regenerate").click()
     page.get_by_label("Stop").click()
@@ -356,7 +356,7 @@ def test_two_tabs_keep_each_others_changes(page, new_page, server):
     for tab in (page, other):
         tab.evaluate("settings.max_tokens = 1500")
         ask(tab, LONG, wait=False)
-        expect(prose(tab)).to_contain_text("la la")
+        expect(prose(tab)).to_contain_text("la")
     for tab in (page, other):
         expect(response(tab)).to_contain_text("1,500 tokens", timeout=TIMEOUT_MS)
     assert [conversation["messages"][-1]["tokens"] for conversation in stored(page)] == [1500, 1500]
@@ -503,20 +503,20 @@ def test_markdown_parses_in_linear_time(page):
 def test_page_recovers_when_server_restarts(page, server):
     page.evaluate("settings.max_tokens = 4000")
     ask(page, LONG, wait=False)
-    expect(prose(page)).to_contain_text("la la")
+    expect(prose(page)).to_contain_text("la")
     server.kill()
     expect(response(page).locator(".failure")).to_contain_text("was lost before the response was complete. The partial")
     expect(page.locator("#banner")).to_contain_text("cannot be reached")
     ask(page, WHO)
     expect(response(page).locator(".failure")).to_contain_text("cannot be reached")
     texts = page.locator("article").all_inner_texts()
-    assert "la la" in texts[1]
+    assert "la" in texts[1]
     server.start()
     wait_until(server.ready, 60)
     expect(page.locator("#banner")).to_be_hidden(timeout=TIMEOUT_MS)
     page.reload()
     assert page.locator("article").all_inner_texts()[0] == texts[0]
-    assert "la la" in page.locator("article").all_inner_texts()[1]
+    assert "la" in page.locator("article").all_inner_texts()[1]
     page.get_by_role("button", name="Try again").click()
     expect(response(page).locator(".failure")).to_have_count(0)
     expect(response(page)).to_contain_text("tokens/s")
@@ -540,7 +540,7 @@ def test_api_key_model_choice_and_full_queue(new_page, strict_server):
     other = new_page(strict_server.url, page.context)
     other.evaluate("settings.max_tokens = 4096")
     ask(other, LONG, wait=False)
-    expect(prose(other)).to_contain_text("la la")
+    expect(prose(other)).to_contain_text("la")
     ask(page, SUM)
     retry = response(page).get_by_role("button", name="Try again")
     expect(retry).to_be_disabled()
