@@ -30,7 +30,8 @@ def seed_everything(seed: int) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """
     Yields a temporary path beside `path` for a file or a folder. When the block ends, it is flushed to the disk and
-    replaces `path`; when the block raises, it is removed. A crash leaves the old content or all of the new.
+    replaces `path`; when the block raises, it is removed. A crash leaves the old content or all of the new
+    (where `path` is a folder that exists, possibly neither under this name).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

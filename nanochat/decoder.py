@@ -56,7 +56,8 @@ class BatchSampling:
     """Which parts of `sample` a step needs, so that no more is computed. The parameters themselves are per row."""
 
     greedy: bool = False  # some row is greedy
-    candidates: tuple[int, ...] = ()  # the sizes of top-k to compute: powers of two, one for each row with a limit
+    # The sizes of top-k to compute, distinct powers of two: each row with a limit uses one of them.
+    candidates: tuple[int, ...] = ()
     top_p: bool = False  # some row has a top_p below 1
     full_vocab: bool = False  # some row samples from the whole vocabulary
     logprobs: bool = False  # some row wants the log-probability of its token
@@ -92,8 +93,8 @@ def sample(
     logits over the temperature, limited to the top_k most likely tokens, and of these to the fewest whose probabilities
     add up to top_p. Greedy rows get the log-probability under the full softmax at temperature 1.
 
-    A row's token depends on the row alone: each row uses the top-k of its own size, as the order of equal logits in
-    torch.topk depends on k.
+    A row's token depends on the row alone: torch.topk orders equal logits differently for different k, so the size of
+    the top-k comes from the row (its top_k rounded up to a power of two) and not from the batch.
     """
     is_sampled_B = rows.temperature_B > 0
     temperature_B1 = torch.where(is_sampled_B, rows.temperature_B, 1.0)[:, None]
@@ -278,9 +279,9 @@ class Decoder:
     """
     Slots, each with the state of a sequence and its sampling parameters, and the step that adds a token to the first B.
 
-    A slot keeps the keys of each layer in a ring as long as the layer's window: position p is stored at p modulo the
-    ring's length. Keys are already rotated, so their order in the ring does not matter. Before the ring is full, the
-    entries up to the current position are visible; after that, all are.
+    A slot keeps the keys and values of each layer in a ring of the layer's window + 1 entries: position p is
+    stored at p modulo the ring's length. Keys are already rotated, so their order in the ring does not matter. Before
+    the ring is full, the entries up to the current position are visible; after that, all are.
     """
 
     def __init__(self, model: GPT, max_slots: int, int8: bool = False):

@@ -63,9 +63,9 @@ class GPTConfig:
     # reads of the token itself.
     residual_scalars: bool = True
     # On queries and keys after their norm. Normed vectors bound the scores, which keeps attention stable in 16 bits
-    # (QK norm, arXiv 2010.04245); the gain lets the softmax become 1.2² times sharper than that bound.
+    # (QK norm, arXiv 2010.04245); the gain raises that bound by 1.2².
     qk_gain: float = 1.2
-    # Longest wavelength of the rotary positions (arXiv 2104.09864), in tokens over 2 pi.
+    # Base of the rotary frequencies (arXiv 2104.09864): the longest wavelength is a little below 2 pi times this.
     rope_base: float = 100_000.0
     # Logits are squashed into ± this by a tanh, so that none runs away (Gemma 2, arXiv 2408.00118); 0 = not capped.
     logit_softcap: float = 15.0
@@ -320,13 +320,13 @@ class GPT(nn.Module):
         """
         Initial values, drawn from torch's global generator of the model's device.
 
-        Matrices have standard deviation 1/sqrt(C), which keeps the size of activations, as uniform distributions, which
-        have no outliers. Matrices that write into the stream are zero: every layer starts as the identity, and the
+        Most matrices are uniform (no outliers) with standard deviation 1/sqrt(C), so that activations keep their size;
+        c_fc has 0.4 of that. Matrices that write into the stream are zero: every layer starts as the identity, and the
         gradient reaches all layers undisturbed (compare Fixup, arXiv 1901.09321). lm_head is almost zero: a new model
         predicts all tokens alike.
         """
-        # torch's default values come first. All are replaced below, but the random numbers that they consume have
-        # always been part of what a seed gives.
+        # All default values of torch are replaced below. They are drawn all the same, because that advances the
+        # generator, and a seed would otherwise give other weights than it always has.
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.reset_parameters()

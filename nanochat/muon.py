@@ -1,9 +1,9 @@
 """
 MuonAdamW, the optimizer: Muon for the matrices of the blocks, AdamW for everything else; for one rank and for many.
 
-Muon (https://kellerjordan.github.io/posts/muon/) replaces the momentum of a matrix by the nearest orthogonal matrix, so
-that all directions of the update are equally large. That suits matrices that multiply activations; tables, lm_head and
-scalars do better with AdamW.
+Muon (https://kellerjordan.github.io/posts/muon/) replaces each matrix's momentum (its averaged gradient) by
+the nearest orthogonal matrix, so that all directions of the update are equally large. That suits matrices that multiply
+activations; tables, lm_head and scalars do better with AdamW.
 
 With many ranks there is no DDP wrapper: gradients are summed here (the loss is already normalized over all ranks), and
 the optimizer's state is sharded as in ZeRO-2 (arXiv 1910.02054). A rank owns a slice of the rows of each large AdamW
@@ -11,7 +11,7 @@ table and some of the matrices of each Muon group. Every step has three phases, 
 
 1. reduce   reduce-scatter the gradients: each rank gets the sum over all ranks of what it owns
 2. compute  update what this rank owns
-3. gather   all-gather the updated weights
+3. gather   all-gather the updated weights; a group's transfer starts as soon as the group is updated
 
 All transfers of a phase are started before the first one is waited for. The training loop calls `reduce_gradients`
 (phase 1, returns the gradient norm), looks at the loss, and only then `step` (phases 2 and 3).
@@ -48,7 +48,7 @@ POLAR_COEFFICIENTS = (
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters that share learning rate and weight decay (nanochat/recipe.py makes them)."""
+    """Parameters that share learning rate and weight decay (made in nanochat/recipe.py)."""
 
     name: str
     prefixes: tuple[str, ...]  # of the parameters' names
@@ -253,7 +253,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return math.ceil(len(params) / self.world_size)
 
     def _padded(self, matrices: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The matrices of a group and as many of zeros as make their number a multiple of the ranks'."""
+        """The matrices of a group, padded with zero matrices to a multiple of the number of ranks."""
         missing = self._num_own(matrices) * self.world_size - len(matrices)
         return matrices + [torch.zeros_like(matrices[0])] * missing
 
@@ -322,7 +322,7 @@ def _grad(p: torch.Tensor) -> torch.Tensor:
 
 
 def _norm_dim(x: torch.Tensor) -> int:
-    """The axis over which NorMuon averages: rows of tall and square matrices, columns of wide ones."""
+    """The axis to average over: tall and square matrices get one number per row, wide ones one per column."""
     return -1 if x.size(-2) >= x.size(-1) else -2
 
 
@@ -350,7 +350,7 @@ def muon_update(p, grad, momentum_buffer, second_moment, lr, decay, momentum, be
     2. all rows scaled to one norm (arXiv 2603.28254)
     3. orthogonalized by Polar Express (arXiv 2505.16932), in `dtype`
     4. scaled to Frobenius norm sqrt(min(rows, columns)), that of an orthogonal matrix (arXiv 2602.21545)
-    5. NorMuon (arXiv 2510.05491): divided by the root of a running mean square per row or column, norm restored
+    5. NorMuon (arXiv 2510.05491): each row (or column) is divided by its running root mean square, the norm restored
     6. weight decay only where update and weight have the same sign, so that decay never works against the update
     """
     momentum_buffer.lerp_(grad, 1 - momentum)

@@ -7,8 +7,8 @@ optimizer steps come out. Pure arithmetic, in the order in which one value follo
    blocks and lm_head.
 3. Batch. B = 2^19 * (D / D_12)^0.383 tokens, rounded to a power of two (arXiv 2505.13738). D_12 is the horizon of the
    depth-12 model, for which 2^19 tokens were found best.
-4. Learning rates. All of them * sqrt(B / 2^19): the gradient noise of Adam-like optimizers falls with the root of the
-   batch (arXiv 2205.10287).
+4. Learning rates. All but those of smear and backout * sqrt(B / 2^19): the gradient noise of Adam-like
+   optimizers falls with the root of the batch (arXiv 2205.10287). Those of tables and lm_head also * sqrt(768 / C).
 5. Weight decay. 0.28 * sqrt(B / 2^19) * D_12 / D: the weights are an average over the last 1 / (lr * decay) steps, and
    this keeps that span a constant share of the run (arXiv 2405.13698).
 
@@ -59,28 +59,34 @@ class RecipeFlags:
     aspect_ratio: int = flag(64, "channels of width per layer")
     head_dim: int = flag(128, "channels per attention head")
     max_seq_len: int = flag(2048, "tokens of context")
-    window_pattern: str = flag("SSSL", "attention windows, tiled over the layers: S = quarter of the context, L = all")
+    window_pattern: str = flag(
+        "SSSL", "attention windows of the layers, repeated: S = quarter of the context, L = all; the last is L"
+    )
     portable: bool = flag(False, "a plain model that can be exported to every format; use tok_train --portable with it")
-    num_iterations: int = flag(-1, "optimizer steps; -1 = from --target-flops or the ratio")
-    target_flops: float = flag(-1.0, "training FLOPs to spend; -1 = from the ratio")
+    num_iterations: int = flag(-1, "optimizer steps; -1 = from --target-flops or --target-param-data-ratio")
+    target_flops: float = flag(-1.0, "training FLOPs to spend; -1 = from --target-param-data-ratio")
     target_param_data_ratio: float = flag(12.0, "training tokens per parameter (block matrices and lm_head)")
     device_batch_size: int = flag(
         Hyperparameters.device_batch_size, "rows per forward pass and rank; lower it if memory runs out"
     )
-    total_batch_size: int = flag(-1, "tokens per optimizer step over all ranks; -1 = from the horizon")
-    embedding_lr: float = flag(Hyperparameters.embedding_lr, "learning rate of the token embeddings, before scaling")
-    unembedding_lr: float = flag(Hyperparameters.unembedding_lr, "learning rate of lm_head, before scaling")
-    matrix_lr: float = flag(Hyperparameters.matrix_lr, "learning rate of the block matrices (Muon), before scaling")
-    scalar_lr: float = flag(Hyperparameters.scalar_lr, "learning rate of the residual scalars, before scaling")
+    total_batch_size: int = flag(
+        -1, "tokens per optimizer step over all ranks; -1 = from the number of training tokens"
+    )
+    embedding_lr: float = flag(
+        Hyperparameters.embedding_lr, "learning rate of the token embeddings at batch 2^19, width 768"
+    )
+    unembedding_lr: float = flag(Hyperparameters.unembedding_lr, "learning rate of lm_head at batch 2^19, width 768")
+    matrix_lr: float = flag(Hyperparameters.matrix_lr, "learning rate of the block matrices (Muon) at batch 2^19")
+    scalar_lr: float = flag(Hyperparameters.scalar_lr, "learning rate of the residual scalars at batch 2^19")
     weight_decay: float = flag(0.28, "Muon's weight decay at the reference batch and horizon")
     warmup_steps: int = flag(40, "steps of linear learning-rate warm-up")
-    warmdown_ratio: float = flag(0.65, "last share of the run, over which the learning rate falls linearly")
+    warmdown_ratio: float = flag(0.65, "share of the run, at its end, during which the learning rate falls linearly")
     final_lr_frac: float = flag(0.05, "learning rate at the end, as a share of the full one")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The recipe of one pretraining run. All values are final: nothing is scaled any further."""
+    """The recipe of one pretraining run. `groups` and `weight_decay` are final; `hyperparameters` are unscaled."""
 
     model: GPTConfig
     num_iterations: int  # optimizer steps
@@ -317,7 +323,10 @@ def lr_multiplier(
 
 
 def muon_momentum(step: int, num_iterations: int, warmdown_ratio: float = 0.65) -> float:
-    """0.85 → 0.97 over 400 steps, then → 0.90 over the warm-down: a shorter memory as the steps get smaller."""
+    """
+    0.85 → 0.97 over 400 steps, then → 0.90 over the warm-down: a shorter memory as the steps get smaller. The first 400
+    steps take precedence: in a short run the momentum jumps at step 400, or never falls.
+    """
     warmdown_steps = round(warmdown_ratio * num_iterations)
     warmdown_start = num_iterations - warmdown_steps
     if step < 400:

@@ -281,7 +281,8 @@ class PolicyLoss:
     of the distribution that was sampled from: among the top k tokens, at the same temperature.
 
     clip_ratio: for several optimizer steps per batch of rollouts. The ratio of the probability now to the one at the
-                time of sampling replaces the log-probability, and has no gradient once it is further than this from 1.
+                time of sampling replaces the log-probability, and has no gradient once it has moved further than this
+                from 1 in the direction that the advantage asks for.
     kl_coef:    weight of the KL divergence from `reference`, estimated per sampled token by Schulman's k3 estimator
                 r - 1 - log r, where r is the reference's probability divided by the policy's
                 (http://joschu.net/blog/kl-approx.html): unbiased and never negative. Both distributions are over the

@@ -36,8 +36,10 @@ from nanochat.train import Hook, LossFunction, Step, Stopped, Trainer, TrainStat
 class RunFlags:
     """The flags that all training stages share."""
 
-    model_tag: str = flag("", "name of the checkpoints; default d<depth>, or that of the checkpoint it starts from")
-    save_every: int = flag(-1, "steps between checkpoints besides the last; -1 = none")
+    model_tag: str = flag(
+        "", "tag of the checkpoints; default: d<depth>, in later stages that of the source checkpoint"
+    )
+    save_every: int = flag(-1, "steps between checkpoints besides the last; -1 = only the last")
     keep_last: int = flag(-1, "checkpoints to keep; -1 = all")
     resume: bool = flag(False, "continue from the newest intact checkpoint of this tag, if there is one")
     device: str = flag("auto", "cuda | mps | cpu | auto")
@@ -204,7 +206,7 @@ class Run:
         """Sets up torch for training, alike on all ranks and after a resume; returns the matmul precision."""
         saved = self.resumed.meta["matmul_precision"] if self.resumed else ""
         precision = hardware.tune_process(self.dist.device, saved)
-        return hardware.tune_process(self.dist.device, self.dist.gather(precision)[0])
+        return hardware.tune_process(self.dist.device, self.dist.gather(precision)[0])  # rank 0's choice on all
 
     def _build_model(self, attention_name: str) -> GPT:
         device = self.dist.device

@@ -41,7 +41,7 @@ class Step:
     progress: float  # share of the run done before this step, in [0, 1)
     num_tokens: int  # over all ranks; 0 = no training signal: the step counts, but no weight changes
     data_state: dict[str, Any]  # the state of the data source after this step, for resuming
-    position: str = ""  # the same for error messages
+    position: str = ""  # the position in the data as text, for error messages
     metrics: dict[str, float] = field(default_factory=dict)  # of the data itself, logged with the loss
 
 
@@ -97,8 +97,8 @@ class Trainer:
 
     def fit(self, steps: Iterable[Step], loss_fn: LossFunction, schedule: Schedule, hooks: list[Hook]) -> TrainState:
         """
-        Trains until `steps` ends. SIGTERM and SIGINT end the run after the current step: the hooks with when_stopped
-        run, then Stopped is raised. UserError when the loss or the gradient is not finite.
+        Trains until `steps` ends. SIGTERM and SIGINT end the run after the step that starts next: the hooks with
+        when_stopped run, then Stopped is raised. UserError when the loss or the gradient is not finite.
         """
         state = self.state
         first_step = state.step
@@ -137,11 +137,11 @@ class Trainer:
             can_step = self._unscale_gradients()
         square_norm = optimizer.reduce_gradients() if can_step else torch.zeros_like(loss)
 
-        # The only host-device synchronization of a step. It comes before the optimizer, so that a loss that is not
-        # finite never reaches the weights.
+        # The only host-device synchronization of a step (float16 has one more). It comes before the optimizer,
+        # so that a loss that is not finite never reaches the weights.
         numbers = torch.stack([loss, square_norm, torch.tensor(float(stopping), device=loss.device)])
         loss_value, square_norm_value, num_stopping = self.dist.sum(numbers).tolist()
-        grad_norm = math.sqrt(square_norm_value) if square_norm_value >= 0 else math.nan
+        grad_norm = math.sqrt(square_norm_value) if square_norm_value >= 0 else math.nan  # NaN is not >= 0
         for name, value in (("loss", loss_value), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
                 where = f"step {state.step} (data: {step.position})"

@@ -2,7 +2,7 @@ r"""
 Pretrain a base model. One dial: --depth.
 
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth 24    # one 8xH100 node
-    python -m scripts.base_train --depth 24 --resume                             # after an interruption
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth 24 --save-every 500 --resume
     python -m scripts.base_train --depth 4 --head-dim 64 --max-seq-len 512 --device-batch-size 16 \
         --total-batch-size 8192 --num-iterations 200 --eval-tokens 500000        # a laptop, minutes
 """
@@ -27,9 +27,9 @@ from nanochat.train import Hook, TrainState, token_loss
 class Flags(RunFlags, recipe.RecipeFlags):
     data_dir: str = flag("", "folder of parquet shards; default $NANOCHAT_DATA_DIR, else the public shards")
     eval_every: int = flag(250, "steps between validations; 0 = only at the end, -1 = never")
-    eval_tokens: int = flag(80 * 524288, "validation tokens; over all ranks")
+    eval_tokens: int = flag(80 * 524288, "validation tokens over all ranks")
     sample_every: int = flag(2000, "steps between samples; 0 = only at the end, -1 = never")
-    compile: bool = flag(True, "torch.compile model and optimizer where the machine can")
+    compile: bool = flag(True, "torch.compile model and optimizer where the machine can and it pays")
     attention: str = flag("auto", f"kernel: auto (the fastest that works here) | {' | '.join(attention.LOADERS)}")
     fp8: bool = flag(False, "train the large matrices in FP8 (GPUs from Ada and Hopper on); evaluation is not affected")
     seed: int = flag(42, "seed of the initial weights")

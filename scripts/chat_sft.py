@@ -133,8 +133,8 @@ def inherited_hyperparameters(flags: FinetuneFlags, run: Run) -> recipe.Hyperpar
 
 def mixture(flags: FinetuneFlags, tokenizer: Tokenizer) -> tuple[TaskMixture, Task]:
     """
-    Conversations to train on and to validate on. Validation comes from held-out training splits, so that no score that
-    is reported later has been validated on.
+    Conversations to train on and to validate on. Validation never sees the questions of the scores that are
+    reported later; a mixture without held-out conversations is validated on what it is trained on.
     """
     # (epochs, training split, held-out split if there is one): called only where epochs are above 0
     sources: list[tuple[int, Callable[[], Task], Callable[[], Task] | None]] = [

@@ -6,22 +6,23 @@ Runs code that a model wrote and grades it with tests that the code never sees (
     result.protections    # ("cpu limit", "memory limit", …, "namespaces", …, "landlock", "seccomp")
 
 The program and its check run in two new processes (child.py), with no standard input, an empty environment, a temporary
-directory and their own process group. The check calls the function over a pipe and gets plain data back. There is
-nothing to forge: the program's process holds neither the tests nor the pipe on which the verdict is reported, whatever
-it prints or exits with, and an object that claims to equal everything arrives as data.
+directory and their own process group. The check calls the function over a pipe and gets plain data back. The
+program cannot forge a verdict: its process holds neither the tests nor the pipe on which the verdict is reported, and
+an object that claims to equal everything arrives as plain data.
 
 What can be enforced depends on the machine; `protections` lists what was:
 - "… limit", "no core dumps"  processor time, memory, size and number of open files (resource limits)
 - "no processes"              no processes or threads (a resource limit too, from which root is exempt)
 - "namespaces"                no network except sockets that are files, no access to other processes
-- "read-only files"           nothing can be written, except:
-- "own folder"                in a file system in memory that replaces the temporary directory, of at most 64 MiB and
+- "read-only files"           nothing can be written outside the temporary directory
+- "own folder"                a file system in memory that replaces the temporary directory, of at most 64 MiB and
                               1,000 files
-- "disk watch"                where there is no own folder: the sample is killed as soon as the temporary directory is
-                              seen to hold more than 64 MiB or 1,000 files
+- "disk watch"                where there is no own folder: the sample is killed when the temporary directory holds
+                              more than 64 MiB or 1,000 files
 - "landlock"                  reads only libraries of Python and the system, writes only to the temporary directory
 - "seccomp"                   no threads, processes, other programs, signals, sockets, other processes' memory, inotify
-On Linux usually all are on, for root too except "no processes"; in a container, usually those without a namespace.
+On Linux usually all but the disk watch are on (for root not "no processes"); in a container, usually those that need
+no namespace.
 
 Not protected: without landlock, all files that the user may read (or write, unless they are read-only), and so the
 amount of disk space; without namespaces and seccomp, the network and the user's other processes, and root's processes
@@ -144,7 +145,7 @@ class _Report:
             return
         self.protections = json.loads(self.data.partition(b"\n")[0])
         self.watch_disk = "own folder" not in self.protections
-        # Elsewhere the program could write to other folders, or reserve space faster than the watch looks.
+        # Without both the program could write to other folders, or reserve space faster than the watch looks.
         if self.watch_disk and {"landlock", "seccomp"} <= set(self.protections):
             self.protections.append("disk watch")
 

@@ -42,8 +42,8 @@ MAX_STOPS = 4  # OpenAI's limit
 MAX_STOP_CHARACTERS = 200  # heuristic, not tuned
 MAX_COMPLETIONS = 16  # per call: n times the number of prompts; heuristic, not tuned
 
-# Parameters of OpenAI's API that are not supported, with the values that leave them off. Unknown ones are ignored, as
-# OpenAI's clients send many that make no difference here ("user", "store", …).
+# Parameters of OpenAI's API that are not supported, with the values that leave them off. Unknown ones are ignored on
+# OpenAI's endpoints, as its clients send many that make no difference here ("user", "store", …).
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),

@@ -169,7 +169,7 @@ class FairQueue:
     def put(self, generations: list[Generation]) -> list[Generation]:
         """
         Adds the generations of one client. Returns those that had to be evicted to make room: the newest of the client
-        with the most waiting, as long as it keeps at least as many as this client then has. Raises QueueFull otherwise.
+        with the longest queue, unless that queue would become shorter than this client's. Raises QueueFull then.
         """
         client = generations[0].handle.client
         with self.condition:
