@@ -28,8 +28,7 @@ from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.serve.api import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K, Defaults
-from nanochat.serve.app import create_app
-from nanochat.serve.http import Connection
+from nanochat.serve.app import Connection, create_app
 from nanochat.serve.scheduler import ResponseHandle, ServedModel, Service
 from nanochat.tokenizer import Tokenizer, default_dir
 

@@ -24,7 +24,7 @@ from conftest import GOLDEN
 from factories import save_checkpoint, tiny_engine, tiny_gpt, wait_until
 
 from nanochat.engine import Engine, Request
-from nanochat.serve import http
+from nanochat.serve import app as serve_app
 from nanochat.serve.api import Defaults
 from nanochat.serve.app import create_app
 from nanochat.serve.scheduler import ServedModel, Service
@@ -61,7 +61,7 @@ class ScriptedEngine(Engine):
 def serving(service, max_tokens=8, **options):
     """Runs the server in a thread; yields its URL."""
     app = create_app(service, Defaults(max_tokens=max_tokens), **options)
-    config = uvicorn.Config(app, http=http.Connection, log_level="warning", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(app, http=serve_app.Connection, log_level="warning", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=[[listener]])
@@ -395,7 +395,7 @@ def test_invalid_request_returns_400_with_the_reason(url, service, path, body, c
         ("DELETE", "/", {}, 405, "method not allowed"),
         ("GET", "/v1/models/", {}, 404, "nothing at this path"),
         ("POST", "/chat/completions", {"content": "{}", "headers": {"Content-Type": "text/plain"}}, 400, "JSON object"),
-        ("POST", "/chat/completions", {"content": b" " * (http.MAX_BODY + 1)}, 413, "larger than 524288 bytes"),
+        ("POST", "/chat/completions", {"content": b" " * (serve_app.MAX_BODY + 1)}, 413, "larger than 524288 bytes"),
         ("POST", "/nothing", {"content": iter([b" " * 2**20, b" "])}, 413, "larger than 524288 bytes"),
         (
             "POST",
@@ -420,7 +420,7 @@ def test_body_declared_too_large_is_refused_before_it_arrives(url):
 
 
 def test_slow_body_times_out(url, monkeypatch):
-    monkeypatch.setattr(http, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(serve_app, "BODY_SECONDS", 0.1)
     with connection(url) as sock:
         sock.sendall(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
         assert sock.recv(100).startswith(b"HTTP/1.1 408 ")
@@ -428,7 +428,7 @@ def test_slow_body_times_out(url, monkeypatch):
 
 @pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"])
 def test_slow_head_times_out(url, monkeypatch, before):
-    monkeypatch.setattr(http, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(serve_app, "HEAD_SECONDS", 0.2)
     with connection(url) as sock:
         sock.sendall(before)
         while before and b"ready" not in sock.recv(1000):

@@ -10,26 +10,36 @@ Data flow, top to bottom in this file: body (validated by pydantic) → prompt t
 → TokenEvents → JSON or server-sent events. Prompts and responses are never logged here.
 """
 
-import itertools
 import json
+import re
 import secrets
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Request
-from fastapi.responses import Response
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.exceptions import HTTPException
+from starlette.responses import Response, StreamingResponse
 from typing_extensions import TypedDict
 
 from nanochat import engine
+from nanochat.common import UserError
 from nanochat.conversation import PartReader, render_to_fit
-from nanochat.serve.http import JSON, ApiError, EventStream, sse
-from nanochat.serve.scheduler import ResponseHandle, ServedModel, Service, TokenEvent
+from nanochat.serve.scheduler import (
+    GenerationFailed,
+    QueueFull,
+    ResponseHandle,
+    ServedModel,
+    Service,
+    TokenEvent,
+    Unavailable,
+)
 from nanochat.tokenizer import Tokenizer
 
 MAX_MESSAGES = 500
@@ -41,6 +51,10 @@ MAX_TEMPERATURE = 2.0
 MAX_STOPS = 4  # OpenAI's limit
 MAX_STOP_CHARACTERS = 200  # heuristic, not tuned
 MAX_COMPLETIONS = 16  # per call: n times the number of prompts; heuristic, not tuned
+RETRY_SECONDS = 5  # value of Retry-After; heuristic, not tuned
+NO_STORE = {"Cache-Control": "no-store"}
+# Pydantic puts the name of the type it tried into an error's location where a field allows several: "str", "list[int]".
+TYPE_NAME = re.compile(r"\W|^str$")
 
 # Parameters of OpenAI's API that are not supported, with the values that leave them off. Unknown ones are ignored on
 # OpenAI's endpoints, as its clients send many that make no difference here ("user", "store", …).
@@ -97,7 +111,7 @@ Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_leng
 class SamplingOptions(BaseModel):
     """The options that all endpoints share."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="allow")
     model: str | None = None
     temperature: float | None = Field(None, ge=0, le=MAX_TEMPERATURE)
     top_k: int | None = Field(None, ge=0, le=MAX_TOP_K)
@@ -105,20 +119,14 @@ class SamplingOptions(BaseModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
 
     def engine_request(self, defaults: Defaults) -> engine.Request:
-        """Returns an engine request without a prompt."""
-        return engine.Request(
-            prompt=[],
-            max_tokens=defaults.max_tokens if self.max_tokens is None else self.max_tokens,
-            temperature=defaults.temperature if self.temperature is None else self.temperature,
-            top_k=defaults.top_k if self.top_k is None else self.top_k,
-            seed=secrets.randbits(32) if self.seed is None else self.seed,
-        )
+        """Returns an engine request without a prompt. Parameters that are missing or null get their default values."""
+        given = self.model_dump(include={"temperature", "top_k", "top_p", "max_tokens", "seed"}, exclude_none=True)
+        return engine.Request(**{"prompt": [], "seed": secrets.randbits(32), **asdict(defaults), **given})
 
 
 class NativeBody(SamplingOptions):
     """Body of the page's endpoint. Rejects unknown fields, which are most likely misspelt."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
     messages: Messages
 
     @model_validator(mode="after")
@@ -137,7 +145,6 @@ class StreamOptions(BaseModel):
 class OpenAIBody(SamplingOptions):
     """The fields that both of OpenAI's endpoints have."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1)
     stop: str | Annotated[list[str], FIRST_ERROR] | None = None
@@ -158,36 +165,24 @@ class OpenAIBody(SamplingOptions):
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
-    @property
-    def includes_logprobs(self) -> bool:
-        raise NotImplementedError
-
-    def engine_request(self, defaults: Defaults) -> engine.Request:
-        top_p = 1.0 if self.top_p is None else self.top_p
-        return replace(super().engine_request(defaults), top_p=top_p, logprobs=self.includes_logprobs)
-
 
 class ChatBody(OpenAIBody):
     messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)  # the newer name of max_tokens
     logprobs: bool | None = None
 
-    @property
-    def includes_logprobs(self) -> bool:
-        return bool(self.logprobs)
-
     def engine_request(self, defaults: Defaults) -> engine.Request:
         request = super().engine_request(defaults)
-        return replace(request, max_tokens=self.max_completion_tokens or request.max_tokens)
+        max_tokens = self.max_completion_tokens or request.max_tokens
+        return replace(request, max_tokens=max_tokens, logprobs=bool(self.logprobs))
 
 
 class CompletionBody(OpenAIBody):
     prompt: str | TokenIds | Annotated[list[str], FIRST_ERROR] | Annotated[list[TokenIds], FIRST_ERROR]
     logprobs: Literal[0] | None = None  # number of alternatives per token: only the token itself is supported
 
-    @property
-    def includes_logprobs(self) -> bool:
-        return self.logprobs is not None
+    def engine_request(self, defaults: Defaults) -> engine.Request:
+        return replace(super().engine_request(defaults), logprobs=self.logprobs is not None)
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -202,17 +197,11 @@ def chat_prompt(messages: Sequence[Message], model: ServedModel, max_tokens: int
     """
     Returns the prompt's token ids and how many of the oldest messages were dropped to fit the context. Raises ApiError
     or UserError for messages that are not valid.
-    """
-    conversation = {"messages": normalize(messages)}
-    return render_to_fit(conversation, model.tokenizer, model.config.sequence_len, max_tokens)
 
-
-def normalize(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    OpenAI's variants are mapped to nanochat's conversations: the role "developer" becomes "system", and lists of text
+    parts become strings, except the assistant's, whose parts may be tool calls.
     """
-    Checks the lengths and maps OpenAI's variants to nanochat's conversations: the role "developer" becomes "system",
-    and lists of text parts become strings, except the assistant's, whose parts may be tool calls.
-    """
-    normalized: list[dict[str, Any]] = []
+    conversation: list[dict[str, Any]] = []
     num_characters = 0
     for i, message in enumerate(messages):
         role, content = message["role"], message["content"]
@@ -220,15 +209,13 @@ def normalize(messages: Sequence[Message]) -> list[dict[str, Any]]:
         if len(text) > MAX_CHARACTERS:
             raise ApiError(400, f"message {i} has {len(text)} characters: {MAX_CHARACTERS} are allowed", "messages")
         num_characters += len(text)
-        if role == "developer":
-            role = "system"
         if role != "assistant" and not isinstance(content, str):
             if any(part["type"] != "text" for part in content):
                 raise ApiError(400, f"message {i}: the parts of the {role}'s content must be text", "messages")
             content = text
-        normalized.append({"role": role, "content": content})
+        conversation.append({"role": "system" if role == "developer" else role, "content": content})
     _check_total(num_characters, "messages")
-    return normalized
+    return render_to_fit({"messages": conversation}, model.tokenizer, model.config.sequence_len, max_tokens)
 
 
 def completion_prompts(prompts: Sequence[str | list[int]], tokenizer: Tokenizer) -> list[list[int]]:
@@ -239,12 +226,12 @@ def completion_prompts(prompts: Sequence[str | list[int]], tokenizer: Tokenizer)
 
 def _check_total(num_characters: int, field: str) -> None:
     if num_characters > MAX_TOTAL_CHARACTERS:
-        message = f"{num_characters} characters in the {field}: {MAX_TOTAL_CHARACTERS} are allowed"
-        raise ApiError(400, message, field)
+        raise ApiError(400, f"{num_characters} characters in the {field}: {MAX_TOTAL_CHARACTERS} are allowed", field)
 
 
-def expand(template: engine.Request, prompts: Sequence[list[int]], n: int = 1) -> list[engine.Request]:
-    """Returns n requests per prompt with consecutive seeds, so that their completions differ."""
+def expand(template: engine.Request, prompts: Sequence[list[int]], n: int | None) -> list[engine.Request]:
+    """Returns n requests per prompt, with consecutive seeds so that their completions differ."""
+    n = n or 1
     if n * len(prompts) > MAX_COMPLETIONS:
         raise ApiError(400, f"{n} x {len(prompts)} completions: {MAX_COMPLETIONS} are allowed per call", "n")
     repeated = [prompt for prompt in prompts for _ in range(n)]
@@ -254,8 +241,20 @@ def expand(template: engine.Request, prompts: Sequence[list[int]], n: int = 1) -
 # ---- endpoints ----
 
 
+async def handle_stack() -> AsyncIterator[ExitStack]:
+    """
+    FastAPI dependency: a stack for the request's ResponseHandle. The handle is closed when the response has been sent
+    or has failed, or its client has disconnected.
+    """
+    with ExitStack() as stack:
+        yield stack
+
+
+HandleStack = Annotated[ExitStack, Depends(handle_stack)]
+
+
 class ChatApi:
-    """The endpoints: each parses, looks up the model, submits, and returns the response."""
+    """The endpoints: each looks up the model, converts the body to engine requests, submits, and responds."""
 
     def __init__(self, service: Service, defaults: Defaults):
         self.service = service
@@ -268,36 +267,32 @@ class ChatApi:
         app.add_api_route("/v1/models", self.models, methods=["GET"])
         app.add_api_route("/v1/models/{name}", self.model, methods=["GET"])
 
-    async def native(self, body: NativeBody, request: Request) -> Response:
+    async def native(self, body: NativeBody, request: Request, stack: HandleStack) -> Response:
         model = self._find_model(body.model)
         template = body.engine_request(self.defaults)
         prompt, num_dropped = chat_prompt(body.messages, model, template.max_tokens)
-        handle = self.service.submit(model, [replace(template, prompt=prompt)], _client(request))
-        last_event = {"done": True, "prompt_tokens": len(prompt), "dropped": num_dropped}
-        return await EventStream.start(handle, native_events(handle, last_event))
+        handle = self._submit(model, expand(template, [prompt], n=1), request, stack)
+        return await event_stream(native_events(handle, num_dropped))
 
-    async def chat_completions(self, body: ChatBody, request: Request) -> Response:
+    async def chat_completions(self, body: ChatBody, request: Request, stack: HandleStack) -> Response:
         model = self._find_model(body.model)
         template = body.engine_request(self.defaults)
         prompt, num_dropped = chat_prompt(body.messages, model, template.max_tokens)
-        requests = expand(template, [prompt], body.n or 1)
-        handle = self.service.submit(model, requests, _client(request))
-        builder = ResponseBuilder(body, handle, num_prompt_tokens=len(prompt))
-        return await _respond(builder, {"X-Dropped-Messages": str(num_dropped)})
+        handle = self._submit(model, expand(template, [prompt], body.n), request, stack)
+        return await ResponseBuilder(body, handle).response({"X-Dropped-Messages": str(num_dropped)})
 
-    async def completions(self, body: CompletionBody, request: Request) -> Response:
+    async def completions(self, body: CompletionBody, request: Request, stack: HandleStack) -> Response:
         model = self._find_model(body.model)
         prompts = completion_prompts(body.prompts, model.tokenizer)
-        requests = expand(body.engine_request(self.defaults), prompts, body.n or 1)
-        handle = self.service.submit(model, requests, _client(request))
-        builder = ResponseBuilder(body, handle, num_prompt_tokens=sum(map(len, prompts)))
-        return await _respond(builder, {})
+        requests = expand(body.engine_request(self.defaults), prompts, body.n)
+        handle = self._submit(model, requests, request, stack)
+        return await ResponseBuilder(body, handle).response({})
 
     async def models(self) -> Response:
-        return JSON({"object": "list", "data": [_describe(model) for model in self.service.models.values()]})
+        return JSON({"object": "list", "data": [describe(model) for model in self.service.models.values()]})
 
     async def model(self, name: str) -> Response:
-        return JSON(_describe(self._find_model(name)))
+        return JSON(describe(self._find_model(name)))
 
     def _find_model(self, name: str | None) -> ServedModel:
         """Returns the first model if no name is given. Raises ApiError for an unknown name."""
@@ -308,46 +303,35 @@ class ChatApi:
             raise ApiError(404, message, "model", code="model_not_found")
         return models[name]
 
-
-def _client(request: Request) -> str:
-    """The address that the fair queue counts requests by."""
-    return request.client.host if request.client else ""
-
-
-def _describe(model: ServedModel) -> dict[str, Any]:
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": int(model.created),
-        "owned_by": "nanochat",
-        "context_length": model.config.sequence_len,
-    }
+    def _submit(
+        self, model: ServedModel, requests: list[engine.Request], request: Request, stack: ExitStack
+    ) -> ResponseHandle:
+        client = request.client.host if request.client else ""  # the fair queue counts requests per address
+        return stack.enter_context(closing(self.service.submit(model, requests, client)))
 
 
-async def _respond(builder: "ResponseBuilder", headers: dict[str, str]) -> Response:
-    if builder.body.stream:
-        return await EventStream.start(builder.handle, builder.events(), headers)
-    with closing(builder.handle):
-        return JSON(await builder.whole(), headers=headers)
+def describe(model: ServedModel) -> dict[str, Any]:
+    head = {"id": model.name, "object": "model", "created": int(model.created), "owned_by": "nanochat"}
+    return head | {"context_length": model.config.sequence_len}
 
 
 # ---- responses of the page's endpoint ----
 
 
-async def native_events(handle: ResponseHandle, last_event: dict[str, Any]) -> AsyncIterator[bytes]:
+async def native_events(handle: ResponseHandle, num_dropped: int) -> AsyncIterator[bytes]:
     """
     Yields the events of a single completion, one or more at a time: {"token", "gpu"} and, within tool calls, "part";
-    at the end `last_event` with the finish reason and the number of tokens.
+    at the end the finish reason, the numbers of tokens and the number of messages that were dropped from the prompt.
     """
     reader = PartReader(handle.model.tokenizer)
-    num_tokens = 0
     async for events in handle.batches():
         chunk = b""
         for event in events:
             if event.token is None:
-                chunk += sse(last_event | {"finish_reason": event.finish, "tokens": num_tokens})
+                request, tokens = event.generation.request, event.generation.tokens
+                counts = {"prompt_tokens": len(request.prompt), "dropped": num_dropped, "tokens": len(tokens)}
+                chunk += sse({"done": True, "finish_reason": event.finish} | counts)
                 continue
-            num_tokens += 1
             kind, text = reader.read(event.token)
             if text:
                 part = {} if kind == "text" else {"part": kind}
@@ -386,28 +370,20 @@ class CompletionText:
             return
         start = len(self.text)
         token_bytes = self.tokenizer.decode_bytes([event.token])
-        logprob = {
-            "token": token_bytes.decode(errors="replace"),
-            "logprob": event.logprob,
-            "bytes": list(token_bytes),
-            "top_logprobs": [],
-        }
-        self.unsent_logprobs.append((start, logprob))
+        token = {"token": token_bytes.decode(errors="replace"), "logprob": event.logprob, "bytes": list(token_bytes)}
+        self.unsent_logprobs.append((start, token | {"top_logprobs": []}))
         self.text += text
-        self._cut_at_stop(start)
-
-    def _cut_at_stop(self, start: int) -> None:
-        """Looks for a stop string that ends after `start`."""
+        # A stop string that is complete now ends in the new text.
         positions = [self.text.find(stop, max(0, start - len(stop) + 1)) for stop in self.stops]
         found = [position for position in positions if position >= 0]
         if found:
             self.text = self.text[: min(found)]
             self.finish = "stop"
 
-    def take(self) -> tuple[str, list[dict[str, Any]]]:
+    def take(self) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
         """
-        Returns the text that is ready to send and not sent yet, with the log-probabilities of its tokens. What may turn
-        out to be the start of a stop string is held back.
+        Returns the text that is ready to send and not sent yet, with the positions and log-probabilities of its tokens.
+        What may turn out to be the start of a stop string is held back.
         """
         text = self.text[self.num_sent :]
         if not self.finish:
@@ -415,7 +391,7 @@ class CompletionText:
         self.num_sent += len(text)
         logprobs = []
         while self.unsent_logprobs and self.unsent_logprobs[0][0] < self.num_sent:
-            logprobs.append(self.unsent_logprobs.popleft()[1])
+            logprobs.append(self.unsent_logprobs.popleft())
         return text, logprobs
 
     def _num_held_back(self, text: str) -> int:
@@ -430,10 +406,9 @@ class CompletionText:
 class ResponseBuilder:
     """Builds the response to one call in OpenAI's form, for chats and for plain completions."""
 
-    def __init__(self, body: ChatBody | CompletionBody, handle: ResponseHandle, num_prompt_tokens: int):
+    def __init__(self, body: ChatBody | CompletionBody, handle: ResponseHandle):
         self.body = body
         self.handle = handle
-        self.num_prompt_tokens = num_prompt_tokens
         self.is_chat = isinstance(body, ChatBody)
         self.texts = [CompletionText(handle.model.tokenizer, body.stops) for _ in handle.generations]
         self.head = {
@@ -443,34 +418,35 @@ class ResponseBuilder:
             "model": handle.model.name,
         }
 
-    async def whole(self) -> dict[str, Any]:
-        """Waits for all completions and returns the response."""
+    async def response(self, headers: dict[str, str]) -> Response:
+        if self.body.stream:
+            return await event_stream(self._events(), headers)
         async for events in self.handle.batches():
             self._add(events)
-        choices = [self._choice(i) for i in range(len(self.texts))]
-        return self.head | {"choices": choices, "usage": self._usage()}
+        choices = []
+        for i, completion in enumerate(self.texts):
+            text, logprobs = completion.take()
+            message = {"role": "assistant", "content": text, "refusal": None} if self.is_chat else text
+            choices.append(self._choice(i, message, logprobs, completion.finish, field="message"))
+        return JSON(self.head | {"choices": choices, "usage": self._usage()}, headers=headers)
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def _events(self) -> AsyncIterator[bytes]:
         """Yields the response as server-sent events, one or more at a time."""
         head: dict[str, Any] = dict(self.head)
         includes_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         if includes_usage:
             head["usage"] = None
-        chunks: list[dict[str, Any]] = []
+        choices: list[dict[str, Any]] = []
         if self.is_chat:
             head["object"] = "chat.completion.chunk"
-            chunks = [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self.texts))]
-        finished = set()
+            choices = [self._choice(i, {"role": "assistant", "content": ""}) for i in range(len(self.texts))]
         async for events in self.handle.batches():
             self._add(events)
             for i in dict.fromkeys(event.generation.index for event in events):
-                if i not in finished:
-                    chunks += self._new_chunks(i)
-                if self.texts[i].finish:
-                    finished.add(i)
-            if chunks:
-                yield b"".join(sse(head | {"choices": [chunk]}) for chunk in chunks)
-                chunks = []
+                choices += self._new_choices(i)
+            if choices:
+                yield b"".join(sse(head | {"choices": [choice]}) for choice in choices)
+                choices = []
         usage = sse(head | {"choices": [], "usage": self._usage()}) if includes_usage else b""
         yield usage + b"data: [DONE]\n\n"
 
@@ -479,52 +455,165 @@ class ResponseBuilder:
             i = event.generation.index
             self.texts[i].add(event)
             if self.texts[i].finish:
-                self.handle.stop(i, self.texts[i].finish)
+                self.handle.stop(i, self.texts[i].finish)  # there are no more events after this batch
 
-    def _choice(self, i: int) -> dict[str, Any]:
-        text, logprobs = self.texts[i].take()
-        choice: dict[str, Any] = {"index": i}
-        if self.is_chat:
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        else:
-            choice["text"] = text
-        return choice | {"logprobs": self._logprobs(logprobs, start=0), "finish_reason": self.texts[i].finish}
-
-    def _new_chunks(self, i: int) -> list[dict[str, Any]]:
-        """Chunks with the text of completion i that is not sent yet and, at its end, the finish reason."""
+    def _new_choices(self, i: int) -> list[dict[str, Any]]:
+        """Returns what is new of completion i: its text that is not sent yet and, at its end, the finish reason."""
         completion = self.texts[i]
         text, logprobs = completion.take()
-        chunks = []
+        choices = []
         if text:
-            content = {"content": text} if self.is_chat else text
-            chunks.append(self._chunk(i, content, self._logprobs(logprobs, start=completion.num_sent - len(text))))
+            choices.append(self._choice(i, {"content": text} if self.is_chat else text, logprobs))
         if completion.finish:
-            chunks.append(self._chunk(i, {} if self.is_chat else "", finish=completion.finish))
-        return chunks
+            choices.append(self._choice(i, {} if self.is_chat else "", finish=completion.finish))
+        return choices
 
-    def _chunk(self, i: int, content: Any, logprobs: Any = None, *, finish: str | None = None) -> dict[str, Any]:
-        field = "delta" if self.is_chat else "text"
-        return {"index": i, field: content, "logprobs": logprobs, "finish_reason": finish}
+    def _choice(
+        self, i: int, content: Any, logprobs: Any = None, finish: str | None = None, *, field: str = "delta"
+    ) -> dict[str, Any]:
+        """field: the name of `content` in chats; plain completions have no other name than "text"."""
+        return {
+            "index": i,
+            field if self.is_chat else "text": content,
+            "logprobs": None if logprobs is None else self._logprobs(logprobs),
+            "finish_reason": finish,
+        }
 
-    def _logprobs(self, logprobs: list[dict[str, Any]], start: int) -> dict[str, Any] | None:
-        """start: number of characters before these tokens."""
-        if not self.body.includes_logprobs:
+    def _logprobs(self, logprobs: list[tuple[int, dict[str, Any]]]) -> dict[str, Any] | None:
+        if not self.handle.generations[0].request.logprobs:
             return None
         if self.is_chat:
-            return {"content": logprobs, "refusal": None}
-        tokens = [each["token"] for each in logprobs]
-        offsets = list(itertools.accumulate(map(len, tokens), initial=start))
+            return {"content": [token for _, token in logprobs], "refusal": None}
         return {
-            "tokens": tokens,
-            "token_logprobs": [each["logprob"] for each in logprobs],
+            "tokens": [token["token"] for _, token in logprobs],
+            "token_logprobs": [token["logprob"] for _, token in logprobs],
             "top_logprobs": None,
-            "text_offset": offsets[: len(tokens)],
+            "text_offset": [position for position, _ in logprobs],
         }
 
     def _usage(self) -> dict[str, int]:
-        num_generated = sum(text.num_tokens for text in self.texts)
+        prompts = [generation.request.prompt for generation in self.handle.generations[:: self.body.n or 1]]
+        num_read = sum(map(len, prompts))
+        num_generated = sum(completion.num_tokens for completion in self.texts)
         return {
-            "prompt_tokens": self.num_prompt_tokens,
+            "prompt_tokens": num_read,
             "completion_tokens": num_generated,
-            "total_tokens": self.num_prompt_tokens + num_generated,
+            "total_tokens": num_read + num_generated,
         }
+
+
+# ---- response classes and errors ----
+
+
+def to_json(data: Any) -> bytes:
+    """Encodes as ASCII, so that text with lone surrogates can be sent too."""
+    return json.dumps(data, separators=(",", ":")).encode()
+
+
+class JSON(Response):
+    """Like Starlette's JSONResponse, but in ASCII, and never cached."""
+
+    media_type = "application/json"
+
+    def __init__(self, content: Any, status_code: int = 200, headers: Mapping[str, str] | None = None):
+        super().__init__(to_json(content), status_code, NO_STORE | dict(headers or {}))
+
+
+def sse(data: Any) -> bytes:
+    """Formats one server-sent event: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
+    return b"data: " + to_json(data) + b"\n\n"
+
+
+async def event_stream(chunks: AsyncIterator[bytes], headers: dict[str, str] | None = None) -> Response:
+    """
+    Waits for the first chunk, so that a failure before it gets its proper HTTP status. A later failure is sent as an
+    event.
+    """
+    first = await anext(chunks)
+
+    async def all_chunks() -> AsyncIterator[bytes]:
+        yield first
+        try:
+            async for chunk in chunks:
+                yield chunk
+        except (GenerationFailed, Unavailable) as error:
+            yield sse({"error": str(error)})
+
+    # X-Accel-Buffering: nginx must not collect the events before it passes them on.
+    headers = NO_STORE | {"X-Accel-Buffering": "no"} | (headers or {})
+    return StreamingResponse(all_chunks(), headers=headers, media_type="text/event-stream")
+
+
+class ApiError(HTTPException):
+    """An HTTP status and a one-line message, sent in OpenAI's form. `param` is the field that caused it."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        *,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(status, message, headers)
+        self.param = param
+        self.code = code
+
+    def response(self) -> Response:
+        kind = "invalid_request_error" if self.status_code < 500 else "server_error"
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status_code, kind)
+        error = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
+        return JSON({"error": error}, self.status_code, self.headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Sends every exception as an ApiError."""
+
+    def handle(kind: type[Exception], to_api_error: Callable[[Any], ApiError]) -> None:
+        async def handler(request: Request, error: Exception) -> Response:
+            return to_api_error(error).response()
+
+        app.add_exception_handler(kind, handler)
+
+    handle(ApiError, lambda error: error)
+    handle(UserError, lambda error: ApiError(400, str(error)))
+    handle(RequestValidationError, _from_validation_error)
+    handle(QueueFull, lambda error: _retry_later(429, error, "queue_full"))
+    handle(Unavailable, lambda error: _retry_later(503, error, "not_ready"))
+    handle(GenerationFailed, lambda error: ApiError(500, str(error)))
+    handle(HTTPException, _from_http_exception)
+    handle(Exception, lambda error: ApiError(500, "internal error: see the server's log"))
+
+
+def _retry_later(status: int, error: Exception, code: str) -> ApiError:
+    headers = {"Retry-After": str(RETRY_SECONDS)}
+    return ApiError(status, f"{error}; try again in {RETRY_SECONDS} s", code=code, headers=headers)
+
+
+def _from_http_exception(error: HTTPException) -> ApiError:
+    messages = {
+        400: "the body is not valid JSON",
+        404: "not found: there is nothing at this path",
+        405: "method not allowed at this path",
+    }
+    return ApiError(error.status_code, messages.get(error.status_code, error.detail), headers=error.headers)
+
+
+def _from_validation_error(error: RequestValidationError) -> ApiError:
+    """Reports the first invalid field. If it may be of several types, pydantic has errors for each of them."""
+    errors = error.errors()
+    first = errors[0]
+    location = first["loc"]  # ("body", field, …)
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first['ctx']['error']} at character {location[-1]}")
+    if len(location) < 2:
+        return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
+    field = location[1]
+    messages: dict[str, list[str]] = {}  # by path within the body
+    for each in errors:
+        if each["loc"][1] == field:
+            path = ".".join(str(part) for part in each["loc"][1:] if not TYPE_NAME.search(str(part)))
+            messages.setdefault(path, []).append(each["msg"])
+    lines = [f"{path}: {', or: '.join(dict.fromkeys(messages[path]))}" for path in messages]
+    return ApiError(400, "; ".join(lines[:3]), str(field))

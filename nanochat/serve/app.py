@@ -1,27 +1,36 @@
 """
-The web chat as a FastAPI app: the chat API (nanochat/serve/api.py), the page, and endpoints for operators.
+The web chat as a FastAPI app: the chat API (nanochat/serve/api.py), the page, endpoints for operators, and the limits
+on connections and requests that Starlette and uvicorn lack.
 
     app = create_app(Service([model]), Defaults())
     uvicorn.run(app)
 """
 
+import asyncio
 import base64
 import hashlib
-import re
+import hmac
+import ipaddress
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from nanochat.serve.api import ChatApi, Defaults
-from nanochat.serve.http import JSON, RequestGuard, add_error_handlers
+from nanochat.serve.api import JSON, ApiError, ChatApi, Defaults, add_error_handlers
 from nanochat.serve.scheduler import Service
 
 PAGE = Path(__file__).parent / "ui.html"
+MAX_BODY = 2**19  # bytes; the longest valid request, 32,000 characters as six ASCII characters each, is 190 KB
+HEAD_SECONDS = 10  # time limit for a client to send a request's head; heuristic, not tuned
+BODY_SECONDS = 30  # the same for its body; heuristic, not tuned
+OPEN_PATHS = ("/", "/health")  # need no API key
 
 
 def create_app(
@@ -61,13 +70,12 @@ def create_app(
 
 
 def _add_page(app: FastAPI, html: str) -> None:
-    # The policy names the page's own scripts by their hash. No other script runs, even if one got into the page.
-    scripts = re.findall(r"<script[^>]*>(.*?)</script>", html, re.DOTALL)
-    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    script_sources = " ".join(f"'sha256-{digest}'" for digest in hashes) or "'none'"
+    # The policy names the page's own script by its hash. No other script runs, even if one got into the page.
+    script = html.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     headers = {
         "Content-Security-Policy": (
-            f"default-src 'none'; script-src {script_sources}; style-src 'unsafe-inline'; img-src data:; "
+            f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
             "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         ),
         "X-Content-Type-Options": "nosniff",
@@ -99,22 +107,149 @@ def prometheus(stats: dict[str, Any]) -> str:
     """Formats Service.stats() for Prometheus: https://prometheus.io/docs/instrumenting/exposition_formats/"""
     lines: list[str] = []
 
-    def add(name: str, kind: str, help: str, *, values: dict[str, float]) -> None:
-        lines.append(f"# HELP nanochat_{name} {help}")
-        lines.append(f"# TYPE nanochat_{name} {kind}")
+    def add(name: str, help: str, values: dict[str, float]) -> None:
+        """values: by labels, in braces."""
+        kind = "counter" if name.endswith("_total") else "gauge"
+        lines.extend([f"# HELP nanochat_{name} {help}", f"# TYPE nanochat_{name} {kind}"])
         lines.extend(f"nanochat_{name}{labels} {value}" for labels, value in values.items())
 
     def by_device(key: str) -> dict[str, float]:
         return {f'{{model="{device["model"]}",gpu="{device["gpu"]}"}}': device[key] for device in stats["devices"]}
 
-    add("uptime_seconds", "gauge", "Seconds since the start.", values={"": stats["uptime_seconds"]})
-    add("ready", "gauge", "1 if every model is ready.", values={"": int(stats["status"] == "ok")})
-    add("waiting", "gauge", "Completions in the queue.", values={"": stats["waiting"]})
-    add("running", "gauge", "Completions being generated.", values=by_device("running"))
-    add("slots", "gauge", "Completions that can be generated together.", values=by_device("slots"))
-    add("tokens_total", "counter", "Tokens generated.", values=by_device("tokens"))
-    add("tokens_per_second", "gauge", "Average of the last minute.", values=by_device("tokens_per_second"))
-    add("prompt_tokens_total", "counter", "Tokens of prompts.", values={"": stats["prompt_tokens"]})
+    add("uptime_seconds", "Seconds since the start.", {"": stats["uptime_seconds"]})
+    add("ready", "1 if every model is ready.", {"": int(stats["status"] == "ok")})
+    add("waiting", "Completions in the queue.", {"": stats["waiting"]})
+    add("running", "Completions being generated.", by_device("running"))
+    add("slots", "Completions that can be generated together.", by_device("slots"))
+    add("tokens_total", "Tokens generated.", by_device("tokens"))
+    add("tokens_per_second", "Average of the last minute.", by_device("tokens_per_second"))
+    add("prompt_tokens_total", "Tokens of prompts.", {"": stats["prompt_tokens"]})
     outcomes = {f'{{outcome="{outcome}"}}': count for outcome, count in stats["answers"].items()}
-    add("answers_total", "counter", "Completions by outcome.", values=outcomes)
+    add("answers_total", "Completions by outcome.", outcomes)
     return "\n".join(lines) + "\n"
+
+
+# ---- limits on connections and requests ----
+
+
+class Connection(H11Protocol):
+    """
+    Uvicorn's HTTP/1.1 connection with two limits that it lacks: on the time that a client takes to send a request's
+    head, and on the requests that a client sends ahead while one is being answered (3 million grew the process by
+    100 MB).
+    """
+
+    head_timer: asyncio.TimerHandle | None = None  # runs while the connection waits for a head
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._update_head_timer()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._update_head_timer()
+        if len(self.conn.trailing_data[0]) > MAX_BODY:
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.head_timer:
+            self.head_timer.cancel()
+        super().connection_lost(exc)
+
+    def _update_head_timer(self) -> None:
+        is_waiting = not self.cycle or self.cycle.response_complete
+        if is_waiting and not self.head_timer:
+            self.head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        elif self.head_timer and not is_waiting:
+            self.head_timer.cancel()
+            self.head_timer = None
+
+
+class RequestGuard:
+    """
+    Middleware around the app: validates the Host header and the API key, reads the body up to MAX_BODY, and cancels the
+    request when its client disconnects, wherever in the app it is.
+
+    What Starlette has differs: its TrustedHostMiddleware cannot allow every IP address, its requests wait for a body of
+    any size for as long as it takes, and its responses notice a disconnect only while they stream.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str, hosts: Sequence[str]):
+        self.app = app
+        self.api_key = api_key.encode()
+        self.hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        try:
+            self._check_host(headers)
+            self._check_key(scope["path"], headers)
+            body = await asyncio.wait_for(_read_body(headers, receive), BODY_SECONDS)
+        except asyncio.TimeoutError:
+            error = ApiError(408, f"the body did not arrive within {BODY_SECONDS} s", headers={"Connection": "close"})
+            await error.response()(scope, receive, send)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+        else:
+            if body is not None:
+                method = scope["method"].replace("HEAD", "GET")  # uvicorn leaves out the body of its response
+                await self._run({**scope, "method": method}, body, receive, send)
+
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        """
+        Against DNS rebinding (https://en.wikipedia.org/wiki/DNS_rebinding): a web site can point its own name, though
+        no IP address, at this machine, and the browser then lets its scripts use this server. Raises ApiError for a
+        name that is not in `hosts`. Requests without a Host header do not come from a browser.
+        """
+        host = headers.get(b"host", b"").decode("latin-1")
+        name = ""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            ipaddress.ip_address(name)
+        except ValueError as error:
+            if self.hosts and host and name not in self.hosts:
+                remedy = f"use an IP address or {', '.join(self.hosts)}, or start the server with an API key"
+                raise ApiError(403, f"unknown host {host[:100]!r}: {remedy}") from error
+
+    def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
+        if not self.api_key or path in OPEN_PATHS:
+            return
+        authorization = headers.get(b"authorization", b"")
+        if not hmac.compare_digest(authorization, b"Bearer " + self.api_key):
+            needed = "an API key is needed: send the header Authorization: Bearer KEY"
+            message = "the API key is wrong" if authorization else needed
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive_body() -> Message:
+            return next(messages, None) or await receive()
+
+        response = asyncio.ensure_future(self.app(scope, receive_body, send))
+        disconnect = asyncio.ensure_future(receive())
+        try:
+            await asyncio.wait({response, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            disconnect.cancel()
+            response.cancel()  # does nothing if it is complete
+        with suppress(asyncio.CancelledError):
+            await response
+
+
+async def _read_body(headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
+    """Returns the whole body, or None if the client disconnects. Raises ApiError once it is known to be too large."""
+    too_large = ApiError(413, f"the body is larger than {MAX_BODY} bytes", headers={"Connection": "close"})
+    if int(headers.get(b"content-length", 0)) > MAX_BODY:
+        raise too_large
+    body = bytearray()
+    while (message := await receive())["type"] == "http.request":
+        body += message["body"]
+        if len(body) > MAX_BODY:
+            raise too_large
+        if not message["more_body"]:
+            return bytes(body)
+    return None
