@@ -23,11 +23,11 @@ import uvicorn
 
 from nanochat import checkpoint_manager, hardware
 from nanochat.checkpoint_manager import STAGES
-from nanochat.cli import command, flag
+from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
-from nanochat.serve.api import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K, Defaults
+from nanochat.serve.api import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K
 from nanochat.serve.app import Connection, create_app
 from nanochat.serve.scheduler import ResponseHandle, ServedModel, Service
 from nanochat.tokenizer import Tokenizer, default_dir
@@ -67,21 +67,11 @@ def main(flags: Flags) -> None:
 
     models = load_models(flags, devices)
     service = Service(models, log=lambda handle: print(log_line(handle, flags.log_text), flush=True))
-    app = create_app(
-        service,
-        Defaults(flags.temperature, flags.top_k, flags.max_tokens),
-        api_key=api_key,
-        cors_origins=origins,
-        hosts=allowed_hosts(flags.host, api_key, origins),
-    )
+    defaults = Request([], flags.max_tokens, flags.temperature, flags.top_k)
+    hosts = allowed_hosts(flags.host, api_key, origins)
+    app = create_app(service, defaults, api_key=api_key, cors_origins=origins, hosts=hosts)
     config = uvicorn.Config(
-        app,
-        http=Connection,
-        ws="none",
-        access_log=False,
-        log_level="warning",
-        server_header=False,
-        timeout_graceful_shutdown=1,
+        app, http=Connection, ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=1
     )
     host = f"[{flags.host}]" if ":" in flags.host else flags.host  # IPv6
     url = f"http://{host}:{listener.getsockname()[1]}"
@@ -96,22 +86,17 @@ def main(flags: Flags) -> None:
 
 def check(flags: Flags, api_key: str, origins: list[str]) -> None:
     """Raises UserError for flags that are not valid."""
-    if not 0 <= flags.temperature <= MAX_TEMPERATURE:
-        raise UserError(f"--temperature must be 0 to {MAX_TEMPERATURE:g}")
-    if not 0 <= flags.top_k <= MAX_TOP_K:
-        raise UserError(f"--top-k must be 0 to {MAX_TOP_K}")
-    if not 1 <= flags.max_tokens <= MAX_TOKENS:
-        raise UserError(f"--max-tokens must be 1 to {MAX_TOKENS}")
+    limits = [("temperature", 0, MAX_TEMPERATURE), ("top_k", 0, MAX_TOP_K), ("max_tokens", 1, MAX_TOKENS)]
+    for name, low, high in [*limits, ("port", 0, 65535)]:
+        if not low <= getattr(flags, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} must be {low} to {high:g}")
+    require_positive(flags, "num_rows")
+    if flags.queue < 0 or not flags.shutdown_seconds >= 0:
+        raise UserError("--queue and --shutdown-seconds must be at least 0")
     if not all("!" <= character <= "~" for character in api_key):
         raise UserError("the API key may have only ASCII letters, digits and punctuation: browsers send no others")
     if not all(origin == "*" or ("://" in origin and origin.count("/") == 2) for origin in origins):
         raise UserError(f"--cors-origin {flags.cors_origin}: write sites as https://chat.example, without a path, or *")
-    if flags.num_rows < 1:
-        raise UserError("--num-rows must be at least 1")
-    if flags.queue < 0 or not flags.shutdown_seconds >= 0:
-        raise UserError("--queue and --shutdown-seconds must be at least 0")
-    if not 0 <= flags.port < 65536:
-        raise UserError("--port must be 0 to 65535")
     stages = flags.source.split(",")
     if len(set(stages)) < len(stages):
         raise UserError(f"-i {flags.source}: name each stage only once")
@@ -137,17 +122,14 @@ def allowed_hosts(host: str, api_key: str, origins: list[str]) -> list[str]:
 def listen(host: str, port: int) -> socket.socket:
     """Returns a listening socket. Raises UserError if the address is taken or not one of this machine's."""
     try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = addresses[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that just ended may have used it
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, READ_SECONDS * 1000)
-        listener.bind(address)
-        listener.listen(2048)
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        dual_stack = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # then "::" is all of IPv4 too
+        listener = socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=dual_stack)
     except OSError as error:
         remedy = "stop the program that uses it, or choose another --host or --port"
-        raise UserError(f"cannot listen on {host} port {port} ({error.strerror}): {remedy}") from error
+        raise UserError(f"cannot listen on {host} port {port}: {error.strerror}; {remedy}") from error
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, READ_SECONDS * 1000)
     return listener
 
 
@@ -166,15 +148,8 @@ def load_models(flags: Flags, devices: list[torch.device]) -> list[ServedModel]:
             )
             engine_makers.append(engine_maker(model, tokenizer, flags.num_rows))
         print(f"{stage}: {checkpoint.path}", flush=True)
-        served = ServedModel(
-            stage,
-            tokenizer,
-            model.config,
-            make_engines=engine_makers,
-            queue_size=flags.queue,
-            created=checkpoint.path.stat().st_mtime,
-        )
-        models.append(served)
+        created = checkpoint.path.stat().st_mtime
+        models.append(ServedModel(stage, tokenizer, model.config, engine_makers, flags.queue, created))
     return models
 
 
@@ -191,19 +166,17 @@ def engine_maker(model: GPT, tokenizer: Tokenizer, num_rows: int) -> Callable[[]
 
 def log_line(handle: ResponseHandle, with_text: bool) -> str:
     """Returns the log line of a response that has ended; with_text adds the prompt and the completions."""
-    now = time.perf_counter()
-    date = time.strftime("%Y-%m-%d %H:%M:%S")
+    seconds = time.perf_counter() - handle.start_time
     client = handle.client.encode("unicode_escape").decode()  # a proxy may send any text, also control characters
     prompt = handle.generations[0].request.prompt
-    num_tokens = sum(len(generation.tokens) for generation in handle.generations)
-    first = ""
+    completions = [generation.tokens for generation in handle.generations]
+    line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {client} {handle.model.name} "
+    line += f"{len(prompt)} → {sum(map(len, completions))} tokens, "
     if handle.first_token_time:
-        first = f"first after {handle.first_token_time - handle.start_time:.2f} s, "
-    finishes = ",".join(generation.finish for generation in handle.generations)
-    line = f"{date} {client} {handle.model.name} {len(prompt)} → {num_tokens} tokens, "
-    line += f"{first}{now - handle.start_time:.2f} s, {finishes}"
+        line += f"first after {handle.first_token_time - handle.start_time:.2f} s, "
+    line += f"{seconds:.2f} s, {','.join(generation.finish for generation in handle.generations)}"
     if with_text:
-        for ids in [prompt, *(generation.tokens for generation in handle.generations)]:
+        for ids in [prompt, *completions]:
             line += f"\n  {handle.model.tokenizer.decode(ids)!r}"
     return line
 

@@ -25,7 +25,6 @@ from factories import save_checkpoint, tiny_engine, tiny_gpt, wait_until
 
 from nanochat.engine import Engine, Request
 from nanochat.serve import app as serve_app
-from nanochat.serve.api import Defaults
 from nanochat.serve.app import create_app
 from nanochat.serve.scheduler import ServedModel, Service
 from nanochat.tokenizer import Tokenizer
@@ -60,7 +59,7 @@ class ScriptedEngine(Engine):
 @contextlib.contextmanager
 def serving(service, max_tokens=8, **options):
     """Runs the server in a thread; yields its URL."""
-    app = create_app(service, Defaults(max_tokens=max_tokens), **options)
+    app = create_app(service, Request([], max_tokens, temperature=0.6, top_k=50), **options)
     config = uvicorn.Config(app, http=serve_app.Connection, log_level="warning", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", 0))
@@ -78,14 +77,7 @@ def serving(service, max_tokens=8, **options):
 @pytest.fixture(scope="module")
 def service(tiny, golden_tokenizer):
     models = [
-        ServedModel(
-            name,
-            golden_tokenizer,
-            tiny.config,
-            make_engines=[lambda: tiny_engine(tiny, golden_tokenizer)],
-            queue_size=100,
-            created=1.5e9,
-        )
+        ServedModel(name, golden_tokenizer, tiny.config, [lambda: tiny_engine(tiny, golden_tokenizer)], 100, 1.5e9)
         for name in ("sft", "rl")
     ]
     return Service(models)
@@ -737,7 +729,7 @@ def test_program_stops_at_once_on_second_signal_and_logs_text_on_request(base_fo
     [
         (["-t", "3"], "--temperature must be 0 to 2"),
         (["-m", "0"], "--max-tokens must be 1 to 4096"),
-        (["--num-rows", "0"], "--num-rows must be at least 1"),
+        (["--num-rows", "0"], "--num-rows 0: must be at least 1"),
         (["--shutdown-seconds", "nan"], "--shutdown-seconds must be at least 0"),
         (["--port", "70000"], "--port"),
         (["--port", "TAKEN"], "cannot listen on .* choose another --host or --port"),

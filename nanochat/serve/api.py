@@ -18,7 +18,7 @@ import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Request
@@ -80,15 +80,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """Values of the parameters that a request omits."""
-
-    temperature: float = 0.6
-    top_k: int = 50
-    max_tokens: int = 512
-
-
 # ---- request bodies ----
 
 FIRST_ERROR = Field(fail_fast=True)  # report only the first invalid item of a list
@@ -118,10 +109,10 @@ class SamplingOptions(BaseModel):
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
 
-    def engine_request(self, defaults: Defaults) -> engine.Request:
-        """Returns an engine request without a prompt. Parameters that are missing or null get their default values."""
+    def engine_request(self, defaults: engine.Request) -> engine.Request:
+        """Returns `defaults` with the parameters that the body has, and a random seed if it has none."""
         given = self.model_dump(include={"temperature", "top_k", "top_p", "max_tokens", "seed"}, exclude_none=True)
-        return engine.Request(**{"prompt": [], "seed": secrets.randbits(32), **asdict(defaults), **given})
+        return replace(defaults, **{"seed": secrets.randbits(32), **given})
 
 
 class NativeBody(SamplingOptions):
@@ -171,7 +162,7 @@ class ChatBody(OpenAIBody):
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)  # the newer name of max_tokens
     logprobs: bool | None = None
 
-    def engine_request(self, defaults: Defaults) -> engine.Request:
+    def engine_request(self, defaults: engine.Request) -> engine.Request:
         request = super().engine_request(defaults)
         max_tokens = self.max_completion_tokens or request.max_tokens
         return replace(request, max_tokens=max_tokens, logprobs=bool(self.logprobs))
@@ -181,7 +172,7 @@ class CompletionBody(OpenAIBody):
     prompt: str | TokenIds | Annotated[list[str], FIRST_ERROR] | Annotated[list[TokenIds], FIRST_ERROR]
     logprobs: Literal[0] | None = None  # number of alternatives per token: only the token itself is supported
 
-    def engine_request(self, defaults: Defaults) -> engine.Request:
+    def engine_request(self, defaults: engine.Request) -> engine.Request:
         return replace(super().engine_request(defaults), logprobs=self.logprobs is not None)
 
     @property
@@ -254,9 +245,13 @@ HandleStack = Annotated[ExitStack, Depends(handle_stack)]
 
 
 class ChatApi:
-    """The endpoints: each looks up the model, converts the body to engine requests, submits, and responds."""
+    """
+    The endpoints: each looks up the model, converts the body to engine requests, submits, and responds.
 
-    def __init__(self, service: Service, defaults: Defaults):
+    defaults: the values of the parameters that a request omits; its prompt is not used.
+    """
+
+    def __init__(self, service: Service, defaults: engine.Request):
         self.service = service
         self.defaults = defaults
 

@@ -2,7 +2,7 @@
 The web chat as a FastAPI app: the chat API (nanochat/serve/api.py), the page, endpoints for operators, and the limits
 on connections and requests that Starlette and uvicorn lack.
 
-    app = create_app(Service([model]), Defaults())
+    app = create_app(Service([model]), Request([], temperature=0.6))
     uvicorn.run(app)
 """
 
@@ -23,7 +23,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from nanochat.serve.api import JSON, ApiError, ChatApi, Defaults, add_error_handlers
+from nanochat.engine import Request
+from nanochat.serve.api import JSON, ApiError, ChatApi, add_error_handlers
 from nanochat.serve.scheduler import Service
 
 PAGE = Path(__file__).parent / "ui.html"
@@ -35,15 +36,16 @@ OPEN_PATHS = ("/", "/health")  # need no API key
 
 def create_app(
     service: Service,
-    defaults: Defaults,
+    defaults: Request,
     *,
     api_key: str = "",
     cors_origins: Sequence[str] = (),
     hosts: Sequence[str] = (),
 ) -> FastAPI:
     """
-    Returns the app, which starts and closes the service with itself. An empty api_key admits everybody; `hosts` are
-    the allowed names in the Host header besides IP addresses, none = any. Raises OSError if the page cannot be read.
+    Returns the app; it starts and closes the service. `defaults` has the values of the parameters that a request omits.
+    Without an api_key every client is allowed. `hosts` are the names that are allowed in the Host header besides IP
+    addresses; none = any.
     """
 
     @asynccontextmanager

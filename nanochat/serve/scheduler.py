@@ -262,12 +262,12 @@ class EngineThread(threading.Thread):
         self.generations: dict[int, Generation] = {}  # by their number in the engine
         self.state = "loading"  # or "ready", "failed"
         self.num_tokens = 0
-        self.tokens_by_second: Counter[int] = Counter()  # of the last RATE_SECONDS
+        self.tokens_by_second: deque[list[int]] = deque(maxlen=RATE_SECONDS + 1)  # [second, number of tokens]
 
-    def start_in_loop(self) -> None:
+    def start(self) -> None:
         """Starts the thread; its events go to the running event loop."""
         self.loop = asyncio.get_running_loop()
-        self.start()
+        super().start()
 
     def run(self) -> None:
         while self._load_engine():
@@ -328,7 +328,10 @@ class EngineThread(threading.Thread):
     def _deliver(self, events: list[TokenEvent]) -> None:
         num_tokens = sum(event.token is not None for event in events)
         self.num_tokens += num_tokens
-        self.tokens_by_second[int(time.monotonic())] += num_tokens
+        now = int(time.monotonic())
+        if not self.tokens_by_second or self.tokens_by_second[-1][0] < now:
+            self.tokens_by_second.append([now, 0])
+        self.tokens_by_second[-1][1] += num_tokens
         for event in events:
             event.generation.handle.deliver(event)
 
@@ -336,10 +339,8 @@ class EngineThread(threading.Thread):
         generations = list(self.generations.values())
         for number in list(self.generations):
             self._drop(number)
-        advice = "try again, perhaps with a shorter text"
-        self._call_in_loop(
-            fail_all, generations, GenerationFailed(f"the engine failed ({type(error).__name__}): {advice}")
-        )
+        message = f"the engine failed ({type(error).__name__}): try again, perhaps with a shorter text"
+        self._call_in_loop(fail_all, generations, GenerationFailed(message))
 
     def _call_in_loop(self, callback: Callable[..., object], *arguments: object) -> None:
         if not self.loop.is_closed():
@@ -348,33 +349,24 @@ class EngineThread(threading.Thread):
     def tokens_per_second(self, uptime: float) -> float:
         """The average over the last RATE_SECONDS, without the current second; `uptime` in seconds."""
         now = int(time.monotonic())
-        for second in list(self.tokens_by_second):
-            if second < now - RATE_SECONDS:
-                del self.tokens_by_second[second]
-        recent = sum(count for second, count in self.tokens_by_second.items() if second < now)
+        recent = sum(count for second, count in self.tokens_by_second if now - RATE_SECONDS <= second < now)
         return recent / max(1.0, min(RATE_SECONDS, uptime))
 
 
+@dataclass(eq=False)
 class ServedModel:
     """A model under its public name, with one engine per device and one queue for all of them."""
 
-    def __init__(
-        self,
-        name: str,
-        tokenizer: Tokenizer,
-        config: GPTConfig,
-        *,
-        make_engines: Sequence[Callable[[], Engine]],
-        queue_size: int,
-        created: float = 0.0,
-    ):
-        """make_engines: one function per device, called in the engine's thread. created: seconds since 1970."""
-        self.name = name
-        self.tokenizer = tokenizer
-        self.config = config
-        self.created = created
-        self.queue = FairQueue(queue_size)
-        self.threads = [EngineThread(index, self.queue, make) for index, make in enumerate(make_engines)]
+    name: str
+    tokenizer: Tokenizer
+    config: GPTConfig
+    make_engines: Sequence[Callable[[], Engine]]  # one function per device, called in the engine's thread
+    queue_size: int  # generations that may wait
+    created: float = 0.0  # seconds since 1970
+
+    def __post_init__(self) -> None:
+        self.queue = FairQueue(self.queue_size)
+        self.threads = [EngineThread(i, self.queue, make_engine) for i, make_engine in enumerate(self.make_engines)]
 
 
 class Service:
@@ -407,7 +399,7 @@ class Service:
     def start(self) -> None:
         """Starts the engines' threads. Needs a running event loop."""
         for thread in self.threads:
-            thread.start_in_loop()
+            thread.start()
 
     def submit(self, model: ServedModel, requests: Sequence[Request], client: str) -> ResponseHandle:
         """
