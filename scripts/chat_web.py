@@ -13,8 +13,8 @@ import ipaddress
 import os
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from urllib.parse import urlsplit
 
@@ -146,22 +146,18 @@ def load_models(flags: Flags, devices: list[torch.device]) -> list[ServedModel]:
             model, checkpoint = checkpoint_manager.load_model(
                 stage, flags.model_tag, flags.step, tokenizer, device, hardware.pick_dtype(device)
             )
-            engine_makers.append(engine_maker(model, tokenizer, flags.num_rows))
+            engine_makers.append(partial(make_engine, model, tokenizer, flags.num_rows))
         print(f"{stage}: {checkpoint.path}", flush=True)
         created = checkpoint.path.stat().st_mtime
         models.append(ServedModel(stage, tokenizer, model.config, engine_makers, flags.queue, created))
     return models
 
 
-def engine_maker(model: GPT, tokenizer: Tokenizer, num_rows: int) -> Callable[[], Engine]:
-    """Returns a function that makes an engine in the thread that calls it."""
-
-    def make() -> Engine:
-        if model.device.type == "cuda":
-            torch.cuda.set_device(model.device)  # per thread: CUDA graphs run on the thread's current device
-        return Engine(model, tokenizer, num_rows)
-
-    return make
+def make_engine(model: GPT, tokenizer: Tokenizer, num_rows: int) -> Engine:
+    """Must be called in the thread that runs the engine."""
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)  # per thread: CUDA graphs run on the thread's current device
+    return Engine(model, tokenizer, num_rows)
 
 
 def log_line(handle: ResponseHandle, with_text: bool) -> str:

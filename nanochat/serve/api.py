@@ -421,20 +421,18 @@ class ResponseBuilder:
         choices = []
         for i, completion in enumerate(self.texts):
             text, logprobs = completion.take()
-            message = {"role": "assistant", "content": text, "refusal": None} if self.is_chat else text
-            choices.append(self._choice(i, message, logprobs, completion.finish, field="message"))
+            message = {"role": "assistant", "content": text, "refusal": None}
+            choices.append(self._choice(i, "message", message, logprobs, completion.finish))
         return JSON(self.head | {"choices": choices, "usage": self._usage()}, headers=headers)
 
     async def _events(self) -> AsyncIterator[bytes]:
         """Yields the response as server-sent events, one or more at a time."""
-        head: dict[str, Any] = dict(self.head)
-        includes_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
-        if includes_usage:
-            head["usage"] = None
+        includes_usage = self.body.stream_options and self.body.stream_options.include_usage
+        head: dict[str, Any] = self.head | ({"usage": None} if includes_usage else {})
         choices: list[dict[str, Any]] = []
         if self.is_chat:
             head["object"] = "chat.completion.chunk"
-            choices = [self._choice(i, {"role": "assistant", "content": ""}) for i in range(len(self.texts))]
+            choices = [self._choice(i, "delta", {"role": "assistant", "content": ""}) for i in range(len(self.texts))]
         async for events in self.handle.batches():
             self._add(events)
             for i in dict.fromkeys(event.generation.index for event in events):
@@ -458,21 +456,18 @@ class ResponseBuilder:
         text, logprobs = completion.take()
         choices = []
         if text:
-            choices.append(self._choice(i, {"content": text} if self.is_chat else text, logprobs))
+            choices.append(self._choice(i, "delta", {"content": text}, logprobs))
         if completion.finish:
-            choices.append(self._choice(i, {} if self.is_chat else "", finish=completion.finish))
+            choices.append(self._choice(i, "delta", {}, finish=completion.finish))
         return choices
 
     def _choice(
-        self, i: int, content: Any, logprobs: Any = None, finish: str | None = None, *, field: str = "delta"
+        self, i: int, field: str, message: dict[str, Any], logprobs: Any = None, finish: str | None = None
     ) -> dict[str, Any]:
-        """field: the name of `content` in chats; plain completions have no other name than "text"."""
-        return {
-            "index": i,
-            field if self.is_chat else "text": content,
-            "logprobs": None if logprobs is None else self._logprobs(logprobs),
-            "finish_reason": finish,
-        }
+        """Chats have the message, whole or in part, under `field`; plain completions have only its text."""
+        content = {field: message} if self.is_chat else {"text": message.get("content", "")}
+        shown_logprobs = None if logprobs is None else self._logprobs(logprobs)
+        return {"index": i, **content, "logprobs": shown_logprobs, "finish_reason": finish}
 
     def _logprobs(self, logprobs: list[tuple[int, dict[str, Any]]]) -> dict[str, Any] | None:
         if not self.handle.generations[0].request.logprobs:
@@ -490,11 +485,7 @@ class ResponseBuilder:
         prompts = [generation.request.prompt for generation in self.handle.generations[:: self.body.n or 1]]
         num_read = sum(map(len, prompts))
         num_generated = sum(completion.num_tokens for completion in self.texts)
-        return {
-            "prompt_tokens": num_read,
-            "completion_tokens": num_generated,
-            "total_tokens": num_read + num_generated,
-        }
+        return {"prompt_tokens": num_read, "completion_tokens": num_generated, "total_tokens": num_read + num_generated}
 
 
 # ---- response classes and errors ----

@@ -346,11 +346,17 @@ class EngineThread(threading.Thread):
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(callback, *arguments)
 
-    def tokens_per_second(self, uptime: float) -> float:
-        """The average over the last RATE_SECONDS, without the current second; `uptime` in seconds."""
+    def stats(self, uptime: float) -> dict[str, Any]:
+        """The load, and the tokens so far; tokens/s are the average of the last RATE_SECONDS. uptime: in seconds."""
         now = int(time.monotonic())
         recent = sum(count for second, count in self.tokens_by_second if now - RATE_SECONDS <= second < now)
-        return recent / max(1.0, min(RATE_SECONDS, uptime))
+        return {
+            "gpu": self.index,
+            "running": len(self.generations),
+            "slots": self.queue.slots.get(self.index, 0),
+            "tokens": self.num_tokens,
+            "tokens_per_second": round(recent / max(1.0, min(RATE_SECONDS, uptime)), 1),
+        }
 
 
 @dataclass(eq=False)
@@ -456,27 +462,14 @@ class Service:
     def stats(self) -> dict[str, Any]:
         """Counters since the start, and the current load."""
         uptime = time.monotonic() - self.start_time
-        devices: list[dict[str, Any]] = []
-        for model in self.models.values():
-            for thread in model.threads:
-                device = {
-                    "model": model.name,
-                    "gpu": thread.index,
-                    "running": len(thread.generations),
-                    "slots": model.queue.slots.get(thread.index, 0),
-                    "tokens": thread.num_tokens,
-                    "tokens_per_second": round(thread.tokens_per_second(uptime), 1),
-                }
-                devices.append(device)
-        totals = {
-            name: sum(device[name] for device in devices)
-            for name in ("running", "slots", "tokens", "tokens_per_second")
-        }
+        models = self.models.values()
+        devices = [{"model": model.name, **thread.stats(uptime)} for model in models for thread in model.threads]
+        summed = ("running", "slots", "tokens", "tokens_per_second")
         return {
             "uptime_seconds": round(uptime, 1),
             "status": self.status,
-            "waiting": sum(model.queue.num_waiting for model in self.models.values()),
-            **totals,
+            "waiting": sum(model.queue.num_waiting for model in models),
+            **{name: sum(device[name] for device in devices) for name in summed},
             "prompt_tokens": self.num_prompt_tokens,
             "answers": dict(self.outcomes),
             "devices": devices,

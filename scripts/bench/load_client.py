@@ -99,11 +99,7 @@ class LoadClient:
     def _request(self, question: int) -> bytes:
         messages = [{"role": "user", "content": self.questions[question]}]
         body = json.dumps({"messages": messages, "temperature": 0, "max_tokens": self.max_tokens})
-        head = [
-            "POST /chat/completions HTTP/1.0",
-            "Content-Type: application/json",
-            f"Content-Length: {len(body)}",
-        ]
+        head = ["POST /chat/completions HTTP/1.0", "Content-Type: application/json", f"Content-Length: {len(body)}"]
         return "\r\n".join([*head, "", body]).encode()
 
     async def _read(self, reader: asyncio.StreamReader, response: Response, max_events: int, *, start: float) -> None:

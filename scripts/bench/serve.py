@@ -48,7 +48,7 @@ from nanochat.recipe import RecipeFlags, model_config, param_groups
 from nanochat.tokenizer import NUM_BYTES, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, default_dir
 from nanochat.train import TrainState
 from scripts.bench.harness import medians, print_table, report
-from scripts.bench.load_client import HOST, OUTCOMES, LoadClient, Response, get_json, summarize
+from scripts.bench.load_client import HOST, LoadClient, Response, get_json, summarize
 
 DEPTH = 4  # of a fresh model, which has 256 channels; heuristic, not tuned
 VOCAB_SIZE = 8192
@@ -123,34 +123,21 @@ class LoadTest:
             await self._measure("together", client.concurrent(flags.users))
             await self._measure("crowd", client.concurrent(flags.crowd), may_refuse=True)
             await self._measure("vanish", client.disconnecting(flags.vanish), may_refuse=True)
-        await self._run_mix()
+        end = time.monotonic() + 60 * flags.minutes
+        while time.monotonic() < end:
+            await self._measure("mix", client.mixed(flags.crowd, flags.vanish), may_refuse=True)
         await self._measure("alone", client.sequential())
         self._check_memory()
         self._check_refusals()
-
-    async def _run_mix(self) -> None:
-        """Mixes the loads for --minutes and prints the results of each minute."""
-        start = time.monotonic()
-        last_minute = 0
-        num_printed = 0  # rounds
-        while time.monotonic() - start < 60 * self.flags.minutes:
-            load = self.client.mixed(self.flags.crowd, self.flags.vanish)
-            await self._measure("mix", load, may_refuse=True)
-            minute = int((time.monotonic() - start) / 60)
-            if minute > last_minute:
-                recent = self.results["mix"][num_printed:]
-                totals = {name: sum(result[name] for result in recent) for name in OUTCOMES}
-                numbers = [f"{name} {value:.4g}" for name, value in (medians(recent) | totals).items()]
-                print(f"after {minute} minutes:", ", ".join(numbers), flush=True)
-                last_minute = minute
-                num_printed += len(recent)
 
     async def _measure(self, kind: str, load: Awaitable[list[Response]], may_refuse: bool = False) -> None:
         start = time.perf_counter()
         responses = await load
         seconds = time.perf_counter() - start
         result = {**self.client.check(responses, may_refuse), **summarize(responses, seconds)}
-        self.results.setdefault(kind, []).append(result | {"memory": await self._settle(kind)})
+        result["memory"] = await self._settle(kind)
+        self.results.setdefault(kind, []).append(result)
+        print(f"{kind}:", ", ".join(f"{name} {human(value)}" for name, value in result.items()), flush=True)
 
     async def _settle(self, kind: str) -> int:
         """Waits until the server is idle; returns its resident memory in bytes."""
@@ -207,15 +194,10 @@ def running_server(flags: Flags, folder: Path) -> Iterator[tuple[int, int]]:
     """Starts the server on a free port; yields the port and the process id. Raises UserError if it does not start."""
     with socket.create_server((HOST, 0)) as listener:
         port = listener.getsockname()[1]
-    options = {
-        "source": flags.source or "sft",
-        "model-tag": flags.model_tag,
-        "device": flags.device,
-        "port": port,
-        "num-rows": flags.num_rows,
-        "queue": flags.queue,
-    }
-    argv = [sys.executable, "-m", "scripts.chat_web", *(f"--{name}={value}" for name, value in options.items())]
+    options = {name: getattr(flags, name) for name in ("model_tag", "device", "num_rows", "queue")}
+    options |= {"source": flags.source or "sft", "port": port}
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    argv = [sys.executable, "-m", "scripts.chat_web", *arguments]
     process = subprocess.Popen(argv, env=os.environ | {"NANOCHAT_BASE_DIR": str(folder)}, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + START_SECONDS
