@@ -69,7 +69,7 @@ def main(flags: Flags) -> None:
     service = Service(models, log=lambda handle: print(log_line(handle, flags.log_text), flush=True))
     defaults = Request([], flags.max_tokens, flags.temperature, flags.top_k)
     hosts = allowed_hosts(flags.host, api_key, origins)
-    app = create_app(service, defaults, api_key=api_key, cors_origins=origins, hosts=hosts)
+    app = create_app(service, defaults, api_key=api_key, origins=origins, hosts=hosts)
     config = uvicorn.Config(
         app, http=Connection, ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=1
     )

@@ -504,7 +504,7 @@ def test_cors_allows_only_named_origins(url, tiny, golden_tokenizer):
     preflight = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
     response = httpx.options(url + "/chat/completions", headers=preflight)
     assert response.status_code == 405 and not [name for name in response.headers if "access-control" in name]
-    with scripted(tiny, golden_tokenizer, [1], cors_origins=["https://a.example"], api_key="key") as (url, *_):
+    with scripted(tiny, golden_tokenizer, [1], origins=["https://a.example"], api_key="key") as (url, *_):
         allowed = "access-control-allow-origin"
         assert httpx.options(url + "/chat/completions", headers=preflight).headers[allowed] == "https://a.example"
         assert ask(url, headers={"Origin": "https://a.example"}).headers[allowed] == "https://a.example"  # a 401 too

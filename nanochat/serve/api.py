@@ -31,15 +31,8 @@ from typing_extensions import TypedDict
 from nanochat import engine
 from nanochat.common import UserError
 from nanochat.conversation import PartReader, render_to_fit
-from nanochat.serve.scheduler import (
-    GenerationFailed,
-    QueueFull,
-    ResponseHandle,
-    ServedModel,
-    Service,
-    TokenEvent,
-    Unavailable,
-)
+from nanochat.serve import scheduler
+from nanochat.serve.scheduler import ResponseHandle, ServedModel, Service, TokenEvent
 from nanochat.tokenizer import Tokenizer
 
 MAX_MESSAGES = 500
@@ -53,6 +46,7 @@ MAX_STOP_CHARACTERS = 200  # heuristic, not tuned
 MAX_COMPLETIONS = 16  # per call: n times the number of prompts; heuristic, not tuned
 RETRY_SECONDS = 5  # value of Retry-After; heuristic, not tuned
 NO_STORE = {"Cache-Control": "no-store"}
+Headers = Mapping[str, str] | None
 # Pydantic puts the name of the type it tried into an error's location where a field allows several: "str", "list[int]".
 TYPE_NAME = re.compile(r"\W|^str$")
 
@@ -436,7 +430,12 @@ class ResponseBuilder:
         async for events in self.handle.batches():
             self._add(events)
             for i in dict.fromkeys(event.generation.index for event in events):
-                choices += self._new_choices(i)
+                completion = self.texts[i]
+                text, logprobs = completion.take()
+                if text:
+                    choices.append(self._choice(i, "delta", {"content": text}, logprobs))
+                if completion.finish:
+                    choices.append(self._choice(i, "delta", {}, finish=completion.finish))
             if choices:
                 yield b"".join(sse(head | {"choices": [choice]}) for choice in choices)
                 choices = []
@@ -449,17 +448,6 @@ class ResponseBuilder:
             self.texts[i].add(event)
             if self.texts[i].finish:
                 self.handle.stop(i, self.texts[i].finish)  # there are no more events after this batch
-
-    def _new_choices(self, i: int) -> list[dict[str, Any]]:
-        """Returns what is new of completion i: its text that is not sent yet and, at its end, the finish reason."""
-        completion = self.texts[i]
-        text, logprobs = completion.take()
-        choices = []
-        if text:
-            choices.append(self._choice(i, "delta", {"content": text}, logprobs))
-        if completion.finish:
-            choices.append(self._choice(i, "delta", {}, finish=completion.finish))
-        return choices
 
     def _choice(
         self, i: int, field: str, message: dict[str, Any], logprobs: Any = None, finish: str | None = None
@@ -501,7 +489,7 @@ class JSON(Response):
 
     media_type = "application/json"
 
-    def __init__(self, content: Any, status_code: int = 200, headers: Mapping[str, str] | None = None):
+    def __init__(self, content: Any, status_code: int = 200, headers: Headers = None):
         super().__init__(to_json(content), status_code, NO_STORE | dict(headers or {}))
 
 
@@ -510,7 +498,7 @@ def sse(data: Any) -> bytes:
     return b"data: " + to_json(data) + b"\n\n"
 
 
-async def event_stream(chunks: AsyncIterator[bytes], headers: dict[str, str] | None = None) -> Response:
+async def event_stream(chunks: AsyncIterator[bytes], headers: Headers = None) -> Response:
     """
     Waits for the first chunk, so that a failure before it gets its proper HTTP status. A later failure is sent as an
     event.
@@ -522,25 +510,19 @@ async def event_stream(chunks: AsyncIterator[bytes], headers: dict[str, str] | N
         try:
             async for chunk in chunks:
                 yield chunk
-        except (GenerationFailed, Unavailable) as error:
+        except (scheduler.GenerationFailed, scheduler.Unavailable) as error:
             yield sse({"error": str(error)})
 
     # X-Accel-Buffering: nginx must not collect the events before it passes them on.
-    headers = NO_STORE | {"X-Accel-Buffering": "no"} | (headers or {})
-    return StreamingResponse(all_chunks(), headers=headers, media_type="text/event-stream")
+    all_headers = NO_STORE | {"X-Accel-Buffering": "no"} | dict(headers or {})
+    return StreamingResponse(all_chunks(), headers=all_headers, media_type="text/event-stream")
 
 
 class ApiError(HTTPException):
     """An HTTP status and a one-line message, sent in OpenAI's form. `param` is the field that caused it."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        *,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        self, status: int, message: str, param: str | None = None, *, code: str | None = None, headers: Headers = None
     ):
         super().__init__(status, message, headers)
         self.param = param
@@ -565,9 +547,9 @@ def add_error_handlers(app: FastAPI) -> None:
     handle(ApiError, lambda error: error)
     handle(UserError, lambda error: ApiError(400, str(error)))
     handle(RequestValidationError, _from_validation_error)
-    handle(QueueFull, lambda error: _retry_later(429, error, "queue_full"))
-    handle(Unavailable, lambda error: _retry_later(503, error, "not_ready"))
-    handle(GenerationFailed, lambda error: ApiError(500, str(error)))
+    handle(scheduler.QueueFull, lambda error: _retry_later(429, error, "queue_full"))
+    handle(scheduler.Unavailable, lambda error: _retry_later(503, error, "not_ready"))
+    handle(scheduler.GenerationFailed, lambda error: ApiError(500, str(error)))
     handle(HTTPException, _from_http_exception)
     handle(Exception, lambda error: ApiError(500, "internal error: see the server's log"))
 

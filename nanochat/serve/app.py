@@ -35,17 +35,15 @@ OPEN_PATHS = ("/", "/health")  # need no API key
 
 
 def create_app(
-    service: Service,
-    defaults: Request,
-    *,
-    api_key: str = "",
-    cors_origins: Sequence[str] = (),
-    hosts: Sequence[str] = (),
+    service: Service, defaults: Request, *, api_key: str = "", origins: Sequence[str] = (), hosts: Sequence[str] = ()
 ) -> FastAPI:
     """
-    Returns the app; it starts and closes the service. `defaults` has the values of the parameters that a request omits.
-    Without an api_key every client is allowed. `hosts` are the names that are allowed in the Host header besides IP
-    addresses; none = any.
+    Returns the app; it starts and closes the service.
+
+    defaults: the values of the parameters that a request omits; its prompt is not used
+    api_key: the key that clients must send; empty = none
+    origins: web sites whose pages may use the API (CORS)
+    hosts: names allowed in the Host header besides IP addresses; none = any
     """
 
     @asynccontextmanager
@@ -56,10 +54,10 @@ def create_app(
 
     app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.add_middleware(RequestGuard, api_key=api_key, hosts=hosts)
-    if cors_origins:
+    if origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(cors_origins),
+            allow_origins=list(origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=["Retry-After", "X-Dropped-Messages"],
