@@ -20,10 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.common import UserError
-from nanochat.kernels import cpu, flash, flex
-
-# (q (B, T, H, D), k (B, T, K, D), v (B, T, K, D), window) → (B, T, H, D): each sequence attends to itself.
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+from nanochat.kernels import Kernel, cpu, flash, flex
 
 MAX_ERROR = 0.02  # of a kernel, relative in the norm; bfloat16 kernels differ from float32 by 0.002 to 0.006
 
@@ -118,32 +115,22 @@ def choose(
     The name and function of a kernel: the one of that name, or for "auto" the fastest one that works here. Kernels that
     are installed but do not work are logged. UserError if the kernel of that name does not work.
     """
-    if name == "auto":
-        return _choose_automatically(shape, device, dtype, log)
-    if name not in LOADERS:
+    is_auto = name == "auto"
+    if not is_auto and name not in LOADERS:
         raise UserError(f"--attention {name}: unknown, use auto, {', '.join(LOADERS)}")
-    try:
-        kernel = LOADERS[name]()
-    except ImportError as error:
-        raise UserError(f"--attention {name}: its package is not installed ({error}); use auto") from error
-    failure = _failure(kernel, shape, device, dtype)
-    if failure:
-        raise UserError(f"--attention {name} does not work here ({failure}); use auto")
-    return name, kernel
-
-
-def _choose_automatically(
-    shape: AttentionShape, device: torch.device, dtype: torch.dtype, log: Callable[[str], None]
-) -> tuple[str, Kernel]:
-    for name in _candidates(device, dtype):
+    for candidate in _candidates(device, dtype) if is_auto else (name,):
         try:
-            kernel = LOADERS[name]()
-        except ImportError:
-            continue
+            kernel = LOADERS[candidate]()
+        except ImportError as error:
+            if is_auto:
+                continue
+            raise UserError(f"--attention {name}: its package is not installed ({error}); use auto") from error
         failure = _failure(kernel, shape, device, dtype)
         if not failure:
-            return name, kernel
-        log(f"attention: {name} does not work here ({failure}), trying the next kernel")
+            return candidate, kernel
+        if not is_auto:
+            raise UserError(f"--attention {name} does not work here ({failure}); use auto")
+        log(f"attention: {candidate} does not work here ({failure}), trying the next kernel")
     raise AssertionError("the last candidate works on every device")
 
 
@@ -152,10 +139,10 @@ def _candidates(device: torch.device, dtype: torch.dtype) -> Sequence[str]:
     if device.type == "cuda":
         return "fa3", "fa4", "flash", "flex", "banded"
     # "blocks" is fast if oneDNN does the products: in bfloat16, or where hardware.choose_cpu_matmul found it faster.
-    has_fast_products = dtype == torch.bfloat16 or (
-        dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
-    )
-    if device.type == "cpu" and has_fast_products:
+    fast_dtypes = [torch.bfloat16]
+    if torch.get_float32_matmul_precision() == "medium":
+        fast_dtypes.append(torch.float32)
+    if device.type == "cpu" and dtype in fast_dtypes:
         return "blocks", "banded"
     return ("banded",)
 

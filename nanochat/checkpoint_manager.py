@@ -23,11 +23,11 @@ import itertools
 import json
 import re
 import shutil
-import threading
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from nanochat.distributed import Dist, warn0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.muon import MuonAdamW
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import Hook, TrainState
+from nanochat.train import TrainState
 
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "data.safetensors", "state.json")
@@ -50,7 +50,6 @@ STAGES = {  # stage → its folder, and the script that fills it
     "sft": ("chatsft_checkpoints", "chat_sft"),
     "rl": ("chatrl_checkpoints", "chat_rl"),
 }
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading a damaged JSON file can raise
 
 
 def stage_dir(stage: str) -> Path:
@@ -81,7 +80,7 @@ class Checkpoint:
     @property
     def config(self) -> GPTConfig:
         try:
-            return legacy.model_config(self.meta["model_config"])
+            return GPTConfig(**legacy.upgrade_config(self.meta["model_config"]))
         except TypeError as error:
             raise UserError(f"{self.path}: unsupported model configuration: {error}") from error
 
@@ -98,18 +97,12 @@ class Checkpoint:
     def build_model(self, device: torch.device, dtype: torch.dtype) -> GPT:
         """Returns the model on the device. UserError names the parameters that do not match the configuration."""
         model = GPT(self.config, device, dtype)
-        weights = self.weights()
-        expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        missing = sorted(expected.keys() - weights.keys())
-        surplus = sorted(weights.keys() - expected.keys())
-        if missing or surplus:
-            raise UserError(
-                f"{self.path}: the weights do not fit the model configuration: missing {missing}, surplus {surplus}"
-            )
-        for name, shape in expected.items():
-            if tuple(weights[name].shape) != shape:
-                raise UserError(f"{self.path}: {name} is {tuple(weights[name].shape)}, not {shape}")
-        model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+        weights = {name: weight.float() for name, weight in self.weights().items()}
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            problem = " ".join(str(error).split())  # torch's message has a line per parameter
+            raise UserError(f"{self.path}: the weights do not fit the model configuration: {problem}") from error
         return model
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
@@ -128,10 +121,10 @@ class Checkpoint:
     def check_resumable(self, tokenizer: Tokenizer, config: GPTConfig, dtype: torch.dtype) -> None:
         """UserError unless a run with this tokenizer, model and compute dtype can continue from here."""
         if self.path.suffix == ".pt":
-            raise UserError(f"{self.path} holds weights only: it can be fine-tuned or chatted with, not resumed")
+            raise UserError(f"{self.path} has weights only: it can be used for fine-tuning or chat, not resumed")
         self.check_tokenizer(tokenizer)
         if self.config != config:
-            raise UserError(f"{self.path} is another model, {self.config}: give its flags, or another --model-tag")
+            raise UserError(f"{self.path} is another model, {self.config}: use its flags, or another --model-tag")
         saved_dtype = self.meta.get("dtype", str(dtype))
         if saved_dtype != str(dtype):
             name = saved_dtype.removeprefix("torch.")
@@ -147,19 +140,19 @@ class Checkpoint:
 
     def restore_run(self, optimizer: MuonAdamW, dist: Dist) -> tuple[TrainState, list[dict[str, Any]]]:
         """
-        Restores optimizer and random generators for --resume. Returns the state of the loop and the data states of all
-        ranks that saved.
+        Restores optimizer and random generators for --resume; check_resumable has passed. Returns the state of the loop
+        and the data states of all ranks that saved.
         """
-        if not self.restore_optimizer(optimizer):
-            raise UserError(f"{self.path} holds weights only: it can be fine-tuned or chatted with, not resumed")
+        self.restore_optimizer(optimizer)
         data_states: list[dict[str, Any]] = [dict(numbers) for numbers in self.meta["data_states"]]
         for name, tensor in load_file(self.path / "data.safetensors").items():
-            owner, key = name.split(".", 1)
-            data_states[int(owner)][key] = tensor
-        for rank, data_state in enumerate(data_states):
-            generators = {key: data_state.pop(key) for key in list(data_state) if key.startswith("rng.")}
-            if rank == dist.rank:
-                _set_generators(generators, dist.device)
+            rank, key = name.split(".", 1)
+            if not key.startswith("rng."):
+                data_states[int(rank)][key] = tensor
+            elif int(rank) == dist.rank and key == "rng.cpu":
+                torch.set_rng_state(tensor)
+            elif int(rank) == dist.rank and dist.device.type == "cuda":
+                torch.cuda.set_rng_state(tensor, dist.device)
         own = data_states[min(dist.rank, len(data_states) - 1)]
         return TrainState(**self.meta["train_state"], data_state=own), data_states
 
@@ -203,25 +196,23 @@ class CheckpointReader:
         return max(file.stat().st_mtime for file in files)
 
     def _read(self, step: int) -> Checkpoint | str:
-        """The checkpoint if its files match the manifest, otherwise an error message."""
+        """The checkpoint if it is intact (its files match the manifest), otherwise an error message."""
         path = self.path / f"step_{step:06d}"
-        if not path.exists():
-            try:
-                model_file, meta = legacy.read_checkpoint(self.path, step)
-            except ValueError as error:
-                return str(error)
-            return Checkpoint(model_file, step, meta)
         try:
+            if not path.exists():
+                model_file, meta = legacy.read_checkpoint(self.path, step)
+                return Checkpoint(model_file, step, meta)
             manifest = json.loads((path / "manifest.json").read_text())
             for name in FILES:
                 file, expected = path / name, manifest[name]
                 if file.stat().st_size != expected["bytes"] or _crc32(file) != expected["crc32"]:
                     return f"{file} is corrupt"
             meta = json.loads((path / "state.json").read_text())
-        except UNREADABLE as error:
-            return f"{path} is not readable ({type(error).__name__}: {error})"
+        except legacy.UNREADABLE as error:
+            first_line = str(error).partition("\n")[0]  # torch's messages have many
+            return f"step {step} of {self.path} is not readable ({type(error).__name__}: {first_line})"
         if meta["format"] != FORMAT:
-            raise UserError(f"{path} has format {meta['format']}, this nanochat reads {FORMAT}: use the one it is from")
+            raise UserError(f"{path} has format {meta['format']}, this nanochat reads {FORMAT}: use a newer nanochat")
         return Checkpoint(path, step, meta)
 
 
@@ -333,8 +324,8 @@ class CheckpointWriter:
         self.resumed = resumed
         self.last_saved = str(resumed.path) if resumed else "no checkpoint"
         self.earlier: EarlierRun | None = None
-        self.thread: threading.Thread | None = None
-        self.error: Exception | None = None
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.pending: Future[None] | None = None  # the last save, until its success has been checked
         if dist.is_main and not resumed and CheckpointReader(stage, tag).steps():
             self.earlier = EarlierRun(self.path)
 
@@ -348,84 +339,61 @@ class CheckpointWriter:
         of_all_ranks = self.dist.gather((numbers, tensors | _generators(self.dist.device)))
         if not self.dist.is_main:
             return
-        self._join()
-        if self.error:
-            warn0(f"the last checkpoint could not be written ({self.error}); trying again")
+        error = self._failure()
+        if error:
+            warn0(f"the last checkpoint could not be written ({error}); trying again")
         meta = meta | {
             "format": FORMAT,
             "step": state.step,
-            "model_config": model.config.to_dict(),
+            "model_config": asdict(model.config),
             "train_state": state.to_dict(),
             "data_states": [numbers for numbers, _ in of_all_ranks],
         }
-        data = {
-            f"{rank}.{key}": tensor.clone()
-            for rank, (_, tensors) in enumerate(of_all_ranks)
-            for key, tensor in tensors.items()
-        }
         weights = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in model.named_parameters()}
+        data: dict[str, torch.Tensor] = {}
+        for rank, (_, tensors) in enumerate(of_all_ranks):
+            data |= {f"{rank}.{key}": tensor.clone() for key, tensor in tensors.items()}
         files = {"model": weights, "optimizer": optimizer_state, "data": data}
-        self.thread = threading.Thread(target=self._write, args=(state.step, files, meta))
-        self.thread.start()
-
-    def save_hook(self, every: int, model: GPT, optimizer: MuonAdamW, meta: dict[str, Any]) -> Hook:
-        """Saves every `every` steps, at the end, and when a signal ends the run."""
-
-        def run(state: TrainState) -> dict[str, float]:
-            self.save(model, optimizer, state, meta)
-            return {}
-
-        return Hook(max(every, 0), run, when_stopped=True)
+        self.pending = self.thread.submit(self._write, state.step, files, meta)
 
     def wait(self) -> None:
         """Waits for the last write; raises UserError if it failed."""
-        self._join()
-        if self.error:
-            message = f"no checkpoint could be written to {self.path}: {self.error}; last one: {self.last_saved}"
-            self.error = None
-            raise UserError(message)
+        error = self._failure()
+        if error:
+            raise UserError(f"no checkpoint could be written to {self.path}: {error}; last one: {self.last_saved}")
 
     def close(self) -> None:
         """Waits for the last write and warns if it failed, for runs that end with another error."""
-        self._join()
-        if self.error:
-            warn0(f"no checkpoint could be written to {self.path}: {self.error}")
+        error = self._failure()
+        if error:
+            warn0(f"no checkpoint could be written to {self.path}: {error}")
 
-    def _join(self) -> None:
-        if self.thread:
-            self.thread.join()
-            self.thread = None
+    def _failure(self) -> BaseException | None:
+        """Waits for the last write; returns its error, once."""
+        pending, self.pending = self.pending, None
+        return pending.exception() if pending else None
 
     def _write(self, step: int, files: dict[str, dict[str, torch.Tensor]], meta: dict[str, Any]) -> None:
-        try:
-            for leftover in self.path.glob(".step_*.tmp"):  # of a save that was killed
-                shutil.rmtree(leftover)
-            folder = self.earlier.new_folder if self.earlier else self.path
-            with atomic_path(folder / f"step_{step:06d}") as temporary:
-                temporary.mkdir()
-                for name, tensors in files.items():
-                    save_file(tensors, temporary / f"{name}.safetensors")
-                (temporary / "state.json").write_text(json.dumps(meta, indent=1))
-                written = sorted(temporary.iterdir())
-                manifest = {file.name: {"bytes": file.stat().st_size, "crc32": _crc32(file)} for file in written}
-                (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            if self.earlier:
-                aside = self.earlier.set_aside()
-                print(f"the earlier run of the tag {self.path.name!r} is now {aside.name!r}", flush=True)
-                self.earlier = None
-            self.error = None
-            self.last_saved = str(self.path / f"step_{step:06d}")
-            self._prune(step)
-        except Exception as error:  # noqa: BLE001  whatever it is must reach the training thread
-            self.error = error
-
-    def _prune(self, step: int) -> None:
-        """Deletes all but the last keep_last checkpoints up to this step."""
-        if self.keep_last < 1:
-            return
-        saved = sorted(folder for folder in self.path.glob("step_*") if folder.name <= f"step_{step:06d}")
-        for folder in saved[: -self.keep_last]:
-            shutil.rmtree(folder, ignore_errors=True)
+        for leftover in self.path.glob(".step_*.tmp"):  # of a save that was killed
+            shutil.rmtree(leftover)
+        folder = self.earlier.new_folder if self.earlier else self.path
+        with atomic_path(folder / f"step_{step:06d}") as temporary:
+            temporary.mkdir()
+            for name, tensors in files.items():
+                save_file(tensors, temporary / f"{name}.safetensors")
+            (temporary / "state.json").write_text(json.dumps(meta, indent=1))
+            written = sorted(temporary.iterdir())
+            manifest = {file.name: {"bytes": file.stat().st_size, "crc32": _crc32(file)} for file in written}
+            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        if self.earlier:
+            aside = self.earlier.set_aside()
+            print(f"the earlier run of the tag {self.path.name!r} is now {aside.name!r}", flush=True)
+            self.earlier = None
+        self.last_saved = str(self.path / f"step_{step:06d}")
+        if self.keep_last > 0:
+            saved = sorted(folder for folder in self.path.glob("step_*") if folder.name <= f"step_{step:06d}")
+            for old in saved[: -self.keep_last]:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def _crc32(path: Path) -> int:
@@ -442,9 +410,3 @@ def _generators(device: torch.device) -> dict[str, torch.Tensor]:
     if device.type == "cuda":
         states["rng.cuda"] = torch.cuda.get_rng_state(device)
     return states
-
-
-def _set_generators(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["rng.cpu"])
-    if device.type == "cuda" and "rng.cuda" in states:
-        torch.cuda.set_rng_state(states["rng.cuda"], device)

@@ -19,34 +19,17 @@ from typing import Any
 import torch
 
 from nanochat.common import UserError
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import ADDITIONS
 
 # The fields of GPTConfig that each vintage stands for.
 VINTAGES: dict[str, dict[str, Any]] = {
-    "modern": {
-        "value_embeds": True,
-        "smear": True,
-        "backout": True,
-        "residual_scalars": True,
-        "qk_gain": 1.2,
-        "rope_base": 100_000.0,
-        "logit_softcap": 15.0,
-    },
+    "modern": dict.fromkeys(ADDITIONS, True) | {"qk_gain": 1.2, "rope_base": 100_000.0, "logit_softcap": 15.0},
     # October 2025; also the model that transformers implements as NanoChatForCausalLM.
-    "classic": {
-        "value_embeds": False,
-        "smear": False,
-        "backout": False,
-        "residual_scalars": False,
-        "qk_gain": 1.0,
-        "rope_base": 10_000.0,
-        "logit_softcap": 15.0,
-        "window_pattern": "L",
-    },
+    "classic": dict.fromkeys(ADDITIONS, False)
+    | {"qk_gain": 1.0, "rope_base": 10_000.0, "logit_softcap": 15.0, "window_pattern": "L"},
 }
 
-
-# Exceptions of reading a damaged JSON or .pt file.
+# What reading a damaged file can raise, in any format. LookupError: a field is missing.
 UNREADABLE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.PickleError,
 )  # fmt: skip
@@ -55,18 +38,10 @@ UNREADABLE = (
 # ---- model configurations ----
 
 
-def model_config(saved: dict[str, Any], parameter_names: Collection[str] | None = None) -> GPTConfig:
-    """
-    The configuration of a saved model, whichever version saved it. UserError for an unknown vintage, TypeError for
-    unknown fields. See upgrade_config for the arguments.
-    """
-    return GPTConfig(**upgrade_config(saved, parameter_names))
-
-
 def upgrade_config(saved: dict[str, Any], parameter_names: Collection[str] | None = None) -> dict[str, Any]:
     """
-    Replaces the vintage in a saved configuration by the fields that it stands for. A configuration that names no
-    vintage is recognised by the names of the model's parameters, if they are given.
+    Replaces the vintage in a saved configuration by the fields of GPTConfig that it stands for; UserError if it is
+    unknown. If the configuration does not name a vintage, the names of the model's parameters show it, where given.
     """
     if any(field in saved for field in VINTAGES["modern"]):
         return saved
@@ -93,26 +68,12 @@ def checkpoint_steps(directory: Path) -> set[int]:
 
 def read_checkpoint(directory: Path, step: int) -> tuple[Path, dict[str, Any]]:
     """
-    The file of weights of a .pt checkpoint, and the content of its JSON file with "model_config" upgraded.
-    ValueError, with a message for users, if either cannot be read.
+    The file of weights of a .pt checkpoint, and the content of its JSON file with "model_config" upgraded. One of
+    UNREADABLE if either is damaged.
     """
     model_file = directory / f"model_{step:06d}.pt"
-    meta_file = directory / f"meta_{step:06d}.json"
-    try:
-        meta = json.loads(meta_file.read_text())
-        meta["model_config"] = upgrade_config(meta["model_config"], read_weights(model_file).keys())
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        EOFError,
-        pickle.PickleError,
-    ) as e:
-        first_line = str(e).partition("\n")[0]  # torch's messages have many
-        raise ValueError(f"{model_file} is not readable ({type(e).__name__}: {first_line})") from e
+    meta = json.loads((directory / f"meta_{step:06d}.json").read_text())
+    meta["model_config"] = upgrade_config(meta["model_config"], read_weights(model_file).keys())
     return model_file, meta
 
 
@@ -145,15 +106,12 @@ def read_encoding_pickle(content: bytes) -> tuple[str, dict[bytes, int], dict[st
 
     try:
         found = Unpickler(io.BytesIO(content)).load()
-    except (pickle.PickleError, AttributeError, EOFError, LookupError, MemoryError, OverflowError, TypeError) as error:
-        # The pickle module's documentation warns that a damaged file may raise more than PickleError.
+    except (*UNREADABLE, MemoryError, OverflowError) as error:  # a damaged pickle may raise almost anything
         raise ValueError(str(error) or type(error).__name__) from error
-    if not isinstance(found, Fields):
-        raise ValueError("it holds no tiktoken.Encoding")
     pattern = getattr(found, "pat_str", None)
     ranks = getattr(found, "mergeable_ranks", None)
     if not isinstance(pattern, str) or not isinstance(ranks, dict):
-        raise ValueError("it holds no pattern or no ranks")
+        raise ValueError("it is not a tiktoken.Encoding with a pattern and ranks")
     if not all(type(token) is bytes and type(rank) is int for token, rank in ranks.items()):
         raise ValueError("its ranks are not bytes → number")
     return pattern, ranks, getattr(found, "special_tokens", {})

@@ -65,19 +65,19 @@ class Run:
         """UserError unless the run can start, or be resumed, with this source and tokenizer."""
         self.stage = stage  # one of checkpoint_manager.STAGES
         self.tag = tag
-        self.source = source
+        self.parent = source if isinstance(source, Checkpoint) else None
+        self.config = source.config if isinstance(source, Checkpoint) else source
         self.flags = flags
         self.tokenizer = tokenizer
         self.dist = dist
         logging.check_wandb(flags.run)
-        if isinstance(source, Checkpoint):
-            source.check_tokenizer(tokenizer)
+        if self.parent:
+            self.parent.check_tokenizer(tokenizer)
         self.resumed = self._find_resumed() if flags.resume else None
         saved_dtype = self.resumed.meta.get("dtype", "") if self.resumed else ""
         self.dtype = dist.gather(hardware.pick_training_dtype(dist.device, saved_dtype))[0]  # that of rank 0 on all
         if self.resumed:
-            config = source.config if isinstance(source, Checkpoint) else source
-            self.resumed.check_resumable(tokenizer, config, self.dtype)
+            self.resumed.check_resumable(tokenizer, self.config, self.dtype)
         self.writer = CheckpointWriter(stage, tag, dist, keep_last=flags.keep_last, resumed=self.resumed)
         if self.writer.earlier:
             print(
@@ -109,7 +109,7 @@ class Run:
         """Path of the checkpoint that the run started from, also after it was resumed."""
         if self.resumed:
             return self.resumed.meta["base"]
-        return str(self.source.path) if isinstance(self.source, Checkpoint) else ""
+        return str(self.parent.path) if self.parent else ""
 
     def build(
         self,
@@ -143,10 +143,8 @@ class Run:
 
     def inherit_momentum(self) -> None:
         """Starts a new run with the optimizer state of its source, where that has one."""
-        if self.resumed or not isinstance(self.source, Checkpoint):
-            return
-        if not self.source.restore_optimizer(self.optimizer):
-            self.dist.print0(f"{self.source.path} has no optimizer state: momentum starts from zero")
+        if self.parent and not self.resumed and not self.parent.restore_optimizer(self.optimizer):
+            self.dist.print0(f"{self.parent.path} has no optimizer state: momentum starts from zero")
 
     def open_log(self, num_steps: int = 0) -> logging.Logger:
         """Opens the metrics file of the run. num_steps: of the whole run; 0 = unknown."""
@@ -156,7 +154,7 @@ class Run:
             config=self.metadata,
             wandb_run=self.flags.run,
             num_steps=num_steps,
-            flops_per_token=flops_per_token(self.model.config),
+            flops_per_token=flops_per_token(self.config),
             first_step=self.state.step,
         )
         return self.logger
@@ -168,7 +166,10 @@ class Run:
 
     def save_hook(self) -> Hook:
         """Saves every --save-every steps, at the end, and when a signal ends the run."""
-        return self.writer.save_hook(self.flags.save_every, self.model, self.optimizer, self.metadata)
+        return Hook(max(self.flags.save_every, 0), self._save, when_stopped=True)
+
+    def _save(self, state: TrainState) -> None:
+        self.writer.save(self.model, self.optimizer, state, self.metadata)
 
     def train(self, steps: Iterable[Step], loss_fn: LossFunction, schedule: Schedule, hooks: list[Hook]) -> TrainState:
         """Runs the loop of train.py to its end and waits for the last checkpoint."""
@@ -210,12 +211,12 @@ class Run:
 
     def _build_model(self, attention_name: str) -> GPT:
         device = self.dist.device
-        origin = self.resumed or self.source
-        if isinstance(origin, Checkpoint):
-            model = origin.build_model(device, self.dtype)
+        checkpoint = self.resumed or self.parent
+        if checkpoint:
+            model = checkpoint.build_model(device, self.dtype)
         else:
-            model = GPT.create(origin, device, self.dtype)
-        shape = model.config.attention_shape
+            model = GPT.create(self.config, device, self.dtype)
+        shape = self.config.attention_shape
         name, kernel = attention.choose(attention_name, shape, device, self.dtype, self.dist.print0)
         model.use_attention(kernel)
         self.dist.print0(f"computing in {self.dtype}, attention {name}")
@@ -229,7 +230,7 @@ class Run:
         if self.resumed:
             return self.resumed.meta.get("compiled", True)
         flops = total_flops / self.dist.world_size
-        return self.dist.gather(hardware.compiling_pays_off(device, self.dtype, flops, self.model.config.n_layer))[0]
+        return self.dist.gather(hardware.compiling_pays_off(device, self.dtype, flops, self.config.n_layer))[0]
 
     def _compile(self) -> None:
         self.dist.print0("compiling the model" if self.compiled else "running the model without torch.compile")

@@ -69,10 +69,10 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Hook:
-    """Runs after every `every` steps and once after the last one; returns metrics to log."""
+    """Runs after every `every` steps and once after the last one; may return metrics to log."""
 
     every: int  # in steps; 0 = only after the last one, -1 = never
-    run: Callable[[TrainState], dict[str, float]]
+    run: Callable[[TrainState], dict[str, float] | None]
     when_stopped: bool = False  # also when a signal ends the run early
 
     def is_due(self, step: int) -> bool:

@@ -82,10 +82,9 @@ def main(flags: Flags) -> None:
                 batches = islice(val_loader.batches(), num_batches)
                 return {"val/bpb": evaluate_bpb(run.eval_model, batches, tokenizer.token_bytes(), dist)}
 
-            def sample(state: TrainState) -> dict[str, float]:
+            def sample(state: TrainState) -> None:
                 if dist.is_main:
                     sample_prompts(Engine(run.model, tokenizer))
-                return {}
 
             hooks = [Hook(flags.eval_every, evaluate), Hook(flags.sample_every, sample), run.save_hook()]
             run.train(steps, token_loss, recipe.pretrain_schedule(flags, plan.num_iterations), hooks)

@@ -121,8 +121,8 @@ def finetune(stage: str, source_stage: str, flags: FinetuneFlags) -> None:
 
 def inherited_hyperparameters(flags: FinetuneFlags, run: Run) -> recipe.Hyperparameters:
     """Those of the resumed run, or of the run that trained the source; flags override batch sizes."""
-    checkpoint = run.resumed or run.source
-    assert isinstance(checkpoint, checkpoint_manager.Checkpoint)
+    checkpoint = run.resumed or run.parent
+    assert checkpoint
     base = recipe.load_hyperparameters(checkpoint.meta)
     if flags.device_batch_size != -1:
         base = replace(base, device_batch_size=flags.device_batch_size)

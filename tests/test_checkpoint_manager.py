@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -155,13 +156,13 @@ def write_legacy(folder, step, weights, config):
 
 def legacy_model():
     model, optimizer = make()
-    config = model.config.to_dict()
+    config = asdict(model.config)
     for field in VINTAGES["modern"]:
         del config[field]  # these files are older than the fields
     return model.state_dict(), config, optimizer
 
 
-def test_legacy_checkpoint_of_a_compiled_model_loads(base_dir):
+def test_legacy_checkpoint_of_a_compiled_model_loads(base_dir, golden_tokenizer):
     weights, config, optimizer = legacy_model()
     compiled = {f"_orig_mod.{name}": weight.bfloat16() for name, weight in weights.items()}
     write_legacy(base_dir / "base_checkpoints/old", 7, compiled, config)
@@ -170,7 +171,7 @@ def test_legacy_checkpoint_of_a_compiled_model_loads(base_dir):
     assert same(dict(model.named_parameters()), {name: w.bfloat16().float() for name, w in weights.items()})
     assert not checkpoint.restore_optimizer(optimizer)
     with pytest.raises(UserError, match="not resumed"):
-        checkpoint.restore_run(optimizer, Dist(CPU))
+        checkpoint.check_resumable(golden_tokenizer, checkpoint.config, torch.float32)
 
 
 @pytest.mark.parametrize("gone, new", [("smear_lambda", None), (None, "lm_head.bias"), ("x0_lambdas", "x1_lambdas")])
@@ -181,13 +182,16 @@ def test_missing_and_surplus_parameters_are_named(base_dir, gone, new):
     write_legacy(base_dir / "base_checkpoints/old", 7, weights, config)
     with pytest.raises(UserError) as caught:
         find("base").build_model(CPU, torch.float32)
-    assert f"missing {[gone] if gone else []}, surplus {[new] if new else []}" in str(caught.value)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert (f'Missing key(s) in state_dict: "{gone}"' in message) == bool(gone)
+    assert (f'Unexpected key(s) in state_dict: "{new}"' in message) == bool(new)
 
 
 def test_parameter_of_another_shape_is_named(base_dir):
     weights, config, _ = legacy_model()
     write_legacy(base_dir / "base_checkpoints/old", 7, weights | {"x0_lambdas": torch.zeros(5)}, config)
-    with pytest.raises(UserError, match=r"x0_lambdas is \(5,\), not \(2,\)"):
+    with pytest.raises(UserError, match=r"x0_lambdas: .*\[5\].*\[2\]"):
         find("base").build_model(CPU, torch.float32)
 
 
@@ -201,7 +205,7 @@ def test_code_in_a_legacy_checkpoint_is_not_executed(base_dir, capsys):
     write_legacy(base_dir / "base_checkpoints/old", 7, {"lm_head.weight": Bomb()}, config)
     assert find("base").step == 6
     assert not (base_dir / "ran").exists()
-    assert "model_000007.pt" in capsys.readouterr().err
+    assert "step 7 of" in capsys.readouterr().err
 
 
 # ---- round trips ----
@@ -252,17 +256,6 @@ def test_data_states_of_all_ranks_are_saved():
     _, data_states = find("base").restore_run(optimizer, Dist(CPU, rank=1, world_size=2))
     assert [state["unit"] for state in data_states] == [0, 1]
     assert [state["waiting"].tolist() for state in data_states] == [[0, 1], [10, 11]]
-
-
-def test_save_hook_saves_at_the_end_even_without_an_interval():
-    model, optimizer = make()
-    writer = new_run()
-    hook = writer.save_hook(5, model, optimizer, {})
-    assert (hook.every, hook.when_stopped) == (5, True)
-    hook.run(TrainState(5))
-    writer.wait()
-    assert find("base").step == 5
-    assert writer.save_hook(-1, model, optimizer, {}).every == 0
 
 
 # ---- which one ----
@@ -441,7 +434,8 @@ def test_damaged_newest_checkpoint_falls_back_to_the_previous_one(damage, capsys
     damage(save(20))
     assert step_of(find("base", "d2")) == 10
     err = capsys.readouterr().err
-    assert damage is DAMAGES["no manifest"] or ("warning" in err and "step_000020" in err and "falling back" in err)
+    if damage is not DAMAGES["no manifest"]:
+        assert "warning" in err and ("step_000020" in err or "step 20 of" in err) and "falling back" in err
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
@@ -514,7 +508,7 @@ def test_full_disk_keeps_the_previous_checkpoint_and_raises(monkeypatch, capsys)
 
     model, optimizer = make()
     writer.save(model, optimizer, TrainState(25), {})
-    writer.thread.join()  # fails too
+    writer.pending.exception()  # waits until it has failed too
     full[0] = False
     save(30, writer=writer)  # a later save succeeds, and the run ends well
     assert "could not be written" in capsys.readouterr().err

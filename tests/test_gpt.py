@@ -281,13 +281,8 @@ def test_features_can_be_turned_off_one_by_one(off):
 def test_costs_of_inference_by_counting():
     config = GPTConfig(sequence_len=512, vocab_size=64, n_layer=3, n_head=2, n_kv_head=1, n_embd=64, window_pattern="S")
     length = 300
-    seen = sum(min(t, window) + 1 for window in (128, 128, 512) for t in range(length))
-    head = 64 * 64
-    per_token = 2 * (gpt.matmul_weights(config) - head)
-    assert gpt.prefill_flops(config, length) == per_token * length + 2 * head + 4 * 64 * seen
-    grown = gpt.prefill_flops(config, length + 1) - gpt.prefill_flops(config, length)
-    assert gpt.decode_flops(config, length) == grown + 2 * head
     seen_by_last = 129 + 129 + 301
+    assert gpt.decode_flops(config, length) == 2 * gpt.matmul_weights(config) + 4 * 64 * seen_by_last
     assert gpt.kv_bytes_read(config, length, torch.bfloat16) == seen_by_last * 2 * 1 * 32 * 2
     assert gpt.kv_bytes_per_token(config, torch.bfloat16) == 3 * 2 * 1 * 32 * 2
 

@@ -13,11 +13,13 @@ sequences, n heads at a time, s keys that a block of queries reaches.
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from nanochat.kernels import Kernel
 
 BLOCK = 128  # tokens; the windows of the models are multiples of it
 CACHED_SCORES = 2**21  # scores computed at a time: 4 MiB in bfloat16
@@ -25,7 +27,7 @@ SAVED_WEIGHTS = 2**24  # weights of a layer that are saved for its backward pass
 
 
 @functools.cache
-def load_blocks() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]:
+def load_blocks() -> Kernel:
     """
     Registers the kernel as an operator of torch and returns it.
 
@@ -33,18 +35,11 @@ def load_blocks() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], t
     be more code than the rest of the model: 135 s of compiling for 4 layers instead of 58, and it ran no faster.
     """
 
-    @torch.library.custom_op("nanochat::blocks", mutates_args=())
-    def forward(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, save_weights: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return blocks_forward(q, k, v, window, save_weights)
-
-    @torch.library.custom_op("nanochat::blocks_backward", mutates_args=())
-    def backward(
-        dy: torch.Tensor, dsums: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        saved: torch.Tensor, window: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-        return blocks_backward(dy, dsums, q, k, v, saved, window)
+    qkv = "Tensor q, Tensor k, Tensor v"
+    schema = f"({qkv}, int window, bool save_weights) -> (Tensor, Tensor, Tensor)"
+    forward = torch.library.custom_op("nanochat::blocks", blocks_forward, mutates_args=(), schema=schema)
+    schema = f"(Tensor dy, Tensor dsums, {qkv}, Tensor saved, int window) -> (Tensor, Tensor, Tensor)"
+    backward = torch.library.custom_op("nanochat::blocks_backward", blocks_backward, mutates_args=(), schema=schema)
 
     @forward.register_fake
     def _(q, k, v, window, save_weights):

@@ -2,8 +2,7 @@
 FlashAttention for CUDA GPUs (arXiv 2205.14135): version 2 as torch brings it, 3 and 4 from the packages of
 https://github.com/Dao-AILab/flash-attention. attention.choose takes the first that works.
 
-All take q (B, T, H, D), k and v (B, T, K, D) and a window, and return (B, T, H, D). The packages differ in how they
-write a full window: -1 or None instead of a number.
+The packages differ in how they write a full window: -1 or None instead of a number.
 """
 
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+from nanochat.kernels import Kernel
 
 
 def attend_flash2(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
@@ -56,7 +55,8 @@ def load_flash4() -> Kernel:
 
     def backward(grad, q, k, v, output, lse, window):
         left = _left_window(q, window, full=None)
-        return fa4._flash_attn_bwd(q, k, v, output, grad, lse, causal=True, window_size_left=left)
+        dq, dk, dv = fa4._flash_attn_bwd(q, k, v, output, grad, lse, causal=True, window_size_left=left)
+        return dq, dk, dv
 
     return as_operator("fa4", forward, backward)
 
@@ -66,11 +66,7 @@ def _left_window(q_BTHD: torch.Tensor, window: int, full: int | None) -> int | N
     return window if window < q_BTHD.size(1) - 1 else full
 
 
-def as_operator(
-    name: str,
-    run_forward: Callable[..., tuple[torch.Tensor, ...]],
-    run_backward: Callable[..., tuple[torch.Tensor, ...]],
-) -> Kernel:
+def as_operator(name: str, run_forward: Callable[..., Any], run_backward: Callable[..., Any]) -> Kernel:
     """
     Registers foreign code as the operators nanochat::<name> and nanochat::<name>_backward, which torch.compile puts
     into its graph as they are, and returns a kernel that calls them.
@@ -81,18 +77,11 @@ def as_operator(
     Their inputs are contiguous, and their outputs must be.
     """
 
-    @torch.library.custom_op(f"nanochat::{name}", mutates_args=())
-    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-        output, lse = run_forward(q, k, v, window)
-        return output, lse
-
-    @torch.library.custom_op(f"nanochat::{name}_backward", mutates_args=())
-    def backward(
-        grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor,
-        lse: torch.Tensor, window: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-        dq, dk, dv = run_backward(grad, q, k, v, output, lse, window)
-        return dq, dk, dv
+    qkv = "Tensor q, Tensor k, Tensor v"
+    schema = f"({qkv}, int window) -> (Tensor, Tensor)"
+    forward = torch.library.custom_op(f"nanochat::{name}", run_forward, mutates_args=(), schema=schema)
+    schema = f"(Tensor grad, {qkv}, Tensor output, Tensor lse, int window) -> (Tensor, Tensor, Tensor)"
+    backward = torch.library.custom_op(f"nanochat::{name}_backward", run_backward, mutates_args=(), schema=schema)
 
     @forward.register_fake
     def _(q, k, v, window):

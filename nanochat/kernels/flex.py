@@ -3,13 +3,12 @@ FlexAttention, which torch.compile turns into a Triton kernel: windows cost what
 supports and that have no FlashAttention. On a CPU it has no backward pass.
 """
 
-from collections.abc import Callable
-
 import torch
 
+from nanochat.kernels import Kernel
 
-def load_flex() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]:
-    """The kernel: q (B, T, H, D), k and v (B, T, K, D), window → (B, T, H, D)."""
+
+def load_flex() -> Kernel:
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
