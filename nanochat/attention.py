@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.common import UserError
-from nanochat.kernels import Kernel, cpu, flash, flex
+from nanochat.kernels import Kernel, band_mask, cpu, flash, flex
 
 MAX_ERROR = 0.02  # of a kernel, relative in the norm; bfloat16 kernels differ from float32 by 0.002 to 0.006
 
@@ -67,12 +67,6 @@ def attend_cached(
     """
     q, k, v = q_BTHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2)
     return _sdpa(q, k, v, mask=mask_B1TS).transpose(1, 2)
-
-
-def band_mask(positions: torch.Tensor, first_key: int, stop_key: int, window: int) -> torch.Tensor:
-    """(…, T, S): true where a query at one of the positions (…, T) sees a key of first_key … stop_key - 1."""
-    distance = positions.unsqueeze(-1) - torch.arange(first_key, stop_key, device=positions.device)
-    return (distance >= 0) & (distance <= window)
 
 
 def _sdpa(q, k, v, mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:

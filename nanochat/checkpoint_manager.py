@@ -218,15 +218,14 @@ class CheckpointReader:
 
 def find(stage: str, tag: str = "", step: int = -1) -> Checkpoint:
     """A checkpoint of a stage. Default tag: the one written last; default step: the newest intact one."""
-    tags = sorted(
-        folder.name for folder in stage_dir(stage).glob("[!.]*") if CheckpointReader(stage, folder.name).steps()
-    )
-    if not tags:
+    readers = [CheckpointReader(stage, folder.name) for folder in sorted(stage_dir(stage).glob("[!.]*"))]
+    by_tag = {reader.path.name: reader for reader in readers if reader.steps()}
+    if not by_tag:
         raise UserError(f"no checkpoint in {stage_dir(stage)}: train one with python -m scripts.{STAGES[stage][1]}")
-    if tag and tag not in tags:
-        raise UserError(f"no {stage} checkpoint with tag {tag!r}: there are {', '.join(tags)}")
-    readers = [CheckpointReader(stage, name) for name in ([tag] if tag else tags)]
-    return max(readers, key=CheckpointReader.last_written).load(step)
+    if tag and tag not in by_tag:
+        raise UserError(f"no {stage} checkpoint with tag {tag!r}: there are {', '.join(by_tag)}")
+    reader = by_tag[tag] if tag else max(by_tag.values(), key=CheckpointReader.last_written)
+    return reader.load(step)
 
 
 def find_by_path(path: str) -> Checkpoint:
@@ -336,7 +335,10 @@ class CheckpointWriter:
         optimizer_state = optimizer.full_state()
         numbers = {key: value for key, value in state.data_state.items() if not isinstance(value, torch.Tensor)}
         tensors = {key: value for key, value in state.data_state.items() if isinstance(value, torch.Tensor)}
-        of_all_ranks = self.dist.gather((numbers, tensors | _generators(self.dist.device)))
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if self.dist.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.dist.device)
+        of_all_ranks = self.dist.gather((numbers, tensors))
         if not self.dist.is_main:
             return
         error = self._failure()
@@ -402,11 +404,3 @@ def _crc32(path: Path) -> int:
         while block := file.read(2**22):
             value = zlib.crc32(block, value)
     return value
-
-
-def _generators(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of the random generators."""
-    states = {"rng.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["rng.cuda"] = torch.cuda.get_rng_state(device)
-    return states

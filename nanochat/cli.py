@@ -59,12 +59,13 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
     return cls(**vars(parser.parse_args(argv)))
 
 
-def require_positive(flags: Any, *names: str) -> None:
-    """UserError unless each of these flags is at least 1."""
+def require_positive(flags: Any, *names: str, or_default: bool = False) -> None:
+    """UserError unless each of these flags is at least 1, or -1 where that is allowed (or_default)."""
     for name in names:
         value = getattr(flags, name)
-        if value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if value < 1 and not (or_default and value == -1):
+            limit = "at least 1, or -1 for the default" if or_default else "at least 1"
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {limit}")
 
 
 def command(main: Callable[[Any], T]) -> Callable[..., T]:

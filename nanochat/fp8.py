@@ -13,14 +13,11 @@ optimizer step, so they are cast after the step and not in every micro-batch. In
 Shapes: M rows (tokens), K input features, N output features.
 """
 
-from collections.abc import Iterable
-from typing import cast
-
 import torch
 import torch.nn as nn
 
 from nanochat.common import UserError
-from nanochat.gpt import GPT, Block, GPTConfig, Linear
+from nanochat.gpt import GPT, GPTConfig, Linear
 from nanochat.muon import MuonAdamW
 
 FORWARD = torch.float8_e4m3fn
@@ -33,13 +30,12 @@ MIN_CAPABILITY = (8, 9)  # Ada; Hopper has 9.0
 
 def check_support(config: GPTConfig, rows: int, device: torch.device) -> None:
     """UserError unless this device can train the model in FP8 with this many rows (tokens) per micro-batch."""
-    required = "a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell)"
-    if device.type != "cuda":
-        raise UserError(f"--fp8 needs {required}, the device is {device.type}: leave out --fp8")
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        name = torch.cuda.get_device_name(device)
-        raise UserError(f"--fp8 needs {required}, {name} has {capability[0]}.{capability[1]}: leave out --fp8")
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        raise UserError(
+            "--fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), "
+            f"the device is {name}: leave out --fp8"
+        )
     if config.n_embd % MULTIPLE or config.n_embd < MIN_FEATURES:
         raise UserError(
             f"--fp8 needs a width of at least {MIN_FEATURES} and a multiple of {MULTIPLE}, this model has "
@@ -59,13 +55,12 @@ def use_fp8(model: GPT, optimizer: MuonAdamW, compile: bool) -> list["Fp8Linear"
     Call it when the weights have their values, and before the model is compiled.
     """
     layers = []
-    for block in cast(Iterable[Block], model.transformer.h):
-        for parent in (block.attn, block.mlp):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, Linear) and _is_large(child):
-                    layer = Fp8Linear(child)
-                    setattr(parent, name, layer)
-                    layers.append(layer)
+    for parent in list(model.transformer.h.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Linear) and _is_large(child):
+                layer = Fp8Linear(child)
+                setattr(parent, name, layer)
+                layers.append(layer)
     cast_weight = torch.compile(_cast_weight, dynamic=False) if compile else _cast_weight
 
     def cast_weights(*_: object) -> None:
@@ -95,11 +90,10 @@ class Fp8Linear(Linear):
         with torch.device("meta"):  # no memory and no random numbers for a weight that is replaced
             super().__init__(linear.in_features, linear.out_features)
         self.weight = linear.weight
+        N, K = linear.weight.shape
         device = linear.weight.device
-        weight_NK = torch.empty(linear.weight.shape, dtype=FORWARD, device=device)
-        weight_KN = torch.empty(linear.weight.T.shape, dtype=FORWARD, device=device)
-        self.register_buffer("weight_NK", weight_NK, persistent=False)
-        self.register_buffer("weight_KN", weight_KN, persistent=False)
+        self.register_buffer("weight_NK", torch.empty(N, K, dtype=FORWARD, device=device), persistent=False)
+        self.register_buffer("weight_KN", torch.empty(K, N, dtype=FORWARD, device=device), persistent=False)
         self.register_buffer("scale", torch.empty((), device=device), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -133,15 +127,7 @@ class _Fp8Product(torch.autograd.Function):
         return grad_x_MK, grad_weight_NK, None, None, None
 
 
-def scaled_product(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale_a: torch.Tensor,
-    scale_b: torch.Tensor,
-    *,
-    dtype: torch.dtype,
-    fast: bool = False,
-) -> torch.Tensor:
+def scaled_product(a, b, scale_a, scale_b, *, dtype: torch.dtype, fast: bool = False) -> torch.Tensor:
     """(scale_a * a) @ (scale_b * b) in the given dtype, of FP8 matrices: a row-major, b column-major."""
     return torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=fast)
 

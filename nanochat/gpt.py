@@ -411,12 +411,10 @@ class GPT(nn.Module):
 
     def _rotary(self, idx_BT: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin at the tokens' positions, in the compute dtype, to broadcast against (B, T, H, D/2)."""
-        if cache is None:
-            num_tokens = idx_BT.size(1)
-            assert num_tokens <= self.config.sequence_len, f"{num_tokens} tokens do not fit the context"
-            cos, sin = self.cos[:num_tokens, None], self.sin[:num_tokens, None]
-        else:
-            cos, sin = self.cos[cache.positions_BT].unsqueeze(2), self.sin[cache.positions_BT].unsqueeze(2)
+        num_tokens = idx_BT.size(1)
+        assert cache or num_tokens <= self.config.sequence_len, f"{num_tokens} tokens do not fit the context"
+        positions = slice(num_tokens) if cache is None else cache.positions_BT
+        cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
         return cos.to(self.dtype), sin.to(self.dtype)
 
     def _value_embed(self, layer: int, idx_BT: torch.Tensor) -> torch.Tensor | None:

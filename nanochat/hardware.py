@@ -46,27 +46,19 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     The device of that name; "auto" is CUDA, else MPS, else the CPU. On CUDA each local rank gets its own GPU.
     UserError if the machine does not have it.
     """
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available():
-            name = "mps"
-        else:
-            name = "cpu"
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("--device cuda: no usable CUDA GPU here; use --device cpu, or check nvidia-smi")
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
-                f"start torchrun with --nproc_per_node={torch.cuda.device_count()}"
-            )
-        return torch.device("cuda", local_rank)
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: no Apple GPU here; use --device cpu")
-    if name not in ("mps", "cpu"):
+        name = next(kind for kind, is_usable in usable.items() if is_usable)
+    if name not in usable:
         raise UserError(f"--device {name}: unknown, use auto, cuda, mps or cpu")
-    return torch.device(name)
+    if not usable[name]:
+        raise UserError(f"--device {name}: no usable GPU of this kind here; use --device cpu, or check the driver")
+    if name != "cuda":
+        return torch.device(name)
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise UserError(f"local rank {local_rank} has no GPU: start torchrun with --nproc_per_node={num_gpus}")
+    return torch.device("cuda", local_rank)
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:
@@ -133,10 +125,7 @@ def gpu_peaks(device: torch.device) -> tuple[float, float] | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    for part_of_name, flops, bandwidth in GPU_PEAKS:
-        if part_of_name in name:
-            return flops, bandwidth
-    return None
+    return next(((flops, bandwidth) for part, flops, bandwidth in GPU_PEAKS if part in name), None)
 
 
 def describe(device: torch.device) -> str:

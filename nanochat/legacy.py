@@ -14,6 +14,7 @@ import json
 import pickle
 from collections.abc import Collection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -91,18 +92,15 @@ def read_encoding_pickle(content: bytes) -> tuple[str, dict[bytes, int], dict[st
     Split pattern, token ids and special token ids of a pickled tiktoken.Encoding. ValueError for any other pickle.
 
     Unpickling usually executes whatever the file asks for, but it can do so only through the classes and functions that
-    the file names. Here every name but that of Encoding is refused, and Encoding is replaced by an empty class that
-    keeps the attributes it is given.
+    the file names. Here every name but that of Encoding is refused, and Encoding is replaced by a SimpleNamespace,
+    which only keeps the attributes it is given.
     """
-
-    class Fields:
-        pass
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> type:
             if (module, name) != ("tiktoken.core", "Encoding"):
                 raise pickle.UnpicklingError(f"it asks for {module}.{name}, which was not run")
-            return Fields
+            return SimpleNamespace
 
     try:
         found = Unpickler(io.BytesIO(content)).load()

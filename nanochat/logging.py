@@ -126,11 +126,10 @@ def append_after(step: int, path: Path, *head: dict[str, Any]) -> TextIO:
     return path.open("a")
 
 
-def _lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one per line or the whole file one; a last one that a crash truncated is left out."""
-    text = path.read_text() if path.exists() else ""
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one per line; a last line that a crash truncated is left out."""
     lines = []
-    for line in [text] if whole else text.splitlines():
+    for line in path.read_text().splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(line))
         except ValueError:
@@ -175,11 +174,9 @@ def check_wandb(run: str) -> None:
 
 def start_wandb(run: str, group: str, config: dict[str, Any]) -> Any:
     """Starts a wandb run, offline and with a notice where there is no account or no network."""
-    check_wandb(run)
     import wandb
 
-    options: dict[str, Any] = {"project": "nanochat", "name": run, "group": group, "config": config}
-    options["dir"] = str(base_dir())
+    options: Any = {"project": "nanochat", "name": run, "group": group, "config": config, "dir": str(base_dir())}
     try:
         return wandb.init(**options)
     except wandb.errors.Error as error:
@@ -189,12 +186,16 @@ def start_wandb(run: str, group: str, config: dict[str, Any]) -> Any:
 
 def save_numbers(stage: str, numbers: dict[str, Any]) -> None:
     """Saves a stage's final numbers for the report, and keeps earlier ones of the same "model"."""
-    path = report_dir() / f"{stage}.json"
-    earlier = next(iter(_lines(path, whole=True)), {})
+    earlier = _saved_numbers(stage)
     if earlier.get("model") == numbers.get("model"):
         numbers = earlier | numbers
-    with atomic_path(path) as temporary:
+    with atomic_path(report_dir() / f"{stage}.json") as temporary:
         temporary.write_text(json.dumps(numbers | {"time": time.time()}, indent=1))
+
+
+def _saved_numbers(stage: str) -> dict[str, Any]:
+    path = report_dir() / f"{stage}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def print_summary(stages: list[str]) -> None:
@@ -202,8 +203,7 @@ def print_summary(stages: list[str]) -> None:
     table = Table("stage", "result", "value")
     markdown = ["# Report", "", "| stage | result | value |", "|---|---|---|"]
     for stage in stages:
-        path = report_dir() / f"{stage}.json"
-        for name, value in (json.loads(path.read_text()) if path.exists() else {}).items():
+        for name, value in _saved_numbers(stage).items():
             if name != "time":
                 shown = _shown(value)
                 table.add_row(stage, name, shown)

@@ -10,7 +10,6 @@ Shapes: N rows (tokens), n rows of a chunk, C channels, V vocabulary, V' vocabul
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,13 +62,13 @@ class _CrossEntropy(torch.autograd.Function):
         weights_N = None
         if is_sum and any(ctx.needs_input_grad):
             weights_N = torch.ones_like(targets_N, dtype=torch.float32)
-        result = _in_chunks(hidden_NC, head_VC, targets_N, vocab_size, cap, weights_N)
+        losses_N, d_hidden_NC, d_head_VC = _in_chunks(hidden_NC, head_VC, targets_N, vocab_size, cap, weights_N)
         if not is_sum:
             ctx.save_for_backward(hidden_NC, head_VC, targets_N)
-            return result.losses_N
+            return losses_N
         if weights_N is not None:
-            ctx.save_for_backward(result.d_hidden_NC, result.d_head_VC)
-        return result.losses_N.sum()
+            ctx.save_for_backward(d_hidden_NC, d_head_VC)
+        return losses_N.sum()
 
     @staticmethod
     def backward(ctx, grad):
@@ -77,19 +76,12 @@ class _CrossEntropy(torch.autograd.Function):
             d_hidden_NC, d_head_VC = (gradient * grad.to(gradient.dtype) for gradient in ctx.saved_tensors)
         else:
             hidden_NC, head_VC, targets_N = ctx.saved_tensors
-            result = _in_chunks(hidden_NC, head_VC, targets_N, ctx.vocab_size, ctx.cap, weights_N=grad)
-            d_hidden_NC, d_head_VC = result.d_hidden_NC, result.d_head_VC
+            _, d_hidden_NC, d_head_VC = _in_chunks(hidden_NC, head_VC, targets_N, ctx.vocab_size, ctx.cap, grad)
         return d_hidden_NC, d_head_VC, None, None, None, None
 
 
-class _Result(NamedTuple):
-    losses_N: torch.Tensor
-    d_hidden_NC: torch.Tensor | None = None
-    d_head_VC: torch.Tensor | None = None
-
-
-def _in_chunks(hidden_NC, head_VC, targets_N, vocab_size, cap, weights_N=None) -> _Result:
-    """The losses; with weights, also the gradients of the weighted sum of the losses."""
+def _in_chunks(hidden_NC, head_VC, targets_N, vocab_size, cap, weights_N):
+    """The losses (N,); with weights, also the gradients of their weighted sum by hidden_NC and head_VC, else None."""
     N, dtype = hidden_NC.size(0), hidden_NC.dtype
     cast_VC = head_VC.to(dtype)
     rows = math.ceil(max(CHUNK_LOGITS / head_VC.size(0), N / MAX_CHUNKS))
@@ -116,13 +108,11 @@ def _in_chunks(hidden_NC, head_VC, targets_N, vocab_size, cap, weights_N=None) -
         d_hidden.append(d_logits_nV @ cast_VC[:vocab_size])
         d_head_VC[:vocab_size] += d_logits_nV.T @ h_nC
     if weights_N is None:
-        return _Result(torch.cat(losses))
-    return _Result(torch.cat(losses), torch.cat(d_hidden), d_head_VC)
+        return torch.cat(losses), None, None
+    return torch.cat(losses), torch.cat(d_hidden), d_head_VC
 
 
-def _softmax_parts(
-    logits_nV: torch.Tensor, y_n1: torch.Tensor, cap: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _softmax_parts(logits_nV, y_n1, cap):
     """
     The logit of the target (n, 1), exp(logits) (n, V), and the tanh of the softcap (n, V) or None. Without a softcap
     logits are unbounded, and the largest one of the row is subtracted from all of them before the exp.

@@ -69,25 +69,22 @@ def build_optimizer(
     param_groups: list[dict[str, Any]] = []
     for group in groups:
         names = [name for name in named if name.startswith(group.prefixes)]
-        by_name = {group.name: names}
+        parts = [names]
         if group.betas is None:
             shapes = sorted({named[name].shape for name in names})
-            by_name = {f"muon{tuple(shape)}": [n for n in names if named[n].shape == shape] for shape in shapes}
-        for group_name, members in by_name.items():
-            options: dict[str, Any] = {
-                "name": group_name,
-                "kind": "muon" if group.betas is None else "adamw",
-                "names": members,
-                "params": [named[name] for name in members],
-                "lr": group.lr,
-                "initial_lr": group.lr,
-                "decay": group.weight_decay,
-                "initial_decay": group.weight_decay,
-                "is_scalar": group.is_scalar,
-            }
-            if group.betas is not None:
-                options["betas"] = group.betas
-            param_groups.append(options)
+            parts = [[name for name in names if named[name].shape == shape] for shape in shapes]
+        options: dict[str, Any] = {
+            "name": group.name,
+            "kind": "muon" if group.betas is None else "adamw",
+            "lr": group.lr,
+            "initial_lr": group.lr,
+            "decay": group.weight_decay,
+            "initial_decay": group.weight_decay,
+            "is_scalar": group.is_scalar,
+            "betas": group.betas,
+        }
+        for part in parts:
+            param_groups.append(options | {"names": part, "params": [named[name] for name in part]})
     return MuonAdamW(param_groups, rank=rank, world_size=world_size, compile=compile, dtype=model.dtype)
 
 
@@ -126,11 +123,7 @@ class MuonAdamW(torch.optim.Optimizer):
             self.muon_update = torch.compile(muon_update, dynamic=False)
 
     def set_schedule(
-        self,
-        lr_multiplier: float,
-        muon_momentum: float,
-        decay_multiplier: float = 1.0,
-        scalar_lr_multiplier: float = 1.0,
+        self, lr_multiplier: float, muon_momentum: float, decay_multiplier: float = 1, scalar_lr_multiplier: float = 1
     ) -> None:
         """Sets the values of the next step: see recipe.StepSchedule."""
         for group in self.param_groups:
@@ -143,10 +136,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def learning_rates(self) -> dict[str, float]:
         """The learning rates of the next step by group, for the log; Muon's groups share one."""
-        rates = {}
-        for group in self.param_groups:
-            rates["muon" if group["kind"] == "muon" else group["name"]] = group["lr"]
-        return rates
+        return {group["name"]: group["lr"] for group in self.param_groups}
 
     @torch.no_grad()
     def reduce_gradients(self) -> torch.Tensor:
@@ -192,11 +182,9 @@ class MuonAdamW(torch.optim.Optimizer):
         grad = _grad(p)
         if self._is_sharded(p):
             own = torch.empty_like(self._own_rows(p))
-            work = reduce_scatter(own, grad, async_op=True)
-            return Update(group, [p], own, is_sharded=True, reduce=work)
-        if self.world_size > 1:
-            return Update(group, [p], grad, is_sharded=False, reduce=dist.all_reduce(grad, async_op=True))
-        return Update(group, [p], grad, is_sharded=False)
+            return Update(group, [p], own, is_sharded=True, reduce=reduce_scatter(own, grad, async_op=True))
+        work = dist.all_reduce(grad, async_op=True) if self.world_size > 1 else None
+        return Update(group, [p], grad, is_sharded=False, reduce=work)
 
     def _compute_adamw(self, update: Update) -> None:
         group, (p,) = update.group, update.params
@@ -225,8 +213,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if self.world_size == 1:
             return Update(group, params, grads, is_sharded=False)
         own = torch.empty_like(grads[: self._num_own(params)])
-        work = reduce_scatter(own, grads, async_op=True)
-        return Update(group, params, own, is_sharded=True, reduce=work)
+        return Update(group, params, own, is_sharded=True, reduce=reduce_scatter(own, grads, async_op=True))
 
     def _compute_muon(self, update: Update) -> None:
         group, params = update.group, update.params

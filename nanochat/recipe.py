@@ -17,7 +17,6 @@ The values and the reference point are those of Karpathy's nanochat. `explain` g
 
 import math
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from nanochat.cli import flag, require_positive
@@ -59,22 +58,14 @@ class RecipeFlags:
     aspect_ratio: int = flag(64, "channels of width per layer")
     head_dim: int = flag(128, "channels per attention head")
     max_seq_len: int = flag(2048, "tokens of context")
-    window_pattern: str = flag(
-        "SSSL", "attention windows of the layers, repeated: S = quarter of the context, L = all; the last is L"
-    )
+    window_pattern: str = flag("SSSL", "windows of the layers, repeated: S = 1/4 of the context, L = all; the last is L")
     portable: bool = flag(False, "a plain model that can be exported to every format; use tok_train --portable with it")
     num_iterations: int = flag(-1, "optimizer steps; -1 = from --target-flops or --target-param-data-ratio")
     target_flops: float = flag(-1.0, "training FLOPs to spend; -1 = from --target-param-data-ratio")
     target_param_data_ratio: float = flag(12.0, "training tokens per parameter (block matrices and lm_head)")
-    device_batch_size: int = flag(
-        Hyperparameters.device_batch_size, "rows per forward pass and rank; lower it if memory runs out"
-    )
-    total_batch_size: int = flag(
-        -1, "tokens per optimizer step over all ranks; -1 = from the number of training tokens"
-    )
-    embedding_lr: float = flag(
-        Hyperparameters.embedding_lr, "learning rate of the token embeddings at batch 2^19, width 768"
-    )
+    device_batch_size: int = flag(Hyperparameters.device_batch_size, "rows per pass and rank; lower it if out of memory")
+    total_batch_size: int = flag(-1, "tokens per optimizer step over all ranks; -1 = from the number of training tokens")
+    embedding_lr: float = flag(Hyperparameters.embedding_lr, "learning rate of the embeddings at batch 2^19, width 768")
     unembedding_lr: float = flag(Hyperparameters.unembedding_lr, "learning rate of lm_head at batch 2^19, width 768")
     matrix_lr: float = flag(Hyperparameters.matrix_lr, "learning rate of the block matrices (Muon) at batch 2^19")
     scalar_lr: float = flag(Hyperparameters.scalar_lr, "learning rate of the residual scalars at batch 2^19")
@@ -101,12 +92,8 @@ class Recipe:
         return self.hyperparameters.total_batch_size
 
     @property
-    def num_tokens(self) -> int:
-        return self.num_iterations * self.total_batch_size
-
-    @property
     def flops(self) -> float:
-        return float(flops_per_token(self.model)) * self.num_tokens
+        return float(flops_per_token(self.model)) * (self.num_iterations * self.total_batch_size)
 
 
 def derive(flags: RecipeFlags, vocab_size: int) -> Recipe:
@@ -114,7 +101,9 @@ def derive(flags: RecipeFlags, vocab_size: int) -> Recipe:
     Returns the recipe that the flags ask for. UserError names the flag that makes it impossible. An explicit number of
     steps or FLOPs sets the horizon that batch size and weight decay follow.
     """
-    _check(flags)
+    require_positive(flags, "num_iterations", "total_batch_size", or_default=True)
+    if flags.target_param_data_ratio <= 0:
+        raise UserError(f"--target-param-data-ratio {flags.target_param_data_ratio}: must be above 0")
     config = model_config(flags, vocab_size)
     flops = flops_per_token(config)
     reference_horizon = reference_horizon_of(flags, vocab_size)
@@ -135,26 +124,11 @@ def derive(flags: RecipeFlags, vocab_size: int) -> Recipe:
     if num_iterations < 1:
         raise UserError(f"{horizon} tokens are less than one batch of {batch}: lower --total-batch-size")
 
-    hyperparameters = Hyperparameters(
-        device_batch_size=flags.device_batch_size,
-        total_batch_size=batch,
-        embedding_lr=flags.embedding_lr,
-        unembedding_lr=flags.unembedding_lr,
-        matrix_lr=flags.matrix_lr,
-        scalar_lr=flags.scalar_lr,
-    )
+    given = {field.name: getattr(flags, field.name) for field in fields(Hyperparameters)}
+    hyperparameters = Hyperparameters(**given | {"total_batch_size": batch})
     weight_decay = flags.weight_decay * hyperparameters.batch_lr_scale * reference_horizon / horizon
     groups = param_groups(config, hyperparameters, weight_decay=weight_decay)
     return Recipe(config, num_iterations, horizon, weight_decay, hyperparameters, groups)
-
-
-def _check(flags: RecipeFlags) -> None:
-    if flags.target_param_data_ratio <= 0:
-        raise UserError(f"--target-param-data-ratio {flags.target_param_data_ratio}: must be above 0")
-    for name in ("num_iterations", "total_batch_size"):
-        value = getattr(flags, name)
-        if value < 1 and value != -1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1, or -1 to follow from the depth")
 
 
 # ---- 1. model ----
@@ -219,10 +193,8 @@ def accumulation_steps(total_batch_size: int, device_batch_size: int, sequence_l
     Micro-batches per rank and optimizer step. UserError when that is not a whole number; it names the nearest batch
     sizes that work.
     """
-    if device_batch_size < 1:
-        raise UserError(f"--device-batch-size {device_batch_size}: must be at least 1")
-    if total_batch_size < 1:
-        raise UserError(f"--total-batch-size {total_batch_size}: must be at least 1 token")
+    if device_batch_size < 1 or total_batch_size < 1:
+        raise UserError("--device-batch-size and --total-batch-size must be at least 1")
     tokens_per_pass = device_batch_size * sequence_len * world_size
     if total_batch_size % tokens_per_pass == 0:
         return total_batch_size // tokens_per_pass
@@ -269,14 +241,13 @@ def param_groups(
         ParamGroup("smear_backout", ("smear_", "backout_"), 0.2 * lr_frac, 0.0, (0.8, 0.95), is_scalar=True),
         ParamGroup("muon", ("transformer.h.",), base.matrix_lr * by_batch, weight_decay),
     )
-    missing = set()  # parts that this model does without
-    if not config.value_embeds:
-        missing.add("value_embeds")
-    if not config.residual_scalars:
-        missing |= {"resid", "x0"}
-    if not config.smear and not config.backout:
-        missing.add("smear_backout")
-    return tuple(group for group in groups if group.name not in missing)
+    is_present = {
+        "value_embeds": config.value_embeds,
+        "resid": config.residual_scalars,
+        "x0": config.residual_scalars,
+        "smear_backout": config.smear or config.backout,
+    }
+    return tuple(group for group in groups if is_present.get(group.name, True))
 
 
 def load_hyperparameters(meta: dict[str, Any]) -> Hyperparameters:
@@ -309,25 +280,23 @@ class Schedule(Protocol):
     def __call__(self, step: int, progress: float) -> StepSchedule: ...
 
 
-def lr_multiplier(
-    step: int, num_iterations: int, *, warmup_steps: int = 40, warmdown_ratio: float = 0.65, final_frac: float = 0.05
-) -> float:
-    """Linear warm-up, constant, then linear to final_frac over the last warmdown_ratio of the run (a trapezoid)."""
-    warmdown_steps = round(warmdown_ratio * num_iterations)
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
+def lr_multiplier(flags: RecipeFlags, num_iterations: int, step: int) -> float:
+    """Linear warm-up, constant, then linear to final_lr_frac over the last warmdown_ratio of the run (a trapezoid)."""
+    warmdown_steps = round(flags.warmdown_ratio * num_iterations)
+    if step < flags.warmup_steps:
+        return (step + 1) / flags.warmup_steps
     if step <= num_iterations - warmdown_steps:
         return 1.0
     remaining = (num_iterations - step) / warmdown_steps
-    return remaining + (1 - remaining) * final_frac
+    return remaining + (1 - remaining) * flags.final_lr_frac
 
 
-def muon_momentum(step: int, num_iterations: int, warmdown_ratio: float = 0.65) -> float:
+def muon_momentum(flags: RecipeFlags, num_iterations: int, step: int) -> float:
     """
     0.85 → 0.97 over 400 steps, then → 0.90 over the warm-down: a shorter memory as the steps get smaller. The first 400
     steps take precedence: in a short run the momentum jumps at step 400, or never falls.
     """
-    warmdown_steps = round(warmdown_ratio * num_iterations)
+    warmdown_steps = round(flags.warmdown_ratio * num_iterations)
     warmdown_start = num_iterations - warmdown_steps
     if step < 400:
         return 0.85 + 0.12 * step / 400
@@ -336,31 +305,21 @@ def muon_momentum(step: int, num_iterations: int, warmdown_ratio: float = 0.65) 
     return 0.97 - 0.07 * (step - warmdown_start) / warmdown_steps
 
 
-def decay_multiplier(step: int, num_iterations: int) -> float:
+def decay_multiplier(num_iterations: int, step: int) -> float:
     """Cosine to 0, for Muon's weight decay."""
     return 0.5 * (1 + math.cos(math.pi * step / num_iterations))
 
 
-def pretrain_schedule(flags: RecipeFlags, num_iterations: int) -> Schedule:
-    """The schedule of pretraining for a run of that many steps."""
-    return partial(_pretrain_step, flags, num_iterations)
-
-
-def _pretrain_step(flags: RecipeFlags, num_iterations: int, step: int, progress: float) -> StepSchedule:
-    lr = lr_multiplier(
-        step,
-        num_iterations,
-        warmup_steps=flags.warmup_steps,
-        warmdown_ratio=flags.warmdown_ratio,
-        final_frac=flags.final_lr_frac,
-    )
-    momentum = muon_momentum(step, num_iterations, flags.warmdown_ratio)
+def pretrain_schedule(flags: RecipeFlags, num_iterations: int, step: int, progress: float) -> StepSchedule:
+    """Pretraining: a Schedule once flags and number of steps are given (functools.partial)."""
+    lr = lr_multiplier(flags, num_iterations, step)
+    momentum = muon_momentum(flags, num_iterations, step)
     # The residual scalars rest in the very first step. All blocks are the identity then, and a norm follows, so the
     # gradients of the scalars are rounding errors near 1e-11, which Adam would turn into steps of full length. Without
     # this rule two kernels that agree to 1e-7 differ by 5.7 % in the loss within 50 steps (depth 4, 8,192 tokens a
     # step); with it, by 0.07 %.
     scalar_lr_multiplier = 0.0 if step == 0 else 1.0
-    return StepSchedule(lr, momentum, decay_multiplier(step, num_iterations), scalar_lr_multiplier)
+    return StepSchedule(lr, momentum, decay_multiplier(num_iterations, step), scalar_lr_multiplier)
 
 
 def finetune_schedule(step: int, progress: float) -> StepSchedule:

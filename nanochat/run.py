@@ -36,9 +36,7 @@ from nanochat.train import Hook, LossFunction, Step, Stopped, Trainer, TrainStat
 class RunFlags:
     """The flags that all training stages share."""
 
-    model_tag: str = flag(
-        "", "tag of the checkpoints; default: d<depth>, in later stages that of the source checkpoint"
-    )
+    model_tag: str = flag("", "tag of the checkpoints; default: d<depth>, or that of the checkpoint it starts from")
     save_every: int = flag(-1, "steps between checkpoints besides the last; -1 = only the last")
     keep_last: int = flag(-1, "checkpoints to keep; -1 = all")
     resume: bool = flag(False, "continue from the newest intact checkpoint of this tag, if there is one")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nanochat import checkpoint_manager, dataset, distributed, hardware
 from nanochat.checkpoint_manager import Checkpoint
-from nanochat.cli import command, flag
+from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError, base_dir, duration
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import RowGroups
@@ -94,12 +94,8 @@ def check(flags: Flags) -> None:
     for name in flags.eval.split(","):
         if name not in EVALUATIONS:
             raise UserError(f"--eval {name}: choose among {', '.join(EVALUATIONS)}")
-    for name in ("device_batch_size", "max_per_task"):
-        value = getattr(flags, name)
-        if value < 1 and value != -1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1, or -1")
-    if flags.split_tokens < 1:
-        raise UserError(f"--split-tokens {flags.split_tokens}: must be at least 1")
+    require_positive(flags, "device_batch_size", "max_per_task", or_default=True)
+    require_positive(flags, "split_tokens")
 
 
 def find_shards(flags: Flags) -> dict[str, list[Path]]:

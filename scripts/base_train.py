@@ -8,6 +8,7 @@ Pretrain a base model. One dial: --depth.
 """
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 
 from nanochat import attention, dataset, distributed, fp8, hardware, recipe
@@ -87,7 +88,8 @@ def main(flags: Flags) -> None:
                     sample_prompts(Engine(run.model, tokenizer))
 
             hooks = [Hook(flags.eval_every, evaluate), Hook(flags.sample_every, sample), run.save_hook()]
-            run.train(steps, token_loss, recipe.pretrain_schedule(flags, plan.num_iterations), hooks)
+            schedule = partial(recipe.pretrain_schedule, flags, plan.num_iterations)
+            run.train(steps, token_loss, schedule, hooks)
             run.finish(parameters=param_counts(plan.model)["total"], flops=plan.flops)
 
 

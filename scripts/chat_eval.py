@@ -18,7 +18,7 @@ from typing import Any
 
 from nanochat import checkpoint_manager, distributed, hardware
 from nanochat.checkpoint_manager import Checkpoint
-from nanochat.cli import command, flag
+from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError, duration
 from nanochat.engine import Engine, Request
 from nanochat.eval.chat import CHATCORE, ChatScore, Sampling, evaluate_task
@@ -105,10 +105,8 @@ def check(flags: Flags) -> None:
     for name in flags.task_name.split(",") if flags.task_name else []:
         if name not in TASKS:
             raise UserError(f"unknown task {name!r}: choose among {', '.join(TASKS)}")
-    if min(flags.batch_size, flags.max_new_tokens, flags.num_samples) < 1:
-        raise UserError("--batch-size, --max-new-tokens and --num-samples must be at least 1")
-    if flags.max_problems < 1 and flags.max_problems != -1:
-        raise UserError(f"--max-problems {flags.max_problems}: must be at least 1, or -1 for all")
+    require_positive(flags, "batch_size", "max_new_tokens", "num_samples")
+    require_positive(flags, "max_problems", or_default=True)
     if not 0 <= flags.temperature < math.inf or flags.top_k < 0:
         raise UserError("--temperature and --top-k must be numbers of at least 0")
     if flags.num_samples > 1 and flags.temperature == 0:

@@ -128,8 +128,7 @@ def validate_flags(flags: Flags) -> None:
     """UserError for values that make no sense, alone or together."""
     require_positive(flags, "num_epochs", "examples_per_step", "max_new_tokens", "rollout_batch_size")
     require_positive(flags, "device_batch_size", "updates_per_batch", "eval_examples", "eval_samples")
-    if flags.num_iterations < 1 and flags.num_iterations != -1:
-        raise UserError(f"--num-iterations {flags.num_iterations}: must be at least 1, or -1 to train for --num-epochs")
+    require_positive(flags, "num_iterations", or_default=True)
     if flags.num_samples < 2:
         raise UserError(f"--num-samples {flags.num_samples}: must be at least 2, as completions are compared")
     if not 0 < flags.temperature < math.inf or flags.top_k < 0 or flags.top_k == 1:

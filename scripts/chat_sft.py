@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 from nanochat import checkpoint_manager, distributed, hardware, recipe
-from nanochat.cli import command, flag
+from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError, human
 from nanochat.dataloader import ConversationLoader, prefetch
 from nanochat.eval.bpb import evaluate_bpb
@@ -70,8 +70,7 @@ def main(flags: Flags) -> None:
 
 def finetune(stage: str, source_stage: str, flags: FinetuneFlags) -> None:
     """Trains a model of source_stage on conversations; both are stages of checkpoint_manager.STAGES."""
-    if flags.num_iterations < 1 and flags.num_iterations != -1:
-        raise UserError(f"--num-iterations {flags.num_iterations}: must be at least 1, or -1 for one pass")
+    require_positive(flags, "num_iterations", or_default=True)
     with distributed.init(flags.device) as dist:
         tokenizer = Tokenizer.load(default_dir())
         source = checkpoint_manager.find(source_stage, flags.base_tag, flags.base_step)

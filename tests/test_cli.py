@@ -120,3 +120,6 @@ def test_require_positive_names_the_flag_and_its_value():
     require_positive(Flags(), "depth", "workers")
     with pytest.raises(UserError, match="^--matrix-lr -1: must be at least 1$"):
         require_positive(Flags(matrix_lr=-1), "depth", "matrix_lr")
+    require_positive(Flags(matrix_lr=-1), "depth", "matrix_lr", or_default=True)
+    with pytest.raises(UserError, match="^--depth -2: must be at least 1, or -1 for the default$"):
+        require_positive(Flags(depth=-2), "depth", or_default=True)

@@ -245,7 +245,7 @@ def test_resuming_needs_no_fp8_state():
 
 @pytest.mark.parametrize(
     "capability, width, rows, part",
-    [((8, 6), 128, 64, "Old Card has 8.6"), ((9, 0), 96, 64, "this model has 96"), ((9, 0), 128, 40, "not 40")],
+    [((8, 6), 128, 64, "the device is Old Card"), ((9, 0), 96, 64, "this model has 96"), ((9, 0), 128, 40, "not 40")],
 )
 def test_unsupported_training_is_a_user_error_with_the_reason(monkeypatch, capability, width, rows, part):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

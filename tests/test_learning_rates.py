@@ -33,8 +33,7 @@ def pretrain(base_dir, monkeypatch, golden_tokenizer):
     def recording_step(optimizer):
         rates = {}
         for group in optimizer.param_groups:
-            name = "muon" if group["kind"] == "muon" else group["name"]
-            assert rates.setdefault(name, group["lr"]) == group["lr"]  # the same for matrices of all shapes
+            assert rates.setdefault(group["name"], group["lr"]) == group["lr"]  # the same for matrices of all shapes
         recorded.append(rates)
         original_step(optimizer)
 

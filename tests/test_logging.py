@@ -167,7 +167,7 @@ def test_summary_shows_very_large_and_small_numbers_in_scientific_notation(capsy
 def test_missing_wandb_raises_with_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # what makes an import fail
     with pytest.raises(UserError, match=r"pip install 'nanochat\[wandb\]'"):
-        logger(wandb_run="mine")
+        logging.check_wandb("mine")
 
 
 class FakeWandb:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanochat.kernels import Kernel
+from nanochat.kernels import Kernel, band_mask
 
 BLOCK = 128  # tokens; the windows of the models are multiples of it
 CACHED_SCORES = 2**21  # scores computed at a time: 4 MiB in bfloat16
@@ -111,9 +111,7 @@ def blocks_backward(dy, dsums, q, k, v, saved, window: int) -> tuple[torch.Tenso
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _weights(
-    q_ntD: torch.Tensor, k_nsD: torch.Tensor, mask_ts: torch.Tensor, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def _weights(q_ntD, k_nsD, mask_ts, out: torch.Tensor | None = None) -> torch.Tensor:
     """exp(scores), 0 where the mask is 0: (n, t, s)."""
     if out is not None:
         out = out.view(q_ntD.size(0), *mask_ts.shape)
@@ -135,10 +133,8 @@ def _tiles(q_mNtD: torch.Tensor, window: int) -> Iterator[Tile]:
     weights_start = 0
     for block in range(num_blocks):
         first_block = max(block * BLOCK - window, 0) // BLOCK
-        queries = torch.arange(block * BLOCK, (block + 1) * BLOCK)
-        keys = torch.arange(first_block * BLOCK, (block + 1) * BLOCK)
-        distance = queries[:, None] - keys
-        mask = ((distance >= 0) & (distance <= window)).to(q_mNtD.dtype)
+        start, stop = block * BLOCK, (block + 1) * BLOCK
+        mask = band_mask(torch.arange(start, stop), first_block * BLOCK, stop, window).to(q_mNtD.dtype)
         num_groups = math.ceil(num_heads * mask.numel() / CACHED_SCORES)
         heads_at_a_time = math.ceil(num_heads / num_groups)
         for first_head in range(0, num_heads, heads_at_a_time):
