@@ -141,7 +141,7 @@ class Trainer:
         # so that a loss that is not finite never reaches the weights.
         numbers = torch.stack([loss, square_norm, torch.tensor(float(stopping), device=loss.device)])
         loss_value, square_norm_value, num_stopping = self.dist.sum(numbers).tolist()
-        grad_norm = math.sqrt(square_norm_value) if square_norm_value >= 0 else math.nan  # NaN is not >= 0
+        grad_norm = math.sqrt(square_norm_value)
         for name, value in (("loss", loss_value), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
                 where = f"step {state.step} (data: {step.position})"
