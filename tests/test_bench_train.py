@@ -5,6 +5,7 @@ The training benchmark at a tiny size: both sides train the same model, shares a
 """
 
 import json
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -73,7 +74,7 @@ def test_nanochat_side_has_the_loss_curve_of_the_plain_side(base_dir, tmp_path):
     tokenizer = Tokenizer.train(islice(dataset.iterate_texts(shards), 300), 512)
     flags = recipe.RecipeFlags(depth=2, aspect_ratio=32, head_dim=32, max_seq_len=256, window_pattern="SL")
     config = recipe.model_config(flags, 512)
-    schedule = recipe.pretrain_schedule(recipe.RecipeFlags(warmup_steps=20, warmdown_ratio=0.5), 50)
+    schedule = partial(recipe.pretrain_schedule, recipe.RecipeFlags(warmup_steps=20, warmdown_ratio=0.5), 50)
     curves = []
     for make_side, dtype in (
         (bench_train.plain_side, "auto"),
