@@ -14,7 +14,7 @@ table and some of the matrices of each Muon group. Every step has three phases, 
 3. gather   all-gather the updated weights; a group's transfer starts as soon as the group is updated
 
 All transfers of a phase are started before the first one is waited for. The training loop calls `reduce_gradients`
-(phase 1, returns the gradient norm), looks at the loss, and only then `step` (phases 2 and 3).
+(phase 1, returns the gradient norm), checks the loss, and only then calls `step` (phases 2 and 3).
 """
 
 import math

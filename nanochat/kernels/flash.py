@@ -1,5 +1,5 @@
 """
-FlashAttention for CUDA GPUs (arXiv 2205.14135): version 2 as torch brings it, 3 and 4 from the packages of
+FlashAttention for CUDA GPUs (arXiv 2205.14135): version 2 as included in torch, 3 and 4 from the packages of
 https://github.com/Dao-AILab/flash-attention. attention.choose takes the first that works.
 
 The packages differ in how they write a full window: -1 or None instead of a number.
@@ -69,7 +69,7 @@ def _left_window(q_BTHD: torch.Tensor, window: int, full: int | None) -> int | N
 def as_operator(name: str, run_forward: Callable[..., Any], run_backward: Callable[..., Any]) -> Kernel:
     """
     Registers foreign code as the operators nanochat::<name> and nanochat::<name>_backward, which torch.compile puts
-    into its graph as they are, and returns a kernel that calls them.
+    into its graph unchanged, and returns a kernel that calls them.
 
     run_forward:  (q, k, v, window) → output, and the logarithm of the softmax denominators (B, H, T) in float32
     run_backward: (grad, q, k, v, output, lse, window) → gradients of q, k, v

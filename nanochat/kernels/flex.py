@@ -1,6 +1,6 @@
 """
-FlexAttention, which torch.compile turns into a Triton kernel: windows cost what they reach. For GPUs that Triton
-supports and that have no FlashAttention. On a CPU it has no backward pass.
+FlexAttention, which torch.compile turns into a Triton kernel that skips the blocks outside the window. For GPUs that
+Triton supports and FlashAttention does not. On a CPU it has no backward pass.
 """
 
 import torch
