@@ -11,8 +11,8 @@ Each stage and tag has a folder, with one folder per saved step:
         manifest.json            size and CRC-32 of each file
 
 A step is written to a temporary folder, flushed to the disk and renamed. After a crash, a full disk or a kill the
-previous checkpoint is still complete, and it is the newest. A thread does the writing; training waits only for the copy to
-host memory.
+previous checkpoint is still complete, and it is the newest. A thread does the writing; training waits only for the copy
+to host memory.
 
 The parts: `run_lock` (one run per tag), `CheckpointWriter`, `CheckpointReader` with the functions that find a
 checkpoint, and `EarlierRun`, which keeps an earlier run of the same tag until a new one has saved something.

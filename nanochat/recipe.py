@@ -314,10 +314,10 @@ def pretrain_schedule(flags: RecipeFlags, num_iterations: int, step: int, progre
     """The schedule of pretraining; bind the first two arguments with functools.partial to get a Schedule."""
     lr = lr_multiplier(flags, num_iterations, step)
     momentum = muon_momentum(flags, num_iterations, step)
-    # The residual scalars are not updated in the first step. All blocks are the identity then, and a norm follows, so the
-    # gradients of the scalars are rounding errors near 1e-11, which Adam would turn into steps of full length. Without
-    # this rule two kernels that agree to 1e-7 differ by 5.7 % in the loss within 50 steps (depth 4, 8,192 tokens a
-    # step); with it, by 0.07 %.
+    # The residual scalars are not updated in the first step. All blocks are the identity then, and a norm follows, so
+    # the gradients of the scalars are rounding errors near 1e-11, which Adam would turn into steps of full length.
+    # Without this rule two kernels that agree to 1e-7 differ by 5.7 % in the loss within 50 steps (depth 4, 8,192
+    # tokens a step); with it, by 0.07 %.
     scalar_lr_multiplier = 0.0 if step == 0 else 1.0
     return StepSchedule(lr, momentum, decay_multiplier(num_iterations, step), scalar_lr_multiplier)
 
