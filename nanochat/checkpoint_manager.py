@@ -14,12 +14,10 @@ A step is written to a temporary folder, flushed to the disk and renamed. After 
 previous checkpoint is still complete, and it is the newest. A thread does the writing; training waits only for the copy
 to host memory.
 
-The parts: `run_lock` (one run per tag), `CheckpointWriter`, `CheckpointReader` with the functions that find a
-checkpoint, and `EarlierRun`, which keeps an earlier run of the same tag until a new one has saved something.
-Checkpoints of older versions are read by nanochat/legacy.py.
+The parts: `CheckpointReader` and the functions that find a checkpoint, `run_lock` (one run per tag), `set_aside` (what
+happens to an earlier run of the tag), and `CheckpointWriter`. nanochat/legacy.py reads checkpoints of older versions.
 """
 
-import itertools
 import json
 import re
 import shutil
@@ -38,6 +36,7 @@ from nanochat import legacy
 from nanochat.common import UserError, atomic_path, base_dir
 from nanochat.distributed import Dist, warn0
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.logging import report_dir
 from nanochat.muon import MuonAdamW
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import TrainState
@@ -64,6 +63,11 @@ def tag_dir(stage: str, tag: str) -> Path:
     if not tag or Path(tag).name != tag or tag.startswith("."):
         raise UserError(f"--model-tag {tag!r} must be a plain folder name")
     return stage_dir(stage) / tag
+
+
+def step_dir(folder: Path, step: int) -> Path:
+    """The folder of one step below that of its tag. Six digits for people: nothing here sorts by name."""
+    return folder / f"step_{step:06d}"
 
 
 # ---- a loaded checkpoint ----
@@ -197,7 +201,7 @@ class CheckpointReader:
 
     def _read(self, step: int) -> Checkpoint | str:
         """The checkpoint if it is intact (its files match the manifest), otherwise an error message."""
-        path = self.path / f"step_{step:06d}"
+        path = step_dir(self.path, step)
         try:
             if not path.exists():
                 model_file, meta = legacy.read_checkpoint(self.path, step)
@@ -265,50 +269,50 @@ def run_lock(stage: str, tag: str, dist: Dist) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another run works on {folder}: wait for it, or give this one a --model-tag") from None
-        EarlierRun.recover(folder)
+        complete_swap(stage, tag)
         yield  # closing the file, or the end of the process, releases the lock
 
 
-class EarlierRun:
-    """
-    An earlier run under the tag of a new one. The new run writes to separate places until its first checkpoint is
-    complete; only then the earlier run is renamed (d12 → d12.1, its metrics with it) and the new one takes its name. So
-    a run that fails early leaves the earlier one as it was.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.new_folder = new_name(folder)
-        self.files: list[Path] = []  # of the same tag, to be renamed along with the folder
-        shutil.rmtree(self.new_folder, ignore_errors=True)  # of a new run that failed
-
-    @staticmethod
-    def recover(folder: Path) -> None:
-        """Completes a set_aside that was killed between its two renames."""
-        if not folder.exists() and new_name(folder).exists():
-            new_name(folder).rename(folder)
-
-    def provisional(self, file: Path) -> Path:
-        """Where the new run writes one of its files until set_aside, which gives the file its name."""
-        self.files.append(file)
-        return new_name(file)
-
-    def set_aside(self) -> Path:
-        """Renames the earlier run and puts the new one in its place; returns the earlier run's folder."""
-        number = next(i for i in itertools.count(1) if not self.folder.with_name(f"{self.folder.name}.{i}").exists())
-        aside = self.folder.rename(self.folder.with_name(f"{self.folder.name}.{number}"))
-        self.new_folder.rename(self.folder)
-        for file in self.files:
-            if file.exists():
-                file.rename(file.with_name(f"{file.stem}.{number}{file.suffix}"))
-            if new_name(file).exists():
-                new_name(file).rename(file)
-        return aside
+# A new run under the tag of an earlier one writes to provisional names until its first checkpoint is complete. Only then
+# the earlier run is renamed (d12 → d12.1, its logs with it) and the new one takes its name. So a run that fails early
+# leaves the earlier one as it was.
 
 
-def new_name(path: Path) -> Path:
-    """Where a new run keeps a file or folder while an earlier run still has the name."""
+def provisional(path: Path) -> Path:
+    """Where a new run keeps a folder or file while an earlier run still has the name."""
     return path.with_name(f".{path.name}.new")
+
+
+def log_files(stage: str, tag: str) -> list[Path]:
+    """The files with JSON lines that a run may have: one in each folder of the report."""
+    return [folder / f"{STAGES[stage][1]}-{tag}.jsonl" for folder in report_dir().glob("*")]
+
+
+def set_aside(stage: str, tag: str) -> Path:
+    """Renames the earlier run of a tag and gives its name to the new run; returns the earlier run's folder."""
+    folder = tag_dir(stage, tag)
+    aside = folder.rename(folder.with_name(f"{tag}.{_last_number(folder) + 1}"))
+    complete_swap(stage, tag)
+    return aside
+
+
+def complete_swap(stage: str, tag: str) -> None:
+    """The second half of set_aside. The next run repeats it if a kill interrupted it; otherwise it does nothing."""
+    folder = tag_dir(stage, tag)
+    if folder.exists() or not provisional(folder).exists():
+        return
+    for file in log_files(stage, tag):
+        if file.exists() and provisional(file).exists():
+            file.rename(file.with_name(f"{file.stem}.{_last_number(folder)}{file.suffix}"))
+        if provisional(file).exists():
+            provisional(file).rename(file)
+    provisional(folder).rename(folder)  # last, because its old name shows that there is something to complete
+
+
+def _last_number(folder: Path) -> int:
+    """The highest N of the folders d12.N beside d12; 0 if there is none."""
+    siblings = [path for path in folder.parent.glob("*") if path.stem == folder.name]
+    return max((int(path.suffix[1:]) for path in siblings if path.suffix[1:].isdecimal()), default=0)
 
 
 class CheckpointWriter:
@@ -317,16 +321,20 @@ class CheckpointWriter:
     """
 
     def __init__(self, stage: str, tag: str, dist: Dist, *, keep_last: int = -1, resumed: Checkpoint | None = None):
+        self.stage = stage
+        self.tag = tag
         self.path = tag_dir(stage, tag)
         self.dist = dist
         self.keep_last = keep_last  # checkpoints; -1 = all
         self.resumed = resumed
         self.last_saved = str(resumed.path) if resumed else "no checkpoint"
-        self.earlier: EarlierRun | None = None
+        self.replaces_earlier = dist.is_main and not resumed and bool(CheckpointReader(stage, tag).steps())
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.pending: Future[None] | None = None  # the last save, until its success has been checked
-        if dist.is_main and not resumed and CheckpointReader(stage, tag).steps():
-            self.earlier = EarlierRun(self.path)
+        if self.replaces_earlier:  # an earlier attempt may have failed and left these
+            shutil.rmtree(provisional(self.path), ignore_errors=True)
+            for file in log_files(stage, tag):
+                provisional(file).unlink(missing_ok=True)
 
     def save(self, model: GPT, optimizer: MuonAdamW, state: TrainState, meta: dict[str, Any]) -> None:
         """Collective. Returns when everything is copied to host memory; `wait` reports whether it reached the disk."""
@@ -378,8 +386,8 @@ class CheckpointWriter:
     def _write(self, step: int, files: dict[str, dict[str, torch.Tensor]], meta: dict[str, Any]) -> None:
         for leftover in self.path.glob(".step_*.tmp"):  # of a save that was killed
             shutil.rmtree(leftover)
-        folder = self.earlier.new_folder if self.earlier else self.path
-        with atomic_path(folder / f"step_{step:06d}") as temporary:
+        folder = provisional(self.path) if self.replaces_earlier else self.path
+        with atomic_path(step_dir(folder, step)) as temporary:
             temporary.mkdir()
             for name, tensors in files.items():
                 save_file(tensors, temporary / f"{name}.safetensors")
@@ -387,15 +395,15 @@ class CheckpointWriter:
             written = sorted(temporary.iterdir())
             manifest = {file.name: {"bytes": file.stat().st_size, "crc32": _crc32(file)} for file in written}
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        if self.earlier:
-            aside = self.earlier.set_aside()
-            print(f"the earlier run of the tag {self.path.name!r} is now {aside.name!r}", flush=True)
-            self.earlier = None
-        self.last_saved = str(self.path / f"step_{step:06d}")
+        if self.replaces_earlier:
+            aside = set_aside(self.stage, self.tag)
+            print(f"the earlier run of the tag {self.tag!r} is now {aside.name!r}", flush=True)
+            self.replaces_earlier = False
+        self.last_saved = str(step_dir(self.path, step))
         if self.keep_last > 0:
-            saved = sorted(folder for folder in self.path.glob("step_*") if folder.name <= f"step_{step:06d}")
+            saved = [other for other in CheckpointReader(self.stage, self.tag).steps() if other <= step]
             for old in saved[: -self.keep_last]:
-                shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(step_dir(self.path, old), ignore_errors=True)
 
 
 def _crc32(path: Path) -> int:

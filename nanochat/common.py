@@ -29,9 +29,11 @@ def seed_everything(seed: int) -> None:
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """
-    Yields a temporary path beside `path` for a file or a folder. When the block ends, it is flushed to the disk and
-    replaces `path`; when the block raises, it is removed. A crash leaves the old content or all of the new
-    (where `path` is a folder that exists, possibly neither under this name).
+    Yields a temporary path beside `path`, for a file or a folder. When the block ends, what was written there is
+    flushed to the disk and replaces `path`; when the block raises, it is removed.
+
+    After a crash `path` holds the old content or all of the new. Only a folder that already exists has to be removed
+    before the new one can take its name: a crash in between leaves a part of the old one, or nothing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -39,12 +41,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:
             fsync(file)
-        old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
         if path.is_dir():
-            os.replace(path, old)  # a rename cannot replace a folder that is not empty
+            shutil.rmtree(path)
         os.replace(temporary, path)
         fsync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:  # write() does not name its file
             error.filename = str(path)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from nanochat import attention, hardware, logging
-from nanochat.checkpoint_manager import STAGES, Checkpoint, CheckpointReader, CheckpointWriter, run_lock
+from nanochat.checkpoint_manager import STAGES, Checkpoint, CheckpointReader, CheckpointWriter, provisional, run_lock
 from nanochat.cli import flag
 from nanochat.common import seed_everything
 from nanochat.distributed import Dist
@@ -77,7 +77,7 @@ class Run:
         if self.resumed:
             self.resumed.check_resumable(tokenizer, self.config, self.dtype)
         self.writer = CheckpointWriter(stage, tag, dist, keep_last=flags.keep_last, resumed=self.resumed)
-        if self.writer.earlier:
+        if self.writer.replaces_earlier:
             print(
                 f"the tag {tag!r} holds an earlier run, which keeps its name until this one saves its first checkpoint "
                 "(to continue the earlier run instead, stop this one and add --resume)",
@@ -160,7 +160,7 @@ class Run:
     def log_file(self, folder: str) -> Path:
         """Where this run writes its JSON lines in a folder of the report: <folder>/<script>-<tag>.jsonl."""
         path = logging.report_dir() / folder / f"{STAGES[self.stage][1]}-{self.tag}.jsonl"
-        return self.writer.earlier.provisional(path) if self.writer.earlier else path
+        return provisional(path) if self.writer.replaces_earlier else path
 
     def save_hook(self) -> Hook:
         """Saves every --save-every steps, at the end, and when a signal ends the run."""

@@ -28,10 +28,10 @@ from nanochat.checkpoint_manager import (
     Checkpoint,
     CheckpointReader,
     CheckpointWriter,
-    EarlierRun,
     find,
     find_by_path,
     load_model,
+    provisional,
     run_lock,
     stage_dir,
 )
@@ -88,7 +88,7 @@ def new_run(tag="d2", dist=None, **options):
 def continued(tag="d2", **options):
     """The writer of a run that has been resumed, if there is something to resume; it saves any step."""
     writer = new_run(tag, **options)
-    writer.earlier = None
+    writer.replaces_earlier = False
     return writer
 
 
@@ -311,6 +311,14 @@ def test_keep_last_prunes_old_checkpoints(keep_last, kept):
     assert saved_steps() == kept
 
 
+def test_keep_last_orders_steps_by_number_also_beyond_six_digits():
+    writer = new_run(keep_last=2)
+    for step in (999_998, 999_999, 1_000_000):
+        save(step, writer=writer)
+    assert saved_steps() == [999_999, 1_000_000]
+    assert step_of(find("base")) == 1_000_000
+
+
 # ---- a new run under the tag of an earlier one ----
 
 
@@ -340,29 +348,59 @@ def test_earlier_run_keeps_its_name_when_the_first_save_fails(monkeypatch):
 
 def test_metrics_are_renamed_with_their_run(base_dir):
     save(100)
-    metrics = base_dir / "base_train-d2.jsonl"
-    metrics.write_text("earlier")
+    metrics = write_metrics(base_dir)
     writer = new_run()
-    provisional = writer.earlier.provisional(metrics)
-    provisional.write_text("new")
+    provisional(metrics).write_text("new")
     assert metrics.read_text() == "earlier"
     save(7, writer=writer)
-    assert metrics.read_text() == "new" and not provisional.exists()
-    assert (base_dir / "base_train-d2.1.jsonl").read_text() == "earlier"
+    assert metrics.read_text() == "new" and not provisional(metrics).exists()
+    assert metrics.with_name("base_train-d2.1.jsonl").read_text() == "earlier"
 
 
-def test_swap_killed_between_its_two_renames_is_completed_by_the_next_run(base_dir):
+def write_metrics(base_dir):
+    metrics = base_dir / "report" / "metrics" / "base_train-d2.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text("earlier")
+    return metrics
+
+
+@pytest.mark.parametrize("num_renames", [1, 2, 3])
+def test_swap_killed_after_any_rename_is_completed_by_the_next_run(base_dir, monkeypatch, num_renames):
+    save(100, "d2.4")  # a set-aside run of before: the next number is 5
     folder = save(100).parent
-    earlier = EarlierRun(folder)
-    shutil.copytree(folder / "step_000100", earlier.new_folder / "step_000007")
-    folder.rename(folder.with_name("d2.1"))  # the kill comes here
+    metrics = write_metrics(base_dir)
+    writer = new_run()
+    provisional(metrics).write_text("new")
+    rename, renamed = Path.rename, []
+
+    def rename_until_killed(path, target):
+        renamed.append(path)
+        if len(renamed) > num_renames:
+            raise OSError("killed")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="killed"):
+        patch.setattr(Path, "rename", rename_until_killed)
+        save(7, writer=writer)
     with run_lock("base", "d2", Dist(CPU)):
-        assert saved_steps() == [7]
+        assert saved_steps() == [7] and saved_steps("d2.5") == [100]
+        assert metrics.read_text() == "new" and not provisional(metrics).exists()
+        assert metrics.with_name("base_train-d2.5.jsonl").read_text() == "earlier"
+    assert not provisional(folder).exists()
+
+
+def test_leftover_metrics_of_a_failed_new_run_are_not_given_to_the_next_one(base_dir):
+    save(100)
+    metrics = write_metrics(base_dir)
+    new_run()
+    provisional(metrics).write_text("failed")
+    save(7, writer=new_run())
+    assert metrics.read_text() == "earlier" and not provisional(metrics).exists()
 
 
 def test_leftovers_of_a_failed_new_run_are_not_found_as_a_tag():
     folder = save(100).parent
-    shutil.copytree(folder, EarlierRun(folder).new_folder)
+    shutil.copytree(folder, provisional(folder))
     with pytest.raises(UserError, match="there are d2$"):
         find("base", "d9")
 
