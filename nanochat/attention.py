@@ -132,7 +132,8 @@ def _candidates(device: torch.device, dtype: torch.dtype) -> Sequence[str]:
     """The kernels for a device, fastest first."""
     if device.type == "cuda":
         return "fa3", "fa4", "flash", "flex", "banded"
-    # "blocks" is fast if oneDNN does the products: in bfloat16, or where hardware.choose_cpu_matmul found it faster.
+    # "blocks" is fast if oneDNN does the products: in bfloat16, and in float32 if hardware.pick_matmul_precision found
+    # oneDNN to be faster.
     fast_dtypes = [torch.bfloat16]
     if torch.get_float32_matmul_precision() == "medium":
         fast_dtypes.append(torch.float32)

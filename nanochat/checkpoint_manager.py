@@ -11,8 +11,8 @@ Each stage and tag has a folder, with one folder per saved step:
         manifest.json            size and CRC-32 of each file
 
 A step is written to a temporary folder, flushed to the disk and renamed. After a crash, a full disk or a kill the
-previous checkpoint is still complete, and it is the newest. A thread does the writing; training waits only for the copy
-to host memory.
+previous checkpoint is complete and counts as the newest. A thread does the writing: training waits only until
+everything is copied to host memory.
 
 The parts: `CheckpointReader` and the functions that find a checkpoint, `run_lock` (one run per tag), `set_aside` (what
 happens to an earlier run of the tag), and `CheckpointWriter`. nanochat/legacy.py reads checkpoints of older versions.
@@ -179,13 +179,13 @@ class CheckpointReader:
     def load(self, step: int = -1) -> Checkpoint:
         """The checkpoint of a step; -1 = the newest intact one, with a warning for each that is damaged."""
         steps = self.steps()
-        have = f"it has {', '.join(map(str, steps)) or 'none'}"
+        saved = f"it has {', '.join(map(str, steps)) or 'none'}"
         if step >= 0:
             if step not in steps:
-                raise UserError(f"{self.path} has no checkpoint of step {step}: {have}")
+                raise UserError(f"{self.path} has no checkpoint of step {step}: {saved}")
             checkpoint = self._read(step)
             if isinstance(checkpoint, str):
-                raise UserError(f"{checkpoint}; choose another step of {self.path}: {have}")
+                raise UserError(f"{checkpoint}; choose another step of {self.path}: {saved}")
             return checkpoint
         for candidate in reversed(steps):
             checkpoint = self._read(candidate)
@@ -255,7 +255,7 @@ def load_model(
 
 @contextmanager
 def run_lock(stage: str, tag: str, dist: Dist) -> Iterator[None]:
-    """Only one run at a time works on a tag: UserError if another one does."""
+    """UserError if another run uses this tag; until the block ends no other run can."""
     folder = tag_dir(stage, tag)
     if not dist.is_main:
         yield
@@ -273,9 +273,9 @@ def run_lock(stage: str, tag: str, dist: Dist) -> Iterator[None]:
         yield  # closing the file, or the end of the process, releases the lock
 
 
-# A new run under the tag of an earlier one writes to provisional names until its first checkpoint is complete. Only then
-# the earlier run is renamed (d12 → d12.1, its logs with it) and the new one takes its name. So a run that fails early
-# leaves the earlier one as it was.
+# A new run under the tag of an earlier one writes to provisional names until its first checkpoint is complete. Only
+# then the earlier run is renamed (d12 → d12.1, and its logs likewise) and the new one takes its name. So a run that
+# fails before its first checkpoint leaves the earlier one as it was.
 
 
 def provisional(path: Path) -> Path:
@@ -337,7 +337,10 @@ class CheckpointWriter:
                 provisional(file).unlink(missing_ok=True)
 
     def save(self, model: GPT, optimizer: MuonAdamW, state: TrainState, meta: dict[str, Any]) -> None:
-        """Collective. Returns when everything is copied to host memory; `wait` reports whether it reached the disk."""
+        """
+        Copies everything to host memory and starts to write it; `wait` reports whether the files were written. All
+        ranks have to call it.
+        """
         if self.resumed and self.resumed.step == state.step:
             return  # nothing was trained since: this checkpoint exists
         optimizer_state = optimizer.full_state()

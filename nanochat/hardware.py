@@ -148,26 +148,19 @@ def peak_memory(device: torch.device) -> int:
 
 def tune_process(device: torch.device, matmul_precision: str = "") -> str:
     """
-    Applies process-wide settings for training, and returns the float32 matmul precision that is in force.
-
-    On CUDA: TF32 for the few products in float32. On a CPU: a malloc that keeps freed pages, reproducible sums, and the
-    faster of two float32 products. That one is measured, unless the caller passes the precision: a resumed run has to,
-    because another measurement may come out differently and change the last bits of every loss.
+    Applies process-wide settings for training and evaluation: matmul precision, and on a CPU memory and determinism.
+    Returns the precision that is in force; arguments as in pick_matmul_precision.
     """
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    elif device.type == "cpu":
+    precision = pick_matmul_precision(device, matmul_precision)
+    torch.set_float32_matmul_precision(precision)
+    if device.type == "cpu":
         keep_freed_pages()
         # Without this, compiled code adds up the gradients of embedding tables in the order in which two threads
         # arrive, and no run can be repeated or resumed bitwise. It costs nothing: the threads wait for each other
         # anyway.
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        if matmul_precision:
-            torch.set_float32_matmul_precision(matmul_precision)
-        else:
-            choose_cpu_matmul()
-    return torch.get_float32_matmul_precision()
+    return precision
 
 
 def keep_freed_pages() -> None:
@@ -185,14 +178,20 @@ def keep_freed_pages() -> None:
     mallopt(m_top_pad, 512 * 2**20)
 
 
-def choose_cpu_matmul() -> None:
+def pick_matmul_precision(device: torch.device, resumed_precision: str = "") -> str:
     """
-    Sets the float32 matmul precision to "medium" if that is faster and exact enough, else to "highest".
+    The precision of float32 products: on GPUs "high" (TF32). On a CPU "medium" if that is faster and exact enough, else
+    "highest". Because that is measured, a resumed run passes the precision that it was started with: another one would
+    change the last bits of every loss.
 
-    "medium" sends float32 products to oneDNN. On AMD chips these are up to twice as fast as MKL's and exact to 7e-7. On
-    chips with AMX they are products of bfloat16 (1,650 instead of 430 GFLOP/s) with an error of 2e-3, which is not what
-    float32 promises. So both speed and error are measured.
+    On a CPU "medium" uses oneDNN for float32 products. On AMD chips oneDNN is up to twice as fast as MKL, with an error
+    of 7e-7. On chips with AMX it rounds the factors to bfloat16: 1,650 instead of 430 GFLOP/s, but an error of 2e-3,
+    which is too much for float32. So both speed and error are measured.
     """
+    if device.type != "cpu":
+        return "high"
+    if resumed_precision:
+        return resumed_precision
     a, b = _probe_matrices()
     exact = a.double() @ b.double()
 
@@ -202,8 +201,7 @@ def choose_cpu_matmul() -> None:
 
     highest_seconds, medium_seconds = _best_seconds([lambda: multiply("highest"), lambda: multiply("medium")], a.device)
     error = (multiply("medium").double() - exact).abs().max() / exact.abs().max()
-    if error > 1e-5 or medium_seconds > highest_seconds:
-        torch.set_float32_matmul_precision("highest")
+    return "medium" if error <= 1e-5 and medium_seconds <= highest_seconds else "highest"
 
 
 def bf16_faster_on_cpu() -> bool:

@@ -7,14 +7,15 @@ activations; tables, lm_head and scalars do better with AdamW.
 
 With many ranks there is no DDP wrapper: gradients are summed here (the loss is already normalized over all ranks), and
 the optimizer's state is sharded as in ZeRO-2 (arXiv 1910.02054). A rank owns a slice of the rows of each large AdamW
-table and some of the matrices of each Muon group. Every step has three phases, each for all groups before the next:
+table and some of the matrices of each Muon group. An optimizer step has three phases:
 
 1. reduce   reduce-scatter the gradients: each rank gets the sum over all ranks of what it owns
 2. compute  update what this rank owns
-3. gather   all-gather the updated weights; a group's transfer starts as soon as the group is updated
+3. gather   all-gather the updated weights
 
-All transfers of a phase are started before the first one is waited for. The training loop calls `reduce_gradients`
-(phase 1, returns the gradient norm), checks the loss, and only then calls `step` (phases 2 and 3).
+Phase 1 is complete before phase 2 starts, because the training loop checks loss and gradient norm in between: it calls
+`reduce_gradients` (phase 1) and then `step` (phases 2 and 3). The gather of a group overlaps with the computation of
+the groups after it.
 """
 
 import math
@@ -28,15 +29,15 @@ import torch.distributed as dist
 from nanochat.common import UserError
 from nanochat.gpt import GPT
 
-# torch 2.13 renames both and warns of the old names.
+# torch 2.13 has new names for these two functions and warns about the old ones.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 ADAM_EPS = 1e-10  # far below 1e-8: gradients of embedding rows are tiny, and a large eps would damp their steps
 NORMUON_BETA2 = 0.9
 SHARD_MIN_NUMEL = 2**14  # smaller AdamW parameters are replicated: a transfer costs more than their update (heuristic)
-# Polar Express (arXiv 2505.16932): one quintic polynomial per iteration, each optimal for the range of singular values
-# that the one before it leaves.
+# Polar Express (arXiv 2505.16932): one quintic polynomial per iteration. Each is optimal for the range of singular
+# values that remains after the one before.
 POLAR_COEFFICIENTS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -55,7 +56,17 @@ class ParamGroup:
     lr: float
     weight_decay: float
     betas: tuple[float, float] | None = None  # of AdamW; None = this group is Muon's
-    is_scalar: bool = False  # residual scalars, which have a separate schedule in the first step
+    skips_first_step: bool = False  # of pretraining: see recipe.pretrain_schedule
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """What a schedule (nanochat/recipe.py) sets for one optimizer step."""
+
+    lr_multiplier: float  # on the learning rates of all groups
+    muon_momentum: float
+    decay_multiplier: float = 1.0  # on Muon's weight decay; AdamW's is constant
+    is_first_step: bool = False  # groups with skips_first_step get a learning rate of 0
 
 
 def build_optimizer(
@@ -80,7 +91,7 @@ def build_optimizer(
             "initial_lr": group.lr,
             "decay": group.weight_decay,
             "initial_decay": group.weight_decay,
-            "is_scalar": group.is_scalar,
+            "skips_first_step": group.skips_first_step,
             "betas": group.betas,
         }
         for part in parts:
@@ -90,7 +101,7 @@ def build_optimizer(
 
 @dataclass
 class Update:
-    """One update on its way through the phases: of one AdamW parameter, or of all matrices of a Muon group."""
+    """What the three phases know of one AdamW parameter, or of the matrices of one Muon group."""
 
     group: dict[str, Any]
     params: list[torch.Tensor]
@@ -116,23 +127,21 @@ class MuonAdamW(torch.optim.Optimizer):
         self.pending: list[Update] = []  # reduced gradients that `step` has not used yet
         # On a CPU compiling the updates costs 20 s and saves 15 ms a step (depth 4, width 256).
         self.compiles = compile and groups[0]["params"][0].is_cuda
-        self.adamw_update: Callable[..., None] = fused_adamw_update
-        self.muon_update: Callable[..., None] = muon_update
+        # The functions that do the arithmetic. Without compilation AdamW's is torch's fused kernel.
+        self.adamw_kernel: Callable[..., None] = fused_adamw_update
+        self.muon_kernel: Callable[..., None] = muon_update
         if self.compiles:
-            self.adamw_update = torch.compile(adamw_update, dynamic=False)
-            self.muon_update = torch.compile(muon_update, dynamic=False)
+            self.adamw_kernel = torch.compile(adamw_update, dynamic=False)
+            self.muon_kernel = torch.compile(muon_update, dynamic=False)
 
-    def set_schedule(
-        self, lr_multiplier: float, muon_momentum: float, decay_multiplier: float = 1, scalar_lr_multiplier: float = 1
-    ) -> None:
-        """Sets the values of the next step: see recipe.StepSchedule."""
+    def set_schedule(self, schedule: StepSchedule) -> None:
+        """Sets learning rates, momentum and weight decay of the next step."""
         for group in self.param_groups:
-            group["lr"] = group["initial_lr"] * lr_multiplier
-            if group["is_scalar"]:
-                group["lr"] *= scalar_lr_multiplier
+            is_skipped = schedule.is_first_step and group["skips_first_step"]
+            group["lr"] = 0.0 if is_skipped else group["initial_lr"] * schedule.lr_multiplier
             if group["kind"] == "muon":
-                group["momentum"] = muon_momentum
-                group["decay"] = group["initial_decay"] * decay_multiplier
+                group["momentum"] = schedule.muon_momentum
+                group["decay"] = group["initial_decay"] * schedule.decay_multiplier
 
     def learning_rates(self) -> dict[str, float]:
         """The learning rates of the next step by group, for the log; Muon's groups share one."""
@@ -141,8 +150,8 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def reduce_gradients(self) -> torch.Tensor:
         """
-        Phase 1. Returns this rank's part of the squared gradient norm, () in float32: the sum over the ranks is that of
-        the whole gradient.
+        Phase 1. Returns this rank's part of the squared gradient norm, a float32 scalar. Summed over the ranks, the
+        parts are the squared norm of the whole gradient.
         """
         self.pending = []
         for group in self.param_groups:
@@ -155,7 +164,9 @@ class MuonAdamW(torch.optim.Optimizer):
             if update.reduce:
                 update.reduce.wait()
             square = torch.linalg.vector_norm(update.grad, dtype=torch.float32).square()
-            squares.append(square if update.is_sharded else square / self.world_size)
+            if not update.is_sharded:
+                square = square / self.world_size  # every rank has it whole, and the caller adds up the ranks
+            squares.append(square)
         return torch.stack(squares).sum()
 
     @torch.no_grad()
@@ -195,7 +206,7 @@ class MuonAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(weights)
         beta1, beta2 = group["betas"]
         scalars = self._scalars(group["lr"], group["decay"], beta1, beta2, self.num_steps)
-        self.adamw_update(weights, update.grad, state["exp_avg"], state["exp_avg_sq"], *scalars)
+        self.adamw_kernel(weights, update.grad, state["exp_avg"], state["exp_avg_sq"], *scalars)
         if update.is_sharded:
             update.gather = all_gather(p.data, weights.clone(), async_op=True)
 
@@ -219,12 +230,12 @@ class MuonAdamW(torch.optim.Optimizer):
         group, params = update.group, update.params
         first = self.rank * self._num_own(params)
         weights = torch.stack(self._padded(list(params))[first : first + self._num_own(params)])
-        state = self.state[params[0]]
+        state = self.state[params[0]]  # of the whole group
         if not state:
             state["momentum_buffer"] = torch.zeros_like(update.grad)
             state["second_moment"] = torch.zeros_like(update.grad.mean(dim=_norm_dim(update.grad), keepdim=True))
         scalars = self._scalars(group["lr"], group["decay"], group["momentum"], NORMUON_BETA2)
-        self.muon_update(weights, update.grad, state["momentum_buffer"], state["second_moment"], *scalars, self.dtype)
+        self.muon_kernel(weights, update.grad, state["momentum_buffer"], state["second_moment"], *scalars, self.dtype)
         if self.world_size == 1:
             self._copy_to_params(params, weights)
             return
@@ -252,8 +263,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def full_state(self) -> dict[str, torch.Tensor]:
         """
-        Returns all state on the CPU, `<parameter>.<state>` → tensor. Collective: every rank calls it and the first one
-        gets it; a copy for each would take the host's memory as many times as there are ranks.
+        Returns all state on the CPU, `<parameter>.<state>` → tensor, on rank 0; an empty dict on the others, to save
+        memory of the host. All ranks have to call it.
         """
         full = {"num_steps": torch.tensor(self.num_steps)} if self.rank == 0 else {}
         for group in self.param_groups:
@@ -296,7 +307,7 @@ class MuonAdamW(torch.optim.Optimizer):
             key = "exp_avg" if group["kind"] == "adamw" else "momentum_buffer"
             for name, p in zip(group["names"], group["params"], strict=True):
                 if f"{name}.{key}" not in full or full[f"{name}.{key}"].shape != p.shape:
-                    raise UserError(f"the optimizer state does not fit {name}: it is another model's; start without it")
+                    raise UserError(f"the optimizer state does not fit {name}: it was saved by another model")
 
     def _gather(self, own: torch.Tensor) -> torch.Tensor:
         full = own.new_empty((own.size(0) * self.world_size, *own.shape[1:]))
@@ -323,7 +334,7 @@ def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, decay, beta1, beta2, step) ->
 
 
 def fused_adamw_update(p, grad, exp_avg, exp_avg_sq, lr, decay, beta1, beta2, step) -> None:
-    """The same by torch's fused kernel, for updates that are not compiled: 3.8 instead of 20 ms a step on a CPU."""
+    """The same update by torch's fused kernel, where it is not compiled: 3.8 instead of 20 ms a step on a CPU."""
     options = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": decay, "eps": ADAM_EPS}
     steps = [torch.tensor(float(step), device=p.device)]
     torch._fused_adamw_([p], [grad], [exp_avg], [exp_avg_sq], [], steps, **options, amsgrad=False, maximize=False)
@@ -338,7 +349,8 @@ def muon_update(p, grad, momentum_buffer, second_moment, lr, decay, momentum, be
     3. orthogonalized by Polar Express (arXiv 2505.16932), in `dtype`
     4. scaled to Frobenius norm sqrt(min(rows, columns)), that of an orthogonal matrix (arXiv 2602.21545)
     5. NorMuon (arXiv 2510.05491): each row (or column) is divided by its running root mean square, the norm restored
-    6. weight decay only where update and weight have the same sign, so that decay never works against the update
+    6. weight decay only where the update itself moves the weight toward zero, so that the two never work against each
+       other; there weight and u have the same sign, because u is subtracted
     """
     momentum_buffer.lerp_(grad, 1 - momentum)
     g = grad.lerp(momentum_buffer, momentum)
@@ -360,8 +372,9 @@ def muon_update(p, grad, momentum_buffer, second_moment, lr, decay, momentum, be
 
 def orthogonalize(g: torch.Tensor) -> torch.Tensor:
     """
-    Polar Express: of each matrix G = U S Vᵀ of a stack (N, rows, columns), approximately U Vᵀ. Products only, no SVD:
-    five polynomials in G bring its singular values near 1 (0.8 to 1.2, which is close enough to train equally well).
+    Polar Express: returns approximately U Vᵀ for each matrix G = U S Vᵀ of a stack (N, rows, columns). Instead of an
+    SVD it takes only matrix products: five polynomials in G bring its singular values near 1 (0.8 to 1.2, which is
+    close enough to train equally well).
     """
     x = g / (1.01 * g.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     tall = x.size(-2) > x.size(-1)

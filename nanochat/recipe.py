@@ -2,27 +2,29 @@
 Derives every hyperparameter of a run: `--depth` goes in; width, batch size, learning rates, weight decay and number of
 optimizer steps come out. Pure arithmetic, in the order in which one value follows from another:
 
-1. Model. Width = depth * aspect ratio, rounded up to whole attention heads.
-2. Horizon. D = ratio * N training tokens, where N counts the parameters that scaling laws fit best: the matrices of the
-   blocks and lm_head.
-3. Batch. B = 2^19 * (D / D_12)^0.383 tokens, rounded to a power of two (arXiv 2505.13738). D_12 is the horizon of the
-   depth-12 model, for which 2^19 tokens were found best.
-4. Learning rates. All but those of smear and backout * sqrt(B / 2^19): the gradient noise of Adam-like
-   optimizers falls with the root of the batch (arXiv 2205.10287). Those of tables and lm_head also * sqrt(768 / C).
-5. Weight decay. 0.28 * sqrt(B / 2^19) * D_12 / D: the weights are an average over the last 1 / (lr * decay) steps, and
-   this keeps that span a constant share of the run (arXiv 2405.13698).
+1. Model. The width C is depth * aspect ratio, rounded up to a whole number of attention heads.
+2. Horizon: the number of training tokens D = ratio * N. N is the number of parameters in lm_head and the matrices of
+   the blocks, the count that scaling laws fit best.
+3. Batch: tokens per optimizer step, B = 2^19 * (D / D_12)^0.383, rounded to a power of two (arXiv 2505.13738). The
+   reference is the model of depth 12: D_12 is its horizon, and 2^19 tokens were found to be its best batch.
+4. Learning rates. They were tuned for the reference and are multiplied by sqrt(B / 2^19): the gradient noise of
+   Adam-like optimizers falls with the square root of the batch (arXiv 2205.10287). Those of the embedding tables and
+   lm_head are also multiplied by sqrt(768 / C). That of smear and backout is not scaled at all.
+5. Weight decay = 0.28 * sqrt(B / 2^19) * D_12 / D. The weights are an average of the updates in the last
+   1 / (learning rate * weight decay) steps. With this formula that is the same share of every run (arXiv 2405.13698).
 
 The values and the reference point are those of Karpathy's nanochat. `explain` gives the derivation of a run as a table.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from nanochat.cli import flag, require_positive
 from nanochat.common import UserError, human
 from nanochat.gpt import PORTABLE, GPTConfig, flops_per_token, param_counts
-from nanochat.muon import ParamGroup
+from nanochat.muon import ParamGroup, StepSchedule
 
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19  # tokens: the best batch of the depth-12 model
@@ -58,20 +60,20 @@ class RecipeFlags:
     aspect_ratio: int = flag(64, "channels of width per layer")
     head_dim: int = flag(128, "channels per attention head")
     max_seq_len: int = flag(2048, "tokens of context")
-    window_pattern: str = flag("SSSL", "windows of the layers, repeated: S = 1/4 of context, L = all; the last is L")
-    portable: bool = flag(False, "a plain model that can be exported to every format; use tok_train --portable with it")
-    num_iterations: int = flag(-1, "optimizer steps; -1 = from --target-flops or --target-param-data-ratio")
+    window_pattern: str = flag("SSSL", "windows, repeated over the layers: S = 1/4 of context, L = all; last layer: L")
+    portable: bool = flag(False, "only standard parts, which other programs know; see also tok_train --portable")
+    num_iterations: int = flag(-1, "optimizer steps; -1 = from --target-flops, else from --target-param-data-ratio")
     target_flops: float = flag(-1.0, "training FLOPs to spend; -1 = from --target-param-data-ratio")
     target_param_data_ratio: float = flag(12.0, "training tokens per parameter (block matrices and lm_head)")
-    device_batch_size: int = flag(Hyperparameters.device_batch_size, "rows per pass and rank; lower it to save memory")
-    total_batch_size: int = flag(-1, "tokens per optimizer step over all ranks; -1 = from the training tokens")
+    device_batch_size: int = flag(Hyperparameters.device_batch_size, "rows per GPU and forward pass; lower it to save memory")
+    total_batch_size: int = flag(-1, "tokens per optimizer step over all GPUs; -1 = from the training tokens")
     embedding_lr: float = flag(Hyperparameters.embedding_lr, "learning rate of the embeddings at batch 2^19, width 768")
     unembedding_lr: float = flag(Hyperparameters.unembedding_lr, "learning rate of lm_head at batch 2^19, width 768")
-    matrix_lr: float = flag(Hyperparameters.matrix_lr, "learning rate of the block matrices (Muon) at batch 2^19")
-    scalar_lr: float = flag(Hyperparameters.scalar_lr, "learning rate of the residual scalars at batch 2^19")
-    weight_decay: float = flag(0.28, "Muon's weight decay at the reference batch and horizon")
+    matrix_lr: float = flag(Hyperparameters.matrix_lr, "learning rate of the block matrices (Muon), at batch 2^19")
+    scalar_lr: float = flag(Hyperparameters.scalar_lr, "learning rate of the residual scalars, at batch 2^19")
+    weight_decay: float = flag(0.28, "Muon's weight decay at depth 12; scaled with batch and number of training tokens")
     warmup_steps: int = flag(40, "steps of linear learning-rate warm-up")
-    warmdown_ratio: float = flag(0.65, "share of the run, at its end, during which the learning rate falls linearly")
+    warmdown_ratio: float = flag(0.65, "share of the run over which the learning rate falls linearly, at its end")
     final_lr_frac: float = flag(0.05, "learning rate at the end, as a share of the full one")
 
 
@@ -98,8 +100,8 @@ class Recipe:
 
 def derive(flags: RecipeFlags, vocab_size: int) -> Recipe:
     """
-    Returns the recipe that the flags ask for. UserError names the flag that makes it impossible. An explicit number of
-    steps or FLOPs sets the horizon that batch size and weight decay follow.
+    Returns the recipe that the flags ask for. Where they give a number of steps or FLOPs, it determines the horizon,
+    and batch size and weight decay follow from that. UserError names the flag that makes the recipe impossible.
     """
     require_positive(flags, "num_iterations", "total_batch_size", or_default=True)
     if flags.target_param_data_ratio <= 0:
@@ -140,7 +142,8 @@ def model_config(flags: RecipeFlags, vocab_size: int) -> GPTConfig:
     full windows whatever the pattern.
     """
     require_positive(flags, "depth", "aspect_ratio", "max_seq_len")
-    if flags.head_dim < 16 or flags.head_dim % 2:  # value gates read 12 channels, smear 24, and rotary rotates pairs
+    # Even, because rotary rotates pairs. A model has at least one head, and its value gates read 12 channels.
+    if flags.head_dim < 16 or flags.head_dim % 2:
         raise UserError(f"--head-dim {flags.head_dim}: must be even and at least 16")
     n_head = math.ceil(flags.depth * flags.aspect_ratio / flags.head_dim)
     config = GPTConfig(
@@ -183,7 +186,7 @@ def batch_for_horizon(horizon: float, reference_horizon: float) -> int:
 
 
 def batch_for_steps(num_iterations: int, reference_horizon: float) -> int:
-    """The batch B that suits the horizon num_iterations * B: the fixed point of batch_for_horizon."""
+    """Solves B = batch_for_horizon(num_iterations * B): B is on both sides, hence the exponent 1 / (1 - 0.383)."""
     coefficient = REFERENCE_BATCH * (num_iterations / reference_horizon) ** BATCH_EXPONENT
     return 2 ** max(0, round(math.log2(coefficient) / (1 - BATCH_EXPONENT)))
 
@@ -220,7 +223,7 @@ def param_groups(
     hyperparameters: Hyperparameters | None = None,
     *,
     weight_decay: float = RecipeFlags.weight_decay,  # Muon's, final
-    lr_frac: float = 1.0,  # share of pretraining's learning rates; fine-tuning takes less than all
+    lr_frac: float = 1.0,  # share of pretraining's learning rates, below 1 in fine-tuning
 ) -> tuple[ParamGroup, ...]:
     """The optimizer's parameter groups with their final learning rates."""
     base = hyperparameters or Hyperparameters()
@@ -234,11 +237,13 @@ def param_groups(
         ParamGroup("wte", ("transformer.wte.",), base.embedding_lr * by_width, 0.001, (0.8, 0.995)),
         ParamGroup("value_embeds", ("value_embeds.",), base.embedding_lr / 2 * by_width, 0.01, (0.8, 0.995)),
         # A hundredth: these multiply the whole residual stream in every layer, so their changes compound with depth.
-        ParamGroup("resid", ("resid_lambdas",), 0.01 * base.scalar_lr * by_batch, 0.05, (0.8, 0.95), is_scalar=True),
-        ParamGroup("x0", ("x0_lambdas",), base.scalar_lr * by_batch, 0.0, (0.96, 0.95), is_scalar=True),
-        # Not scaled with the batch. With small batches this is fast: at depth 4 and 8,192 tokens a step it drives
-        # backout_lambda to 1 within 20 steps, where the loss spikes in float32 (8.2 to 9.5) before it recovers.
-        ParamGroup("smear_backout", ("smear_", "backout_"), 0.2 * lr_frac, 0.0, (0.8, 0.95), is_scalar=True),
+        ParamGroup(
+            "resid", ("resid_lambdas",), 0.01 * base.scalar_lr * by_batch, 0.05, (0.8, 0.95), skips_first_step=True
+        ),
+        ParamGroup("x0", ("x0_lambdas",), base.scalar_lr * by_batch, 0.0, (0.96, 0.95), skips_first_step=True),
+        # Not scaled with the batch, so this rate is high for small batches: at depth 4 and 8,192 tokens a step
+        # backout_lambda reaches 1 within 20 steps, and in float32 the loss rises from 8.2 to 9.5 before it recovers.
+        ParamGroup("smear_backout", ("smear_", "backout_"), 0.2 * lr_frac, 0.0, (0.8, 0.95), skips_first_step=True),
         ParamGroup("muon", ("transformer.h.",), base.matrix_lr * by_batch, weight_decay),
     )
     is_present = {
@@ -252,10 +257,12 @@ def param_groups(
 
 def load_hyperparameters(meta: dict[str, Any]) -> Hyperparameters:
     """
-    The hyperparameters of the run that saved a checkpoint with this meta data; the defaults where it lacks them. Older
-    checkpoints have them in other sections, where -1 means that another section has the derived value.
+    The hyperparameters of the run that saved a checkpoint with this meta data; the defaults where it lacks them.
+
+    They are in the section "settings". Older checkpoints have them in other sections, and flags may be -1 there, which
+    stands for a derived value that is in another section.
     """
-    known: dict[str, Any] = {}
+    known: dict[str, Any] = {}  # later sections override earlier ones
     for section in (meta.get("user_config"), meta.get("flags"), meta, meta.get("recipe"), meta.get("settings")):
         known |= {name: value for name, value in (section or {}).items() if value not in (None, -1)}
     names = [field.name for field in fields(Hyperparameters)]
@@ -265,19 +272,8 @@ def load_hyperparameters(meta: dict[str, Any]) -> Hyperparameters:
 # ---- schedules: pure functions of the step ----
 
 
-class StepSchedule(NamedTuple):
-    """What a schedule sets for one optimizer step."""
-
-    lr_multiplier: float  # on the learning rates of all groups
-    muon_momentum: float
-    decay_multiplier: float = 1.0  # on Muon's weight decay; AdamW's is constant
-    scalar_lr_multiplier: float = 1.0  # on top of lr_multiplier, for the groups of residual scalars
-
-
-class Schedule(Protocol):
-    """step: optimizer steps before this one; progress: share of the run before this step, in [0, 1)."""
-
-    def __call__(self, step: int, progress: float) -> StepSchedule: ...
+# (optimizer steps before this one, share of the run before this step, in [0, 1)) → what to set for this step
+Schedule = Callable[[int, float], StepSchedule]
 
 
 def lr_multiplier(flags: RecipeFlags, num_iterations: int, step: int) -> float:
@@ -293,8 +289,9 @@ def lr_multiplier(flags: RecipeFlags, num_iterations: int, step: int) -> float:
 
 def muon_momentum(flags: RecipeFlags, num_iterations: int, step: int) -> float:
     """
-    0.85 → 0.97 over 400 steps, then → 0.90 over the warm-down: a shorter memory as the steps get smaller. The first 400
-    steps take precedence: in a short run the momentum jumps at step 400, or never falls.
+    From 0.85 to 0.97 over 400 steps, and down to 0.90 over the warm-down: a shorter memory as the steps get smaller.
+    Where the two overlap, in runs of fewer than 1,143 steps, the recipe follows the first up to step 400 and then jumps
+    to the second; runs that end earlier never reach it.
     """
     warmdown_steps = round(flags.warmdown_ratio * num_iterations)
     warmdown_start = num_iterations - warmdown_steps
@@ -314,12 +311,11 @@ def pretrain_schedule(flags: RecipeFlags, num_iterations: int, step: int, progre
     """The schedule of pretraining; bind the first two arguments with functools.partial to get a Schedule."""
     lr = lr_multiplier(flags, num_iterations, step)
     momentum = muon_momentum(flags, num_iterations, step)
-    # The residual scalars are not updated in the first step. All blocks are the identity then, and a norm follows, so
-    # the gradients of the scalars are rounding errors near 1e-11, which Adam would turn into steps of full length.
+    # Residual scalars, smear and backout are not updated in the first step. All blocks are the identity then, and a
+    # norm follows, so these gradients are rounding errors near 1e-11, which Adam would turn into steps of full length.
     # Without this rule two kernels that agree to 1e-7 differ by 5.7 % in the loss within 50 steps (depth 4, 8,192
     # tokens a step); with it, by 0.07 %.
-    scalar_lr_multiplier = 0.0 if step == 0 else 1.0
-    return StepSchedule(lr, momentum, decay_multiplier(num_iterations, step), scalar_lr_multiplier)
+    return StepSchedule(lr, momentum, decay_multiplier(num_iterations, step), is_first_step=step == 0)
 
 
 def finetune_schedule(step: int, progress: float) -> StepSchedule:
@@ -362,7 +358,7 @@ def explain(flags: RecipeFlags, recipe: Recipe) -> list[tuple[str, str, str]]:
         ("reference horizon D_12", f"{human(reference_horizon)} tokens", "the same ratio at depth 12, where B = 2^19"),
         ("batch B", f"{base.total_batch_size:,} tokens", batch),
         ("optimizer steps", f"{recipe.num_iterations:,}", steps),
-        ("learning rates x", f"{base.batch_lr_scale:.4f}", "sqrt(B / 2^19) (arXiv 2205.10287)"),
+        ("factor on learning rates", f"{base.batch_lr_scale:.4f}", "sqrt(B / 2^19) (arXiv 2205.10287)"),
         ("Muon's weight decay", f"{recipe.weight_decay:.4f}", decay),
     ]
     return rows + explain_groups(recipe.groups, base, model.n_embd)

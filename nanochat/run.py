@@ -36,8 +36,8 @@ from nanochat.train import Hook, LossFunction, Step, Stopped, Trainer, TrainStat
 class RunFlags:
     """The flags that all training stages share."""
 
-    model_tag: str = flag("", "tag of the checkpoints; default: d<depth>, or that of the checkpoint it starts from")
-    save_every: int = flag(-1, "steps between checkpoints besides the last; -1 = only the last")
+    model_tag: str = flag("", "name of the run's checkpoints; default: d<depth>, in later stages that of the source")
+    save_every: int = flag(-1, "steps between checkpoints; -1 = only one, at the end")
     keep_last: int = flag(-1, "checkpoints to keep; -1 = all")
     resume: bool = flag(False, "continue from the newest intact checkpoint of this tag, if there is one")
     device: str = flag("auto", "cuda | mps | cpu | auto")
@@ -45,13 +45,13 @@ class RunFlags:
 
 
 class Run:
-    """One run of one stage. `build` must be called before the attributes from `model` on are used."""
+    """One run of one stage. The attributes listed here are set by `build`, and `logger` by `open_log`."""
 
     model: GPT
     train_model: Any  # the model, compiled where that pays
     eval_model: Any  # the model as validations should call it
     optimizer: MuonAdamW
-    compiled: bool
+    compiled: bool  # whether train_model and, on CUDA, the optimizer are
     state: TrainState
     data_states: Sequence[dict[str, Any]]  # of all ranks that saved the resumed checkpoint; empty for a new run
     metadata: dict[str, Any]  # saved with each checkpoint
@@ -73,13 +73,13 @@ class Run:
             self.parent.check_tokenizer(tokenizer)
         self.resumed = self._find_resumed() if flags.resume else None
         saved_dtype = self.resumed.meta.get("dtype", "") if self.resumed else ""
-        self.dtype = dist.gather(hardware.pick_training_dtype(dist.device, saved_dtype))[0]  # that of rank 0 on all
+        self.dtype = dist.gather(hardware.pick_training_dtype(dist.device, saved_dtype))[0]  # all ranks take rank 0's
         if self.resumed:
             self.resumed.check_resumable(tokenizer, self.config, self.dtype)
         self.writer = CheckpointWriter(stage, tag, dist, keep_last=flags.keep_last, resumed=self.resumed)
         if self.writer.replaces_earlier:
             print(
-                f"the tag {tag!r} holds an earlier run, which keeps its name until this one saves its first checkpoint "
+                f"the tag {tag!r} holds an earlier run, which will be renamed when this one saves its first checkpoint "
                 "(to continue the earlier run instead, stop this one and add --resume)",
                 flush=True,
             )
@@ -89,7 +89,7 @@ class Run:
     def open(
         cls, stage: str, tag: str, source: GPTConfig | Checkpoint, flags: RunFlags, *, tokenizer: Tokenizer, dist: Dist
     ) -> Iterator["Run"]:
-        """A checked run, alone on its tag until the block ends. See __init__ for errors."""
+        """A checked run; until the block ends no other run can use its tag. See __init__ for errors."""
         with run_lock(stage, tag, dist):
             run = cls(stage, tag, source, flags, tokenizer=tokenizer, dist=dist)
             try:
@@ -114,13 +114,15 @@ class Run:
         groups: Iterable[ParamGroup],
         metadata: dict[str, Any],  # for checkpoints and log: hyperparameters and what else the stage wants to keep
         *,
-        compile: bool = True,  # model and optimizer, where the machine can and it pays
+        compile: bool = True,  # model and optimizer, if the machine can and the run is long enough to save time
         attention: str = "auto",  # kernel for whole sequences, see attention.py
         seed: int = 42,  # of initial weights and sampling
         total_flops: float = math.inf,  # of the whole run over all ranks: compiling does not pay for a short one
     ) -> None:
-        """Builds model and optimizer, and restores them when the run is resumed. Collective."""
-        precision = self._tune_process()
+        """Builds model and optimizer, and restores them when the run is resumed. All ranks have to call it."""
+        saved_precision = self.resumed.meta["matmul_precision"] if self.resumed else ""
+        precision = hardware.pick_matmul_precision(self.dist.device, saved_precision)
+        precision = hardware.tune_process(self.dist.device, self.dist.gather(precision)[0])  # all take rank 0's
         seed_everything(seed)
         self.model = self._build_model(attention)
         self.compiled = compile and self._can_and_should_compile(total_flops)
@@ -130,7 +132,10 @@ class Run:
             self.model, groups, rank=self.dist.rank, world_size=self.dist.world_size, compile=self.compiled
         )
         self._restore()
-        self._compile()
+        self.dist.print0("compiling the model" if self.compiled else "running the model without torch.compile")
+        self.train_model = torch.compile(self.model, dynamic=False) if self.compiled else self.model
+        # On a CPU compiling the validation graph takes longer than validating.
+        self.eval_model = self.train_model if self.dist.device.type == "cuda" else self.model
         self.metadata = metadata | {
             "flags": asdict(self.flags),
             "tokenizer": self.tokenizer.fingerprint,
@@ -140,7 +145,7 @@ class Run:
         }
 
     def inherit_momentum(self) -> None:
-        """Starts a new run with the optimizer state of its source, where that has one."""
+        """Loads the optimizer state of the source into a new run, where the source has one."""
         if self.parent and not self.resumed and not self.parent.restore_optimizer(self.optimizer):
             self.dist.print0(f"{self.parent.path} has no optimizer state: momentum starts from zero")
 
@@ -164,10 +169,11 @@ class Run:
 
     def save_hook(self) -> Hook:
         """Saves every --save-every steps, at the end, and when a signal ends the run."""
-        return Hook(max(self.flags.save_every, 0), self._save, when_stopped=True)
 
-    def _save(self, state: TrainState) -> None:
-        self.writer.save(self.model, self.optimizer, state, self.metadata)
+        def save(state: TrainState) -> None:
+            self.writer.save(self.model, self.optimizer, state, self.metadata)
+
+        return Hook(max(self.flags.save_every, 0), save, when_stopped=True)
 
     def train(self, steps: Iterable[Step], loss_fn: LossFunction, schedule: Schedule, hooks: list[Hook]) -> TrainState:
         """Runs the loop of train.py to its end and waits for the last checkpoint."""
@@ -201,12 +207,6 @@ class Run:
         self.dist.print0(message)
         return None
 
-    def _tune_process(self) -> str:
-        """Sets up torch for training, alike on all ranks and after a resume; returns the matmul precision."""
-        saved = self.resumed.meta["matmul_precision"] if self.resumed else ""
-        precision = hardware.tune_process(self.dist.device, saved)
-        return hardware.tune_process(self.dist.device, self.dist.gather(precision)[0])  # rank 0's choice on all
-
     def _build_model(self, attention_name: str) -> GPT:
         device = self.dist.device
         checkpoint = self.resumed or self.parent
@@ -229,12 +229,6 @@ class Run:
             return self.resumed.meta.get("compiled", True)
         flops = total_flops / self.dist.world_size
         return self.dist.gather(hardware.compiling_pays_off(device, self.dtype, flops, self.config.n_layer))[0]
-
-    def _compile(self) -> None:
-        self.dist.print0("compiling the model" if self.compiled else "running the model without torch.compile")
-        self.train_model = torch.compile(self.model, dynamic=False) if self.compiled else self.model
-        # On a CPU compiling the validation graph takes longer than validating.
-        self.eval_model = self.train_model if self.dist.device.type == "cuda" else self.model
 
     def _restore(self) -> None:
         self.state, self.data_states = TrainState(), []

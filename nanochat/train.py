@@ -6,7 +6,7 @@ A stage gives the loop four things:
             are on-policy by construction. The loaders of the other stages run ahead in a thread, which is safe because
             each Step carries the state of the data for resuming after it.
 - loss_fn:  (model, micro_batch) → scalar loss, already normalized over the whole step and over all ranks
-- schedule: (step, progress) → multipliers of learning rate and weight decay, momentum (nanochat/recipe.py)
+- schedule: (step, progress) → StepSchedule: learning rates, momentum and weight decay (nanochat/recipe.py)
 - hooks:    what happens every N steps: evaluate, sample, save
 """
 
@@ -28,7 +28,7 @@ from nanochat.recipe import Schedule
 
 LOSS_EMA_BETA = 0.9  # smooths the logged loss; nothing else depends on it
 UNTIMED_STEPS = 3  # compilation and allocator warm-up, left out of the throughput
-LOSS_SCALE_GROWTH_STEPS = 2000  # float16: as torch.amp.GradScaler has it
+LOSS_SCALE_GROWTH_STEPS = 2000  # float16: the default of torch.amp.GradScaler
 
 LossFunction = Callable[[torch.nn.Module, Any], torch.Tensor]
 
@@ -37,9 +37,9 @@ LossFunction = Callable[[torch.nn.Module, Any], torch.Tensor]
 class Step:
     """The data of one optimizer step."""
 
-    micro_batches: list[Any]
+    micro_batches: list[Any]  # of this rank
     progress: float  # share of the run done before this step, in [0, 1)
-    num_tokens: int  # over all ranks; 0 = no training signal: the step counts, but no weight changes
+    num_tokens: int  # over all ranks, with padding; 0 = nothing to learn: the step counts, but no weight changes
     data_state: dict[str, Any]  # the state of the data source after this step, for resuming
     position: str = ""  # the position in the data as text, for error messages
     metrics: dict[str, float] = field(default_factory=dict)  # of the data itself, logged with the loss
@@ -51,10 +51,10 @@ class TrainState:
 
     step: int = 0  # optimizer steps so far
     loss_ema: float = 0.0  # biased towards 0; read smooth_loss instead
-    seconds: float = 0.0  # timed training time
-    tokens: int = 0  # trained on in that time
+    seconds: float = 0.0  # of training, without the first UNTIMED_STEPS steps
+    tokens: int = 0  # trained on in these seconds
     loss_scale: float = 2.0**16  # float16 only
-    good_steps: int = 0  # steps without overflow since the loss scale last changed
+    good_steps: int = 0  # float16 only: steps since the last overflow
     data_state: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -97,8 +97,8 @@ class Trainer:
 
     def fit(self, steps: Iterable[Step], loss_fn: LossFunction, schedule: Schedule, hooks: list[Hook]) -> TrainState:
         """
-        Trains until `steps` ends. SIGTERM and SIGINT end the run after the step that starts next: the hooks with
-        when_stopped run, then Stopped is raised. UserError when the loss or the gradient is not finite.
+        Trains until `steps` ends. After SIGTERM or SIGINT it makes one more step, in which all ranks agree to stop;
+        then it runs the hooks with when_stopped and raises Stopped. UserError when loss or gradient are not finite.
         """
         state = self.state
         first_step = state.step
@@ -130,9 +130,9 @@ class Trainer:
     ) -> tuple[dict[str, float], bool]:
         """One optimizer step. Returns its metrics and whether any rank was asked to stop."""
         state, optimizer = self.state, self.optimizer
-        optimizer.set_schedule(*schedule(state.step, step.progress))
+        optimizer.set_schedule(schedule(state.step, step.progress))
         loss = self._accumulate(step.micro_batches, loss_fn)
-        can_step = step.num_tokens > 0  # without gradients momentum alone would keep moving the weights
+        can_step = step.num_tokens > 0  # without tokens there is no gradient, and momentum alone would move the weights
         if can_step and self.scales_loss:
             can_step = self._unscale_gradients()
         square_norm = optimizer.reduce_gradients() if can_step else torch.zeros_like(loss)
@@ -170,8 +170,8 @@ class Trainer:
     def _unscale_gradients(self) -> bool:
         """
         float16: divides the gradients by the loss scale and returns whether they are finite on all ranks. The scale is
-        halved on overflow and doubled after 2,000 steps without one, as by torch's GradScaler, which cannot be used
-        because it does not know the other ranks.
+        halved on overflow and doubled after 2,000 steps without one. torch's GradScaler does the same, but it does not
+        look at the other ranks.
         """
         state = self.state
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -200,7 +200,7 @@ class Trainer:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that fills with the SIGTERM and SIGINT received in the block; a second one has its usual effect."""
+    """Yields a list to which each SIGTERM and SIGINT is appended; a second signal has its usual effect."""
     received: list[int] = []
     previous: dict[int, Any] = {}
 

@@ -89,7 +89,7 @@ def test_nanochat_side_has_the_loss_curve_of_the_plain_side(base_dir, tmp_path):
             side = make_side(flags, config, torch.device("cpu"), tokenizer, steps)
         losses = []
         for i, step in enumerate(side.steps):
-            side.optimizer.set_schedule(*schedule(i, i / 50))
+            side.optimizer.set_schedule(schedule(i, i / 50))
             loss = side.loss(step.micro_batches[0])
             loss.backward()
             side.optimizer.step()

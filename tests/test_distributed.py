@@ -14,8 +14,8 @@ from nanochat import distributed
 from nanochat.common import UserError
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.muon import SHARD_MIN_NUMEL, build_optimizer
-from nanochat.recipe import StepSchedule, param_groups
+from nanochat.muon import SHARD_MIN_NUMEL, StepSchedule, build_optimizer
+from nanochat.recipe import param_groups
 from nanochat.train import Step, Trainer, TrainState, token_loss
 
 pytestmark = pytest.mark.slow  # the fixture starts two processes

@@ -115,7 +115,7 @@ def test_compiling_needs_a_compiler(monkeypatch):
 def test_chosen_cpu_matmul_is_exact():
     before = torch.get_float32_matmul_precision()
     try:
-        hardware.choose_cpu_matmul()
+        hardware.tune_process(CPU)
         a, b = torch.randn(64, 256), torch.randn(256, 64)
         error = (a @ b).double() - a.double() @ b.double()
         assert error.abs().max() < 1e-4  # bfloat16 products would be off by 0.1

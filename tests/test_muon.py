@@ -15,7 +15,7 @@ from factories import FAMILY, tiny_optimizer
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import can_compile
-from nanochat.muon import MuonAdamW, adamw_update, build_optimizer, muon_update, orthogonalize
+from nanochat.muon import MuonAdamW, StepSchedule, adamw_update, build_optimizer, muon_update, orthogonalize
 from nanochat.recipe import Hyperparameters, param_groups
 
 # In the repository: one matrix of each kind and 16 rows of each table (AdamW works element by element).
@@ -53,7 +53,9 @@ def test_three_steps_match_golden_weights(case):
     schedule = case["schedule"]
     for i, (grads, after) in enumerate(zip(case["grads"], case["after"], strict=True)):
         decay_multiplier = schedule["muon_weight_decay"][i] / case["setup"]["weight_decay"]
-        optimizer.set_schedule(schedule["lr_multiplier"][i], schedule["muon_momentum"][i], decay_multiplier)
+        optimizer.set_schedule(
+            StepSchedule(schedule["lr_multiplier"][i], schedule["muon_momentum"][i], decay_multiplier)
+        )
         for name, p in params.items():
             p.grad = grads[name].clone()
         optimizer.step()
@@ -83,7 +85,7 @@ def small_model(seed=0, dtype=torch.float32):
 def random_steps(model, optimizer, num_steps, seed):
     generator = torch.Generator().manual_seed(seed)
     for i in range(num_steps):
-        optimizer.set_schedule(1.0 - 0.1 * i, 0.85 + 0.01 * i, 1.0)
+        optimizer.set_schedule(StepSchedule(1.0 - 0.1 * i, 0.85 + 0.01 * i))
         for p in model.parameters():
             p.grad = torch.randn(p.shape, generator=generator)
         optimizer.step()

@@ -6,6 +6,7 @@ The recipe: golden values for 32 settings, explicit steps and FLOPs, accumulatio
 
 import json
 import re
+from dataclasses import astuple
 from functools import partial
 
 import pytest
@@ -83,7 +84,7 @@ def test_schedule_values_reach_the_optimizer():
     model = GPT.create(GPTConfig(16, 64, 2, 2, 2, 32))
     optimizer = build_optimizer(model, param_groups(model.config, weight_decay=0.5))
     flags = RecipeFlags(warmup_steps=10, warmdown_ratio=0.5, final_lr_frac=0.0)
-    optimizer.set_schedule(*recipe.pretrain_schedule(flags, 100, 75, 0.75))
+    optimizer.set_schedule(recipe.pretrain_schedule(flags, 100, 75, 0.75))
     for group in optimizer.param_groups:
         assert group["lr"] == exactly(group["initial_lr"] * 0.5)
         if group["kind"] == "muon":
@@ -95,17 +96,17 @@ def test_residual_scalars_rest_in_the_first_step_of_pretraining():
     model = GPT.create(GPTConfig(16, 64, 2, 2, 2, 32))
     optimizer = build_optimizer(model, param_groups(model.config))
     schedule = partial(recipe.pretrain_schedule, RecipeFlags(warmup_steps=10), 100)
-    optimizer.set_schedule(*schedule(0, 0.0))
+    optimizer.set_schedule(schedule(0, 0.0))
     resting = {group["name"] for group in optimizer.param_groups if group["lr"] == 0}
     assert resting == {"resid", "x0", "smear_backout"}  # their first gradients are rounding errors
-    optimizer.set_schedule(*schedule(1, 0.01))
+    optimizer.set_schedule(schedule(1, 0.01))
     assert all(group["lr"] == exactly(group["initial_lr"] * 0.2) for group in optimizer.param_groups)
 
 
 def test_finetuning_schedules_fall_to_zero_from_half_or_from_the_start():
-    assert recipe.finetune_schedule(150, 0.75) == exactly((0.5, 0.90, 1.0, 1.0))
+    assert astuple(recipe.finetune_schedule(150, 0.75)) == exactly((0.5, 0.90, 1.0, False))
     assert recipe.finetune_schedule(0, 0.5).lr_multiplier == 1.0
-    assert recipe.rl_schedule(300, 0.75) == exactly((0.25, 0.95, 1.0, 1.0))
+    assert astuple(recipe.rl_schedule(300, 0.75)) == exactly((0.25, 0.95, 1.0, False))
 
 
 def test_finetuning_takes_its_share_of_each_learning_rate():

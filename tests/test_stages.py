@@ -66,7 +66,7 @@ def workspace(tmp_path_factory):
         patch.setenv("TIKTOKEN_CACHE_DIR", str(base_dir / "nothing"))
         patch.delenv("NANOCHAT_DTYPE", raising=False)
         # These choices are measured, so two runs could compute differently; comparisons below are bitwise.
-        patch.setattr(hardware, "choose_cpu_matmul", lambda: None)
+        patch.setattr(hardware, "pick_matmul_precision", lambda *_: "highest")
         patch.setattr(hardware, "bf16_faster_on_cpu", lambda: False)
         primer.main([])
         tok_train.main(["--vocab-size", str(VOCAB), "--max-chars", "300000"])

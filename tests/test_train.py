@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from nanochat.common import UserError
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.muon import build_optimizer
-from nanochat.recipe import StepSchedule, param_groups
+from nanochat.muon import StepSchedule, build_optimizer
+from nanochat.recipe import param_groups
 from nanochat.train import Hook, Step, Stopped, Trainer, TrainState, token_loss
 
 V, B, T = 50, 4, 8  # vocabulary, rows, tokens per row

@@ -202,7 +202,7 @@ def one_tensor_at_a_time(model: GPT, base: recipe.Hyperparameters) -> MuonAdamW:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             groups.append(group | {"names": [name], "params": [parameter]})
     optimizer = MuonAdamW(groups, rank=0, world_size=1, compile=False, dtype=model.dtype)
-    optimizer.adamw_update = adamw_update
+    optimizer.adamw_kernel = adamw_update
     return optimizer
 
 
