@@ -272,7 +272,7 @@ class Rank(Dist):
 
 @pytest.mark.parametrize("world_size", [2, 50])  # with 50, some ranks have no items
 def test_evaluate_core_on_ranks_adds_up(golden_tokenizer, monkeypatch, world_size):
-    monkeypatch.setattr(core_eval, "WINDOW", 5)
+    monkeypatch.setattr(core_eval, "ITEMS_AT_A_TIME", 5)
     model, tasks = make_model(), make_tasks()
     reported = []
     whole = evaluate_core(model, golden_tokenizer, tasks, CPU, progress=reported.append)
@@ -407,7 +407,7 @@ def test_core_metric_is_mean_of_centered_accuracies():
 
 def test_save_scores_writes_csv_and_json(tmp_path):
     scores = [TaskScore("a", 1, 4, 0.25), TaskScore("b", 4, 4, 0.5)]
-    save_scores(tmp_path / "new/d4-000100", scores, "d4")
+    save_scores(str(tmp_path / "new/d4-000100"), scores, "d4")
     table = list(csv.DictReader((tmp_path / "new/d4-000100.csv").open()))
     assert [row["task"] for row in table] == ["a", "b", "CORE"]
     assert [float(row["centered"]) for row in table] == [0.0, 1.0, 0.5]

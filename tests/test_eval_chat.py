@@ -21,11 +21,9 @@ from nanochat.eval import chat as eval_chat
 from nanochat.eval.chat import (
     GRADING_THREADS,
     Sampling,
-    batch_by_length,
     choose_letters,
     evaluate_task,
     grade_completions,
-    last_states,
     truncate_prompt,
 )
 from nanochat.eval.metrics import wilson_interval
@@ -103,12 +101,10 @@ def texts(graded):
 
 @pytest.mark.parametrize("vintage", FAMILY)
 @pytest.mark.parametrize("n_layer", [1, 2, 4])
-def test_last_states_equal_those_of_full_forward_pass(golden_tokenizer, vintage, n_layer):
-    model = make_engine(golden_tokenizer, **FAMILY[vintage], n_layer=n_layer).model
-    rows = [[random.Random(i).randrange(model.config.vocab_size) for _ in range(n)] for i, n in enumerate((1, 40, 128))]
-    with torch.no_grad():
-        for row, state in zip(rows, last_states(model, rows), strict=True):
-            torch.testing.assert_close(state, model.hidden(torch.tensor([row]))[0, -1], atol=1e-4, rtol=1e-4)
+def test_choose_letters_of_all_kinds_of_models_equals_one_at_a_time(golden_tokenizer, vintage, n_layer):
+    engine = make_engine(golden_tokenizer, **FAMILY[vintage], n_layer=n_layer)
+    graded = choose_letters(engine, Letters(), ALL)
+    assert [texts(graded)[i, 0] for i in ALL] == naive_letters(engine, Letters())
 
 
 @pytest.mark.parametrize("max_columns", [1, 300, 100_000])
@@ -123,15 +119,6 @@ def test_choose_letters_in_batches_equals_one_at_a_time(engine, max_columns):
         assert "".join(probabilities) == Letters()[i]["letters"]  # of the offered letters only
         assert sum(probabilities.values()) == pytest.approx(1, abs=1e-3)
         assert max(probabilities, key=probabilities.get) == completion.answer
-
-
-def test_batch_by_length_keeps_to_max_columns_and_loses_nothing():
-    prompts = [[0] * random.Random(i).randrange(1, 60) for i in range(200)] + [[0] * 500]
-    found = list(batch_by_length(prompts, 256))
-    assert sorted(i for batch in found for i in batch) == list(range(201))
-    assert all(len(batch) * max(len(prompts[i]) for i in batch) <= 256 for batch in found if len(batch) > 1)
-    assert len(found) < 2 * sum(len(prompt) for prompt in prompts) / 256
-    assert list(batch_by_length([], 256)) == []
 
 
 # ---- generative tasks ----
@@ -232,7 +219,7 @@ def test_grade_completions_of_truncated_prompts_leaves_room(engine, monkeypatch,
 
 
 def test_evaluate_task_records_every_completion(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(eval_chat, "WINDOW", 10)  # several windows
+    monkeypatch.setattr(eval_chat, "COMPLETIONS_AT_A_TIME", 10)  # several windows
     path = tmp_path / "folder" / "Written.jsonl"
     score = evaluate_task(engine, "Written", Written(words=9), CPU, sampling=random_sampling(3), record=path)
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -287,7 +274,7 @@ class Rank(Dist):
 @pytest.mark.parametrize("world_size", [2, 30])  # with 30, some ranks have no questions
 @pytest.mark.parametrize("kind", [Letters, Written])
 def test_evaluate_task_on_ranks_equals_one_process(golden_tokenizer, tmp_path, monkeypatch, kind, world_size):
-    monkeypatch.setattr(eval_chat, "WINDOW", 8)
+    monkeypatch.setattr(eval_chat, "COMPLETIONS_AT_A_TIME", 8)
     sampling = random_sampling(2, (2,), max_tokens=3)
     whole = evaluate_task(
         make_engine(golden_tokenizer), "a", kind(), CPU, sampling=sampling, record=tmp_path / "whole.jsonl"

@@ -17,8 +17,8 @@ def evaluate_bpb(
 ) -> float:
     """
     Returns bits per byte = (sum of losses in nats) / (ln 2 · sum of bytes), over the batches of all ranks; NaN if they
-    hold no bytes. Batches are inputs and targets, (B, T) each; `token_bytes` (V,) has the length of each token.
-    Special tokens (0 bytes) and ignored targets (-1) count in neither sum.
+    hold no bytes. A batch is a pair of inputs and targets, (B, T) each. `token_bytes`, (V,), has the length of each
+    token. Special tokens (0 bytes) and ignored targets (-1) count in neither sum.
     """
     token_bytes = token_bytes.to(dist.device)
     sum_dtype = torch.float64 if dist.device.type != "mps" else torch.float32  # MPS has no float64

@@ -1,105 +1,88 @@
 """
-Evaluation of chat models: the share of a task's questions that a model answers correctly.
+Evaluation of chat models: the fraction of a task's questions that a model answers correctly.
 
     score = evaluate_task(engine, "GSM8K", GSM8K("test"), dist, record=Path("GSM8K.jsonl"))
     chat_core, margin = core_metric([scores[name] for name in CHATCORE])
 
-There are two kinds of tasks:
-- "categorical": the answer is the most likely letter of a multiple-choice question. Questions of about the same length
-  form a batch; the last layer and the logits are computed for one position and a few letters only.
-- "generative": the model writes a completion, which the task grades. The engine generates many at a time, and each one
-  that ends makes room for the next.
+There are two kinds of tasks (tasks/common.py):
+- "categorical": the answer is the most likely letter of a multiple-choice question. Questions of similar length form a
+  batch. The last layer is computed for the last token of each question only, the logits for the letters only.
+- "generative": the model generates a completion, which the task grades. The engine generates many at a time. When one
+  ends, the next one takes its slot.
 
-Questions are processed in windows, so that memory does not grow with the task.
+A limited number of questions is evaluated at a time, so that memory does not grow with the task.
 
-Shapes: B questions in a batch, T tokens, C width, L letters.
+Shapes: B questions in a batch, C width, L letters.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from nanochat.attention import attend, attend_cached, band_mask
 from nanochat.common import atomic_path
 from nanochat.conversation import completion_text, render_for_completion
 from nanochat.distributed import Dist
 from nanochat.engine import Completion, Engine, Request
-from nanochat.eval.core import BATCH_COLUMNS
+from nanochat.eval.core import BATCH_COLUMNS, TreeBatch, batch_trees, build_prefix_trees, scored_states
+from nanochat.eval.core_tasks import ScoredPrompt
 from nanochat.eval.metrics import TaskScore
-from nanochat.gpt import GPT
 from nanochat.logging import progress
 from nanochat.loss import softcap
 from nanochat.rollout import pass_at_k
 
 # The tasks of ChatCORE and the accuracy of guessing.
 CHATCORE = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25, "GSM8K": 0.0, "HumanEval": 0.0, "SpellingBee": 0.0}
-WINDOW = 4096  # completions in memory at a time, per rank: under 100 MB (estimated); the record file has the others
+COMPLETIONS_AT_A_TIME = 4096  # in memory, per rank: under 100 MB (estimated)
 GRADING_THREADS = 4  # completions graded at a time, two processes each for HumanEval; heuristic, not tuned
 
-Conversation = Mapping[str, Any]
-Report = Callable[[int], object]  # called with the number of completions of this window so far
-
-
-class Task(Protocol):
-    """What an evaluation needs of a task; tasks/common.py has the base class."""
-
-    kind: str  # "categorical" or "generative"
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """A conversation that ends with the reference answer; for categorical tasks with its "letters"."""
-        ...
-
-    def grade(self, conversation: Conversation, completion: str) -> dict[str, Any]:
-        """{"correct": whether the completion is, and details for the record}. Thread-safe."""
-        ...
+Task = Any  # a tasks.common.Task, which nanochat cannot import
+Report = Callable[[int], object]  # called with the number of completions so far
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions of generative tasks are generated."""
+    """How completions of generative tasks are generated; by default one greedy completion per question."""
 
-    template: Request = Request([], temperature=0.0)  # its prompt and seed are replaced
+    template: Request = Request([], temperature=0.0)  # prompt and seed differ between the requests
     num_samples: int = 1  # completions per question
     pass_k: Sequence[int] = ()  # report pass@k for these k <= num_samples
 
 
 @dataclass(frozen=True)
 class GradedCompletion:
-    """A line of the record, for people to read."""
+    """A completion and its grade: one line of the record file."""
 
-    problem: int
+    problem: int  # index of the question
     sample: int  # 0 … num_samples - 1
     correct: bool
-    cut: bool  # the prompt did not fit the context and lost its beginning
-    prompt: str  # as the model read it
+    cut: bool  # the prompt did not fit the context and was cut at the beginning
+    prompt: str  # after cutting
     answer: str  # the completion, tool calls included
     reference: Any  # the content of the reference answer's message
-    details: dict[str, Any]  # what the grading adds
+    details: dict[str, Any]  # further keys of the line
 
 
 @dataclass(frozen=True)
 class ChatScore(TaskScore):
-    """The score of num_samples completions for each of `total` questions, of which `correct` are correct."""
+    """The score of `total` questions with num_samples completions each; `correct` counts completions."""
 
     num_samples: int = 1
-    cut: int = 0  # prompts that did not fit the context and lost their beginning
+    cut: int = 0  # prompts that did not fit the context and were cut at the beginning
     pass_at: dict[int, float] = field(default_factory=dict)  # k → pass@k
 
     @property
     def accuracy(self) -> float:
         """
-        Of a single completion. Its confidence interval is that of `total` questions, because completions for the same
-        question are alike.
+        The fraction of completions that are correct. Completions for the same question are similar, so the confidence
+        interval counts questions, not completions.
         """
         return self.correct / (self.total * self.num_samples)
 
@@ -114,8 +97,8 @@ def evaluate_task(
     record: Path | None = None,
 ) -> ChatScore:
     """
-    Returns the score of a task; the ranks share the questions. `sampling` matters to generative tasks, by default one
-    greedy completion per question. All completions and verdicts are written to the file `record`.
+    Returns the score of a task; the ranks share the questions. Rank 0 writes all completions and their grades to the
+    file `record`, one JSON object per line. Categorical tasks ignore `sampling`.
     """
     sampling = sampling or Sampling()
     num_samples = sampling.num_samples if task.kind == "generative" else 1
@@ -145,20 +128,20 @@ def evaluate_task(
 def grade_task(engine: Engine, task: Task, dist: Dist, sampling: Sampling) -> Iterator[GradedCompletion]:
     """Yields the graded completions of all ranks, on every rank, in order of problems and samples."""
     num_samples = sampling.num_samples if task.kind == "generative" else 1
-    problems_per_window = max(1, WINDOW // num_samples) * dist.world_size
+    problems_at_a_time = max(1, COMPLETIONS_AT_A_TIME // num_samples) * dist.world_size
     num_done = 0  # by this rank
     report_all = progress(len(task) * num_samples // dist.world_size, dist)
-    for first in range(0, len(task), problems_per_window):
-        stop = min(first + problems_per_window, len(task))
+
+    def report(num_new: int) -> None:
+        report_all(num_done + num_new)
+
+    for first in range(0, len(task), problems_at_a_time):
+        stop = min(first + problems_at_a_time, len(task))
         own_problems = range(first + dist.rank, stop, dist.world_size)
-
-        def report_window(num_new: int, num_before: int = num_done) -> None:
-            report_all(num_before + num_new)
-
         if task.kind == "categorical":
-            own = choose_letters(engine, task, own_problems, report=report_window)
+            own = choose_letters(engine, task, own_problems, report=report)
         else:
-            own = grade_completions(engine, task, own_problems, sampling, report=report_window)
+            own = grade_completions(engine, task, own_problems, sampling, report=report)
         num_done += len(own)
         yield from sorted(chain(*dist.gather(own)), key=lambda graded: (graded.problem, graded.sample))
 
@@ -175,7 +158,7 @@ def choose_letters(
     max_columns: int = 0,
     report: Report = lambda num_done: None,
 ) -> list[GradedCompletion]:
-    """Answers multiple-choice questions. max_columns: of a forward pass, with padding; 0 = what suits the device."""
+    """Answers multiple-choice questions. max_columns 0: see BATCH_COLUMNS."""
     model, tokenizer = engine.model, engine.tokenizer
     context = model.config.sequence_len
     conversations = [task[i] for i in problems]
@@ -183,11 +166,16 @@ def choose_letters(
     prompts = [truncate_prompt(prompt, context) for prompt in full_prompts]
     token_of = {letter: tokenizer.encode(letter)[0] for each in conversations for letter in each["letters"]}
     head_LC = model.lm_head.weight[list(token_of.values())].to(model.dtype)
+    trees = []
+    for i, prompt in enumerate(prompts):
+        with_letter = [*prompt, 0]  # any token can stand for the letter: it is predicted but never read
+        trees += build_prefix_trees(i, {0: ScoredPrompt(with_letter, len(prompt), len(with_letter))})
     graded = []
-    for batch in batch_by_length(prompts, max_columns or BATCH_COLUMNS[model.device.type]):
-        states_BC = last_states(model, [prompts[i] for i in batch])
+    for batch in batch_trees(trees, max_columns or BATCH_COLUMNS[model.device.type]):
+        states_BC = scored_states(model, TreeBatch(batch))
         logits_BL = softcap(F.linear(states_BC, head_LC).float(), model.config.logit_softcap)
-        for i, logits in zip(batch, logits_BL.tolist(), strict=True):
+        for tree, logits in zip(batch, logits_BL.tolist(), strict=True):
+            i = tree.item
             letters = conversations[i]["letters"]
             logit_of = dict(zip(token_of, logits, strict=True))
             answer = max(letters, key=lambda letter: logit_of[letter])
@@ -210,42 +198,6 @@ def choose_letters(
     return graded
 
 
-def batch_by_length(prompts: Sequence[Sequence[int]], max_columns: int) -> Iterator[list[int]]:
-    """Yields indices of prompts of about the same length, longest first, of at most max_columns with the padding."""
-    batch: list[int] = []
-    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True):
-        if batch and (len(batch) + 1) * len(prompts[batch[0]]) > max_columns:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-class LastTokenCache:
-    """A KV cache (gpt.Cache) that keeps no keys, for a forward pass that needs the state of each row's last token."""
-
-    def __init__(self, last_B1: torch.Tensor, num_tokens: int, model: GPT):
-        self.last_B1 = last_B1
-        self.last_layer = model.config.n_layer - 1
-        self.positions_BT = torch.arange(num_tokens, device=model.device)[None]
-        self.previous_B1C = torch.zeros((len(last_B1), 1, model.config.n_embd), device=model.device, dtype=model.dtype)
-
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-        if layer < self.last_layer:
-            return attend(q, k, v, window)
-        mask_BTS = band_mask(self.last_B1, 0, k.size(1), window)
-        return attend_cached(q, k, v, mask_BTS.unsqueeze(1))
-
-
-def last_states(model: GPT, prompts: Sequence[list[int]]) -> torch.Tensor:
-    """Returns the final states of the prompts' last tokens, (B, C); they never attend to the padding after them."""
-    T = max(len(prompt) for prompt in prompts)
-    idx_BT = torch.tensor([prompt + [0] * (T - len(prompt)) for prompt in prompts], device=model.device)
-    last_B1 = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=model.device)
-    return model.hidden(idx_BT, LastTokenCache(last_B1, T, model), last_B1).squeeze(1)
-
-
 # ---- generative tasks: completions, graded by the task ----
 
 
@@ -258,18 +210,18 @@ def grade_completions(
     report: Report = lambda num_done: None,
 ) -> list[GradedCompletion]:
     """
-    Generates and grades num_samples completions for each problem. The seed follows from problem and sample, so a
-    completion does not depend on which other problems are evaluated.
+    Generates and grades num_samples completions for each problem. The seed of a completion follows from its problem and
+    sample, so it does not depend on which other problems are evaluated.
     """
     template, num_samples = sampling.template, sampling.num_samples
     tokenizer = engine.tokenizer
     context = engine.model.config.sequence_len
-    max_prompt = context - min(template.max_tokens, context // 2)  # as in a chat: at most half is for the completion
+    max_prompt = context - min(template.max_tokens, context // 2)  # at most half of the context is for the completion
     conversations = {i: task[i] for i in problems}
     full_prompts = {i: render_for_completion(conversation, tokenizer) for i, conversation in conversations.items()}
     prompts = {i: truncate_prompt(prompt, max_prompt) for i, prompt in full_prompts.items()}
-    # Longest first: prompts of about one length are prefilled together, once for all samples, and the longest
-    # determine the size of the decoder's slots.
+    # Sorted, so that prompts of similar length are prefilled together, and once for all samples. Longest first, so that
+    # the decoder's slots never have to grow.
     by_length = sorted(problems, key=lambda i: len(prompts[i]), reverse=True)
     order = [(i, sample) for i in by_length for sample in range(num_samples)]
     requests = [replace(template, prompt=prompts[i], seed=i * num_samples + sample) for i, sample in order]
@@ -306,7 +258,7 @@ def generate(engine: Engine, requests: Sequence[Request], report: Report) -> lis
 
 
 def truncate_prompt(prompt: list[int], max_tokens: int) -> list[int]:
-    """Shortens a prompt to max_tokens: its first token, BOS, and its end are kept."""
+    """Shortens a prompt to max_tokens. It keeps its first token, which is BOS, and its last ones."""
     if len(prompt) <= max_tokens:
         return prompt
     return [prompt[0], *prompt[len(prompt) - max_tokens + 1 :]]

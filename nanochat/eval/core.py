@@ -4,8 +4,8 @@ CORE, the score of base models: accuracy on 22 tasks (core_tasks.py) whose answe
     scores = evaluate_core(model, tokenizer, load_tasks(resolve_bundle(), max_per_task=500), dist)
     core, margin = core_metric(scores)
 
-A choice wins if its scored tokens have the lowest mean loss. Where there is only one continuation, the model is correct
-if each of its tokens is the most likely one.
+The model chooses the prompt whose scored tokens have the lowest mean loss. Where there is only one continuation, the
+model is correct if each of its tokens is the most likely one.
 
 **Prefix sharing.** The prompts of an item start with the same tokens, the few-shot examples and the question, and
 differ only at the end. In a causal model the state of a token depends only on the tokens before it, so the states of
@@ -15,24 +15,24 @@ same sequence:
     column     0 … P-1               P … T-1
     content    prefix, padding       suffix 1, suffix 2, …, padding
 
-A mask lets a suffix attend to the prefix and to itself but not to other suffixes, and its tokens have the positions
-that they have in their own prompt. Each token therefore sees exactly the keys that it would see if the prompts were
+A mask lets a suffix attend to the prefix and to itself but not to other suffixes. The tokens of a suffix have the
+positions that they have in their own prompt. Each token therefore attends to the same keys as if the prompts were
 computed one at a time, and the result is the same up to rounding.
 
-Items of about the same length, of whatever task, form a batch. Its memory is bounded by the number of columns, because
-logits are computed for scored tokens only: on a CPU, depth 4 at 2,048 tokens of context, the whole process stays at
-0.4 GiB, or at 1.1 GiB (and a fifth faster) with the pages that hardware.tune_process keeps.
+**Batches.** Items of similar length form a batch, also items of different tasks. The number of columns of a batch bounds
+its memory, because logits are computed for scored tokens only. On a CPU, with depth 4 and a context of 2,048 tokens, the
+whole process stays at 0.4 GiB; with the pages that hardware.tune_process keeps, it is a fifth faster and needs 1.1 GiB.
 
 Shapes: B trees in a batch, T columns, P of them for prefixes, Q scored columns, S keys, C width, N scored tokens,
 V vocabulary.
 """
 
 import csv
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,12 +46,14 @@ from nanochat.gpt import GPT, select_columns
 from nanochat.tokenizer import Tokenizer
 
 REFERENCES = {"GPT-2 XL (1.5B)": 0.2565}  # CORE as published with nanochat
-MIN_SHARED = 0.25  # of the longest prompt, for sharing to pay; heuristic, not tuned
-WINDOW = 512  # items tokenized and sorted by length at a time: under 100 MB of prompts (measured)
-LOGIT_ROWS = 256  # scored tokens whose logits exist at the same time: 34 MB for 32,768 tokens, and a few copies
-# Columns of a forward pass, padding included. On a CPU 1,024 to 4,096 are within 10 % (depth 4); for GPUs a heuristic.
+MIN_SHARED = 0.25  # prompts share a prefix of at least this part of the longest prompt; heuristic, not tuned
+ITEMS_AT_A_TIME = 512  # are tokenized and sorted by length: under 100 MB of prompts (measured)
+# Scored tokens whose logits exist at the same time: 34 MB in float32 with a vocabulary of 32,768, and a few copies.
+LOGIT_ROWS = 256
+# Columns of a batch, padding included. On a CPU, the speeds with 1,024 to 4,096 columns differ by less than 10 %
+# (depth 4). The numbers for GPUs are heuristic, not tuned.
 BATCH_COLUMNS = {"cpu": 2048, "cuda": 65536, "mps": 16384}
-PREFIX, NO_OWNER = 0, -1  # owners of columns; suffixes are 1, 2, …
+PREFIX, UNUSED = 0, -1  # segments; the suffixes are segments 1, 2, …
 
 
 # ---- prefix trees ----
@@ -59,13 +61,13 @@ PREFIX, NO_OWNER = 0, -1  # owners of columns; suffixes are 1, 2, …
 
 @dataclass(frozen=True)
 class PrefixTree:
-    """The prompts of an item that are computed together: a common prefix and a suffix for each prompt."""
+    """Prompts of an item that are computed together: a common prefix and a suffix for each prompt."""
 
     item: int
     prompts: dict[int, ScoredPrompt]  # by choice
     prefix: list[int]
-    # One per prompt; empty if the states of the prefix are all that is needed. A suffix starts with the last token of
-    # the prefix once more: PrefixSharingCache explains why.
+    # One per prompt. It starts with a copy of the prefix's last token: PrefixSharingCache explains why. It is empty if
+    # the prefix alone predicts all scored tokens of the prompt.
     suffixes: list[list[int]]
 
     @property
@@ -77,8 +79,8 @@ def build_prefix_trees(item: int, prompts: Mapping[int, ScoredPrompt]) -> list[P
     """
     Builds one tree, or one per prompt if the prompts share too little.
 
-    The last token of a prompt is only predicted, never computed. If all choices are single tokens, they are scored at
-    the end of the prefix and the suffixes are empty.
+    The last token of a prompt is predicted but never read, so a choice of one token needs no suffix: the last token of
+    the prefix predicts it.
     """
     num_shared = common_prefix_length([prompt.tokens for prompt in prompts.values()])
     num_shared = min(num_shared, *(prompt.start for prompt in prompts.values()))
@@ -95,8 +97,8 @@ def build_prefix_trees(item: int, prompts: Mapping[int, ScoredPrompt]) -> list[P
 
 def batch_trees(trees: Sequence[PrefixTree], max_columns: int) -> Iterator[list[PrefixTree]]:
     """
-    Yields batches of trees of similar shape, of at most max_columns with the padding; a larger tree is a batch of its
-    own.
+    Yields batches of trees of similar length. A batch has at most max_columns columns, padding included, unless a
+    single tree is larger.
     """
 
     def shape(tree: PrefixTree) -> tuple[bool, int, int]:
@@ -121,7 +123,10 @@ def batch_trees(trees: Sequence[PrefixTree], max_columns: int) -> Iterator[list[
 
 
 class TreeBatch:
-    """Lays out a batch of trees in columns: tokens, positions and owners, and where the scored tokens are predicted."""
+    """
+    A batch of trees laid out in columns. Each column belongs to a segment: to the prefix, to one of the suffixes, or,
+    as a copy or padding, to none (UNUSED).
+    """
 
     def __init__(self, trees: Sequence[PrefixTree]):
         self.trees = trees
@@ -129,7 +134,7 @@ class TreeBatch:
         self.num_columns = self.num_prefix_columns + max(tree.num_suffix_columns for tree in trees)
         self.tokens: list[list[int]] = []  # (B, T)
         self.positions: list[list[int]] = []  # (B, T), in the token's own prompt
-        self.owners: list[list[int]] = []  # (B, T): PREFIX, the number of a suffix, or NO_OWNER for copies and padding
+        self.segments: list[list[int]] = []  # (B, T)
         self.scored_columns: list[list[int]] = []  # by tree: the columns that predict scored tokens
         self.scored_at: list[tuple[int, int]] = []  # (N,): tree, index in its scored_columns
         self.targets: list[int] = []  # (N,)
@@ -142,7 +147,7 @@ class TreeBatch:
         padding = [0] * (self.num_prefix_columns - num_shared)
         tokens = tree.prefix + padding
         positions = [*range(num_shared), *padding]
-        owners = [PREFIX] * num_shared + [NO_OWNER] * len(padding)
+        segments = [PREFIX] * num_shared + [UNUSED] * len(padding)
         index_of_column: dict[int, int] = {}
         for number, (prompt, suffix) in enumerate(zip(tree.prompts.values(), tree.suffixes, strict=True), 1):
             column_of_copy = len(tokens)  # it has position num_shared - 1
@@ -155,20 +160,21 @@ class TreeBatch:
             if suffix:
                 tokens += suffix
                 positions += range(num_shared - 1, num_shared - 1 + len(suffix))
-                owners += [NO_OWNER] + [number] * (len(suffix) - 1)
+                segments += [UNUSED] + [number] * (len(suffix) - 1)
         padding = [0] * (self.num_columns - len(tokens))
         self.tokens.append(tokens + padding)
         self.positions.append(positions + padding)
-        self.owners.append(owners + [NO_OWNER] * len(padding))
+        self.segments.append(segments + [UNUSED] * len(padding))
         self.scored_columns.append(list(index_of_column))
 
 
 class PrefixSharingCache:
     """
-    The attention of a batch of trees, in the form of a KV cache (gpt.Cache) that keeps no keys.
+    The attention of a batch of trees. It has the interface of a KV cache (gpt.Cache) but keeps no keys.
 
-    The model mixes into each column something of the column before it (smear). For the first token of a suffix this
-    must be the last token of the prefix, so each suffix repeats that token first. The copy is masked out and unscored.
+    The model adds to the embedding of each token a part of the embedding in the column before it (smear). Before the
+    first new token of a suffix this must be the last token of the prefix, so each suffix starts with a copy of it. The
+    copy is masked out and not scored.
     """
 
     def __init__(self, batch: TreeBatch, model: GPT):
@@ -177,7 +183,7 @@ class PrefixSharingCache:
         self.num_prefix_columns = batch.num_prefix_columns
         self.last_layer = model.config.n_layer - 1
         self.positions_BT = torch.tensor(batch.positions, device=device)
-        self.owners_BT = torch.tensor(batch.owners, device=device)
+        self.segments_BT = torch.tensor(batch.segments, device=device)
         most = max(len(columns) for columns in batch.scored_columns)
         padded = [columns + [0] * (most - len(columns)) for columns in batch.scored_columns]
         self.scored_columns_BQ = torch.tensor(padded, device=device)
@@ -194,21 +200,21 @@ class PrefixSharingCache:
         prefixes = attend(q[:, :P], k[:, :P], v[:, :P], window)
         if q.size(1) == P:
             return prefixes
-        first_key = max(0, self.shortest_prefix - window)  # no suffix sees an earlier key
+        first_key = max(0, self.shortest_prefix - window)  # earlier keys are outside the window of all suffixes
         if window not in self.suffix_masks:
             self.suffix_masks[window] = self._mask(self.suffix_columns_BQ, first_key, window)
         suffixes = attend_cached(q[:, P:], k[:, first_key:], v[:, first_key:], self.suffix_masks[window])
         return torch.cat([prefixes, suffixes], dim=1)
 
     def _mask(self, columns_BQ: torch.Tensor, first_key: int, window: int) -> torch.Tensor:
-        """(B, 1, Q, S): true where the query at a column sees the key at a column; keys start at first_key."""
+        """(B, 1, Q, S): true where a query attends to a key. The queries are at columns_BQ, the keys from first_key."""
         positions_BQ1 = select_columns(self.positions_BT, columns_BQ).unsqueeze(-1)
-        owners_BQ1 = select_columns(self.owners_BT, columns_BQ).unsqueeze(-1)
+        segments_BQ1 = select_columns(self.segments_BT, columns_BQ).unsqueeze(-1)
         key_positions_B1S = self.positions_BT[:, None, first_key:]
-        key_owners_B1S = self.owners_BT[:, None, first_key:]
+        key_segments_B1S = self.segments_BT[:, None, first_key:]
         distance_BQS = positions_BQ1 - key_positions_B1S
-        # Copies and padding see one another: their results are unused, but a softmax over no key would be NaN.
-        is_visible_BQS = (key_owners_B1S == PREFIX) | (key_owners_B1S == owners_BQ1)
+        # Unused columns attend to one another: a softmax over no key would be NaN.
+        is_visible_BQS = (key_segments_B1S == PREFIX) | (key_segments_B1S == segments_BQ1)
         mask_BQS = is_visible_BQS & (distance_BQS >= 0) & (distance_BQS <= window)
         return mask_BQS.unsqueeze(1)
 
@@ -219,17 +225,22 @@ class PromptScore:
     all_most_likely: bool  # each scored token is the arg max
 
 
-def score_trees(model: GPT, trees: Sequence[PrefixTree]) -> Iterator[tuple[int, int, PromptScore]]:
+def scored_states(model: GPT, batch: TreeBatch) -> torch.Tensor:
     """
-    Yields (item, choice, score) for each prompt of a batch. The last layer and the logits are computed for the columns
-    that predict scored tokens only.
+    Returns the final states that predict the scored tokens, (N, C), prompt after prompt. The last layer is computed for
+    these columns only.
     """
-    batch = TreeBatch(trees)
     cache = PrefixSharingCache(batch, model)
     idx_BT = torch.tensor(batch.tokens, device=model.device)
     states_BQC = model.hidden(idx_BT, cache, cache.scored_columns_BQ)
     tree_N, index_N = torch.tensor(batch.scored_at).T
-    states_NC = states_BQC[tree_N, index_N]
+    return states_BQC[tree_N, index_N]
+
+
+def score_trees(model: GPT, trees: Sequence[PrefixTree]) -> Iterator[tuple[int, int, PromptScore]]:
+    """Yields (item, choice, score) for each prompt of a batch."""
+    batch = TreeBatch(trees)
+    states_NC = scored_states(model, batch)
     targets_N = torch.tensor(batch.targets, device=model.device)
     losses, hits = [], []
     for some_states_NC, some_targets_N in zip(states_NC.split(LOGIT_ROWS), targets_N.split(LOGIT_ROWS), strict=True):
@@ -246,10 +257,7 @@ def score_trees(model: GPT, trees: Sequence[PrefixTree]) -> Iterator[tuple[int, 
 def score_items(
     model: GPT, items: Sequence[Mapping[int, ScoredPrompt]], max_columns: int = 0
 ) -> list[dict[int, PromptScore]]:
-    """
-    Scores the prompts of several items; returns one dict by choice per item. max_columns: of a forward pass, 0 = what
-    suits the device.
-    """
+    """Scores the prompts of several items; returns one dict by choice per item. max_columns 0: see BATCH_COLUMNS."""
     trees = []
     for item, prompts in enumerate(items):
         trees += build_prefix_trees(item, prompts)
@@ -273,15 +281,15 @@ def grade_items(
     progress: Callable[[int], object] = lambda num_graded: None,
 ) -> list[bool]:
     """
-    Returns whether the model is correct on each item (a task and an index). max_columns: see score_items; `progress`
-    is called with the number of items graded so far.
+    Returns whether the model is correct on each item (a task and an index). `progress` is called with the number of
+    items graded so far.
     """
     verdicts: list[bool] = []
-    for first in range(0, len(items), WINDOW):
-        window = items[first : first + WINDOW]
-        prompts = list(tokenize_items(tokenizer, window, model.config.sequence_len))
+    for first in range(0, len(items), ITEMS_AT_A_TIME):
+        some_items = items[first : first + ITEMS_AT_A_TIME]
+        prompts = list(tokenize_items(tokenizer, some_items, model.config.sequence_len))
         scores = score_items(model, prompts, max_columns)
-        for (task, index), item_scores in zip(window, scores, strict=True):
+        for (task, index), item_scores in zip(some_items, scores, strict=True):
             verdicts.append(is_correct(task, index, item_scores))
         progress(len(verdicts))
     return verdicts
@@ -316,20 +324,18 @@ def evaluate_core(
     return scores
 
 
-def save_scores(path: Path, scores: Sequence[TaskScore], model: str) -> None:
+def save_scores(path: str, scores: Sequence[TaskScore], model: str) -> None:
     """Writes <path>.csv and <path>.json."""
     core, margin = core_metric(scores)
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["task", "correct", "total", "accuracy", "low", "high", "centered"])
+    rows: list[list[Any]] = [["task", "correct", "total", "accuracy", "low", "high", "centered"]]
     tasks = {}
     for score in scores:
-        numbers = [score.accuracy, *score.interval, score.centered]
-        writer.writerow([score.label, score.correct, score.total, *(round(number, 6) for number in numbers)])
+        rows.append([score.label, score.correct, score.total, score.accuracy, *score.interval, score.centered])
         derived = {"interval": score.interval, "centered": score.centered, "accuracy": score.accuracy}
         tasks[score.label] = derived | asdict(score)
-    writer.writerow(["CORE", "", "", "", *(round(number, 6) for number in (core - margin, core + margin, core))])
+    rows.append(["CORE", "", "", "", core - margin, core + margin, core])
+    with atomic_path(Path(f"{path}.csv")) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
     summary = {"model": model, "CORE": core, "margin": margin, "references": REFERENCES, "tasks": tasks}
-    for suffix, text in ((".csv", table.getvalue()), (".json", json.dumps(summary, indent=1) + "\n")):
-        with atomic_path(path.with_suffix(suffix)) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    with atomic_path(Path(f"{path}.json")) as temporary:
+        temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

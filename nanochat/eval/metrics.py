@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-Z_95 = 1.96  # standard deviations on both sides of the mean that hold 95 % of a normal distribution
+Z_95 = 1.96  # 95 % of a normal distribution lie within this many standard deviations of the mean
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,16 @@ class TaskScore:
         return (self.accuracy - self.baseline) / (1 - self.baseline)
 
 
-def wilson_interval(share: float, total: int) -> tuple[float, float]:
+def wilson_interval(fraction: float, total: int) -> tuple[float, float]:
     """
-    Wilson's 95 % confidence interval of a share among `total` trials (https://doi.org/10.1214/ss/1009213286).
+    Returns Wilson's 95 % confidence interval of a fraction of `total` trials (https://doi.org/10.1214/ss/1009213286).
 
-    It also holds for the mean of numbers between 0 and 1, where it is wide enough or wider: among all such numbers of
-    one mean, zeros and ones vary the most.
+    For the mean of numbers between 0 and 1 the interval is wide enough too: of all such numbers with a given mean, zeros
+    and ones vary the most.
     """
     z, n = Z_95, total
-    center = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    center = fraction + z * z / (2 * n)
+    spread = z * math.sqrt(fraction * (1 - fraction) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
 
@@ -47,7 +47,8 @@ def core_metric(scores: Sequence[TaskScore]) -> tuple[float, float]:
     """
     Returns CORE or ChatCORE, the mean of the centered accuracies, and half the width of its 95 % confidence interval.
 
-    The tasks are independent, so the half widths, which are multiples of standard deviations, add up in squares.
+    The tasks are independent, so their variances add up: the half width of a sum is the root of the sum of the squared
+    half widths.
     """
     margins = []
     for score in scores:
