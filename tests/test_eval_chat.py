@@ -5,7 +5,6 @@ Evaluation of chat models: both kinds of tasks, several samples, truncated promp
 """
 
 import json
-import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier

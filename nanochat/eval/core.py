@@ -19,9 +19,10 @@ A mask lets a suffix attend to the prefix and to itself but not to other suffixe
 positions that they have in their own prompt. Each token therefore attends to the same keys as if the prompts were
 computed one at a time, and the result is the same up to rounding.
 
-**Batches.** Items of similar length form a batch, also items of different tasks. The number of columns of a batch bounds
-its memory, because logits are computed for scored tokens only. On a CPU, with depth 4 and a context of 2,048 tokens, the
-whole process stays at 0.4 GiB; with the pages that hardware.tune_process keeps, it is a fifth faster and needs 1.1 GiB.
+**Batches.** Items of similar length form a batch, even if they are of different tasks. The number of columns of a batch
+bounds its memory, because logits are computed for scored tokens only. On a CPU, with depth 4 and a context of 2,048
+tokens, the whole process stays at 0.4 GiB. With the pages that hardware.tune_process keeps, it needs 1.1 GiB and is a
+fifth faster.
 
 Shapes: B trees in a batch, T columns, P of them for prefixes, Q scored columns, S keys, C width, N scored tokens,
 V vocabulary.

@@ -4,11 +4,12 @@ The 22 tasks of CORE (DCLM, https://arxiv.org/abs/2406.11794): the evaluation bu
     tasks = load_tasks(resolve_bundle(), max_per_task=500)
     print(render_prompts(tasks[0], index=0)[0])
 
-There are three kinds of tasks. An item becomes several prompts, of which a part of the tokens is scored:
+An item becomes one prompt per choice. Some tokens of each prompt are scored, which depends on the kind of the task:
 
-    multiple_choice     one context, several continuations: scored is the continuation
-    schema              several contexts, one continuation: scored is what the prompts have in common at their end
-    language_modeling   one context, one continuation: scored is the continuation
+    kind                an item has                            scored tokens
+    multiple_choice     one context, several continuations     the continuation
+    schema              several contexts, one continuation     the end that all prompts have in common
+    language_modeling   one context, one continuation          the continuation
 
 Prompts and scored tokens are exactly those of the public implementation, so that scores can be compared.
 """
@@ -18,6 +19,7 @@ import json
 import os
 import random
 import shutil
+import tempfile
 import urllib.request
 import zipfile
 import zlib
@@ -26,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UserError, atomic_path, base_dir
+from nanochat.common import UserError, base_dir
 from nanochat.tokenizer import Tokenizer
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -34,12 +36,12 @@ BUNDLE_NAME = "eval_bundle"
 DOWNLOAD_AGAIN = "download the bundle again"
 DOWNLOAD_ATTEMPTS = 3
 DOWNLOAD_TIMEOUT = 30  # seconds without data
-FIELDS = {  # that an item of each kind must have
+FIELDS = {  # an item of each kind must have these
     "multiple_choice": {"query", "choices", "gold"},
     "schema": {"context_options", "continuation", "gold"},
     "language_modeling": {"context", "continuation"},
 }
-SHUFFLE_SEED, FEWSHOT_SEED = 1337, 1234  # of the public implementation: others would give other prompts
+SHUFFLE_SEED, FEWSHOT_SEED = 1337, 1234  # as in the public implementation, so that the prompts are the same
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class CoreTask:
 
 @dataclass(frozen=True)
 class ScoredPrompt:
-    """A prompt as tokens, of which start … stop - 1 are scored."""
+    """The tokens of a prompt. Those from start to stop - 1 are scored."""
 
     tokens: list[int]
     start: int
@@ -82,33 +84,26 @@ def resolve_bundle(directory: str = "", url: str = BUNDLE_URL) -> Path:
 
 
 def download_bundle(url: str, path: Path) -> None:
-    """Downloads and unpacks the bundle. A damaged archive is removed too, so the next run downloads it again."""
-    archive = path.with_suffix(".zip")
-    top_folder = f"{BUNDLE_NAME}/"
-    _download(url, archive)
-    try:
-        with atomic_path(path) as folder, zipfile.ZipFile(archive) as contents:
-            for member in contents.infolist():
-                if member.filename.startswith(top_folder) and member.filename != top_folder:
-                    member.filename = member.filename.removeprefix(top_folder)
-                    contents.extract(member, folder)
-            (folder / "core.yaml").stat()
-    except (zipfile.BadZipFile, zlib.error, EOFError, FileNotFoundError) as error:
-        raise UserError(f"{url} is not a complete evaluation bundle ({error}): run the same command again") from error
-    finally:
-        archive.unlink()
+    """Downloads and unpacks the bundle. Raises UserError if it cannot be downloaded or the archive is damaged."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        archive = Path(folder) / "bundle.zip"
+        _download(url, archive)
+        try:
+            shutil.unpack_archive(archive, folder)
+            (Path(folder) / BUNDLE_NAME / "core.yaml").stat()
+        except (shutil.ReadError, zipfile.BadZipFile, zlib.error, EOFError, FileNotFoundError) as error:
+            raise UserError(f"{url} is not a complete bundle ({error}): run the same command again") from error
+        os.replace(Path(folder) / BUNDLE_NAME, path)
 
 
 def _download(url: str, path: Path) -> None:
-    """Downloads a file under a temporary name and renames it. Raises UserError if every attempt fails."""
+    """Downloads a file. Raises UserError if every attempt fails."""
     message = ""
     for _ in range(DOWNLOAD_ATTEMPTS):
         try:
-            with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, atomic_path(path) as temporary:
-                with temporary.open("wb") as file:
-                    shutil.copyfileobj(response, file)
-                if response.length:  # bytes of Content-Length still to come
-                    raise ConnectionError("the connection was closed early")
+            with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, path.open("wb") as file:
+                shutil.copyfileobj(response, file)
             return
         except OSError as error:  # HTTP errors and timeouts too
             message = str(error)
@@ -117,8 +112,8 @@ def _download(url: str, path: Path) -> None:
 
 def load_tasks(bundle: Path, max_per_task: int = -1) -> list[CoreTask]:
     """
-    Loads the tasks of core.yaml; their items are shuffled and cut to max_per_task (-1 = all). Raises UserError if a
-    file is damaged or a task has too few items for its few-shot examples, OSError if a file is missing.
+    Loads the tasks of core.yaml. The items of each task are shuffled and limited to max_per_task (-1 = all). Raises
+    UserError if a file is damaged or a task has too few items for its few-shot examples, OSError if a file is missing.
     """
     import yaml
 
@@ -147,8 +142,8 @@ def _load_task(bundle: Path, entry: dict[str, Any], baselines: dict[str, float],
     if len(items) <= num_fewshot:
         remedy = "raise --max-per-task" if len(items) == max_per_task else DOWNLOAD_AGAIN
         raise UserError(
-            f"{label} shows {num_fewshot} other items before each item, so it needs {num_fewshot + 1} items "
-            f"and has {len(items)}: {remedy}"
+            f"{label} needs {num_fewshot + 1} items, because each prompt starts with {num_fewshot} other items, "
+            f"but it has {len(items)}: {remedy}"
         )
     delimiter = entry.get("continuation_delimiter", " ")
     return CoreTask(label, kind, num_fewshot, delimiter, baselines[label], items)
@@ -173,15 +168,14 @@ def read_items(path: Path, fields: set[str]) -> list[dict[str, Any]]:
 
 def render_prompts(task: CoreTask, index: int) -> list[str]:
     """
-    Renders the prompts of an item: one per choice or context; for language modeling one without and one with the
-    continuation. The few-shot examples are sampled from the task's other items, for each item again.
+    Renders the prompts of an item: one per continuation or context; for language modeling one without and one with the
+    continuation. The few-shot examples are sampled from the task's other items.
     """
     examples = ""
-    if task.num_fewshot:
-        positions = range(len(task) - 1)  # in a list of the other items, which is never built
-        for position in random.Random(FEWSHOT_SEED + index).sample(positions, task.num_fewshot):
-            other = position if position < index else position + 1
-            examples += render_solved(task, task.items[other]) + "\n\n"
+    num_others = len(task) - 1
+    for number in random.Random(FEWSHOT_SEED + index).sample(range(num_others), task.num_fewshot):
+        other = number if number < index else number + 1  # the number counts the other items, without this one
+        examples += render_solved(task, task.items[other]) + "\n\n"
     item, delimiter = task.items[index], task.delimiter
     if task.kind == "multiple_choice":
         return [f"{examples}{item['query']}{delimiter}{choice}" for choice in item["choices"]]
@@ -206,8 +200,10 @@ def locate_scored_tokens(kind: str, prompts: Sequence[list[int]]) -> list[Scored
     Finds the scored tokens of an item's prompts (tokens, BOS first).
 
     Multiple choice: everything after the longest common prefix. Schema: the longest common suffix. Language modeling:
-    what the second prompt adds to the first. At least one token of each prompt is scored: a choice that is the
-    beginning of another choice would have none, so then all prompts are scored from one token earlier.
+    what the second prompt adds to the first.
+
+    At least one token of each prompt is scored. If one choice is the beginning of another, it has no tokens after the
+    common prefix; then the last token of the prefix is scored too, in all prompts.
     """
     shortest = min(len(tokens) for tokens in prompts)
     if kind == "multiple_choice":
@@ -223,17 +219,12 @@ def locate_scored_tokens(kind: str, prompts: Sequence[list[int]]) -> list[Scored
 
 
 def common_prefix_length(sequences: Sequence[list[int]]) -> int:
-    """How many tokens at the beginning are the same in all sequences."""
-    # Sorted, the first and the last sequence differ the earliest, so comparing these two is enough.
-    first, last = min(sequences), max(sequences)
-    for i, (a, b) in enumerate(zip(first, last, strict=False)):
-        if a != b:
-            return i
-    return min(len(first), len(last))
+    """Returns how many tokens at the beginning are the same in all sequences."""
+    return len(os.path.commonprefix(sequences))  # works for lists too, not only for paths
 
 
 def truncate_left(prompt: ScoredPrompt, max_tokens: int) -> ScoredPrompt:
-    """Drops the beginning of a prompt that is too long. The first token that is left cannot be scored."""
+    """Drops the beginning of a prompt that is too long. The first token that remains cannot be scored."""
     surplus = len(prompt.tokens) - max_tokens
     if surplus <= 0:
         return prompt
@@ -244,8 +235,8 @@ def tokenize_items(
     tokenizer: Tokenizer, items: Sequence[tuple[CoreTask, int]], max_tokens: int
 ) -> Iterator[dict[int, ScoredPrompt]]:
     """
-    Yields the prompts of each item (a task and an index), by choice. Prompts of more than max_tokens lose their
-    beginning. A choice that repeats an earlier one is left out: on a tie the earlier one wins.
+    Yields the prompts of each item (a task and an index), by choice. Prompts of more than max_tokens are cut at the
+    beginning. A choice that repeats an earlier one is left out, because on a tie the earlier one wins.
     """
     texts = [render_prompts(task, index) for task, index in items]
     encoded = iter(tokenizer.encode_batch([text for item_texts in texts for text in item_texts]))

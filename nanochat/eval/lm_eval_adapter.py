@@ -1,7 +1,7 @@
 """
 Makes checkpoints available to the lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), an
-optional package: pip install -c constraints.txt -e '.[lm-eval]'. Importing this module registers the model "nanochat";
-run as a command, it is the command line of the harness.
+optional package: pip install -c constraints.txt -e '.[lm-eval]'. Importing this module registers the model "nanochat".
+As a command, it has the flags of the harness:
 
     python -m nanochat.eval.lm_eval_adapter --model nanochat --model_args source=base --tasks lambada_openai
     python -m nanochat.eval.lm_eval_adapter --model nanochat --model_args source=sft --tasks gsm8k --batch_size 32
@@ -28,11 +28,11 @@ from nanochat import checkpoint_manager, hardware
 from nanochat.common import UserError
 from nanochat.engine import Engine, Request
 from nanochat.eval.chat import truncate_prompt
-from nanochat.eval.core import WINDOW, score_items
+from nanochat.eval.core import ITEMS_AT_A_TIME, score_items
 from nanochat.eval.core_tasks import ScoredPrompt, truncate_left
 from nanochat.tokenizer import Tokenizer, default_dir
 
-AUTO_BATCH = 32  # texts generated at a time with --batch_size auto; heuristic, not tuned
+AUTO_BATCH_SIZE = 32  # with --batch_size auto; heuristic, not tuned
 
 # A request of the harness: (context, continuation) as texts, tokens of the context, tokens of the continuation.
 TokenizedRequest = tuple[tuple[str, str], list[int], list[int]]
@@ -47,7 +47,7 @@ class NanochatLM(TemplateLM):
         step: int = -1,
         device: str = "auto",
         batch_size: int | str = 1,
-        max_batch_size: int | None = None,  # upper limit of an automatic batch_size
+        max_batch_size: int | None = None,  # upper limit of the batch size "auto"
     ) -> None:
         super().__init__()
         torch_device = hardware.pick_device(device)
@@ -56,7 +56,7 @@ class NanochatLM(TemplateLM):
         self.model, _ = checkpoint_manager.load_model(source, str(model_tag), step, self.tokens, torch_device, dtype)
         hardware.tune_process(torch_device)
         if str(batch_size).startswith("auto"):
-            num_rows = min(AUTO_BATCH, max_batch_size or AUTO_BATCH)
+            num_rows = min(AUTO_BATCH_SIZE, max_batch_size or AUTO_BATCH_SIZE)
         else:
             num_rows = int(batch_size)
         self.engine = Engine(self.model, self.tokens, num_rows)
@@ -80,7 +80,7 @@ class NanochatLM(TemplateLM):
             prompts = []
             for _, context, continuation in group:
                 tokens = [*context, *continuation]
-                # If the continuation merged into the context's last token and has no tokens left, that one is scored.
+                # The continuation has no tokens if it merged with the last token of the context: score that one.
                 start = min(len(context), len(tokens) - 1)
                 prompts.append(ScoredPrompt(tokens, start, len(tokens)))
             items.append(prompts)
@@ -111,16 +111,16 @@ class NanochatLM(TemplateLM):
 
     @torch.inference_mode()
     def score(self, items: Sequence[Sequence[ScoredPrompt]], disable_progress: bool) -> list[tuple[float, bool]]:
-        """Scores each prompt of each item; prompts that do not fit the context lose their beginning."""
+        """Scores each prompt of each item; prompts that do not fit the context are cut at the beginning."""
         max_tokens = self.model.config.sequence_len + 1  # the last token is predicted, not read
         results: list[tuple[float, bool]] = []
         with Progress(disable=disable_progress) as bar:
             task = bar.add_task("likelihoods", total=sum(len(prompts) for prompts in items))
-            for first in range(0, len(items), WINDOW):
-                window = []
-                for prompts in items[first : first + WINDOW]:
-                    window.append({i: truncate_left(prompt, max_tokens) for i, prompt in enumerate(prompts)})
-                for prompts_by_choice, scores in zip(window, score_items(self.model, window), strict=True):
+            for first in range(0, len(items), ITEMS_AT_A_TIME):
+                some_items = []
+                for prompts in items[first : first + ITEMS_AT_A_TIME]:
+                    some_items.append({i: truncate_left(prompt, max_tokens) for i, prompt in enumerate(prompts)})
+                for prompts_by_choice, scores in zip(some_items, score_items(self.model, some_items), strict=True):
                     for choice, prompt in prompts_by_choice.items():
                         logprob = -scores[choice].loss * (prompt.stop - prompt.start)
                         results.append((logprob, scores[choice].all_most_likely))
@@ -129,12 +129,14 @@ class NanochatLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Generates a text after each context, up to the first of its stop strings ("until")."""
-        generated: dict[int, StoppableText] = {}  # by the engine's number of the request
+        generated: dict[int, bytes] = {}  # by the engine's number of the request
+        stops: dict[int, list[bytes]] = {}
         for i, request in enumerate(requests):
             context, settings = request.args
             options = normalize_gen_kwargs(settings)
-            stops = [stop.encode() for stop in options["until"] if stop]
-            generated[self.engine.add(self.make_request(context, options, seed=i))] = StoppableText(stops)
+            number = self.engine.add(self.make_request(context, options, seed=i))
+            generated[number] = b""
+            stops[number] = [stop.encode() for stop in options["until"] if stop]
         with Progress(disable=disable_tqdm) as bar:
             task = bar.add_task("texts", total=len(requests))
             while self.engine.is_busy:
@@ -142,17 +144,19 @@ class NanochatLM(TemplateLM):
                     if token is None:
                         bar.advance(task)
                         continue
-                    stopped = generated[number].append(self.tokens.decode_bytes([token]))
-                    if stopped and not completion.finish:
+                    data = generated[number] + self.tokens.decode_bytes([token])
+                    ends = [data.index(stop) for stop in stops[number] if stop in data]
+                    generated[number] = data[: min(ends, default=None)]
+                    if ends and not completion.finish:
                         self.engine.cancel(number)
                         bar.advance(task)
-        texts = [text.data.decode("utf-8", errors="replace") for text in generated.values()]
+        texts = [text.decode("utf-8", errors="replace") for text in generated.values()]
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
     def make_request(self, context: str, options: Mapping[str, Any], seed: int) -> Request:
-        """A context that is too long loses its beginning; at most half of the model's context is for the new text."""
+        """A context that is too long is cut at the beginning; at most half of the model's context is for new text."""
         sequence_len, max_tokens = self.model.config.sequence_len, options["max_gen_toks"]
         max_prompt = sequence_len - min(max_tokens, sequence_len // 2)
         return Request(
@@ -163,23 +167,6 @@ class NanochatLM(TemplateLM):
             top_p=float(options.get("top_p", 1.0)),
             seed=seed,
         )
-
-
-class StoppableText:
-    """A growing text that ends before the first of its stop strings."""
-
-    def __init__(self, stops: Sequence[bytes]) -> None:
-        self.stops = stops
-        self.data = b""
-
-    def append(self, new: bytes) -> bool:
-        """Adds bytes; returns whether a stop string was found."""
-        self.data += new
-        positions = [self.data.find(stop) for stop in self.stops]
-        found = [position for position in positions if position >= 0]
-        if found:
-            self.data = self.data[: min(found)]
-        return bool(found)
 
 
 def main() -> None:

@@ -33,8 +33,8 @@ def wilson_interval(fraction: float, total: int) -> tuple[float, float]:
     """
     Returns Wilson's 95 % confidence interval of a fraction of `total` trials (https://doi.org/10.1214/ss/1009213286).
 
-    For the mean of numbers between 0 and 1 the interval is wide enough too: of all such numbers with a given mean, zeros
-    and ones vary the most.
+    For the mean of numbers between 0 and 1 the interval is wide enough too: among all such numbers with a given mean,
+    zeros and ones vary the most.
     """
     z, n = Z_95, total
     center = fraction + z * z / (2 * n)
