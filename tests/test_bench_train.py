@@ -34,7 +34,7 @@ def test_benchmark_reports_ratios_and_shares(base_dir, monkeypatch, capsys):
     assert last["benchmark"] == "train" and last["ratios"] == ratios
     for side in ("nanochat", "plain"):
         shares = [value for key, value in last["results"][side].items() if key.startswith("share")]
-        assert len(shares) == 5 and sum(shares) == pytest.approx(1) and last["results"][side]["MFU"] > 0
+        assert len(shares) == 4 and sum(shares) == pytest.approx(1) and last["results"][side]["MFU"] > 0
     assert not list(base_dir.iterdir())  # everything was written to a temporary folder
 
 

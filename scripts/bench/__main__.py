@@ -1,11 +1,11 @@
 """
-Benchmarks: measure a part of nanochat against what it replaces or competes with.
+Benchmarks: compare parts of nanochat with the usual code for the same task, or with other libraries.
 
-    python -m scripts.bench tokenizer               # one of the modules beside this one
+    python -m scripts.bench tokenizer               # one of: core, infer, rollout, serve, tokenizer, train
     python -m scripts.bench tokenizer --help        # its flags
 
-Each prints a table and, as its last line, an object of JSON whose `ratios` tell how many times better nanochat is than
-each baseline.
+Each prints a table and, as its last line, a JSON object. Its `ratios` are how many times better nanochat is than each
+baseline.
 """
 
 import importlib

@@ -1,16 +1,15 @@
 """
-CORE as base_eval computes it, compared with the usual code: one item at a time, its prompts as the rows of a padded
-batch, logits of every token, and an untuned process. Each side runs in its own process, on the same sample of all 22
-tasks; both must reach the same verdicts.
+CORE: base_eval's code, which shares prefixes, compared with the usual code, which evaluates one item at a time: its
+prompts are the rows of a padded batch, the logits of every token are computed, and the process is not tuned. Each side
+runs in a separate process, with the same items of all 22 tasks. The verdicts of both should be the same.
 
     python -m scripts.bench core --eval-bundle ~/eval_bundle --data-dir ~/texts
     python -m scripts.bench core --model-tag d12                                  # a trained model
 
-Without a model tag, the model is a new one (depth 4, width 256, 2,048 tokens of context) with a vocabulary of 8,192
-learned from the data folder. NANOCHAT_DTYPE sets the dtype, as everywhere.
+Without --model-tag, the model has random weights (depth 4, width 256, 2,048 tokens of context) and a vocabulary of
+8,192 tokens learned from the data folder.
 """
 
-import statistics
 import tempfile
 import time
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ class Flags:
     max_per_task: int = flag(12, "items of each task")
     eval_bundle: str = flag("", "folder of CORE's tasks; default: $NANOCHAT_EVAL_BUNDLE, else downloaded")
     data_dir: str = flag("", "folder of parquet shards to learn a vocabulary from; default: $NANOCHAT_DATA_DIR")
-    model_tag: str = flag("", "tag of a base model; empty = a new model")
+    model_tag: str = flag("", "tag of a base model; empty = random weights")
     device: str = flag("cpu", "cuda | mps | cpu | auto")
 
 
@@ -51,34 +50,29 @@ def main(flags: Flags) -> dict[str, float]:
             shards, _ = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
             tokenizer_dir = Path(folder)
             Tokenizer.train(dataset.iterate_texts(shards), CONFIG.vocab_size).save(tokenizer_dir)
-        # The fast side runs before and after the slow one, which takes minutes in which the machine's load may change.
-        runs: dict[str, list[dict[str, Any]]] = {SHARED: [], ONE_AT_A_TIME: []}
-        for side in (SHARED, ONE_AT_A_TIME, SHARED):
-            runs[side].append(run_in_process(measure, side, flags, bundle, tokenizer_dir))
-    seconds = {side: statistics.mean(run["seconds"] for run in results) for side, results in runs.items()}
-    first = {side: results[0] for side, results in runs.items()}
-    num_items = len(first[SHARED]["verdicts"])
+        # The fast side runs before and after the slow one: that takes minutes, in which the machine's load may change.
+        order = (SHARED, ONE_AT_A_TIME, SHARED)
+        shared, alone, again = [run_in_process(measure, side, flags, bundle, tokenizer_dir) for side in order]
+    shared["seconds"] = (shared["seconds"] + again["seconds"]) / 2
+    num_items = len(shared["verdicts"])
     rows = {}
-    for side, run in first.items():
+    for side, run in ((SHARED, shared), (ONE_AT_A_TIME, alone)):
         rows[side] = {
-            "s": f"{seconds[side]:.1f}",
-            "items/s": f"{num_items / seconds[side]:.2f}",
+            "s": f"{run['seconds']:.1f}",
+            "items/s": f"{num_items / run['seconds']:.2f}",
             "peak memory, GiB": f"{run['memory'] / 2**30:.2f}",
             "correct": str(sum(run["verdicts"])),
         }
-    print_table(f"{num_items} items, {first[SHARED]['machine']}", rows)
-    pairs = zip(first[SHARED]["verdicts"], first[ONE_AT_A_TIME]["verdicts"], strict=True)
-    different = sum(a != b for a, b in pairs)
+    print_table(f"{num_items} items, {shared['machine']}", rows)
+    different = sum(a != b for a, b in zip(shared["verdicts"], alone["verdicts"], strict=True))
     print(f"different verdicts: {different}")
-    ratios = {
-        "items/s": seconds[ONE_AT_A_TIME] / seconds[SHARED],
-        "memory": first[ONE_AT_A_TIME]["memory"] / first[SHARED]["memory"],
-    }
+    ratios = {"items/s": alone["seconds"] / shared["seconds"], "memory": alone["memory"] / shared["memory"]}
+    seconds = {SHARED: shared["seconds"], ONE_AT_A_TIME: alone["seconds"]}
     return report("core", ratios, seconds=seconds, different=different)
 
 
 def measure(side: str, flags: Flags, bundle: Path, tokenizer_dir: Path) -> dict[str, Any]:
-    """Grades all items one way. Returns seconds from items to verdicts, peak memory in bytes, and the verdicts."""
+    """Grades all items. Returns the seconds, without loading, the peak memory in bytes, and the verdicts."""
     device = hardware.pick_device(flags.device)
     tasks = load_tasks(bundle, flags.max_per_task)
     items = [(task, index) for task in tasks for index in range(len(task))]
@@ -106,22 +100,21 @@ def load_model(model_tag: str, tokenizer: Tokenizer, device: torch.device) -> GP
     torch.manual_seed(0)
     model = GPT(CONFIG, device, dtype)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)  # with the initial weights of training, each layer is the identity
+        torch.nn.init.normal_(parameter, std=0.05)  # with the initial weights of training, layers would change nothing
     model.cast_weights()
     return model.eval()
 
 
 @torch.inference_mode()
 def grade_alone(model: GPT, tokenizer: Tokenizer, item: tuple[CoreTask, int]) -> bool:
-    """The baseline: the prompts of one item, padded to a rectangle, and all of their logits."""
+    """Grades one item with the usual code: a padded batch of its prompts, and the logits of all tokens."""
     task, index = item
     [prompts] = tokenize_items(tokenizer, [item], model.config.sequence_len)
     longest = max(len(prompt.tokens) for prompt in prompts.values())
     padded = [prompt.tokens + [tokenizer.bos] * (longest - len(prompt.tokens)) for prompt in prompts.values()]
     idx_BT = torch.tensor(padded, device=model.device)
     logits_BTV = model(idx_BT)
-    losses_N = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), idx_BT[:, 1:].flatten(), reduction="none")
-    losses_BT = losses_N.view(len(prompts), -1)
+    losses_BT = F.cross_entropy(logits_BTV[:, :-1].mT, idx_BT[:, 1:], reduction="none")
     most_likely_BT = logits_BTV.argmax(dim=-1)
     if task.kind == "language_modeling":
         [prompt] = prompts.values()

@@ -1,9 +1,9 @@
 """
-What the benchmarks share: alternating runs, processes to run them in, medians, the table and the last line.
+What the benchmarks share: alternating runs, medians, separate processes, the table and the last line.
 
-A benchmark compares nanochat with a baseline. Both run in turn several times, so that whatever else the machine does
-slows both of them, and the medians are compared. Where memory, start-up time or compiled code matter, each side has
-its own process.
+A benchmark compares nanochat with a baseline. Both run several times in turn, so that other work on the machine slows
+both of them, and the medians are compared. Where memory, start-up time or compiled code matter, each side runs in a
+separate process.
 
     runs = alternate({"nanochat": lambda: timed(ours), "baseline": lambda: timed(plain)}, rounds=5)
     seconds = {name: statistics.median(results) for name, results in runs.items()}
@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import time
 from collections import Counter
@@ -35,7 +36,7 @@ T = TypeVar("T")
 
 
 def alternate(runs: Mapping[str, Callable[[], T]], rounds: int, *, warmup: int = 1) -> dict[str, list[T]]:
-    """Calls every run once per round, in turn, and returns their results without those of the warm-up rounds."""
+    """Calls every run once per round. Returns the results of each run, without those of the warm-up rounds."""
     results: dict[str, list[T]] = {name: [] for name in runs}
     for i in range(warmup + rounds):
         for name, run in runs.items():
@@ -46,12 +47,12 @@ def alternate(runs: Mapping[str, Callable[[], T]], rounds: int, *, warmup: int =
 
 
 def medians(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The median of each entry over several results that have the same entries."""
+    """Returns the median of each key over several results with the same keys."""
     return {key: statistics.median(result[key] for result in results) for key in results[0]}
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds of one call; the call must wait for the device itself."""
+    """Returns the seconds of one call. On a GPU the call must end with a synchronization."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -59,8 +60,8 @@ def timed(run: Callable[[], object]) -> float:
 
 class Stopwatch:
     """
-    Adds up the seconds of the parts of a loop. stopwatch("forward") ends the part "forward" and starts the next one; it
-    waits for the device first.
+    Adds up the seconds of the parts of a loop. Calling stopwatch("forward") ends the part "forward" and starts the next
+    one, after waiting for the device.
     """
 
     def __init__(self, device: torch.device):
@@ -76,26 +77,13 @@ class Stopwatch:
         self.last = now
 
 
-def time_passes(loss: Callable[[], torch.Tensor], device: torch.device) -> dict[str, float]:
-    """Seconds of a loss' "forward" and "backward" pass: medians of three, after one to warm up."""
-    runs = []
-    for _ in range(4):
-        stopwatch = Stopwatch(device)
-        value = loss()
-        stopwatch("forward")
-        value.backward()
-        stopwatch("backward")
-        runs.append(stopwatch.seconds)
-    return medians(runs[1:])
-
-
 # ---- processes ----
 
 
 class Worker:
     """
-    A new process that runs work(connection, *arguments), where `connection` is a pipe to this object. Used where a side
-    keeps its model and compiled code from one turn to the next. The process ends with this one at the latest.
+    A new process that runs work(connection, *arguments), where `connection` is a pipe to this object. The work can keep
+    its model and compiled code between requests. The process ends with this one at the latest.
     """
 
     def __init__(self, work: Callable[..., None], *arguments: Any):
@@ -105,7 +93,7 @@ class Worker:
         other_end.close()  # otherwise the end of the process would not close the pipe
 
     def receive(self) -> Any:
-        """The next message of the process. UserError if it ended instead."""
+        """Waits for the next message of the process. Raises UserError if it ends instead."""
         try:
             return self.connection.recv()
         except EOFError:
@@ -120,7 +108,7 @@ class Worker:
 
 
 def run_in_process(function: Callable[..., T], *arguments: Any) -> T:
-    """Calls the function in a new process and returns its result. UserError if the process ends without one."""
+    """Calls the function in a new process and returns its result. Raises UserError if the process fails."""
     return Worker(_send_result, function, *arguments).receive()
 
 
@@ -132,7 +120,7 @@ def _send_result(connection: Any, function: Callable[..., Any], *arguments: Any)
 
 
 def print_table(title: str, rows: Mapping[str, Mapping[str, str]]) -> None:
-    """Prints one row per name; the columns are the keys of all rows, and a cell that a row lacks stays empty."""
+    """Prints one row per name. The columns are the keys of all rows; a missing cell stays empty."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     table = Table("", title=title)
     for column in columns:
@@ -144,8 +132,8 @@ def print_table(title: str, rows: Mapping[str, Mapping[str, str]]) -> None:
 
 def report(name: str, ratios: Mapping[str, float], **details: Any) -> dict[str, float]:
     """
-    Prints the last line of a benchmark, an object of JSON: its name, the processor, the details and `ratios`, how many
-    times better nanochat is than the baseline. Returns the ratios, rounded to three digits after the point.
+    Prints the last line of a benchmark, a JSON object with its name, the processor, the details and `ratios`: how many
+    times better nanochat is than each baseline. Returns the ratios, rounded to three decimals.
     """
     rounded = {key: round(ratio, 3) for key, ratio in ratios.items()}
     machine = {"cpu": cpu_model(), "cores": os.cpu_count()}
@@ -154,10 +142,7 @@ def report(name: str, ratios: Mapping[str, float], **details: Any) -> dict[str, 
 
 
 def cpu_model() -> str:
-    """The processor's name, such as "AMD EPYC 9B14"; where the system does not tell, its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    """Returns the processor's name, such as "AMD EPYC 9B14"; without /proc, its architecture."""
+    info = Path("/proc/cpuinfo")
+    name = re.search("model name\\s*: (.*)", info.read_text()) if info.exists() else None
+    return name[1] if name else platform.machine()

@@ -1,11 +1,12 @@
 """
 Tokenizers: training and encoding with nanochat's rustbpe, the published rustbpe wheel, Hugging Face's tokenizers and
-tiktoken, on the same text. Each has its own process and they take turns; what is not installed is skipped.
+tiktoken, on the same text. Each runs in a separate process, and they take turns. Those that are not installed are
+skipped.
 
     pip install --no-deps --target /tmp/published rustbpe==0.1.0
     python -m scripts.bench tokenizer --published-dir /tmp/published
 
-`ratios`: speed of training and of encoding, and peak memory, of nanochat's rustbpe against each of the others.
+`ratios`: speed of training and of encoding, and peak memory, of nanochat's rustbpe compared with each of the others.
 """
 
 import importlib.util
@@ -54,10 +55,10 @@ def main(flags: Flags) -> dict[str, float]:
 
 
 def available(flags: Flags) -> list[str]:
-    """The tokenizers that can be measured here; prints why the others are skipped."""
+    """Returns the tokenizers that can be measured; prints why the others are skipped."""
     reasons = {
         OURS: "" if has_ours() else "the published wheel is installed instead: pip install ./rustbpe",
-        PUBLISHED: "" if flags.published_dir else "name its folder with --published-dir",
+        PUBLISHED: "" if flags.published_dir else "pass its folder with --published-dir",
         HUGGING_FACE: "" if importlib.util.find_spec("tokenizers") else "not installed: pip install tokenizers",
         TIKTOKEN: "" if has_ours() else "needs the tokens that nanochat's rustbpe learns",
     }
@@ -68,6 +69,7 @@ def available(flags: Flags) -> list[str]:
 
 
 def has_ours() -> bool:
+    """Whether the installed rustbpe is nanochat's: the published wheel has no from_tokens."""
     import rustbpe
 
     return hasattr(rustbpe.Tokenizer, "from_tokens")
@@ -75,8 +77,8 @@ def has_ours() -> bool:
 
 def measure(name: str, flags: Flags) -> dict[str, float]:
     """
-    MB/s and MB of one tokenizer in this process. `memory` is the peak while training, minus what the process held
-    with the text loaded.
+    Measures one tokenizer: the speeds of training and encoding in MB/s, and `memory`, the peak in training minus the
+    memory before it, in MB.
     """
     if name == PUBLISHED:
         sys.path.insert(0, flags.published_dir)
@@ -90,7 +92,7 @@ def measure(name: str, flags: Flags) -> dict[str, float]:
         result = {"train": num_bytes / seconds / 1e6, "seconds": seconds, "memory": memory("VmHWM") - before}
 
     sample = first_texts(texts, ENCODE_CHARS)
-    encode(sample[:BATCH])  # builds what is built once
+    encode(sample[:BATCH])  # warm-up
     start = time.perf_counter()
     for first in range(0, len(sample), BATCH):
         encode(sample[first : first + BATCH])
@@ -100,18 +102,18 @@ def measure(name: str, flags: Flags) -> dict[str, float]:
 
 
 def first_texts(texts: Iterable[str], max_chars: int) -> list[str]:
-    """The first texts that have at most this many characters together."""
-    chosen, num_chars = [], 0
+    """Returns as many of the first texts as have at most max_chars characters in total."""
+    chosen = []
     for text in texts:
-        num_chars += len(text)
-        if num_chars > max_chars:
+        max_chars -= len(text)
+        if max_chars < 0:
             break
         chosen.append(text)
     return chosen
 
 
 def memory(field: str) -> float:
-    """MB that this process holds (VmRSS), or its peak (VmHWM). Without /proc, the peak in both cases."""
+    """Returns the memory of this process in MB: now (VmRSS) or the peak (VmHWM). Without /proc, always the peak."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -161,29 +163,22 @@ TRAINERS: dict[str, Callable[[list[str], int], Encode]] = {
 
 
 def print_results(results: dict[str, dict[str, float]], rounds: int) -> None:
-    columns = {
-        "seconds": "training\ns",
-        "train": "training\nMB/s",
-        "memory": "memory over\nthe text, MB",
-        "encode": "encoding\nMB/s",
-    }
-    rows = {
-        name: {title: f"{result[key]:.2f}" for key, title in columns.items() if key in result}
-        for name, result in results.items()
-    }
+    units = {"seconds": "training\ns", "train": "training\nMB/s", "memory": "memory\nMB", "encode": "encoding\nMB/s"}
+    rows = {}
+    for name, result in results.items():
+        rows[name] = {units[key]: f"{value:.2f}" for key, value in result.items()}
     print_table(f"medians of {rounds} runs, {os.cpu_count()} cores", rows)
 
 
 def compare(results: dict[str, dict[str, float]]) -> dict[str, float]:
-    """How many times better nanochat's rustbpe is: faster, or with less memory."""
+    """Returns how many times better nanochat's rustbpe is than the others: faster, or with less memory."""
     ratios: dict[str, float] = {}
     ours = results.get(OURS, {})
     for other, theirs in results.items():
         for key in ("train", "memory", "encode"):
-            if other == OURS or key not in ours or key not in theirs:
-                continue
-            ratio = ours[key] / theirs[key]
-            ratios[f"{key} over {other}"] = 1 / ratio if key == "memory" else ratio
+            if other != OURS and key in ours and key in theirs:
+                ratio = ours[key] / theirs[key]
+                ratios[f"{key} over {other}"] = 1 / ratio if key == "memory" else ratio
     return ratios
 
 

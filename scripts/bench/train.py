@@ -1,16 +1,16 @@
 """
-Training: nanochat against straightforward PyTorch code for the same model and data.
+Training: nanochat compared with straightforward PyTorch code for the same model and data.
 
-The plain side computes in float32 (in bfloat16 on a GPU), calls SDPA with boolean masks for the windows, keeps all
-logits at once, updates one tensor at a time, and makes each batch when it is needed. Both sides are compiled. Each has
-its own process and they take turns.
+The straightforward code ("plain") computes in float32 (in bfloat16 on a GPU), calls SDPA with boolean masks for the
+windows, computes all logits at once, updates one tensor at a time, and builds each batch when it is needed. Both sides
+are compiled. Each runs in a separate process, and they take turns.
 
     python -m scripts.bench train
     python -m scripts.bench train --depth 24 --head-dim 128 --max-seq-len 2048 --total-batch-size 524288 --no-plain
 
-Model FLOPs utilization (MFU) is relative to the GPU's data sheet, on a CPU to the speed of matrix products measured
-here in the same dtype. `ratios`: tokens/s, the time to the end of the first step, and peak memory, each against the
-plain side.
+Model FLOPs utilization (MFU) is relative to the GPU's data sheet. On a CPU it is relative to the speed of matrix
+products in the same dtype, which is measured too. `ratios`: tokens/s, the time to the end of the first step, and peak
+memory, each compared with the plain side.
 """
 
 import os
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,13 @@ from nanochat.common import human
 from nanochat.dataloader import PretrainLoader, prefetch, to_device
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT, GPTConfig, flops_per_token
-from nanochat.loss import cross_entropy
 from nanochat.muon import MuonAdamW, adamw_update, build_optimizer
 from nanochat.run import Run, RunFlags
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Step, token_loss
-from scripts.bench.harness import Stopwatch, Worker, alternate, medians, print_table, report, time_passes
+from scripts.bench.harness import Stopwatch, Worker, alternate, medians, print_table, report
 
-PARTS = ("data", "forward", "loss", "backward", "optimizer")
+PARTS = ("data", "forward", "backward", "optimizer")
 TOKENIZER_DOCUMENTS = 3000  # enough to learn a vocabulary for a benchmark (heuristic, not tuned)
 
 
@@ -96,8 +96,8 @@ def main(flags: Flags) -> dict[str, float]:
 def measure_sides(
     sides: Mapping[str, Callable[..., "Side"]], flags: Flags, config: GPTConfig
 ) -> dict[str, dict[str, float]]:
-    """Runs the sides in turn, each in its process; returns what each measured, with the medians of its turns."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as in runs/setup.sh, for users who start the benchmark without it
+    """Runs the sides in turn, each in its process. Returns the measurements of each, with the medians of its turns."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # runs/setup.sh sets it too
     with tempfile.TemporaryDirectory() as folder:
         if not flags.data_dir:
             primer.write_shards(Path(folder))
@@ -114,12 +114,7 @@ def measure_sides(
 
 
 def summarize(measured: dict[str, float], tokens_per_step: int, flops_per_token: int) -> dict[str, float]:
-    """Speed, utilization and the share of each part in the time of a step."""
-    seconds = {part: measured[part] for part in PARTS if part in measured}
-    for part in ("forward", "backward"):  # both contain the loss, which was measured alone
-        loss = min(measured[f"loss {part}"], seconds[part])
-        seconds[part] -= loss
-        seconds["loss"] = seconds.get("loss", 0.0) + loss
+    """Returns speed, utilization and the share of each part in the time of a step."""
     tokens_per_second = tokens_per_step / measured["step"]
     summary = {
         "tokens/s": tokens_per_second,
@@ -127,8 +122,8 @@ def summarize(measured: dict[str, float], tokens_per_step: int, flops_per_token:
         "seconds to first step": measured["seconds to first step"],
         "bytes of memory": measured["bytes of memory"],
     }
-    total = sum(seconds.values())
-    return summary | {f"share of {part}": seconds[part] / total for part in PARTS}
+    total = sum(measured[part] for part in PARTS)
+    return summary | {f"share of {part}": measured[part] / total for part in PARTS}
 
 
 def print_results(results: dict[str, dict[str, float]]) -> None:
@@ -145,13 +140,12 @@ def print_results(results: dict[str, dict[str, float]]) -> None:
 
 @dataclass
 class Side:
-    """One of the two ways to train."""
+    """A way to train: nanochat's or the plain one."""
 
     model: GPT
     steps: Iterator[Step]
     optimizer: MuonAdamW
     loss: Callable[[Any], torch.Tensor]  # of a micro-batch
-    loss_alone: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of hidden states (B, T, C) and targets (B, T)
 
 
 def nanochat_side(
@@ -164,39 +158,29 @@ def nanochat_side(
     groups = recipe.param_groups(config, recipe.Hyperparameters(total_batch_size=flags.total_batch_size))
     run.build(groups, {}, compile=flags.compile, attention=flags.attention)
 
-    def loss(batch: Any) -> torch.Tensor:
-        return token_loss(run.train_model, batch)
-
-    def loss_alone(hidden_BTC: torch.Tensor, y_BT: torch.Tensor) -> torch.Tensor:
-        hidden_NC, weight, y_N = hidden_BTC.flatten(0, 1), run.model.lm_head.weight, y_BT.flatten()
-        vocab_size, cap = config.vocab_size, config.logit_softcap
-        return cross_entropy(hidden_NC, weight, y_N, vocab_size=vocab_size, cap=cap, reduction="sum")
-
-    return Side(run.model, prefetch(steps, device), run.optimizer, loss, loss_alone)
+    return Side(run.model, prefetch(steps, device), run.optimizer, partial(token_loss, run.train_model))
 
 
 def plain_side(
     flags: Flags, config: GPTConfig, device: torch.device, tokenizer: Tokenizer, steps: Iterator[Step]
 ) -> Side:
-    """The baseline: what one writes first."""
+    """Trains with straightforward code."""
     torch.manual_seed(42)
     model = GPT.create(config, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     model.use_attention(attention.attend_masked)
     optimizer = one_tensor_at_a_time(model, recipe.Hyperparameters(total_batch_size=flags.total_batch_size))
 
-    def loss_alone(hidden_BTC: torch.Tensor, y_BT: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(model.logits(hidden_BTC).flatten(0, 1), y_BT.flatten(), reduction="sum")
-
     def loss(x_BT: torch.Tensor, y_BT: torch.Tensor, num_targets: int) -> torch.Tensor:
-        return loss_alone(model.hidden(x_BT), y_BT) / num_targets
+        logits_NV = model.logits(model.hidden(x_BT)).flatten(0, 1)
+        return F.cross_entropy(logits_NV, y_BT.flatten(), reduction="sum") / num_targets
 
     fast_loss = torch.compile(loss, dynamic=False) if flags.compile else loss
     steps = (to_device(step, device) for step in steps)
-    return Side(model, steps, optimizer, lambda batch: fast_loss(*batch), loss_alone)
+    return Side(model, steps, optimizer, lambda batch: fast_loss(*batch))
 
 
 def one_tensor_at_a_time(model: GPT, base: recipe.Hyperparameters) -> MuonAdamW:
-    """The optimizer of the training stages, but with a parameter group and an update for each tensor."""
+    """Builds the optimizer of the training stages, but with one parameter group and one update per tensor."""
     groups = []
     for group in build_optimizer(model, recipe.param_groups(model.config, base)).param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
@@ -219,8 +203,8 @@ def work(
     shards: Sequence[Path],
 ) -> None:
     """
-    Sends "ready" after the first step. Then, for each number of steps received, trains that many and sends the seconds
-    of a "step" and of its parts. At 0 sends the rest of the measurements and ends.
+    Sends "ready" after the first step. Then receives numbers of steps: trains that many and sends the seconds of a
+    "step" and of its parts. On receiving 0, sends the other measurements and ends.
     """
     os.environ["NANOCHAT_BASE_DIR"] = str(folder)  # the run writes its lock file there
     device, tokenizer = hardware.pick_device(flags.device), Tokenizer.load(folder)
@@ -242,15 +226,11 @@ def work(
         train(side, num_steps, lambda part: None)
         whole("steps")
         parts = Stopwatch(device)
-        train(side, 1, parts)  # separately, because it waits for the device after each part
+        train(side, 1, parts)  # a separate step, because waiting for the device after each part takes time
         connection.send(dict(parts.seconds) | {"step": whole.seconds["steps"] / num_steps})
     peak = hardware.gpu_peaks(device) or (hardware.matmul_rate(device, side.model.dtype),)
-    measured = {
-        "seconds to first step": to_first_step,
-        "bytes of memory": hardware.peak_memory(device),
-        "FLOP/s": peak[0],
-    }
-    connection.send(measured | measure_loss(side, flags.compile))
+    memory = hardware.peak_memory(device)
+    connection.send({"seconds to first step": to_first_step, "bytes of memory": memory, "FLOP/s": peak[0]})
 
 
 def train(side: Side, num_steps: int, end_part: Callable[[str], None]) -> None:
@@ -264,17 +244,6 @@ def train(side: Side, num_steps: int, end_part: Callable[[str], None]) -> None:
         side.optimizer.step()
         side.optimizer.zero_grad()
         end_part("optimizer")
-
-
-def measure_loss(side: Side, compile: bool) -> dict[str, float]:
-    """Seconds per step that forward and backward pass spend on the loss: lm_head, logits and cross entropy."""
-    loss_alone = torch.compile(side.loss_alone, dynamic=False) if compile else side.loss_alone
-    batches = next(side.steps).micro_batches
-    y_BT = batches[0][1]
-    shape_BTC = (*y_BT.shape, side.model.config.n_embd)
-    hidden_BTC = torch.randn(shape_BTC, device=y_BT.device, dtype=side.model.dtype, requires_grad=True)
-    passes = time_passes(lambda: loss_alone(hidden_BTC, y_BT), y_BT.device)
-    return {f"loss {part}": seconds * len(batches) for part, seconds in passes.items()}
 
 
 if __name__ == "__main__":
