@@ -52,27 +52,18 @@ TYPE_NAME = re.compile(r"\W|^str$")
 
 # Parameters of OpenAI's API that are not supported, with the values that leave them off. Unknown ones are ignored on
 # OpenAI's endpoints, as its clients send many that make no difference here ("user", "store", …).
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "min_p": (None, 0),
-    "top_logprobs": (None, 0),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "web_search_options": (None,),
-    "echo": (None, False),
-    "best_of": (None, 1),
-    "suffix": (None, ""),
+UNSUPPORTED: dict[str, list[Any]] = {
+    **dict.fromkeys(["presence_penalty", "frequency_penalty", "min_p", "top_logprobs"], [None, 0]),
+    **dict.fromkeys(["repetition_penalty", "best_of"], [None, 1]),
+    **dict.fromkeys(["tools", "functions"], [None, []]),
+    **dict.fromkeys(["tool_choice", "function_call"], [None, "none", "auto"]),
+    **dict.fromkeys(["audio", "prediction", "web_search_options"], [None]),
+    "response_format": [None, {"type": "text"}],
+    "logit_bias": [None, {}],
+    "modalities": [None, ["text"]],
+    "echo": [None, False],
+    "suffix": [None, ""],
 }
-
 
 # ---- request bodies ----
 

@@ -170,8 +170,8 @@ class RequestGuard:
     Middleware around the app: validates the Host header and the API key, reads the body up to MAX_BODY, and cancels the
     request when its client disconnects, wherever in the app it is.
 
-    What Starlette has differs: its TrustedHostMiddleware cannot allow every IP address, its requests wait for a body of
-    any size for as long as it takes, and its responses notice a disconnect only while they stream.
+    Starlette does not do all of this: its TrustedHostMiddleware cannot allow every IP address, it waits for a body
+    without a time limit, and a response notices that its client has disconnected only while it streams.
     """
 
     def __init__(self, app: ASGIApp, api_key: str, hosts: Sequence[str]):
@@ -200,9 +200,10 @@ class RequestGuard:
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
         """
-        Against DNS rebinding (https://en.wikipedia.org/wiki/DNS_rebinding): a web site can point its own name, though
-        no IP address, at this machine, and the browser then lets its scripts use this server. Raises ApiError for a
-        name that is not in `hosts`. Requests without a Host header do not come from a browser.
+        Raises ApiError for a name that is not in `hosts`. This prevents DNS rebinding
+        (https://en.wikipedia.org/wiki/DNS_rebinding): a web site can make its own name point to this machine, and
+        browsers then allow its scripts to use this server. It cannot do so with an IP address, and browsers always
+        send a Host header.
         """
         host = headers.get(b"host", b"").decode("latin-1")
         name = ""

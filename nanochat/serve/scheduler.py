@@ -278,7 +278,11 @@ class EngineThread(threading.Thread):
                 traceback.print_exc()
                 self.state = "loading"
                 self.queue.set_slots(self.index, 0)
-                self._fail_generations(error)
+                generations = list(self.generations.values())
+                for number in list(self.generations):
+                    self._drop(number)
+                message = f"the engine failed ({type(error).__name__}): try again, perhaps with a shorter text"
+                self._call_in_loop(fail_all, generations, GenerationFailed(message))
         self.state = "failed"
         if not self.queue.slots:
             unavailable = Unavailable("all engines of this model have failed: restart the server")
@@ -334,13 +338,6 @@ class EngineThread(threading.Thread):
         self.tokens_by_second[-1][1] += num_tokens
         for event in events:
             event.generation.handle.deliver(event)
-
-    def _fail_generations(self, error: Exception) -> None:
-        generations = list(self.generations.values())
-        for number in list(self.generations):
-            self._drop(number)
-        message = f"the engine failed ({type(error).__name__}): try again, perhaps with a shorter text"
-        self._call_in_loop(fail_all, generations, GenerationFailed(message))
 
     def _call_in_loop(self, callback: Callable[..., object], *arguments: object) -> None:
         if not self.loop.is_closed():
@@ -456,8 +453,7 @@ class Service:
         for model in self.models.values():
             model.queue.close()
         for thread in self.threads:
-            if thread.is_alive():
-                thread.join(JOIN_SECONDS)
+            thread.join(JOIN_SECONDS)
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start, and the current load."""
