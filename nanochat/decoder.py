@@ -3,7 +3,7 @@ The decode step: reads one token of each active slot and samples the next one. G
 
 It is the model's forward pass (gpt.py) written a second time, for a single position per sequence: the weights are
 packed once, the KV cache stays in place, tokens are sampled on the device, and on CUDA the whole step is captured as a
-graph.
+graph. A change of the model must be made in both files; tests/test_engine.py compares them.
 
     Decoder.step → _forward → logits → sample → next tokens
 
@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from nanochat.gpt import GPT, NORM_EPS, SMEAR_CHANNELS, VE_GATE_SCALE, Block, norm
 from nanochat.loss import softcap
 
-MIN_GRAPH_KEYS = 256  # a captured step reads this many keys or a power of two above; heuristic, not tuned
-MAX_GRAPHS = 64  # captured at a time; a server needs one per mixture of sampling parameters; heuristic, not tuned
+MIN_GRAPH_KEYS = 256  # a captured step reads this many keys or a higher power of two; heuristic, not tuned
+MAX_GRAPHS = 64  # captured graphs that are kept, one per BatchSampling and shape; heuristic, not tuned
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class SamplingParams(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchSampling:
-    """Which parts of `sample` a step needs, so that no more is computed. The parameters themselves are per row."""
+    """Which parts of `sample` a step needs; the others are skipped. The values per row are in RowSampling."""
 
     greedy: bool = False  # some row is greedy
-    # The sizes of top-k to compute, distinct powers of two: each row with a limit uses one of them.
+    # The k of each torch.topk to compute. A row with a limit uses the one that is its top_k rounded up to a power of two.
     candidates: tuple[int, ...] = ()
     top_p: bool = False  # some row has a top_p below 1
     full_vocab: bool = False  # some row samples from the whole vocabulary
@@ -90,15 +90,15 @@ def sample(
     """
     Samples the next token of each row from its logits before the softcap. Returns the tokens (B,) and, if a row wants
     them, their log-probabilities (B,) under the distribution that they were sampled from: the softmax of the capped
-    logits over the temperature, limited to the top_k most likely tokens, and of these to the fewest whose probabilities
-    add up to top_p. Greedy rows get the log-probability under the full softmax at temperature 1.
+    logits divided by the temperature, limited to the top_k most likely tokens, and then to the fewest of these whose
+    probabilities add up to top_p. Greedy rows get the log-probability under the full softmax at temperature 1.
 
-    A row's token depends on the row alone: torch.topk orders equal logits differently for different k, so the size of
-    the top-k comes from the row (its top_k rounded up to a power of two) and not from the batch.
+    A row's token does not depend on the other rows. torch.topk orders equal logits differently for different k, so each
+    row uses a k that follows from its own top_k: the next power of two.
     """
     is_sampled_B = rows.temperature_B > 0
     temperature_B1 = torch.where(is_sampled_B, rows.temperature_B, 1.0)[:, None]
-    tokens_B, logprobs_B = rows.uniform_B.long(), rows.uniform_B  # placeholders, replaced in every row below
+    tokens_B, logprobs_B = rows.uniform_B.long(), rows.uniform_B  # placeholders: every row is replaced below
     if batch.full_vocab:
         logits_BV = softcap(raw_BV.float(), logit_softcap)
         probs_BV = torch.softmax(logits_BV / temperature_B1, dim=-1)
@@ -110,9 +110,10 @@ def sample(
         indices_B, limited_logprobs_B = sample_index(probs_Bk, rows.uniform_B)
         limited_tokens_B = ids_Bk.gather(1, indices_B[:, None]).squeeze(1)
         is_limited_B = (rows.top_k_B < raw_BV.size(1)) | (rows.top_p_B < 1)
-        has_size_B = is_limited_B & (rows.top_k_B <= size) & (2 * rows.top_k_B > size)
-        tokens_B = torch.where(has_size_B, limited_tokens_B, tokens_B)
-        logprobs_B = torch.where(has_size_B, limited_logprobs_B, logprobs_B)
+        # The rows whose top_k, rounded up to a power of two, is this size.
+        uses_size_B = is_limited_B & (size // 2 < rows.top_k_B) & (rows.top_k_B <= size)
+        tokens_B = torch.where(uses_size_B, limited_tokens_B, tokens_B)
+        logprobs_B = torch.where(uses_size_B, limited_logprobs_B, logprobs_B)
     if batch.greedy:
         best_B, ids_B = raw_BV.max(dim=-1)
         tokens_B = torch.where(is_sampled_B, tokens_B, ids_B)
@@ -124,7 +125,7 @@ def sample(
 
 
 def limit_probs(logits_Bk: torch.Tensor, rows: RowSampling, use_top_p: bool) -> torch.Tensor:
-    """Probabilities (B, k) of logits in descending order, after the top_k and the top_p of each row."""
+    """Returns the probabilities (B, k) of logits in descending order, with the top_k and top_p of each row applied."""
     ranks_k = torch.arange(logits_Bk.size(1), device=logits_Bk.device)
     probs_Bk = logits_Bk.masked_fill(ranks_k >= rows.top_k_B[:, None], -torch.inf).softmax(dim=-1)
     if not use_top_p:
@@ -137,8 +138,8 @@ def limit_probs(logits_Bk: torch.Tensor, rows: RowSampling, use_top_p: bool) -> 
 
 def sample_index(probs: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Inverse transform sampling: the first index at which the cumulative probability exceeds the random number. Returns
-    the indices and their log-probabilities, (B,) each.
+    Inverse transform sampling: returns for each row the first index at which the cumulative probability exceeds the
+    random number, and the log-probability of that index, (B,) each.
 
     torch.multinomial draws one random number per token of the vocabulary instead of one per row: 5.7 against 1.0 ms for
     32 rows and 8,192 tokens.
@@ -155,9 +156,9 @@ def sample_index(probs: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch.Te
 
 class PackedLinear:
     """
-    A linear layer without bias whose weight is one or more of the model's matrices, stacked. A single matrix that has
-    the right dtype is shared with the model, so that optimizer steps need no copy; everything else is a copy, which
-    `refresh` renews.
+    A linear layer without bias whose weight is one or more of the model's matrices, stacked. In the "plain" layout, a
+    single matrix that has the right dtype is shared with the model, so that optimizer steps need no copy. Everything
+    else is a copy, which `refresh` makes again.
     """
 
     def __init__(self, weights: Callable[[], list[torch.Tensor]], dtype: torch.dtype, layout: str):
@@ -168,7 +169,7 @@ class PackedLinear:
         self.refresh()
 
     def refresh(self) -> None:
-        """Copies the model's weights again: in place where possible, as a captured graph may read them."""
+        """Copies the model's weights again, in place where possible: captured graphs read from the old address."""
         sources = [weight.detach() for weight in self.weights()]
         weights = [weight.to(self.dtype) for weight in sources]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
@@ -183,7 +184,7 @@ class PackedLinear:
         else:
             was_shared = self.is_shared
             self.is_shared = weight.data_ptr() == sources[0].data_ptr()
-            if was_shared or self.is_shared:  # a shared tensor is never written to: the caller may have kept it
+            if was_shared or self.is_shared:  # never write to a shared tensor: it belongs to the model
                 self.weight = weight
             else:
                 self.weight = copy_or_replace(self.weight, weight)
@@ -202,7 +203,7 @@ class PackedLinear:
 
 
 def copy_or_replace(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """`new` copied into `old` if the shapes are equal, otherwise `new` itself."""
+    """Returns `old` with the values of `new` if the shapes are equal, otherwise `new` itself."""
     if old.shape == new.shape and old.data_ptr() != new.data_ptr():
         return old.copy_(new)
     return new
@@ -250,9 +251,9 @@ class LayerWeights:
         self.mlp_in = PackedLinear(lambda: [block.mlp.c_fc.weight], dtype, layout)
         self.mlp_out = PackedLinear(lambda: [block.mlp.c_proj.weight], dtype, layout)
 
-    @property
-    def linears(self) -> list[PackedLinear]:
-        return [self.attn_in, self.attn_out, self.mlp_in, self.mlp_out]
+    def refresh(self) -> None:
+        for linear in (self.attn_in, self.attn_out, self.mlp_in, self.mlp_out):
+            linear.refresh()
 
 
 # ---- the decoder ----
@@ -277,7 +278,7 @@ class StepContext(NamedTuple):
 
 class Decoder:
     """
-    Slots, each with the state of a sequence and its sampling parameters, and the step that adds a token to the first B.
+    Slots, each with the state of a sequence and its sampling parameters, and `step`, which adds a token to the first B.
 
     A slot keeps the keys and values of each layer in a ring of the layer's window + 1 entries: position p is
     stored at p modulo the ring's length. Keys are already rotated, so their order in the ring does not matter. Before
@@ -307,7 +308,7 @@ class Decoder:
         self.gains = torch.tensor(gains, device=device, dtype=self.dtype)[:, None]
         self.norm_eps = torch.tensor(NORM_EPS, device=device, dtype=self.dtype)
 
-        self.num_slots = 0
+        self.num_slots = 0  # so far; `reserve` adds more
         self.length = 0  # of a slot, in tokens
         # On CUDA a step has one of few shapes and is captured as a graph.
         self.use_static_shapes = self.use_graphs = device.type == "cuda"
@@ -315,10 +316,8 @@ class Decoder:
 
     def refresh_weights(self) -> None:
         """Must be called after the model's weights have changed."""
-        for layer in self.layers:
-            for linear in layer.linears:
-                linear.refresh()
-        self.head.refresh()
+        for part in (*self.layers, self.head):
+            part.refresh()
         weight_ptrs = [p.data_ptr() for p in self.model.parameters()]
         if weight_ptrs != self.weight_ptrs:  # the graphs read from the old addresses
             self.graphs.clear()
@@ -347,18 +346,20 @@ class Decoder:
         self.uniform_RT = torch.zeros((num_slots, length), device=device)  # a random number per position
         self.logprobs_R = torch.zeros(num_slots, device=device)
 
-        for new, old in zip(self.slot_tensors(), old_tensors, strict=bool(old_tensors)):
-            new[tuple(slice(size) for size in old.shape)] = old
         self.num_slots, self.length = num_slots, length
+        if old_tensors:
+            for new, old in zip(self.slot_tensors(), old_tensors, strict=True):
+                new[tuple(slice(size) for size in old.shape)] = old
         self.range = torch.arange(length, device=device)
         head_indices = torch.arange(num_slots * config.n_kv_head, device=device).view(num_slots, -1)
         self.ring_starts = {ring: head_indices * ring for ring in set(self.rings)}  # (R, K), in the flattened cache
         self.graphs.clear()
 
     def slot_tensors(self) -> list[torch.Tensor]:
-        """Everything that belongs to a slot. The first dimension is R, for keys and values R * K."""
+        """Everything that belongs to a slot; the first dimension of each tensor is R."""
+        caches = [cache.unflatten(0, (self.num_slots, -1)) for cache in (*self.keys, *self.values)]
         sampling = [self.temperature_R, self.top_k_R, self.top_p_R, self.uniform_RT]
-        return [*self.keys, *self.values, self.previous_RC, self.tokens_R, self.positions_R, *sampling]
+        return [*caches, self.previous_RC, self.tokens_R, self.positions_R, *sampling]
 
     def fill(self, slot: int, prefix: Prefix, token: int, params: SamplingParams, uniforms: torch.Tensor) -> None:
         """
@@ -391,10 +392,8 @@ class Decoder:
 
     def move(self, source: int, target: int) -> None:
         """Copies the contents of one slot to another."""
-        num_kv = self.model.config.n_kv_head
         for tensor in self.slot_tensors():
-            size = num_kv if tensor.dim() == 3 else 1  # keys and values have K rows per slot
-            tensor[target * size : (target + 1) * size] = tensor[source * size : (source + 1) * size]
+            tensor[target] = tensor[source]
 
     # ---- the step ----
 
@@ -402,14 +401,14 @@ class Decoder:
         self, num_slots: int, min_position: int, max_position: int, sampling: BatchSampling
     ) -> tuple[list[int], list[float]]:
         """
-        Reads the token of each of the first num_slots slots and samples the next one, which replaces it. Returns the
-        sampled tokens and, if `sampling` asks for them, their log-probabilities. min_position and max_position are the
-        lowest and the highest position among the tokens read.
+        Reads the current token of each of the first num_slots slots and samples the next one, which becomes the current
+        token. Returns the sampled tokens and, if `sampling` asks for them, their log-probabilities. min_position and
+        max_position: the lowest and highest position among the tokens read.
         """
         batch, num_keys = num_slots, max_position + 1
         if self.use_static_shapes:
             batch = min(_next_power_of_two(num_slots), self.num_slots)
-            num_keys = min(max(MIN_GRAPH_KEYS, 1 << max_position.bit_length()), self.length)
+            num_keys = min(max(MIN_GRAPH_KEYS, _next_power_of_two(num_keys)), self.length)
             min_position = 0  # the mask is always computed
         if self.use_graphs:
             self._replay(batch, num_keys, sampling)
@@ -433,7 +432,7 @@ class Decoder:
         self.graphs[key].replay()
 
     def _warm_up(self, batch: int, num_keys: int, sampling: BatchSampling) -> None:
-        """Runs the step outside of a graph, without effect: libraries initialize at their first call."""
+        """Runs the step before it is captured, as libraries initialize at their first call, and undoes its effects."""
         state = (self.tokens_R, self.positions_R, self.previous_RC)
         saved = [tensor.clone() for tensor in state]
         stream = torch.cuda.Stream()
@@ -446,7 +445,7 @@ class Decoder:
         torch.cuda.current_stream().wait_stream(stream)
 
     def _step(self, B: int, num_keys: int, min_position: int, sampling: BatchSampling) -> None:
-        """Everything on the device: no value is read by the host."""
+        """The step itself. All of it runs on the device: the host reads no value, so it can be captured as a graph."""
         tokens_B, positions_B = self.tokens_R[:B], self.positions_R[:B]
         context = self._context(tokens_B, positions_B, num_keys, min_position)
         raw_BV = self._forward(context, self.previous_RC[:B])
@@ -456,7 +455,7 @@ class Decoder:
         tokens_B.copy_(next_tokens_B)
         if logprobs_B is not None:
             self.logprobs_R[:B] = logprobs_B
-        positions_B.add_(1).clamp_(max=self.length - 1)  # the clamp is for slots of the batch that are not in use
+        positions_B.add_(1).clamp_(max=self.length - 1)  # the clamp matters only for unused slots of the batch
 
     # ---- the forward pass ----
 
@@ -476,7 +475,7 @@ class Decoder:
         return StepContext(tokens_B, self.cos[positions_B], self.sin[positions_B], rings)
 
     def _mask(self, positions_B: torch.Tensor, num_keys: int) -> torch.Tensor:
-        """(B * K, num_keys, 1): 0 for entries up to the position, minus infinity for those not written yet."""
+        """(B * K, num_keys, 1): 0 for ring entries up to the position, minus infinity for those not written yet."""
         is_hidden = self.range[:num_keys] > positions_B[:, None]
         is_hidden = is_hidden.repeat_interleave(self.model.config.n_kv_head, dim=0)
         mask = torch.zeros(is_hidden.shape, device=is_hidden.device, dtype=self.dtype)
@@ -484,7 +483,7 @@ class Decoder:
 
     def _forward(self, context: StepContext, previous_BC: torch.Tensor) -> torch.Tensor:
         """
-        Logits before the softcap, (B, V) in the compute dtype; all steps are explained in gpt.py. previous_BC: the
+        Returns the logits before the softcap, (B, V) in the compute dtype; gpt.py explains all steps. previous_BC: the
         embeddings of the previous tokens, for smear; updated in place.
         """
         model, config = self.model, self.model.config

@@ -107,8 +107,8 @@ class Prefill:
     Reads prompts of different lengths together, chunk by chunk. The object is the KV cache of the model's forward
     passes (gpt.Cache).
 
-    All prompts are at the same position. A prompt that ends within a chunk is padded on the right, which causal
-    attention never sees, and is removed after the chunk.
+    All prompts start at position 0 and advance together. Prompts that end within a chunk are padded on the right; causal
+    attention hides the padding from their tokens. After the chunk they are complete and are removed.
     """
 
     def __init__(self, prompts: Sequence[tuple[int, ...]], model: GPT):
@@ -133,7 +133,7 @@ class Prefill:
         return prefixes
 
     def drop(self, prompt: tuple[int, ...]) -> None:
-        """Stops reading a prompt, if it is among these."""
+        """Stops reading a prompt. Does nothing if it is not among these."""
         if prompt in self.prompts:
             self._keep([b for b, other in enumerate(self.prompts) if other != prompt])
 
@@ -151,7 +151,7 @@ class Prefill:
         return attend_cached(q, self.keys[layer], self.values[layer], self.masks[window])
 
     def _keep(self, rows: list[int]) -> None:
-        """Removes all other prompts, and from each layer the keys and values that its window no longer reaches."""
+        """Keeps these prompts only, and of each layer's keys and values those that its window still reaches."""
         self.prompts = [self.prompts[b] for b in rows]
         self.previous_B1C = self.previous_B1C[rows]
         for layer in self.keys:
@@ -187,7 +187,7 @@ class ActiveRequest:
 
     @property
     def prefix(self) -> tuple[int, ...]:
-        """The prompt without its last token, which the first decode step reads."""
+        """The prompt without its last token. The first decode step reads that one."""
         return tuple(self.request.prompt[:-1])
 
     @property
@@ -196,7 +196,7 @@ class ActiveRequest:
         return len(self.request.prompt) + len(self.completion.tokens) - 1
 
     def accept(self, sampled: int, logprob: float, stop_tokens: set[int]) -> int | None:
-        """Adds the sampled token, or a forced one instead, and returns it; None for an end token."""
+        """Adds the sampled token, or instead of it the next forced one, and returns it; None for an end token."""
         completion = self.completion
         is_sampled = not self.forced
         token = sampled if is_sampled else self.forced.popleft()
@@ -216,8 +216,8 @@ class ActiveRequest:
 
 def sampling_params(request: Request, vocab_size: int) -> SamplingParams:
     """
-    The parameters as the decoder needs them. They are rounded to float32 here, and a top_k that excludes nothing is
-    removed: if host and device disagreed on which rows are greedy or limited, a row might not be sampled at all.
+    Converts the parameters for the decoder: rounds them to float32, and removes a top_k that excludes nothing. Host and
+    device must agree on which rows are greedy or limited, or a row might not be sampled at all.
     """
     temperature, top_p = torch.tensor([request.temperature, request.top_p], dtype=torch.float32).tolist()
     if request.temperature > 0:
@@ -230,7 +230,7 @@ def random_uniforms(seed: int, count: int) -> torch.Tensor:
     """
     Random numbers in [0, 1), multiples of 2^-24, from a seed of 64 bits. Negative seeds are taken modulo 2^64.
 
-    torch's generator on the CPU uses the lower 32 bits of a seed only, so Python's generates those of larger seeds.
+    torch's generator on the CPU uses only the lower 32 bits of a seed, so larger seeds use Python's generator.
     """
     seed %= 2**64
     if seed < 2**32:
@@ -243,34 +243,36 @@ def random_uniforms(seed: int, count: int) -> torch.Tensor:
 
 
 class Engine:
-    """Generates completions, at most `num_rows` requests at a time; further requests wait in a queue."""
+    """Generates completions for up to `max_slots` requests at a time, one per slot; further ones wait in a queue."""
 
-    prefill_chunk = 512  # tokens of a prompt per forward pass: how long requests in slots wait for it
-    max_prefill_tokens = 4096  # of all prompts in one pass, padding included: bounds its memory
+    prefill_chunk = 512  # tokens of a prompt per forward pass; requests in slots wait while a chunk is read
+    max_prefill_tokens = 4096  # of all prompts in one pass, padding included; limits its memory
     length_multiple = 128  # the length of slots grows in multiples of this; heuristic, not tuned
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, num_rows: int = 32, int8: bool = False):
+    def __init__(self, model: GPT, tokenizer: Tokenizer, max_slots: int = 32, int8: bool = False):
         """
-        int8: decode with weights of 8 bits and one scale per output channel (W8A16); prompts are read with the model's
-        own weights.
+        int8: decode with weights of 8 bits and one scale per output channel (W8A16). Prompts are still read with the
+        model's own weights.
         """
-        if num_rows < 1:
-            raise UserError(f"an engine needs at least 1 row, not {num_rows}")
-        self.model, self.tokenizer, self.num_rows = model, tokenizer, num_rows
+        if max_slots < 1:
+            raise UserError(f"an engine needs at least 1 slot, not {max_slots}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_slots = max_slots
         self.stop_tokens = {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
         with torch.inference_mode():
-            self.decoder = Decoder(model, num_rows, int8)
+            self.decoder = Decoder(model, max_slots, int8)
         self.waiting: deque[ActiveRequest] = deque()
         self.active: list[ActiveRequest] = []  # in slots 0, 1, …
         self.prefill = Prefill([], model)  # the prompts being read
-        self.prefixes: dict[tuple[int, ...], Prefix] = {(): Prefix((), [], [])}  # read, for waiting requests
+        self.prefixes: dict[tuple[int, ...], Prefix] = {(): Prefix((), [], [])}  # those that waiting requests need
         self.prefix_refcounts: Counter[tuple[int, ...]] = Counter()  # waiting requests per prefix
         self.num_requests = 0  # so far
 
     @torch.inference_mode()
     def refresh_weights(self) -> None:
         """Must be called after the model's weights have changed, when the engine has no requests."""
-        assert not self.is_busy, "requests in progress have states from the old weights"
+        assert not self.is_busy, "the KV cache of requests in progress comes from the old weights"
         self.decoder.refresh_weights()
 
     @property
@@ -360,7 +362,7 @@ class Engine:
         return events
 
     def _read_prompts(self) -> None:
-        """Reads one chunk of the prompts of the next requests, as many as there are free slots."""
+        """Reads one chunk of the prompts of the next waiting requests, at most one request per free slot."""
         if not self.prefill.prompts:
             self.prefill = Prefill(self._prompts_to_read(), self.model)
         if self.prefill.prompts:
@@ -368,7 +370,7 @@ class Engine:
                 self.prefixes[prefix.tokens] = prefix
 
     def _prompts_to_read(self) -> list[tuple[int, ...]]:
-        num_free = self.num_rows - len(self.active)
+        num_free = self.max_slots - len(self.active)
         next_prefixes = dict.fromkeys(entry.prefix for entry in islice(self.waiting, num_free))  # each one once
         prompts = [prefix for prefix in next_prefixes if prefix not in self.prefixes]
         chunk = self.prefill_chunk
@@ -377,9 +379,9 @@ class Engine:
         return prompts
 
     def _fill_slots(self) -> None:
-        """Moves requests into free slots, first come, first served, as far as their prompts have been read."""
-        while self.waiting and len(self.active) < self.num_rows and self.waiting[0].prefix in self.prefixes:
-            entry = self.waiting[0]  # stays in the queue until it has a slot, so that it can be cancelled if that fails
+        """Moves requests whose prompts have been read into free slots, first come, first served."""
+        while self.waiting and len(self.active) < self.max_slots and self.waiting[0].prefix in self.prefixes:
+            entry = self.waiting[0]  # stays in the queue until its slot is filled: if that fails, it can be cancelled
             self._reserve(entry)
             uniforms = random_uniforms(entry.request.seed, entry.limit)
             prefix, last_token = self.prefixes[entry.prefix], entry.request.prompt[-1]
@@ -388,10 +390,10 @@ class Engine:
             self._release_prefix(entry.prefix)
 
     def _reserve(self, entry: ActiveRequest) -> None:
-        """Grows the decoder's slots, in number and in length, so that this request and the waiting ones have room."""
+        """Grows the decoder: enough slots for the waiting requests, each long enough for this one."""
         num_read = len(entry.request.prompt) + entry.limit - 1
         length = -(-num_read // self.length_multiple) * self.length_multiple  # rounded up
-        num_slots = min(self.num_rows, len(self.active) + len(self.waiting))
+        num_slots = min(self.max_slots, len(self.active) + len(self.waiting))
         self.decoder.reserve(num_slots, min(length, self.model.config.sequence_len))
 
     def _release_prefix(self, prefix: tuple[int, ...]) -> None:
@@ -405,7 +407,7 @@ class Engine:
         self.prefill.drop(prefix)
 
     def _free_slot(self, slot: int) -> None:
-        """Removes a request from its slot; the last one moves there, so that the first slots are the active ones."""
+        """Removes a request from its slot and moves the last one there, as active slots must be the first ones."""
         last = self.active.pop()
         if slot < len(self.active):
             self.decoder.move(len(self.active), slot)

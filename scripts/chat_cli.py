@@ -67,7 +67,7 @@ def main(flags: Flags) -> None:
         flags.source, flags.model_tag, flags.step, tokenizer, device, dtype
     )
     template = Request([], flags.max_tokens, flags.temperature, flags.top_k, seed=flags.seed)
-    session = ChatSession(Engine(model, tokenizer, num_rows=1), template)
+    session = ChatSession(Engine(model, tokenizer, max_slots=1), template)
     if prompt:
         response = "".join(text for kind, text in session.respond(prompt) if kind == "text")
         print(printable(response.strip()))

@@ -153,11 +153,11 @@ def load_models(flags: Flags, devices: list[torch.device]) -> list[ServedModel]:
     return models
 
 
-def make_engine(model: GPT, tokenizer: Tokenizer, num_rows: int) -> Engine:
+def make_engine(model: GPT, tokenizer: Tokenizer, max_slots: int) -> Engine:
     """Must be called in the thread that runs the engine."""
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # per thread: CUDA graphs run on the thread's current device
-    return Engine(model, tokenizer, num_rows)
+    return Engine(model, tokenizer, max_slots)
 
 
 def log_line(handle: ResponseHandle, with_text: bool) -> str:

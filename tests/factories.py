@@ -89,12 +89,12 @@ def tiny_optimizer(model: GPT, **options: Any) -> MuonAdamW:
     return build_optimizer(model, param_groups(model.config), **options)
 
 
-def tiny_engine(model: GPT, tokenizer: Tokenizer, *, num_rows: int = 4, stop: bool = False, **options: Any) -> Engine:
+def tiny_engine(model: GPT, tokenizer: Tokenizer, *, max_slots: int = 4, stop: bool = False, **options: Any) -> Engine:
     """
     An engine that always generates max_tokens: a random model samples end tokens too, and here they end nothing.
     With `stop`, they end the completion as usual.
     """
-    engine = Engine(model, tokenizer, num_rows, **options)
+    engine = Engine(model, tokenizer, max_slots, **options)
     if not stop:
         engine.stop_tokens = set()
     return engine

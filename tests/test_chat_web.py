@@ -44,8 +44,8 @@ def tiny():
 class ScriptedEngine(Engine):
     """A real engine whose decoder returns a fixed list of tokens; with `permits`, each step waits for one."""
 
-    def __init__(self, model, tokenizer, num_rows, script):
-        super().__init__(model, tokenizer, num_rows)
+    def __init__(self, model, tokenizer, max_slots, script):
+        super().__init__(model, tokenizer, max_slots)
         self.script = script
         self.permits = None
         self.decoder.step = self.scripted_step
@@ -96,12 +96,12 @@ def client(url):
 
 
 @contextlib.contextmanager
-def scripted(tiny, tokenizer, tokens, *, num_rows=1, queue_size=2, gated=False, **options):
+def scripted(tiny, tokenizer, tokens, *, max_slots=1, queue_size=2, gated=False, **options):
     """
     Serves an engine that always generates these tokens and then the end token; yields (URL, service, engine). `gated`:
     each step waits for one of engine.permits.
     """
-    engine = ScriptedEngine(tiny, tokenizer, num_rows, [*tokens, *[tokenizer.special("<|assistant_end|>")] * 9])
+    engine = ScriptedEngine(tiny, tokenizer, max_slots, [*tokens, *[tokenizer.special("<|assistant_end|>")] * 9])
     model = ServedModel("sft", tokenizer, tiny.config, make_engines=[lambda: engine], queue_size=queue_size)
     service = Service([model])
     with serving(service, max_tokens=100, **options) as address:
@@ -142,7 +142,7 @@ def test_native_endpoint_streams_what_the_engine_generates(url, tiny, golden_tok
     prompt = [special("<|bos|>"), special("<|user_start|>"), *golden_tokenizer.encode("hello")]
     prompt += [special("<|user_end|>"), special("<|assistant_start|>")]
     assert end["prompt_tokens"] == len(prompt)
-    (completion,) = tiny_engine(tiny, golden_tokenizer, num_rows=1).generate([Request(prompt, 8, temperature=0.0)])
+    (completion,) = tiny_engine(tiny, golden_tokenizer, max_slots=1).generate([Request(prompt, 8, temperature=0.0)])
     expected = golden_tokenizer.decode([token for token in completion.tokens if token < golden_tokenizer.bos])
     text = "".join(event["token"] for event in tokens)
     assert text and text == expected[: len(text)]
@@ -247,7 +247,7 @@ def test_openai_logprobs_equal_the_engines(client, tiny, golden_tokenizer):
     logprobs = completion.choices[0].logprobs
     ids = [golden_tokenizer.bos, *golden_tokenizer.encode("a b")]
     request = Request(ids, 4, temperature=0.0, logprobs=True)
-    (expected,) = tiny_engine(tiny, golden_tokenizer, num_rows=1).generate([request])
+    (expected,) = tiny_engine(tiny, golden_tokenizer, max_slots=1).generate([request])
     ordinary = [p for token, p in zip(expected.tokens, expected.logprobs, strict=True) if token < golden_tokenizer.bos]
     assert logprobs.token_logprobs == pytest.approx(ordinary[: len(logprobs.tokens)], abs=1e-5)
     assert logprobs.text_offset[0] == 0 and len(logprobs.text_offset) == len(logprobs.tokens)
@@ -630,7 +630,7 @@ def test_fair_queue_does_not_starve_light_clients(tiny, golden_tokenizer):
 
 
 def test_failed_engine_is_replaced_and_its_requests_fail(tiny, golden_tokenizer, capfd):
-    with scripted(tiny, golden_tokenizer, [65] * 90, num_rows=2, gated=True) as (url, service, engine):
+    with scripted(tiny, golden_tokenizer, [65] * 90, max_slots=2, gated=True) as (url, service, engine):
         with ThreadPoolExecutor(1) as pool:
             streamed = pool.submit(ask, url)
             wait_until(lambda: service.stats()["running"] == 1)

@@ -171,30 +171,30 @@ def update(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize("max_slots", [1, 8])
 @pytest.mark.parametrize("cast", [False, True], ids=["", "cast"])
 @pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_refresh_weights_equals_a_new_engine(dtype, int8, cast, num_rows, golden_tokenizer):
+def test_refresh_weights_equals_a_new_engine(dtype, int8, cast, max_slots, golden_tokenizer):
     model = make_model(dtype=dtype)
     if cast:
         model.cast_weights()
     requests = [greedy(prompt_of(140), 9, logprobs=True), Request(prompt_of(5), 30, top_k=50), Request([1], 9)]
-    engine = make_engine(model, golden_tokenizer, num_rows, int8=int8)
+    engine = make_engine(model, golden_tokenizer, max_slots, int8=int8)
     before = engine.generate(requests)
     update(model)
     engine.refresh_weights()
     after = engine.generate(requests)
     assert after != before
-    assert after == make_engine(model, golden_tokenizer, num_rows, int8=int8).generate(requests)
+    assert after == make_engine(model, golden_tokenizer, max_slots, int8=int8).generate(requests)
     if dtype == torch.float32 and not int8:
         check_against_one_pass(model, requests[0], after[0])
 
 
-@pytest.mark.parametrize("num_rows", [1, 8])
-def test_packed_linear_shares_weights_that_are_being_trained(num_rows, golden_tokenizer):
+@pytest.mark.parametrize("max_slots", [1, 8])
+def test_packed_linear_shares_weights_that_are_being_trained(max_slots, golden_tokenizer):
     model = make_model()
-    decoder = Engine(model, golden_tokenizer, num_rows).decoder
+    decoder = Engine(model, golden_tokenizer, max_slots).decoder
     update(model)
     with torch.inference_mode():
         decoder.refresh_weights()
@@ -283,7 +283,7 @@ def test_step_static_shapes_give_the_same_completions(golden_tokenizer):
 
 
 def engine_on_cuda(tokenizer, family="modern", int8=False):
-    return make_engine(make_model(family, device="cuda"), tokenizer, num_rows=8, int8=int8)
+    return make_engine(make_model(family, device="cuda"), tokenizer, max_slots=8, int8=int8)
 
 
 @pytest.mark.gpu

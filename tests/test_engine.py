@@ -128,9 +128,9 @@ def assert_nothing_left(engine):
     assert list(engine.prefixes) == [()]
 
 
-def make_engine(model, tokenizer, num_rows=32, *, stop=False, int8=False, prefill_chunk=Engine.prefill_chunk):
+def make_engine(model, tokenizer, max_slots=32, *, stop=False, int8=False, prefill_chunk=Engine.prefill_chunk):
     """Unless `stop`, nothing but the limits ends a completion: random models sample end tokens too."""
-    engine = tiny_engine(model, tokenizer, num_rows=num_rows, stop=stop, int8=int8)
+    engine = tiny_engine(model, tokenizer, max_slots=max_slots, stop=stop, int8=int8)
     engine.prefill_chunk = prefill_chunk
     return engine
 
@@ -163,11 +163,11 @@ def test_generate_prompts_of_all_lengths_equal_naive_generation(model, golden_to
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("max_slots", [1, 3])
 @pytest.mark.parametrize("cast", [False, True], ids=["shared", "cast"])  # shared: the trainer's own weights
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
 @pytest.mark.parametrize("vintage", FAMILY)
-def test_generate_every_layout_equals_full_forward_pass(vintage, n_kv_head, cast, num_rows, golden_tokenizer):
+def test_generate_every_layout_equals_full_forward_pass(vintage, n_kv_head, cast, max_slots, golden_tokenizer):
     model = make_model(vintage, n_kv_head=n_kv_head)
     if cast:
         model.cast_weights()
@@ -176,7 +176,7 @@ def test_generate_every_layout_equals_full_forward_pass(vintage, n_kv_head, cast
         Request(prompt_of(length), max_tokens, logprobs=True, **settings)
         for (length, max_tokens), settings in zip([(1, 9), (125, 12), (200, 3), (30, 5), (2, 7)], mixed, strict=True)
     ]
-    completions = make_engine(model, golden_tokenizer, num_rows).generate(requests)
+    completions = make_engine(model, golden_tokenizer, max_slots).generate(requests)
     for request, completion in zip(requests, completions, strict=True):
         assert len(completion.tokens) == request.max_tokens
         check_against_one_pass(model, request, completion)
@@ -257,8 +257,8 @@ def test_generate_other_requests_do_not_change_a_completion(talkative, golden_to
     for request, completion in zip(requests, alone, strict=True):
         if request.logprobs and request.top_k < GOLDEN_VOCAB_SIZE:
             check_against_one_pass(talkative, request, completion)
-    for num_rows in (1, 3, 50):
-        completions = Engine(talkative, golden_tokenizer, num_rows).generate(requests)
+    for max_slots in (1, 3, 50):
+        completions = Engine(talkative, golden_tokenizer, max_slots).generate(requests)
         for completion, expected in zip(completions, alone, strict=True):
             assert_same(completion, expected)
 
@@ -300,7 +300,7 @@ def test_step_random_schedules_of_joining_and_leaving_equal_separate_runs(talkat
 
 def test_stream_yields_every_token_and_one_end_per_request(modern, golden_tokenizer):
     requests = [greedy(prompt_of(4, seed), max_tokens) for seed, max_tokens in enumerate([5, 1, 3, 7])]
-    engine = make_engine(modern, golden_tokenizer, num_rows=2)
+    engine = make_engine(modern, golden_tokenizer, max_slots=2)
     generated = {i: [] for i in range(4)}
     ended = {}
     for index, token, completion in engine.stream(requests):
@@ -333,7 +333,7 @@ def test_generate_hundred_requests_in_three_rows(modern, golden_tokenizer):
     requests = [
         greedy(prompt_of(rng.randrange(1, 30), i), rng.randrange(1, 6), seed=i, logprobs=True) for i in range(100)
     ]
-    engine = make_engine(modern, golden_tokenizer, num_rows=3)
+    engine = make_engine(modern, golden_tokenizer, max_slots=3)
     for request, completion in zip(requests, engine.generate(requests), strict=True):
         assert len(completion.tokens) == request.max_tokens
         check_against_one_pass(modern, request, completion)
@@ -343,7 +343,7 @@ def test_generate_hundred_requests_in_three_rows(modern, golden_tokenizer):
 
 def test_generate_reused_slot_keeps_nothing_of_earlier_request(modern, golden_tokenizer):
     lengths = [150, 3, 140, 1]
-    completions = make_engine(modern, golden_tokenizer, num_rows=1).generate([greedy(prompt_of(n)) for n in lengths])
+    completions = make_engine(modern, golden_tokenizer, max_slots=1).generate([greedy(prompt_of(n)) for n in lengths])
     assert [c.tokens for c in completions] == [naive(modern, n) for n in lengths]
 
 
@@ -361,7 +361,7 @@ def test_generate_leaves_gradients_enabled(modern, golden_tokenizer):
 
 
 def test_cancel_active_request_leaves_others_unchanged(modern, golden_tokenizer):
-    engine = make_engine(modern, golden_tokenizer, num_rows=3)
+    engine = make_engine(modern, golden_tokenizer, max_slots=3)
     numbers = [engine.add(greedy(prompt_of(length))) for length in (5, 140, 60, 2)]
     engine.step()
     engine.cancel(numbers[0])  # the last slot moves into its slot
@@ -406,7 +406,7 @@ def test_cancel_during_prefill_leaves_no_state_for_new_weights(golden_tokenizer)
 
 @pytest.mark.parametrize("num_steps", [0, 1, 9])  # before, during and after its prefill
 def test_cancel_first_of_equal_prompts_keeps_prefix_for_others(modern, golden_tokenizer, num_steps):
-    engine = make_engine(modern, golden_tokenizer, num_rows=2, prefill_chunk=8)
+    engine = make_engine(modern, golden_tokenizer, max_slots=2, prefill_chunk=8)
     numbers = [engine.add(greedy(prompt_of(60), seed=seed)) for seed in range(4)]
     for _ in range(num_steps):
         engine.step()
@@ -417,7 +417,7 @@ def test_cancel_first_of_equal_prompts_keeps_prefix_for_others(modern, golden_to
 
 
 def test_stream_closed_early_frees_slots(modern, golden_tokenizer):
-    engine = make_engine(modern, golden_tokenizer, num_rows=2, prefill_chunk=8)
+    engine = make_engine(modern, golden_tokenizer, max_slots=2, prefill_chunk=8)
     stream = engine.stream([greedy(prompt_of(length)) for length in (5, 40, 60)])
     assert next(stream)[0] == 0
     stream.close()
@@ -431,7 +431,7 @@ def test_stream_closed_early_frees_slots(modern, golden_tokenizer):
 
 @pytest.mark.parametrize("method", ["reserve", "fill", "step"])
 def test_generate_after_failure_works_again(modern, golden_tokenizer, monkeypatch, method):
-    engine = make_engine(modern, golden_tokenizer, num_rows=2)
+    engine = make_engine(modern, golden_tokenizer, max_slots=2)
     original, calls = getattr(engine.decoder, method), []
 
     def out_of_memory_at_the_third(*arguments):
@@ -518,7 +518,7 @@ def test_add_invalid_request_leaves_others_unchanged(modern, golden_tokenizer):
 
 
 def test_engine_without_rows_is_an_error(modern, golden_tokenizer):
-    with pytest.raises(UserError, match="at least 1 row"):
+    with pytest.raises(UserError, match="at least 1 slot"):
         Engine(modern, golden_tokenizer, 0)
 
 
@@ -722,14 +722,14 @@ def test_generate_equal_prompts_one_prefill_and_no_extra_steps(golden_tokenizer,
 
 
 def test_generate_waiting_requests_share_one_prefill(golden_tokenizer, monkeypatch):
-    engine = Engine(parrot({5: 5}), golden_tokenizer, num_rows=1)
+    engine = Engine(parrot({5: 5}), golden_tokenizer, max_slots=1)
     prefills = spy_on_prefills(engine, monkeypatch)
     engine.generate([greedy([5, 5], 2)] * 5)
     assert prefills == [(1, 1)]
 
 
 def test_generate_finished_requests_are_not_decoded(golden_tokenizer, monkeypatch):
-    engine = Engine(parrot({5: 5, 6: 6}), golden_tokenizer, num_rows=2)
+    engine = Engine(parrot({5: 5, 6: 6}), golden_tokenizer, max_slots=2)
     prefills, steps = spy_on_prefills(engine, monkeypatch), spy_on_steps(engine, monkeypatch)
     engine.generate([greedy([5], 2), greedy([6], 5), greedy([5, 5], 2)])
     assert (prefills, steps) == ([(1, 1)], [2, 2, 2, 2, 1])
@@ -756,7 +756,7 @@ def test_prefill_batch_stays_within_max_prefill_tokens(golden_tokenizer, monkeyp
 
 
 def test_generate_repeatedly_leaves_no_state(golden_tokenizer):
-    engine = Engine(parrot({5: 5}), golden_tokenizer, num_rows=4)
+    engine = Engine(parrot({5: 5}), golden_tokenizer, max_slots=4)
     for _ in range(3):
         engine.generate([greedy([5, 5, i], 3) for i in range(9)])
         assert_nothing_left(engine)

@@ -127,7 +127,7 @@ def test_sample_rollouts_any_ranks_and_rows_same_completions(golden_tokenizer, m
     expected = rollout.sample_rollouts(Engine(model, golden_tokenizer), questions, numbers, SAMPLING, CPU)
     assert len(expected) == 12 and len({tuple(r.completion) for r in expected}) > 3
     assert [r.prompt for r in expected] == [q.prompt for q in questions for _ in range(4)]
-    few_rows = rollout.sample_rollouts(Engine(model, golden_tokenizer, num_rows=3), questions, numbers, SAMPLING, CPU)
+    few_rows = rollout.sample_rollouts(Engine(model, golden_tokenizer, max_slots=3), questions, numbers, SAMPLING, CPU)
     assert few_rows == expected
     for rank in (1, 2, 3, 0):  # of four, for three questions; the first one runs last, with the others' rollouts
         dist = OneOf(CPU.device, rank, 4)

@@ -296,7 +296,7 @@ class EngineThread(threading.Thread):
         except Exception:  # noqa: BLE001  the server stays up to report that it is not ready
             traceback.print_exc()
             return False
-        self.queue.set_slots(self.index, self.engine.num_rows)
+        self.queue.set_slots(self.index, self.engine.max_slots)
         self.state = "ready"
         return True
 
