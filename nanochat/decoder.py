@@ -56,7 +56,7 @@ class BatchSampling:
     """Which parts of `sample` a step needs; the others are skipped. The values per row are in RowSampling."""
 
     greedy: bool = False  # some row is greedy
-    # The k of each torch.topk to compute. A row with a limit uses the one that is its top_k rounded up to a power of two.
+    # The k of each torch.topk to compute. A row with a top_k or top_p uses its own k, rounded up to a power of two.
     candidates: tuple[int, ...] = ()
     top_p: bool = False  # some row has a top_p below 1
     full_vocab: bool = False  # some row samples from the whole vocabulary
@@ -213,10 +213,10 @@ def choose_layout(model: GPT, num_slots: int, int8: bool) -> str:
     """
     The fastest weight layout: "plain", "packed" (by oneDNN, for the CPU), "transposed" or "int8".
 
-    Measured on a Zen 5 CPU against "plain": "packed" is 1.4 times as fast in bfloat16 with 8 rows (1.8 times with a
-    vocabulary of 8,192) and 1.2-1.6 times in float32 (2.9 times). One row in float32 is limited by memory bandwidth:
-    "transposed" weights (20 MB) are read at 42 GB/s instead of 13. Weights that are being trained in the compute dtype
-    stay "plain" and are shared with the model.
+    Speed of "packed" over "plain" on a Zen 5 CPU with 8 rows: 1.4 in bfloat16 and 1.2 to 1.6 in float32; lm_head with a
+    vocabulary of 8,192: 1.8 and 2.9. One row in float32 is limited by memory bandwidth: "transposed" weights (20 MB)
+    are read at 42 GB/s instead of 13. Weights that are being trained in the compute dtype stay "plain" and are shared
+    with the model.
     """
     weight = model.lm_head.weight
     is_training = weight.dtype == model.dtype and weight.requires_grad
@@ -245,7 +245,7 @@ class LayerWeights:
                 weights.append(F.pad(attn.ve_gate.weight, (0, num_missing)))  # the gate reads the first channels only
             return weights
 
-        # Queries, keys, values and gates in one product: small ones cost as much for the call as for the arithmetic.
+        # Queries, keys, values and gates in one product: for small products the call takes as long as the arithmetic.
         self.attn_in = PackedLinear(attn_inputs, dtype, layout)
         self.attn_out = PackedLinear(lambda: [attn.c_proj.weight], dtype, layout)
         self.mlp_in = PackedLinear(lambda: [block.mlp.c_fc.weight], dtype, layout)
@@ -288,8 +288,8 @@ class Decoder:
     def __init__(self, model: GPT, max_slots: int, int8: bool = False):
         self.model = model
         config, device = model.config, model.device
-        # On a CPU, attention is 2.5-6 times as fast in float32 as in bfloat16, and the rest between the matrix products
-        # is no slower.
+        # On a CPU, attention is 2.5 to 6 times as fast in float32 as in bfloat16, and the other operations between the
+        # matrix products are no slower.
         self.dtype = torch.float32 if device.type == "cpu" else model.dtype
 
         layout = choose_layout(model, max_slots, int8)
@@ -302,7 +302,7 @@ class Decoder:
         self.cos = model.cos.to(self.dtype).repeat(1, 2)[:, None]
         self.sin = model.sin.to(self.dtype).repeat(1, 2)[:, None]
         self.sin[..., config.head_dim // 2 :] *= -1
-        # Gains of queries and keys; the queries' contain attention's 1 / sqrt(D).
+        # The gains of queries and keys. Those of the queries include attention's factor 1 / sqrt(D).
         gain = blocks[0].attn.gain
         gains = [gain / math.sqrt(config.head_dim)] * config.n_head + [gain] * config.n_kv_head
         self.gains = torch.tensor(gains, device=device, dtype=self.dtype)[:, None]
@@ -310,14 +310,16 @@ class Decoder:
 
         self.num_slots = 0  # so far; `reserve` adds more
         self.length = 0  # of a slot, in tokens
-        # On CUDA a step has one of few shapes and is captured as a graph.
+        # On CUDA each step is a captured graph; static shapes keep the number of graphs small. These are two flags, so
+        # that tests can use the shapes without the graphs.
         self.use_static_shapes = self.use_graphs = device.type == "cuda"
         self.graphs: dict[tuple[int, int, BatchSampling], torch.cuda.CUDAGraph] = {}
 
     def refresh_weights(self) -> None:
         """Must be called after the model's weights have changed."""
-        for part in (*self.layers, self.head):
-            part.refresh()
+        for layer in self.layers:
+            layer.refresh()
+        self.head.refresh()
         weight_ptrs = [p.data_ptr() for p in self.model.parameters()]
         if weight_ptrs != self.weight_ptrs:  # the graphs read from the old addresses
             self.graphs.clear()
@@ -349,6 +351,7 @@ class Decoder:
         self.num_slots, self.length = num_slots, length
         if old_tensors:
             for new, old in zip(self.slot_tensors(), old_tensors, strict=True):
+                # Rings too: one that grows was as long as the slots, so no position in it has wrapped around.
                 new[tuple(slice(size) for size in old.shape)] = old
         self.range = torch.arange(length, device=device)
         head_indices = torch.arange(num_slots * config.n_kv_head, device=device).view(num_slots, -1)

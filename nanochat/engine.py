@@ -39,7 +39,7 @@ SAMPLE_PROMPTS = (
     "The planets of the solar system are:",
     "Once upon a time",
 )
-MIN_TEMPERATURE = 1e-30  # logits divided by a lower one would overflow float32
+MIN_TEMPERATURE = 1e-30  # logits divided by a smaller temperature would overflow float32
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,9 @@ class Completion:
 
     tokens: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)  # per token; False: forced by a tool
-    # If the request asks for them: per token, in nats, under the distribution that it was sampled from; greedy ones
-    # under the plain softmax; 0 for forced ones. The end token, if there is one, has an entry too.
+    # One per token in nats, and one for the end token if it was sampled; empty unless the request asks for them.
+    # Sampled tokens: under the distribution that they were sampled from; greedy ones: under the plain softmax; forced
+    # ones: 0.
     logprobs: list[float] = field(default_factory=list)
     finish: str = ""  # "stop": an end token; "length": max_tokens; "context": the model's context is full
     end_token: int = -1  # the end token that was sampled, if any
@@ -107,8 +108,8 @@ class Prefill:
     Reads prompts of different lengths together, chunk by chunk. The object is the KV cache of the model's forward
     passes (gpt.Cache).
 
-    All prompts start at position 0 and advance together. Prompts that end within a chunk are padded on the right; causal
-    attention hides the padding from their tokens. After the chunk they are complete and are removed.
+    All prompts start at position 0 and advance together. Prompts that end within a chunk are padded on the right, where
+    causal attention hides the padding from their tokens. After the chunk they are complete and are removed.
     """
 
     def __init__(self, prompts: Sequence[tuple[int, ...]], model: GPT):
@@ -217,7 +218,8 @@ class ActiveRequest:
 def sampling_params(request: Request, vocab_size: int) -> SamplingParams:
     """
     Converts the parameters for the decoder: rounds them to float32, and removes a top_k that excludes nothing. Host and
-    device must agree on which rows are greedy or limited, or a row might not be sampled at all.
+    device must agree on which rows are greedy or limited, or a row might not be sampled at all: in float32, a top_p of
+    1 - 1e-12 is 1.
     """
     temperature, top_p = torch.tensor([request.temperature, request.top_p], dtype=torch.float32).tolist()
     if request.temperature > 0:
@@ -245,7 +247,7 @@ def random_uniforms(seed: int, count: int) -> torch.Tensor:
 class Engine:
     """Generates completions for up to `max_slots` requests at a time, one per slot; further ones wait in a queue."""
 
-    prefill_chunk = 512  # tokens of a prompt per forward pass; requests in slots wait while a chunk is read
+    prefill_chunk = 512  # tokens of a prompt per forward pass; during a pass, requests in slots wait
     max_prefill_tokens = 4096  # of all prompts in one pass, padding included; limits its memory
     length_multiple = 128  # the length of slots grows in multiples of this; heuristic, not tuned
 
@@ -265,7 +267,9 @@ class Engine:
         self.waiting: deque[ActiveRequest] = deque()
         self.active: list[ActiveRequest] = []  # in slots 0, 1, …
         self.prefill = Prefill([], model)  # the prompts being read
-        self.prefixes: dict[tuple[int, ...], Prefix] = {(): Prefix((), [], [])}  # those that waiting requests need
+        self.prefixes: dict[tuple[int, ...], Prefix] = {
+            (): Prefix((), [], [])
+        }  # read already, kept for waiting requests
         self.prefix_refcounts: Counter[tuple[int, ...]] = Counter()  # waiting requests per prefix
         self.num_requests = 0  # so far
 

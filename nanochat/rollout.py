@@ -5,10 +5,10 @@ Reinforcement learning on questions whose answers can be graded: GRPO (arXiv 240
 
 For each question the current model samples a group of completions. Each completion gets a reward, and its advantage is
 the reward minus the mean of its group. A step raises the probability of completions that beat their group's mean and
-lowers that of the others:
+lowers that of the others. For completion i with its sampled tokens t:
 
     advantage_i = reward_i - mean(rewards of the group)
-    loss        = -sum over sampled tokens t of (logprob_t * advantage_t) / number of sampled tokens of the step
+    loss        = -sum over all i and t of (advantage_i * logprob_it) / number of sampled tokens of the step
 
 What differs from GRPO as published:
 - The advantage is not divided by the group's standard deviation, which would give more weight to questions that are
@@ -60,7 +60,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One completion of a question, graded. Plain data: it is sent between ranks and saved in checkpoints."""
+    """A graded completion of a question. Plain data: ranks exchange rollouts, and checkpoints contain them."""
 
     prompt: list[int]
     completion: list[int]  # with the end token, if one was sampled
@@ -87,8 +87,8 @@ def load_questions(
     task: Any, tokenizer: Tokenizer, max_prompt_tokens: int, limit: float = math.inf
 ) -> tuple[list[Question], int]:
     """
-    The first `limit` questions of a task (tasks/common.py) whose prompts are short enough, and the number of longer
-    ones that were skipped on the way. UserError if no prompt is short enough.
+    Returns the first `limit` questions of a task (tasks/common.py) whose prompts are short enough, and the number of
+    questions before the last of them that were too long. UserError if no prompt is short enough.
     """
     questions: list[Question] = []
     lengths: list[int] = []
@@ -115,11 +115,12 @@ def sample_rollouts(
     engine: Engine, questions: Sequence[Question], numbers: Sequence[int], config: RolloutConfig, dist: Dist
 ) -> list[Rollout]:
     """
-    Samples and grades a group of completions per question; returns them group after group. Collective: the ranks share
-    the questions, and every rank gets all rollouts.
+    Samples and grades a group of completions per question; returns the rollouts in the order of the questions.
+    Collective: the ranks share the questions, and every rank gets all rollouts.
 
-    `numbers` has one number per question that no other question of the run has. The seeds follow from it, so the
-    completions depend neither on the number of ranks nor on what else is sampled at the same time.
+    `numbers` has a number per question, from which the seeds of its completions follow. So completions depend neither
+    on the number of ranks nor on what else is sampled at the same time. Training counts its questions over the whole
+    run. Each evaluation counts from 0, so that all evaluations use the same seeds.
     """
     template = Request([], config.max_tokens, config.temperature, config.top_k, logprobs=config.logprobs)
     own_questions = questions[dist.rank :: dist.world_size]
@@ -140,7 +141,7 @@ def sample_rollouts(
 
 
 def _split(items: Sequence[T], size: int) -> list[Sequence[T]]:
-    """The groups of `size` items that follow one another; the last one may be smaller."""
+    """Returns consecutive groups of `size` items; the last one may be smaller."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
@@ -162,7 +163,7 @@ def grade_group(question: Question, completions: Sequence[Completion], tokenizer
 
 def group_advantages(rewards: Sequence[float]) -> list[float]:
     """
-    The rewards minus their mean; exactly zero if all are equal, even where the mean is rounded.
+    Returns the rewards minus their mean. They are exactly zero if all rewards are equal: the rounded mean could differ.
 
     >>> group_advantages([1.0, 0.0, 0.0, 1.0])
     [0.5, -0.5, -0.5, 0.5]
@@ -236,10 +237,10 @@ def pack_micro_batches(
     rollouts: Sequence[Rollout], device_batch_size: int, dist: Dist, keep_zero_advantage: bool = False
 ) -> tuple[list[RolloutBatch], int]:
     """
-    This rank's micro-batches, the longest rollouts first, and the number of trained tokens over all ranks.
+    Returns this rank's micro-batches, the longest rollouts first, and the number of trained tokens over all ranks.
 
-    A rollout with zero advantage has no gradient and is left out, unless keep_zero_advantage: a KL term trains on every
-    completion. The loss is divided by the same number of tokens either way.
+    A rollout with zero advantage has no gradient and is left out. With a KL term it has one: keep_zero_advantage keeps
+    it. The loss is divided by the same number of tokens in both cases.
     """
     num_targets = sum(sum(r.sampled) for r in rollouts)
     used = [r for r in rollouts if r.advantage or keep_zero_advantage]
@@ -251,7 +252,7 @@ def pack_micro_batches(
 
 def _collate(rollouts: Sequence[Rollout], num_targets: int, device: torch.device) -> RolloutBatch:
     shape = (len(rollouts), max(len(r.prompt) + len(r.completion) for r in rollouts))
-    ids = torch.zeros(shape, dtype=torch.long)  # any token pads: attention is causal
+    ids = torch.zeros(shape, dtype=torch.long)  # any id can be the padding, as attention is causal
     is_sampled = torch.zeros(shape, dtype=torch.bool)
     advantages, old_logprobs = torch.zeros(shape), torch.zeros(shape)
     for row, r in enumerate(rollouts):
@@ -277,16 +278,16 @@ def _collate(rollouts: Sequence[Rollout], num_targets: int, device: torch.device
 @dataclass(frozen=True)
 class PolicyLoss:
     """
-    The loss of a RolloutBatch: -sum(logprob * advantage) / sampled tokens of the step. The log-probabilities are those
+    The loss of a RolloutBatch: -sum(advantage * logprob) / sampled tokens of the step. The log-probabilities are those
     of the distribution that was sampled from: among the top k tokens, at the same temperature.
 
-    clip_ratio: for several optimizer steps per batch of rollouts. The ratio of the probability now to the one at the
-                time of sampling replaces the log-probability, and has no gradient once it has moved further than this
-                from 1 in the direction that the advantage asks for.
+    clip_ratio: PPO's clipping, for several optimizer steps per batch of rollouts. The log-probability is replaced by
+                ratio = probability now / probability at the time of sampling. A token with a positive advantage has no
+                gradient once its ratio is above 1 + clip_ratio; with a negative one, once it is below 1 - clip_ratio.
     kl_coef:    weight of the KL divergence from `reference`, estimated per sampled token by Schulman's k3 estimator
-                r - 1 - log r, where r is the reference's probability divided by the policy's
-                (http://joschu.net/blog/kl-approx.html): unbiased and never negative. Both distributions are over the
-                tokens that the policy could have sampled.
+                r - 1 - log r, where r is the reference's probability divided by the policy's. It is unbiased and never
+                negative (http://joschu.net/blog/kl-approx.html). Both distributions are over the tokens that the policy
+                could have sampled.
     """
 
     config: RolloutConfig
@@ -315,15 +316,15 @@ class PolicyLoss:
         return -objective_N.sum() / batch.num_targets
 
     def _logits(self, model: GPT, batch: RolloutBatch) -> torch.Tensor:
-        """(N, V), over the temperature: at the trained positions only, which saves most of lm_head's work."""
+        """Logits divided by the temperature, (N, V). Only the trained positions: this saves most of lm_head's work."""
         hidden_NC = model.hidden(batch.idx_BT).flatten(0, 1)[batch.positions_N]
         return model.logits(hidden_NC) / self.config.temperature
 
 
 def target_logprobs(logits_NV: torch.Tensor, targets_N: torch.Tensor, support_NS: torch.Tensor | None) -> torch.Tensor:
     """
-    Log-probabilities (N,) of the targets among the tokens of support_NS (None: all), in nats. A target always counts as
-    one of these tokens: it was sampled, even if rounding differs here and it is not among the top k.
+    Returns the log-probabilities (N,) of the targets among the tokens of support_NS (None: all), in nats. A target
+    counts as one of these tokens even if, through rounding, it is not among the top k here: it was sampled.
     """
     target_N1 = logits_NV.gather(1, targets_N[:, None])
     if support_NS is None:
@@ -356,9 +357,9 @@ def rollout_steps(
     state: dict[str, Any] | None = None,  # the first rank's data state, of a resumed run
 ) -> Iterator[Step]:
     """
-    Yields the steps of reinforcement learning. Rollouts are drawn when the training loop asks for a step, so the newest
-    weights sample them. A step without a training signal has no micro-batches and no tokens. The data state contains
-    the rollouts of a batch that has optimizer steps left.
+    Yields the steps of reinforcement learning. Rollouts are drawn when the training loop asks for a step, so they are
+    sampled with the newest weights. A step without a training signal has no micro-batches and no tokens. While a batch
+    of rollouts has optimizer steps left, the data state contains it.
     """
     state = state or {"step": 0, "next": 0, "updates_left": 0, "rollouts": []}
     next_question = state["next"]

@@ -41,7 +41,7 @@ TASKS: dict[str, Callable[[str], Task]] = {  # each called with a split; the tas
 @dataclass(frozen=True)
 class Flags(RunFlags):
     source: str = flag("sft", "stage to start from", short="-i", choices=("base", "mid", "sft", "rl"))
-    base_tag: str = flag("", "tag of the checkpoint to start from; default the one written last")
+    base_tag: str = flag("", "tag of the checkpoint to start from; default: the one written last")
     base_step: int = flag(-1, "step of the checkpoint to start from; -1 = the newest")
     task: str = flag("gsm8k", "questions to train on", choices=tuple(TASKS))
     num_epochs: int = flag(1, "passes over the task's training questions")
@@ -74,7 +74,7 @@ def main(flags: Flags) -> None:
 
 
 def train_on_rollouts(flags: Flags, run: Run, source: Checkpoint) -> None:
-    """Builds the run and trains it to its end."""
+    """Builds the model, the engine and the loss, and trains until the last step."""
     dist, tokenizer = run.dist, run.tokenizer
     questions, test_questions, num_skipped = load_questions(flags, tokenizer, source.config.sequence_len)
     plan = plan_rollouts(flags, len(questions))
@@ -86,7 +86,7 @@ def train_on_rollouts(flags: Flags, run: Run, source: Checkpoint) -> None:
     base = load_hyperparameters((run.resumed or source).meta)
     groups = param_groups(source.config, base, weight_decay=0.0, lr_frac=flags.init_lr_frac)
     metadata = {"base": run.parent_checkpoint, "settings": asdict(base)}
-    run.build(groups, metadata, compile=False)  # every batch has another shape
+    run.build(groups, metadata, compile=False)  # each new shape would be compiled, and every batch has one
     engine = Engine(run.model, tokenizer, flags.rollout_batch_size)
     logger = run.open_log(plan.num_steps)
 
@@ -125,7 +125,7 @@ def train_on_rollouts(flags: Flags, run: Run, source: Checkpoint) -> None:
 
 
 def validate_flags(flags: Flags) -> None:
-    """UserError for values that make no sense, alone or together."""
+    """UserError for values that are out of range or do not fit together."""
     require_positive(flags, "num_epochs", "examples_per_step", "max_new_tokens", "rollout_batch_size")
     require_positive(flags, "device_batch_size", "updates_per_batch", "eval_examples", "eval_samples")
     require_positive(flags, "num_iterations", or_default=True)
@@ -151,7 +151,10 @@ def find_source(flags: Flags) -> tuple[Checkpoint, str]:
 
 
 def load_questions(flags: Flags, tokenizer: Tokenizer, sequence_len: int) -> tuple[list[Question], list[Question], int]:
-    """Training questions, as many as the run needs, test questions, and the number skipped as too long."""
+    """
+    Returns training questions (as many as the run needs), test questions, and the number of questions that were skipped
+    because they are too long.
+    """
     max_prompt_tokens = sequence_len - flags.max_new_tokens
     limit = math.inf
     if flags.num_iterations > 0:

@@ -46,7 +46,7 @@ class Flags:
     device: str = flag("auto", "cuda (all GPUs) | mps | cpu | auto")
     host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 = all interfaces")
     port: int = flag(8000, "port to listen on; 0 = any free one")
-    num_rows: int = flag(32, "completions generated at a time, per device")
+    num_rows: int = flag(32, "slots per engine: completions that each device generates at a time")
     queue: int = flag(128, "completions that may wait, per model")
     api_key: str = flag("", "key that clients must send; $NANOCHAT_API_KEY keeps it out of the process list")
     cors_origin: str = flag("", "web sites whose pages may use the API, separated by commas; * = all")

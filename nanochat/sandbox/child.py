@@ -1,5 +1,5 @@
 """
-The sandboxed side of parent.py: a script that is started once per sample and forks into two processes.
+The sandboxed side of parent.py: a script that is started once per program and forks into two processes.
 
     python -I -S -u child.py '{"seconds": 5, "memory_bytes": 536870912}' < job.json > report 2> output
 
@@ -7,7 +7,7 @@ The *checker* holds the tests, the *program* holds the code that the model wrote
 the program's memory never contained the tests. The program then drops its rights, one layer after another, and the
 checker calls its function over two pipes. Messages are lines of JSON, which are safe to parse whatever was sent. Only
 the checker can write the report: first a line of JSON with the protections that are on, then, if the check returned,
-the line "passed". Everything else that ends a sample (an exception, a signal, a closed pipe) is a failure.
+the line "passed". If it ends in any other way (an exception, a signal, a closed pipe), the program has failed.
 """
 
 import ctypes

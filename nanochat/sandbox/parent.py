@@ -13,24 +13,28 @@ an object that claims to equal everything arrives as plain data.
 What can be enforced depends on the machine; `protections` lists what was:
 - "… limit", "no core dumps"  processor time, memory, size and number of open files (resource limits)
 - "no processes"              no processes or threads (a resource limit too, from which root is exempt)
-- "namespaces"                no network except sockets that are files, no access to other processes
+- "namespaces"                no network except Unix sockets (files), no access to other processes
 - "read-only files"           nothing can be written outside the temporary directory
 - "own folder"                a file system in memory that replaces the temporary directory, of at most 64 MiB and
                               1,000 files
-- "disk watch"                where there is no own folder: the sample is killed when the temporary directory holds
-                              more than 64 MiB or 1,000 files
+- "disk watch"                only without "own folder": the program is killed when the temporary directory holds more
+                              than 64 MiB or 1,000 files
 - "landlock"                  reads only libraries of Python and the system, writes only to the temporary directory
 - "seccomp"                   no threads, processes, other programs, signals, sockets, other processes' memory, inotify
-On Linux usually all but the disk watch are on (for root not "no processes"); in a container, usually those that need
-no namespace.
+On Linux usually all are on, except "disk watch" and, for root, "no processes". In a container, "namespaces", "read-only
+files" and "own folder" are usually off, and "disk watch" is on. macOS has only the limits, perhaps without the one on
+memory.
 
-Not protected: without landlock, all files that the user may read (or write, unless they are read-only), and so the
-amount of disk space; without namespaces and seccomp, the network and the user's other processes, and root's processes
-that leave the group survive. The disk watch looks every 10 ms, so a fast writer exceeds the limit by what it writes in
-between, and it cannot see files that were deleted but are still open or mapped: they take space until the sample ends.
-macOS has only the limits, perhaps without the one on memory, and the process group. A bug in the kernel is a way out
-everywhere. The sandbox keeps careless or cheating code of a model from doing harm; to run an attacker's code, use a
-virtual machine.
+What the program can do where a protection is off:
+- Without "landlock" it can read all files of the user. Unless "read-only files" is on, it can also write them and fill
+  the disk.
+- If neither "namespaces" nor "seccomp" is on, it can use the network and access the user's other processes. If "no
+  processes" is off too, it can start a process that outlives it.
+- The disk watch looks every 10 ms, so the program can exceed the limit in between. The watch cannot see files that were
+  deleted but are still open or mapped: they take space until the program ends.
+
+A bug in the kernel can let a program out of the sandbox everywhere. The sandbox keeps careless or cheating code of a
+model from doing harm. To run an attacker's code, use a virtual machine.
 """
 
 import json
@@ -76,7 +80,7 @@ def run(program: str, check: str, function: str, timeout: float = 5.0, memory_mb
 
     Arguments and results are plain data: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset and
     dict; other iterables arrive as an iterator. Arguments are copies. An exception that leaves the function, or a
-    result that is not plain data, ends the sample, so a check cannot expect one.
+    result that is not plain data, ends the run as "failed", so a check cannot expect one.
     The program can import only Python's standard library. `timeout`: seconds from start to verdict; `memory_mb`: MiB of
     address space of each of the two processes. Raises RuntimeError if Python cannot be started. Thread-safe.
     """
@@ -145,7 +149,8 @@ class _Report:
             return
         self.protections = json.loads(self.data.partition(b"\n")[0])
         self.watch_disk = "own folder" not in self.protections
-        # Without both the program could write to other folders, or reserve space faster than the watch looks.
+        # It counts as a protection only with both: otherwise the program could write to other folders (landlock), or
+        # reserve space faster than the watch looks (seccomp).
         if self.watch_disk and {"landlock", "seccomp"} <= set(self.protections):
             self.protections.append("disk watch")
 
@@ -159,7 +164,7 @@ def _exceeds_disk_limit(folder: Path) -> bool:
                     num_bytes += entry.stat(follow_symlinks=False).st_blocks * 512
                 if num_files > MAX_FILES or num_bytes > MAX_DISK_BYTES:
                     return True
-    except OSError:  # moved or closed by the program, which landlock and seccomp prevent
+    except OSError:  # the program renamed the folder or made it unreadable, which landlock and seccomp prevent
         return False
     return False
 

@@ -47,11 +47,11 @@ MAX_COMPLETIONS = 16  # per call: n times the number of prompts; heuristic, not 
 RETRY_SECONDS = 5  # value of Retry-After; heuristic, not tuned
 NO_STORE = {"Cache-Control": "no-store"}
 Headers = Mapping[str, str] | None
-# Pydantic puts the name of the type it tried into an error's location where a field allows several: "str", "list[int]".
+# If a field allows several types, pydantic adds the type's name to an error's location: "str", "list[int]".
 TYPE_NAME = re.compile(r"\W|^str$")
 
-# Parameters of OpenAI's API that are not supported, with the values that leave them off. Unknown ones are ignored on
-# OpenAI's endpoints, as its clients send many that make no difference here ("user", "store", …).
+# Parameters of OpenAI's API that are not supported, with the values that mean "not used". OpenAI's endpoints ignore all
+# unknown parameters, as its clients send many that make no difference here ("user", "store", …).
 UNSUPPORTED: dict[str, list[Any]] = {
     **dict.fromkeys(["presence_penalty", "frequency_penalty", "min_p", "top_logprobs"], [None, 0]),
     **dict.fromkeys(["repetition_penalty", "best_of"], [None, 1]),
@@ -87,7 +87,7 @@ Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_leng
 class SamplingOptions(BaseModel):
     """The options that all endpoints share."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow")  # unknown fields go to model_extra, for the checks below
     model: str | None = None
     temperature: float | None = Field(None, ge=0, le=MAX_TEMPERATURE)
     top_k: int | None = Field(None, ge=0, le=MAX_TOP_K)
@@ -95,7 +95,7 @@ class SamplingOptions(BaseModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
 
     def engine_request(self, defaults: engine.Request) -> engine.Request:
-        """Returns `defaults` with the parameters that the body has, and a random seed if it has none."""
+        """Returns `defaults`, changed by the parameters of the body. Without a seed in the body, the seed is random."""
         given = self.model_dump(include={"temperature", "top_k", "top_p", "max_tokens", "seed"}, exclude_none=True)
         return replace(defaults, **{"seed": secrets.randbits(32), **given})
 
@@ -162,8 +162,10 @@ class CompletionBody(OpenAIBody):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        is_many = self.prompt and isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        return self.prompt if is_many else [self.prompt]  # type: ignore[list-item, return-value]
+        is_list = isinstance(self.prompt, list) and bool(self.prompt)
+        if is_list and isinstance(self.prompt[0], str | list):
+            return self.prompt  # type: ignore[return-value]
+        return [self.prompt]  # type: ignore[list-item]
 
 
 # ---- bodies to token ids and engine requests ----
@@ -233,7 +235,7 @@ class ChatApi:
     """
     The endpoints: each looks up the model, converts the body to engine requests, submits, and responds.
 
-    defaults: the values of the parameters that a request omits; its prompt is not used.
+    defaults: the values of the parameters that a body omits. The prompt of `defaults` is not used.
     """
 
     def __init__(self, service: Service, defaults: engine.Request):
@@ -346,14 +348,15 @@ class CompletionText:
             return
         self.num_tokens += 1
         kind, text = self.reader.read(event.token)
-        if kind != "text" or event.token >= self.tokenizer.bos:
+        is_special = event.token >= self.tokenizer.bos  # special tokens have the highest ids, bos is the first of them
+        if kind != "text" or is_special:
             return
         start = len(self.text)
         token_bytes = self.tokenizer.decode_bytes([event.token])
         token = {"token": token_bytes.decode(errors="replace"), "logprob": event.logprob, "bytes": list(token_bytes)}
         self.unsent_logprobs.append((start, token | {"top_logprobs": []}))
         self.text += text
-        # A stop string that is complete now ends in the new text.
+        # A stop string that has just become complete ends within the new text.
         positions = [self.text.find(stop, max(0, start - len(stop) + 1)) for stop in self.stops]
         found = [position for position in positions if position >= 0]
         if found:
@@ -363,7 +366,7 @@ class CompletionText:
     def take(self) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
         """
         Returns the text that is ready to send and not sent yet, with the positions and log-probabilities of its tokens.
-        What may turn out to be the start of a stop string is held back.
+        Text that may be the start of a stop string is held back.
         """
         text = self.text[self.num_sent :]
         if not self.finish:
@@ -443,7 +446,7 @@ class ResponseBuilder:
     def _choice(
         self, i: int, field: str, message: dict[str, Any], logprobs: Any = None, finish: str | None = None
     ) -> dict[str, Any]:
-        """Chats have the message, whole or in part, under `field`; plain completions have only its text."""
+        """In chats, `field` has the message or a part of it; plain completions have only its text."""
         content = {field: message} if self.is_chat else {"text": message.get("content", "")}
         shown_logprobs = None if logprobs is None else self._logprobs(logprobs)
         return {"index": i, **content, "logprobs": shown_logprobs, "finish_reason": finish}
@@ -461,7 +464,8 @@ class ResponseBuilder:
         }
 
     def _usage(self) -> dict[str, int]:
-        prompts = [generation.request.prompt for generation in self.handle.generations[:: self.body.n or 1]]
+        n = self.body.n or 1  # completions per prompt; a prompt counts once
+        prompts = [generation.request.prompt for generation in self.handle.generations[::n]]
         num_read = sum(map(len, prompts))
         num_generated = sum(completion.num_tokens for completion in self.texts)
         return {"prompt_tokens": num_read, "completion_tokens": num_generated, "total_tokens": num_read + num_generated}
@@ -491,8 +495,8 @@ def sse(data: Any) -> bytes:
 
 async def event_stream(chunks: AsyncIterator[bytes], headers: Headers = None) -> Response:
     """
-    Waits for the first chunk, so that a failure before it gets its proper HTTP status. A later failure is sent as an
-    event.
+    Waits for the first chunk, so that a failure before it becomes a response with its own HTTP status. A later failure
+    is sent as an event.
     """
     first = await anext(chunks)
 

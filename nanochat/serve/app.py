@@ -28,7 +28,7 @@ from nanochat.serve.api import JSON, ApiError, ChatApi, add_error_handlers
 from nanochat.serve.scheduler import Service
 
 PAGE = Path(__file__).parent / "ui.html"
-MAX_BODY = 2**19  # bytes; the longest valid request, 32,000 characters as six ASCII characters each, is 190 KB
+MAX_BODY = 2**19  # bytes; the longest valid request, 32,000 characters each written as \uXXXX, has 190 KB
 HEAD_SECONDS = 10  # time limit for a client to send a request's head; heuristic, not tuned
 BODY_SECONDS = 30  # the same for its body; heuristic, not tuned
 OPEN_PATHS = ("/", "/health")  # need no API key
@@ -40,7 +40,7 @@ def create_app(
     """
     Returns the app; it starts and closes the service.
 
-    defaults: the values of the parameters that a request omits; its prompt is not used
+    defaults: the values of the parameters that a body omits; the prompt of `defaults` is not used
     api_key: the key that clients must send; empty = none
     origins: web sites whose pages may use the API (CORS)
     hosts: names allowed in the Host header besides IP addresses; none = any
@@ -108,7 +108,7 @@ def prometheus(stats: dict[str, Any]) -> str:
     lines: list[str] = []
 
     def add(name: str, help: str, values: dict[str, float]) -> None:
-        """values: by labels, in braces."""
+        """values: number by labels, such as {gpu="0"}; no labels = an empty string."""
         kind = "counter" if name.endswith("_total") else "gauge"
         lines.extend([f"# HELP nanochat_{name} {help}", f"# TYPE nanochat_{name} {kind}"])
         lines.extend(f"nanochat_{name}{labels} {value}" for labels, value in values.items())
@@ -135,8 +135,8 @@ def prometheus(stats: dict[str, Any]) -> str:
 class Connection(H11Protocol):
     """
     Uvicorn's HTTP/1.1 connection with two limits that it lacks: on the time that a client takes to send a request's
-    head, and on the requests that a client sends ahead while one is being answered (3 million grew the process by
-    100 MB).
+    head, and on the bytes of further requests that it sends while it waits for a response (3 million requests grew the
+    process by 100 MB).
     """
 
     head_timer: asyncio.TimerHandle | None = None  # runs while the connection waits for a head
@@ -168,10 +168,10 @@ class Connection(H11Protocol):
 class RequestGuard:
     """
     Middleware around the app: validates the Host header and the API key, reads the body up to MAX_BODY, and cancels the
-    request when its client disconnects, wherever in the app it is.
+    request as soon as its client disconnects.
 
-    Starlette does not do all of this: its TrustedHostMiddleware cannot allow every IP address, it waits for a body
-    without a time limit, and a response notices that its client has disconnected only while it streams.
+    Starlette's own means are not enough: its TrustedHostMiddleware cannot allow every IP address, it waits for a body
+    without a time limit, and it notices that a client has disconnected only while it streams the response.
     """
 
     def __init__(self, app: ASGIApp, api_key: str, hosts: Sequence[str]):
@@ -195,22 +195,22 @@ class RequestGuard:
             await error.response()(scope, receive, send)
         else:
             if body is not None:
-                method = scope["method"].replace("HEAD", "GET")  # uvicorn leaves out the body of its response
+                method = scope["method"].replace("HEAD", "GET")  # HEAD is handled as GET; uvicorn sends no body for it
                 await self._run({**scope, "method": method}, body, receive, send)
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
         """
         Raises ApiError for a name that is not in `hosts`. This prevents DNS rebinding
-        (https://en.wikipedia.org/wiki/DNS_rebinding): a web site can make its own name point to this machine, and
-        browsers then allow its scripts to use this server. It cannot do so with an IP address, and browsers always
-        send a Host header.
+        (https://en.wikipedia.org/wiki/DNS_rebinding): a web site can make its own name resolve to this machine, and
+        browsers then allow its scripts to use this server. IP addresses need no check, as a site cannot redirect them.
+        A missing header needs none, as browsers always send it.
         """
         host = headers.get(b"host", b"").decode("latin-1")
         name = ""
         try:
             name = urlsplit(f"//{host}").hostname or ""
             ipaddress.ip_address(name)
-        except ValueError as error:
+        except ValueError as error:  # not an IP address
             if self.hosts and host and name not in self.hosts:
                 remedy = f"use an IP address or {', '.join(self.hosts)}, or start the server with an API key"
                 raise ApiError(403, f"unknown host {host[:100]!r}: {remedy}") from error
@@ -225,10 +225,10 @@ class RequestGuard:
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_body() -> Message:
-            return next(messages, None) or await receive()
+            return messages.pop() if messages else await receive()
 
         response = asyncio.ensure_future(self.app(scope, receive_body, send))
         disconnect = asyncio.ensure_future(receive())

@@ -145,8 +145,9 @@ def fail_all(generations: Iterable[Generation], error: Exception) -> None:
 
 class FairQueue:
     """
-    Generations that wait for any engine of a model. The next one belongs to the client with the fewest running
-    generations; ties go to the client that was served longest ago. A heavy client therefore delays only itself.
+    Generations that wait for any engine of a model. The next one to run belongs to the client with the fewest running
+    generations; ties go to the client that was served longest ago. So a client with many requests does not keep the
+    others waiting.
     """
 
     def __init__(self, size: int):
@@ -168,8 +169,9 @@ class FairQueue:
 
     def put(self, generations: list[Generation]) -> list[Generation]:
         """
-        Adds the generations of one client. Returns those that had to be evicted to make room: the newest of the client
-        with the longest queue, unless that queue would become shorter than this client's. Raises QueueFull then.
+        Adds the generations of one client. If there is no room, it evicts the newest generations of the client with the
+        longest queue and returns them. If that queue would become shorter than this client's, nothing is added and
+        QueueFull is raised.
         """
         client = generations[0].handle.client
         with self.condition:
@@ -229,9 +231,10 @@ class FairQueue:
     def set_slots(self, engine: int, num_slots: int) -> None:
         """Registers an engine that is ready, or with 0 slots removes it."""
         with self.condition:
-            self.slots[engine] = num_slots
-            if not num_slots:
-                del self.slots[engine]
+            if num_slots:
+                self.slots[engine] = num_slots
+            else:
+                self.slots.pop(engine, None)
             self.condition.notify_all()
 
     def clear(self) -> list[Generation]:
@@ -250,8 +253,8 @@ class FairQueue:
 
 class EngineThread(threading.Thread):
     """
-    Owns one engine: moves generations from the queue into it, steps it and reports the tokens. When a step fails, so do
-    the generations in it, and the engine is replaced if the new one passes a one-token health check.
+    Owns one engine: moves generations from the queue into it, steps it and reports the tokens. When a step fails, all
+    generations of the engine fail. A new engine replaces it if it passes a health check of one token.
     """
 
     def __init__(self, index: int, queue: FairQueue, make_engine: Callable[[], Engine]):
@@ -323,7 +326,7 @@ class EngineThread(threading.Thread):
         if token is None:
             self._drop(number)
             return TokenEvent(generation, None, self.index, finish=completion.finish)
-        logprob = completion.logprobs[len(completion.tokens) - 1] if completion.logprobs else 0.0
+        logprob = completion.logprobs[-1] if completion.logprobs else 0.0
         return TokenEvent(generation, token, self.index, logprob=logprob)
 
     def _drop(self, number: int) -> None:
@@ -344,11 +347,11 @@ class EngineThread(threading.Thread):
             self.loop.call_soon_threadsafe(callback, *arguments)
 
     def stats(self, uptime: float) -> dict[str, Any]:
-        """The load, and the tokens so far; tokens/s are the average of the last RATE_SECONDS. uptime: in seconds."""
+        """The load and the tokens so far; tokens/s is the average of the last RATE_SECONDS. uptime: in seconds."""
         now = int(time.monotonic())
         recent = sum(count for second, count in self.tokens_by_second if now - RATE_SECONDS <= second < now)
         return {
-            "gpu": self.index,
+            "gpu": self.index,  # clients know the index of an engine by this name
             "running": len(self.generations),
             "slots": self.queue.slots.get(self.index, 0),
             "tokens": self.num_tokens,
@@ -358,7 +361,7 @@ class EngineThread(threading.Thread):
 
 @dataclass(eq=False)
 class ServedModel:
-    """A model under its public name, with one engine per device and one queue for all of them."""
+    """A model under its public name, with one engine per device and one queue for all its engines."""
 
     name: str
     tokenizer: Tokenizer
@@ -383,7 +386,7 @@ class Service:
         self.outcomes: Counter[str] = Counter({outcome: 0 for outcome in OUTCOMES})
         self.num_prompt_tokens = 0
         self.is_stopping = False
-        self.deadline = math.inf  # when `stop` ends running generations, on the monotonic clock
+        self.deadline = math.inf  # on the monotonic clock: when `stop` no longer waits; a second signal sets it to 0
         self.start_time = time.monotonic()
 
     @property
@@ -423,7 +426,7 @@ class Service:
         except Unavailable:
             self.outcomes["refused"] += len(requests)
             raise
-        fail_all(evicted, QueueFull("the queue is full, and this client's newest request made room for another client"))
+        fail_all(evicted, QueueFull("the queue is full: this request was removed for a client with fewer requests"))
         self.handles.add(handle)
         return handle
 
@@ -436,7 +439,10 @@ class Service:
             self.log(handle)
 
     async def stop(self, seconds: float) -> None:
-        """Refuses new and waiting requests, and gives running ones this long to end, or until `deadline`."""
+        """
+        Refuses new and waiting requests. Running ones may continue for this many seconds, but not beyond
+        self.deadline; then they fail.
+        """
         self.is_stopping = True
         for model in self.models.values():
             fail_all(model.queue.clear(), Unavailable("the server is shutting down"))
@@ -447,7 +453,7 @@ class Service:
             handle.fail(GenerationFailed("the server shut down before the response was complete"))
 
     def close(self) -> None:
-        """Cancels what is open and ends the engines' threads after their current step."""
+        """Cancels all open responses and ends the engines' threads after their current step."""
         for handle in list(self.handles):
             handle.close()
         for model in self.models.values():
@@ -467,6 +473,6 @@ class Service:
             "waiting": sum(model.queue.num_waiting for model in models),
             **{name: sum(device[name] for device in devices) for name in summed},
             "prompt_tokens": self.num_prompt_tokens,
-            "answers": dict(self.outcomes),
+            "answers": dict(self.outcomes),  # completions by outcome
             "devices": devices,
         }
