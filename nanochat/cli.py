@@ -60,7 +60,7 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
 
 
 def require_positive(flags: Any, *names: str, or_default: bool = False) -> None:
-    """UserError unless each of these flags is at least 1, or -1 where that is allowed (or_default)."""
+    """UserError unless each of these flags is at least 1 or, with or_default, -1."""
     for name in names:
         value = getattr(flags, name)
         if value < 1 and not (or_default and value == -1):

@@ -51,7 +51,7 @@ PART_KINDS = {
 
 def validate(conversation: Mapping[str, Any]) -> None:
     """
-    Raise UserError, with the index of the message, unless the conversation has the format above: user and assistant
+    Raises UserError, with the index of the message, unless the conversation has the format above: user and assistant
     alternate, the user first, after at most one system message.
     """
     messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
@@ -85,7 +85,7 @@ def _validate_content(i: int, role: str, content: Any) -> None:
 
 
 def turns(*contents: str | list[dict[str, str]]) -> list[dict[str, Any]]:
-    """Return messages with these contents, of the user and the assistant in turn."""
+    """Messages with these contents, alternating between user and assistant."""
     roles = itertools.cycle(["user", "assistant"])
     return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
 
@@ -97,7 +97,7 @@ def render(
     conversation: Mapping[str, Any], tokenizer: Tokenizer, max_tokens: int | None = None
 ) -> tuple[list[int], list[int]]:
     """
-    Return the ids of a conversation and its loss mask, 1 where the model is trained on the token and 0 elsewhere, both
+    Returns the ids of a conversation and its loss mask, 1 where the model is trained on the token and 0 elsewhere, both
     truncated to max_tokens. Raises UserError if the conversation is not valid.
     """
     ids, mask = [tokenizer.bos], [0]
@@ -109,7 +109,7 @@ def render(
 
 
 def render_for_completion(conversation: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
-    """Return the prompt for the assistant's next reply. If the conversation ends with a reply, that one is left out."""
+    """Returns the prompt for the assistant's next reply. If the conversation ends with a reply, it is left out."""
     messages = _join_system_message(conversation)
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
@@ -121,10 +121,11 @@ def render_to_fit(
     conversation: Mapping[str, Any], tokenizer: Tokenizer, context: int, max_tokens: int
 ) -> tuple[list[int], int]:
     """
-    Like render_for_completion, but leave out the oldest exchanges until max_tokens of reply fit into the context, or
-    half of the context is free. Return the ids and the number of messages left out. The system message always stays.
+    Like render_for_completion, but leaves out the oldest exchanges until there is room for a reply of max_tokens or of
+    half the context, whichever is less. Returns the ids and the number of messages left out. The system message always
+    stays.
 
-    Raises UserError if the last user message alone is too long.
+    Raises UserError if system message and last user message alone are too long.
     """
     validate(conversation)
     messages = list(conversation["messages"])
@@ -138,10 +139,13 @@ def render_to_fit(
         return render_for_completion({"messages": kept}, tokenizer)
 
     candidates = range(0, len(messages) - num_system, 2)  # a question is left out together with its reply
+    # Binary search: the key is False for the first candidates and True from the first one that fits.
     first_fitting = bisect_left(candidates, True, key=lambda dropped: len(ids_without(dropped)) <= room)
     if first_fitting == len(candidates):
         num_tokens = len(ids_without(candidates[-1]))
-        raise UserError(f"the message has {num_tokens} tokens, at most {room} fit beside the reply: shorten it")
+        raise UserError(
+            f"message and system message have {num_tokens} tokens, at most {room} fit beside the reply: shorten one"
+        )
     dropped = candidates[first_fitting]
     return ids_without(dropped), dropped
 
@@ -158,7 +162,7 @@ def _join_system_message(conversation: Mapping[str, Any]) -> list[Mapping[str, A
 
 
 def _segments(message: Mapping[str, Any], tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
-    """Yield (token ids, whether they are trained on) for the segments of a message."""
+    """Yields (token ids, whether they are trained on) for the segments of a message."""
     special, encode = tokenizer.special, tokenizer.encode
     content = message["content"]
     if message["role"] == "user":
@@ -177,7 +181,7 @@ def _segments(message: Mapping[str, Any], tokenizer: Tokenizer) -> Iterator[tupl
 
 def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str] = string.ascii_uppercase) -> str:
     """
-    Return a multiple-choice question as the content of a user message. Raises ValueError if there are too few letters.
+    Returns a multiple-choice question as the content of a user message. Raises ValueError if there are too few letters.
 
     A letter follows its choice, which helps small models to bind the two. It follows "=" without a space, so that it is
     the same token as in the reply.
@@ -202,7 +206,7 @@ class PartReader:
         self._start_part("text")
 
     def read(self, token: int) -> tuple[str, str]:
-        """Return the kind of part and the characters that this token completes, possibly none."""
+        """Returns the kind of part and the characters that this token completes, possibly none."""
         if token in self._kind_by_start:
             self._start_part(self._kind_by_start[token])
             return self.kind, ""
@@ -221,7 +225,7 @@ class PartReader:
 
 
 def read_parts(tokens: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, str]]:
-    """Return generated tokens as the content of an assistant message, a list of parts."""
+    """Returns generated tokens as the content of an assistant message, a list of parts."""
     reader = PartReader(tokenizer)
     parts: list[dict[str, str]] = []
     for token in tokens:
@@ -236,5 +240,5 @@ def read_parts(tokens: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, st
 
 
 def completion_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Return the text of generated tokens without tool calls and their outputs."""
+    """Returns the text of generated tokens without tool calls and their outputs."""
     return "".join(part["text"] for part in read_parts(tokens, tokenizer) if part["type"] == "text")

@@ -11,9 +11,9 @@ Two loaders of the same shape:
                 ...
 
 Both pack best-fit (arXiv 2404.10830): to fill a row of T + 1 tokens, they repeatedly take the longest document of a
-buffer that still fits into the row. When none fits, pretraining crops the shortest document to the rest of the row, so
-that no computation is spent on padding; fine-tuning pads the row, so that conversations stay complete. Every document
-starts with BOS, and so does every row. Inputs are a row's first T tokens, targets its last T.
+buffer that still fits into the row. When none fits, pretraining crops the shortest document to the room left in the
+row, so that no computation is spent on padding; fine-tuning pads the row, so that conversations stay complete. Every
+document starts with BOS, and so does every row. Inputs are a row's first T tokens, targets its last T.
 
 A step's `data_state` holds the position in the data and the documents in the buffer. A loader that is constructed with
 such `states` yields exactly the batches that an uninterrupted run would yield next.
@@ -43,10 +43,11 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (B, T) each, in
 MicroBatch = tuple[torch.Tensor, torch.Tensor, int]  # inputs, targets, and the number of targets in the whole step
 
 TEXTS_PER_CALL = 128  # documents tokenized per call: keeps all threads busy without delaying the first batch
-# A larger buffer means fewer crops, but it changes the order of the documents more. Rows should be longer than most
-# documents. Share of the tokens that is discarded (3,000 rows of English text, vocabulary 32,768), by buffer size:
-#   T = 2048: 100 documents 21 %, 1,000 documents 14 %, 10,000 documents 8 %
-#   T = 512:  100 documents 74 %, 1,000 documents 72 %, 10,000 documents 50 %
+# A larger buffer crops fewer tokens away, but it changes the order of the documents more. Measured share of cropped
+# tokens (3,000 rows of English text, vocabulary 32,768), which is large where rows are shorter than most documents:
+#   documents in the buffer    100    1,000    10,000
+#   T = 2048                  21 %     14 %       8 %
+#   T = 512                   74 %     72 %      50 %
 MIN_DOCUMENTS_IN_BUFFER = 1000
 MIN_CONVERSATIONS_IN_BUFFER = 256  # heuristic, not tuned
 
@@ -85,7 +86,7 @@ class PackingBuffer:
         self._num_arrived += 1
 
     def pop_longest(self, max_length: int) -> Any | None:
-        """Remove and return the longest document of at most max_length tokens; None if every document is longer."""
+        """Removes and return the longest document of at most max_length tokens; None if every document is longer."""
         num_fitting = bisect.bisect_right(self._lengths, max_length)
         if num_fitting == 0:
             return None
@@ -115,7 +116,8 @@ class PretrainLoader:
     documents are distributed over the new ranks, and reading continues at the earliest row group that a rank was
     reading: no document is lost, some are read twice.
 
-    Raises UserError if no row group has text for this rank, and if the states belong to other shards.
+    Raises UserError if the states belong to other shards, and when the first batch is built if no row group has text
+    for this rank.
     """
 
     def __init__(
@@ -156,7 +158,7 @@ class PretrainLoader:
         self._last_row_group = self.row_group  # for messages
 
     def steps(self, accumulation: int, num_steps: int, first_step: int = 0) -> Iterator[Step]:
-        """Yield steps first_step … num_steps - 1, each with `accumulation` micro-batches on this rank."""
+        """Yields steps first_step … num_steps - 1, each with `accumulation` micro-batches on this rank."""
         num_tokens = self.batch_size * self.sequence_len * accumulation * self.world_size
         for i in range(first_step, num_steps):
             micro_batches: list[MicroBatch] = [(*self.next_batch(), num_tokens) for _ in range(accumulation)]
@@ -165,7 +167,7 @@ class PretrainLoader:
             yield Step(micro_batches, i / num_steps, num_tokens, self.state(), position)
 
     def batches(self) -> Iterator[Batch]:
-        """Yield batches without end, for evaluation."""
+        """Yields batches without end, for evaluation."""
         while True:
             yield self.next_batch()
 
@@ -177,7 +179,7 @@ class PretrainLoader:
         return rows_BT[:, :-1].contiguous(), rows_BT[:, 1:].contiguous()
 
     def position(self) -> tuple[int, int, int]:
-        """Return (shard, row group in that shard, epoch) of the last texts read; epochs count from 1."""
+        """Returns (shard, row group in that shard, epoch) of the last texts read; epochs count from 1."""
         epoch, index = divmod(self._last_row_group, len(self.row_groups))
         shard, row_group = self.row_groups.locate(index)
         return shard, row_group, epoch + 1
@@ -203,13 +205,14 @@ class PretrainLoader:
         self.buffer = PackingBuffer(_buffered_documents(state))
 
     def _restore_resharded(self, states: Sequence[dict[str, Any]], dist: Dist) -> None:
-        first = min(state["unit"] for state in states)
-        self.row_group = first + (dist.rank - first) % self._stride
+        earliest = min(state["unit"] for state in states)
+        # The first row group from there on that belongs to this rank: rank, rank + stride, rank + 2 * stride, …
+        self.row_group = earliest + (dist.rank - earliest) % self._stride
         documents = [document for state in states for document in _buffered_documents(state)]
         self.buffer = PackingBuffer(documents[dist.rank :: dist.world_size])
 
     def _pack(self, row: np.ndarray) -> None:
-        """Fill the row with documents from the buffer."""
+        """Fills the row with documents from the buffer."""
         filled = 0
         while filled < len(row):
             while len(self.buffer) < MIN_DOCUMENTS_IN_BUFFER:
@@ -223,7 +226,7 @@ class PretrainLoader:
             filled += len(document)
 
     def _refill(self) -> None:
-        """Tokenize the next texts into the buffer."""
+        """Tokenizes the next texts into the buffer."""
         texts = self._texts_of_row_group()
         next_texts = texts[self.texts_done : self.texts_done + TEXTS_PER_CALL]
         self._last_row_group = self.row_group
@@ -251,13 +254,14 @@ def _buffered_documents(state: dict[str, Any]) -> list[np.ndarray]:
 
 class ConversationLoader:
     """
-    Padded rows of whole conversations, one pass over them or as many as a number of steps takes.
+    Padded rows of whole conversations: one pass over them, or as many passes as num_steps steps need.
 
     Every rank packs the rows of all ranks and keeps its own share. Progress, and with it the learning rate, is then
     equal on all ranks, and the data does not depend on the number of ranks. A conversation longer than a row is
-    truncated, and counted. Micro-batches and steps without a single target are skipped.
+    truncated, and counted. Micro-batches and steps without a single target are skipped. A step's num_tokens includes
+    the padding: it counts what the model computes.
 
-    Raises UserError if no conversation has a target, and if the state belongs to other conversations.
+    Raises UserError if the state belongs to other conversations, and when a whole pass has no target.
     """
 
     def __init__(
@@ -277,14 +281,14 @@ class ConversationLoader:
         self.dist = dist
 
         self.step = 0
-        self.next_index = 0  # of the conversation to render next; later passes continue the count
+        self.next_index = 0  # of the conversation to render next; it keeps growing over the passes
         self.truncated = 0
         self.buffer = PackingBuffer()  # of (index, ids, mask)
         if states:
             self._restore(states[0])
 
     def steps(self, accumulation: int, num_steps: int = -1) -> Iterator[Step]:
-        """Yield steps of `accumulation` micro-batches on this rank, up to step num_steps; -1 = one pass."""
+        """Yields steps of up to `accumulation` micro-batches on this rank, until step num_steps; -1 = one pass."""
         rows_per_rank = self.batch_size * accumulation
         num_rows = rows_per_rank * self.dist.world_size
         own_rows = slice(self.dist.rank * rows_per_rank, (self.dist.rank + 1) * rows_per_rank)
@@ -293,6 +297,7 @@ class ConversationLoader:
             rows = [self._pack_row(num_steps) for _ in range(num_rows)]
             num_targets = int(sum((targets >= 0).sum() for _, targets in rows))
             if num_targets == 0:
+                # Without this check, conversations that have no targets would be packed again and again, forever.
                 if self._num_packed() - packed_at_last_target >= len(self.conversations):
                     raise UserError(
                         "no conversation has a reply to train on: look at the data with scripts.show_conversation"
@@ -301,11 +306,11 @@ class ConversationLoader:
             packed_at_last_target = self._num_packed()
             self.step += 1
             micro_batches = self._micro_batches(rows[own_rows], num_targets)
-            position = f"conversation {self.next_index}, {self.truncated} truncated to {self.sequence_len} tokens"
+            position = f"conversation {self.next_index}, {self.truncated} truncated to a row"
             yield Step(micro_batches, progress, num_rows * self.sequence_len, self.state(), position)
 
     def batches(self) -> Iterator[Batch]:
-        """Yield the batches of one pass that have a target on this rank, for evaluation."""
+        """Yields the batches of one pass that have a target on this rank, for evaluation."""
         for step in self.steps(accumulation=1):
             for x_BT, y_BT, _ in step.micro_batches:
                 yield x_BT, y_BT
@@ -358,25 +363,25 @@ class ConversationLoader:
 
     def _fill_buffer(self, one_pass: bool) -> None:
         """
-        Render conversations until the buffer has enough to choose from. A pass is packed completely before the next one
-        starts: otherwise long conversations of the next pass could be packed before short ones of this pass.
+        Renders conversations until the buffer has enough to choose from. A pass is packed completely before the next
+        one starts: otherwise long conversations of the next pass could be packed before short ones of this pass.
         """
         while len(self.buffer) < MIN_CONVERSATIONS_IN_BUFFER:
-            pass_is_over = self.next_index > 0 and self.next_index % len(self.conversations) == 0
-            if pass_is_over and (one_pass or len(self.buffer) > 0):
+            all_rendered = self.next_index > 0 and self.next_index % len(self.conversations) == 0
+            if all_rendered and (one_pass or len(self.buffer) > 0):
                 return
             self.truncated += self._render_to_buffer(self.next_index)
             self.next_index += 1
 
     def _render_to_buffer(self, index: int) -> bool:
-        """Add a conversation, truncated to a row, to the buffer; return whether it was too long."""
+        """Adds a conversation, truncated to a row, to the buffer; return whether it was too long."""
         ids, mask = render(self.conversations[index % len(self.conversations)], self.tokenizer)
         row_length = self.sequence_len + 1
         self.buffer.add((index, ids[:row_length], mask[:row_length]), min(len(ids), row_length))
         return len(ids) > row_length
 
     def _micro_batches(self, rows: list[tuple[np.ndarray, np.ndarray]], num_targets: int) -> list[MicroBatch]:
-        """Group rows into micro-batches; leave out those without a target."""
+        """Groups rows into micro-batches; leave out those without a target."""
         micro_batches = []
         for first in range(0, len(rows), self.batch_size):
             inputs, targets = zip(*rows[first : first + self.batch_size], strict=True)
@@ -406,7 +411,7 @@ def to_device(step: Step, device: torch.device) -> Step:
 
 def prefetch(steps: Iterator[Step], device: torch.device, ahead: int = 2) -> Iterator[Step]:
     """
-    Yield the steps with their tensors on the device. A thread builds up to `ahead` of them while the current one is
+    Yields the steps with their tensors on the device. A thread builds up to `ahead` of them while the current one is
     trained on, so that tokenizing and packing do not delay the GPU. An exception is raised at the step that failed.
     """
 

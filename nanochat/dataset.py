@@ -4,7 +4,7 @@ Pretraining text: a folder of parquet shards with a `text` column of documents.
 The last shard by name is the validation split, the others are the training split. --data-dir or $NANOCHAT_DATA_DIR
 selects any such folder. The default is a public dataset, which this module downloads:
 
-    python -m nanochat.dataset -n 170    # 170 training shards of about 100 MB, enough for the speedrun, and validation
+    python -m nanochat.dataset -n 170    # 170 training shards of about 100 MB (enough for the speedrun), 1 validation
     python -m nanochat.dataset -n -1     # all 6,542
 """
 
@@ -34,13 +34,13 @@ DOWNLOAD_ATTEMPTS = 3  # per shard, on top of the retries of huggingface_hub; he
 
 
 def resolve_data_dir(data_dir: str = "") -> Path:
-    """Return the folder of shards: data_dir, else $NANOCHAT_DATA_DIR, else that of the public dataset."""
+    """Returns the folder of shards: data_dir, else $NANOCHAT_DATA_DIR, else that of the public dataset."""
     return Path(data_dir or os.environ.get("NANOCHAT_DATA_DIR") or base_dir() / PUBLIC_FOLDER).expanduser()
 
 
 def split_shards(directory: Path) -> tuple[list[Path], list[Path]]:
     """
-    Return the training shards and the validation shard, sorted by name.
+    Returns the training shards and the validation shard, sorted by name.
 
     Raises UserError if a shard is incomplete, empty or without a text column. Reads only the footers of the shards, so
     that such problems are reported before any expensive work.
@@ -66,7 +66,7 @@ def split_shards(directory: Path) -> tuple[list[Path], list[Path]]:
 
 
 def iterate_texts(shards: Sequence[Path]) -> Iterator[str]:
-    """Yield all documents in order."""
+    """Yields all documents in order."""
     row_groups = RowGroups(shards)
     for index in range(len(row_groups)):
         yield from row_groups.texts(index)
@@ -74,8 +74,8 @@ def iterate_texts(shards: Sequence[Path]) -> Iterator[str]:
 
 class RowGroups:
     """
-    The row groups of several shards, numbered consecutively. A row group (about a thousand documents) is the unit in
-    which parquet reads and in which documents are distributed over ranks.
+    The row groups of several shards, numbered consecutively. Parquet is read, and documents are distributed over ranks,
+    by row group (about a thousand documents).
 
     Keeps the most recently read shard open. Not thread-safe.
     """
@@ -90,14 +90,14 @@ class RowGroups:
         return self._ends[-1] if self._ends else 0
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Return (shard, row group within the shard)."""
+        """Returns (shard, row group within the shard)."""
         assert 0 <= index < len(self), f"row group {index} of {len(self)}"
         shard = bisect.bisect_right(self._ends, index)
         start = self._ends[shard - 1] if shard > 0 else 0
         return shard, index - start
 
     def texts(self, index: int) -> list[str]:
-        """Return the documents of a row group, without null and empty ones. Raises UserError if it is damaged."""
+        """Returns the documents of a row group, without null and empty ones. Raises UserError if it is damaged."""
         shard, row_group = self.locate(index)
         try:
             table = self._open(self.shards[shard]).read_row_group(row_group, columns=["text"])
@@ -110,8 +110,8 @@ class RowGroups:
 
 def download_public(num_train: int, directory: Path, workers: int = 4) -> None:
     """
-    Download the first num_train training shards of the public dataset (-1 = all) and its validation shard, `workers` at
-    a time, from $HF_ENDPOINT or huggingface.co. Shards that exist are skipped.
+    Downloads the first num_train training shards of the public dataset (-1 = all) and its validation shard from
+    $HF_ENDPOINT or huggingface.co, `workers` at a time. Shards that exist are skipped.
 
     Raises UserError if the disk is too small (checked before the first byte is downloaded), if the server cannot be
     reached, and if a shard could not be downloaded.
@@ -139,7 +139,7 @@ def download_public(num_train: int, directory: Path, workers: int = 4) -> None:
         _download_shards(missing[:1], directory, workers=1)
         missing = missing[1:]
     _download_shards(missing, directory, workers)
-    # huggingface_hub keeps metadata and interrupted downloads here, and nothing deletes the latter.
+    # huggingface_hub keeps metadata and interrupted downloads here, and does not delete them itself.
     shutil.rmtree(directory / ".cache" / "huggingface", ignore_errors=True)
 
 
@@ -153,7 +153,7 @@ def _download_shards(names: Sequence[str], directory: Path, workers: int) -> Non
     again = "run the same command again, shards that have arrived are kept"
 
     def download(name: str) -> tuple[str, str]:
-        """Download a shard under a temporary name and rename it; return (name, error message or "")."""
+        """Downloads a shard (huggingface_hub renames a temporary file); returns (name, error message or "")."""
         message = ""
         for _ in range(DOWNLOAD_ATTEMPTS):
             try:

@@ -2,7 +2,8 @@
 Distributed training for all stages: one `Dist` per process, which also works when there is only one process.
 
 Under torchrun the processes join a process group (nccl on CUDA, gloo elsewhere); without it a process is rank 0 of 1.
-Every method works in both cases, so callers need not distinguish them.
+Every method works in both cases, so callers need not distinguish them. A function that is called collective exchanges
+data between the ranks: all of them have to call it, and in the same order.
 """
 
 import os

@@ -50,22 +50,22 @@ class GPTConfig:
     # S: a quarter of the context, L: all of it; repeated over the layers, and the last layer is always L. Three of four
     # layers only need nearby tokens: this saves attention FLOPs and KV cache (Longformer, arXiv 2004.05150).
     window_pattern: str = "SSSL"
-    # Every second layer adds a learned embedding of the token to its values, through a gate: parameters that cost
-    # almost no FLOPs (in the spirit of value residual learning, arXiv 2410.17897).
+    # In every second layer, attention adds a learned embedding of the token to its values, through a gate: parameters
+    # that cost almost no FLOPs (in the spirit of value residual learning, arXiv 2410.17897).
     value_embeds: bool = True
     # Each token's embedding takes in a little of the previous token's, so that the first layer already sees bigrams
     # (compare token shift in RWKV, arXiv 2305.13048).
     smear: bool = True
-    # The stream after the middle layer, times a learned number, is subtracted before lm_head: what the first half has
-    # stored there for later layers need not be part of the prediction.
+    # The residual stream (the vector per token that the layers add to) after the middle layer, times a learned number,
+    # is subtracted before lm_head. So the first half can store something for later layers without predicting it.
     backout: bool = True
     # Before each layer, x = resid_lambda * x + x0_lambda * x0, where x0 is the embedding: the layer chooses how much it
     # reads of the token itself.
     residual_scalars: bool = True
-    # On queries and keys after their norm. Normed vectors bound the scores, which keeps attention stable in 16 bits
-    # (QK norm, arXiv 2010.04245); the gain raises that bound by 1.2².
+    # Factor on queries and keys after their norm. Normed vectors bound the scores, which keeps attention stable in 16
+    # bits (QK norm, arXiv 2010.04245); the factor raises that bound by 1.2².
     qk_gain: float = 1.2
-    # Base of the rotary frequencies (arXiv 2104.09864): the longest wavelength is a little below 2 pi times this.
+    # Base of the rotary frequencies (arXiv 2104.09864): the longest wavelength is 2 pi * base^(1 - 2/D).
     rope_base: float = 100_000.0
     # Logits are squashed into ± this by a tanh, so that none runs away (Gemma 2, arXiv 2408.00118); 0 = not capped.
     logit_softcap: float = 15.0
@@ -116,9 +116,9 @@ class GPTConfig:
         return self.n_kv_head * self.head_dim
 
 
-# The fields of the additions that other programs do not implement. PORTABLE are the fields of a model without them,
-# which can be exported to every format. On a small corpus nothing is lost: depth 12 on 28 M tokens ended at 1.3209 bits
-# per byte against 1.3300 for the full model.
+# ADDITIONS: the fields of the additions, which other programs do not implement. PORTABLE: the fields of a model without
+# them and with full windows, which a converter can export. On a small corpus nothing is lost: depth 12 on 28 M tokens
+# ended at 1.3209 bits per byte against 1.3300 for the full model.
 ADDITIONS = ("value_embeds", "smear", "backout", "residual_scalars")
 PORTABLE: dict[str, Any] = dict.fromkeys(ADDITIONS, False) | {"window_pattern": "L", "logit_softcap": 0.0}
 
@@ -130,7 +130,7 @@ class Cache(Protocol):
     previous_B1C: torch.Tensor  # the embedding before the first token, not smeared; zeros at the start of a sequence
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-        """Stores the new keys and values, and returns what the queries read from all keys that they see."""
+        """Stores the new keys and values, and returns the attention of the queries to all keys that they see."""
         ...
 
 
@@ -138,7 +138,7 @@ class Cache(Protocol):
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
-    """RMS norm over the last axis (arXiv 1910.07467), without learned weights: the next matrix can scale as well."""
+    """RMS norm over the last axis (arXiv 1910.07467), without learned weights: the next matrix can learn the scale."""
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
@@ -151,9 +151,9 @@ def rotary_table(length: int, head_dim: int, base: float, device: torch.device) 
 
 def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """
-    Rotary positions (arXiv 2104.09864): turns channel j of the first half together with channel j of the second half by
-    minus the angle of the position, so that the product of a query and a key depends on their distance only. cos and
-    sin broadcast against (B, T, H, D/2).
+    Rotary positions (arXiv 2104.09864). Channel j of the first half and channel j of the second half are a point in a
+    plane, which is rotated by minus the angle of the position: the product of a query and a key then depends on their
+    distance only. cos and sin broadcast against (B, T, H, D/2).
     """
     x1, x2 = x_BTHD.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
@@ -168,8 +168,8 @@ def select_columns(x_BT: torch.Tensor, columns_BQ: torch.Tensor | None) -> torch
 
 class Linear(nn.Linear):
     """
-    A linear layer without bias. The weight is a float32 master, because updates of 1e-3 of its size would vanish in
-    bfloat16; it is cast to the activations' dtype here, so there is no autocast.
+    A linear layer without bias. The weight is stored in float32, because updates of 1e-3 of its size would vanish in
+    bfloat16, and cast to the activations' dtype for the product. So torch.autocast is not needed.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -249,7 +249,10 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Token embeddings and layers. Its name and theirs are part of the parameter names in checkpoints."""
+    """
+    Token embeddings and layers. The attribute names `transformer` (in GPT), `wte` and `h` are part of the parameter
+    names in checkpoints.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -317,12 +320,12 @@ class GPT(nn.Module):
         Initial values, drawn from torch's global generator of the model's device.
 
         Most matrices are uniform (no outliers) with standard deviation 1/sqrt(C), so that activations keep their size;
-        c_fc has 0.4 of that. Matrices that write into the stream are zero: every layer starts as the identity, and the
-        gradient reaches all layers undisturbed (compare Fixup, arXiv 1901.09321). lm_head is almost zero: a new model
-        predicts all tokens alike.
+        c_fc has 0.4 of that. Matrices that write into the residual stream are zero: every layer starts as the identity,
+        and the gradient reaches all layers unchanged (compare Fixup, arXiv 1901.09321). lm_head is almost zero: a new
+        model gives all tokens almost the same probability.
         """
-        # All default values of torch are replaced below. They are drawn all the same, because that advances the
-        # generator, and a seed would otherwise give other weights than it always has.
+        # torch's default values are drawn first and replaced below. Drawing them advances the random generator, so
+        # that a seed gives the same weights as in earlier versions.
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.reset_parameters()
@@ -383,8 +386,8 @@ class GPT(nn.Module):
         self, idx_BT: torch.Tensor, cache: Cache | None = None, columns_BQ: torch.Tensor | None = None
     ) -> torch.Tensor:
         """
-        The final normed states, (B, T, C). With a cache and columns only those of these columns, (B, Q, C): the last
-        layer then computes no others and passes only their queries to cache.attend.
+        The final normed states, (B, T, C). columns_BQ, which needs a cache, selects tokens of each row: the result is
+        then (B, Q, C), and the last layer computes only these and passes only their queries to cache.attend.
         """
         config = self.config
         rotary = self._rotary(idx_BT, cache)
@@ -400,7 +403,7 @@ class GPT(nn.Module):
             if i == config.n_layer // 2:
                 middle = x
         if config.backout:
-            if config.n_layer > 2:  # with fewer layers, the middle layer is the last one: its columns are selected
+            if config.n_layer > 2:  # with fewer, the middle layer is the last one, which has selected the columns
                 middle = select_columns(middle, columns_BQ)
             x = x - self.backout_lambda.to(x.dtype) * middle
         return norm(x)
@@ -467,18 +470,13 @@ def flops_per_token(config: GPTConfig) -> int:
     Forward and backward FLOPs per trained token, as the PaLM paper counts them (arXiv 2204.02311, appendix B): matrix
     products only, no embedding look-ups, and no discount for the causal mask.
     """
-    attention = sum(12 * config.n_embd * min(window, config.sequence_len) for window in config.windows)
+    attention = sum(12 * config.n_embd * window for window in config.windows)
     return 6 * matmul_weights(config) + attention
 
 
 def decode_flops(config: GPTConfig, context: int) -> int:
     """Forward FLOPs of one more token after `context` tokens."""
     return 2 * matmul_weights(config) + 4 * config.n_embd * _num_keys(config, context)
-
-
-def kv_bytes_per_token(config: GPTConfig, dtype: torch.dtype) -> int:
-    """Bytes that one token occupies in the KV cache."""
-    return config.n_layer * 2 * config.kv_width * dtype.itemsize
 
 
 def kv_bytes_read(config: GPTConfig, context: int, dtype: torch.dtype) -> int:

@@ -116,7 +116,7 @@ class Run:
         *,
         compile: bool = True,  # model and optimizer, if the machine can and the run is long enough to save time
         attention: str = "auto",  # kernel for whole sequences, see attention.py
-        seed: int = 42,  # of initial weights and sampling
+        seed: int = 42,  # of initial weights and samples
         total_flops: float = math.inf,  # of the whole run over all ranks: compiling does not pay for a short one
     ) -> None:
         """Builds model and optimizer, and restores them when the run is resumed. All ranks have to call it."""

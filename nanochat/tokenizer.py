@@ -5,13 +5,13 @@ The tokenizer: text to token ids and back, by byte-level byte-pair encoding (BPE
     tokenizer.save(default_dir())
     ids = [tokenizer.bos, *Tokenizer.load(default_dir()).encode("hello")]     # encode() adds no special tokens
 
-A regular expression, the split pattern, cuts text into pieces: words, numbers, punctuation, white space. Each piece
-starts as its UTF-8 bytes, 256 tokens that can spell any text. Training finds the most frequent pair of neighbouring
-tokens within pieces, merges it into a new token, and repeats that until the vocabulary is full (arXiv 1508.07909, on
-bytes as in GPT-2). Encoding applies these merges in the same order.
+A regular expression, the split pattern, cuts text into pieces: words, numbers, punctuation, white space. At first each
+UTF-8 byte is a token; these 256 tokens can spell any text. Training finds the most frequent pair of neighbouring tokens
+within pieces, merges it into a new token, and repeats that until the vocabulary is full (arXiv 1508.07909, on bytes as
+in GPT-2). Encoding applies these merges in the same order.
 
-The crate in rustbpe/ trains and encodes; tiktoken encodes where only the published rustbpe wheel is installed. The
-tokenizer is stored as plain JSON.
+The crate in rustbpe/ trains and encodes. The package of the same name on PyPI can only train; where that one is
+installed, tiktoken encodes. The tokenizer is stored as plain JSON.
 """
 
 import base64
@@ -44,8 +44,8 @@ SPECIAL_TOKENS = (
     "<|output_end|>",
 )
 
-# GPT-4's pattern, but with at most two digits per token instead of three: numbers of three digits would fill 1,000
-# tokens of a small vocabulary.
+# GPT-4's pattern, but with at most two digits per token instead of three: the numbers of three digits would take up to
+# 1,000 tokens of a small vocabulary.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
@@ -56,8 +56,8 @@ PORTABLE_SPLIT_PATTERN = SPLIT_PATTERN.replace(r"\p{N}{1,2}", r"\p{N}")
 NUM_BYTES = 256
 FORMAT, VERSION = "nanochat-tokenizer", 1
 FILE_NAME, PICKLE_NAME = "tokenizer.json", "tokenizer.pkl"
-# tiktoken's regex engine panics on runs of about 10^6 spaces (measured with version 0.14), so long texts are encoded in
-# blocks.
+# tiktoken's regex engine crashes on runs of about 10^6 spaces (measured with version 0.14), so long texts are encoded
+# in blocks.
 MAX_BLOCK = 400_000  # characters
 
 
@@ -99,7 +99,7 @@ class Tokenizer:
         progress: Callable[[int, int], object] | None = None,
     ) -> "Tokenizer":
         """
-        Learn a tokenizer of vocab_size tokens, special tokens included, from texts. Calls progress(merges done, merges
+        Learns a tokenizer of vocab_size tokens, special tokens included, from texts. Calls progress(merges done, merges
         in total) while merging, if the crate in rustbpe/ is installed. Raises UserError if vocab_size is too small for
         the bytes, or too large for the texts.
         """
@@ -109,7 +109,7 @@ class Tokenizer:
         if vocab_size < smallest:
             raise UserError(f"a vocabulary of {vocab_size} is too small: bytes and special tokens alone are {smallest}")
         trainer = rustbpe.Tokenizer()
-        has_progress = hasattr(trainer, "from_tokens")  # the published wheel has neither of them
+        has_progress = hasattr(trainer, "from_tokens")  # PyPI's package has neither this method nor progress
         options: dict[str, Any] = {"progress": progress} if has_progress else {}
         try:
             trainer.train_from_iterator(iter(texts), vocab_size - len(SPECIAL_TOKENS), pattern=pattern, **options)
@@ -173,7 +173,7 @@ class Tokenizer:
 
     def save(self, directory: Path) -> None:
         """
-        Write tokenizer.json into the folder. A different tokenizer that is already there is renamed to
+        Writes tokenizer.json into the folder. A different tokenizer that is already there is renamed to
         tokenizer.<fingerprint>.json, because the models that were trained with it are useless without it.
         """
         target = Path(directory) / FILE_NAME
@@ -187,7 +187,7 @@ class Tokenizer:
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
         """
-        Read tokenizer.json or, if there is none, the tokenizer.pkl of an older version. Raises UserError if the folder
+        Reads tokenizer.json or, if there is none, the tokenizer.pkl of an older version. Raises UserError if the folder
         has no tokenizer or its file is damaged.
         """
         path = Path(directory) / FILE_NAME
@@ -238,8 +238,8 @@ class Tokenizer:
 
 def fast_encoder(pattern: str, tokens: list[bytes]) -> Any:
     """
-    Return an encoder of the crate in rustbpe/, which computes the same ids as tiktoken at 4 times its speed (60 instead
-    of 14 MB/s for batches of 128 documents on 2 cores). Return None if only the published wheel is installed, or if the
+    Returns an encoder of the crate in rustbpe/, which computes the same ids as tiktoken at 4 times its speed (60
+    instead of 14 MB/s for batches of 128 documents on 2 cores). None if PyPI's package is installed instead, or if the
     crate does not support the pattern: then tiktoken encodes.
     """
     import rustbpe

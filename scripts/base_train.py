@@ -30,10 +30,10 @@ class Flags(RunFlags, recipe.RecipeFlags):
     eval_every: int = flag(250, "steps between validations; 0 = only at the end, -1 = never")
     eval_tokens: int = flag(80 * 524288, "validation tokens over all ranks")
     sample_every: int = flag(2000, "steps between samples; 0 = only at the end, -1 = never")
-    compile: bool = flag(True, "torch.compile model and optimizer where the machine can and it pays")
-    attention: str = flag("auto", f"kernel: auto (the fastest that works here) | {' | '.join(attention.LOADERS)}")
+    compile: bool = flag(True, "use torch.compile, if the machine can and the run is long enough to save time")
+    attention: str = flag("auto", f"auto (the fastest kernel that works here) | {' | '.join(attention.LOADERS)}")
     fp8: bool = flag(False, "train the large matrices in FP8 (GPUs from Ada and Hopper on); evaluation is not affected")
-    seed: int = flag(42, "seed of the initial weights")
+    seed: int = flag(42, "seed of initial weights and samples")
 
 
 @command
@@ -46,7 +46,7 @@ def main(flags: Flags) -> None:
         B, T = flags.device_batch_size, flags.max_seq_len
         accumulation = recipe.accumulation_steps(plan.total_batch_size, B, T, dist.world_size)
         if flags.portable and tokenizer.pattern != PORTABLE_SPLIT_PATTERN:
-            distributed.warn0("--portable, but the tokenizer is not: train it with tok_train --portable to export both")
+            distributed.warn0("the tokenizer is not portable: train it with tok_train --portable to export both")
         if flags.fp8:
             fp8.check_support(plan.model, B * T, dist.device)
 
@@ -63,7 +63,7 @@ def main(flags: Flags) -> None:
                 seed=flags.seed,
                 total_flops=plan.flops,
             )
-            if flags.fp8:
+            if flags.fp8:  # not too late for torch.compile: it compiles in the first step
                 fp8.use_fp8(run.model, run.optimizer, run.compiled)
             loader = PretrainLoader(
                 tokenizer, RowGroups(train_shards), batch_size=B, sequence_len=T, dist=dist, states=run.data_states

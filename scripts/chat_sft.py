@@ -38,7 +38,7 @@ from tasks.spelling import SimpleSpelling, SpellingBee
 class FinetuneFlags(RunFlags):
     """The flags of the stages that train on conversations: this one and scripts/mid_train.py."""
 
-    base_tag: str = flag("", "name of the checkpoints to start from; default the one written last")
+    base_tag: str = flag("", "tag of the checkpoint to start from; default: the one written last")
     base_step: int = flag(-1, "step of the checkpoint to start from; -1 = the newest")
     smoltalk_epochs: int = flag(1, "times through SmolTalk; 0 = without")
     mmlu_epochs: int = flag(3, "times through MMLU's auxiliary training questions; 0 = without")
@@ -46,16 +46,16 @@ class FinetuneFlags(RunFlags):
     simplespelling_epochs: int = flag(1, "times through 200,000 words to spell; 0 = without")
     spellingbee_epochs: int = flag(1, "times through 80,000 words with letters to count; 0 = without")
     identity_epochs: int = flag(2, "times through the conversations about who the model is; 0 = without")
-    identity_file: str = flag("", "JSONL of these, one array of messages per line; empty = the built-in ones")
+    identity_file: str = flag("", "JSONL file of such conversations, an array of messages per line; default: built-in")
     primer_epochs: int = flag(0, "times through the conversations of the embedded corpus; 0 = without")
     num_iterations: int = flag(-1, "optimizer steps; -1 = once through the mixture")
-    device_batch_size: int = flag(-1, "rows per forward pass and rank; -1 = as the run it starts from")
-    total_batch_size: int = flag(-1, "tokens per optimizer step over all ranks; -1 = as the run it starts from")
+    device_batch_size: int = flag(-1, "rows per GPU and pass; -1 = as in the run that trained the source")
+    total_batch_size: int = flag(-1, "tokens per optimizer step over all GPUs; -1 = as in that run")
     init_lr_frac: float = flag(0.8, "initial learning rates, as a share of pretraining's")
-    load_optimizer: bool = flag(True, "start with the optimizer's momentum of the run it starts from")
+    load_optimizer: bool = flag(True, "start with the optimizer's momentum from the end of that run")
     eval_every: int = flag(200, "steps between validations; 0 = only at the end, -1 = never")
     eval_examples: int = flag(1000, "held-out conversations to validate on")
-    compile: bool = flag(True, "torch.compile model and optimizer where the machine can")
+    compile: bool = flag(True, "use torch.compile, if the machine can and the run is long enough to save time")
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,20 @@ def finetune(stage: str, source_stage: str, flags: FinetuneFlags) -> None:
         tag = flags.model_tag or source.tag
         with Run.open(stage, tag, source, flags, tokenizer=tokenizer, dist=dist) as run:
             # Check.
-            base = inherited_hyperparameters(flags, run)
-            B, T = base.device_batch_size, source.config.sequence_len
-            accumulation = recipe.accumulation_steps(base.total_batch_size, B, T, dist.world_size)
+            inherited = inherited_hyperparameters(flags, run)
+            B, T = inherited.device_batch_size, source.config.sequence_len
+            accumulation = recipe.accumulation_steps(inherited.total_batch_size, B, T, dist.world_size)
             train_data, val_data = mixture(flags, tokenizer)
 
             # Build.
-            groups = recipe.param_groups(source.config, base, weight_decay=0.0, lr_frac=flags.init_lr_frac)
-            num_tokens = flags.num_iterations * base.total_batch_size if flags.num_iterations > 0 else math.inf
+            groups = recipe.param_groups(source.config, inherited, weight_decay=0.0, lr_frac=flags.init_lr_frac)
+            # Infinite for one pass: the number of its tokens is not known in advance.
+            num_tokens = flags.num_iterations * inherited.total_batch_size if flags.num_iterations > 0 else math.inf
             run.build(
                 groups,
-                {"base": run.parent_checkpoint, "settings": asdict(base)},
+                {"base": run.parent_checkpoint, "settings": asdict(inherited)},
                 compile=flags.compile,
-                total_flops=num_tokens * flops_per_token(source.config),  # unknown before one pass has been rendered
+                total_flops=num_tokens * flops_per_token(source.config),
             )
             if flags.load_optimizer:
                 run.inherit_momentum()
@@ -99,11 +100,11 @@ def finetune(stage: str, source_stage: str, flags: FinetuneFlags) -> None:
             steps = prefetch(loader.steps(accumulation, flags.num_iterations), dist.device)
             run.open_log(max(flags.num_iterations, 0))
             if dist.is_main:
-                rows = recipe.explain_groups(groups, base, source.config.n_embd, flags.init_lr_frac)
+                rows = recipe.explain_groups(groups, inherited, source.config.n_embd, flags.init_lr_frac)
                 print_table(f"Learning rates of {tag}", rows)
             dist.print0(
                 f"{tag} from {run.parent_checkpoint}: {human(len(train_data))} conversations, steps of "
-                f"{base.total_batch_size:,} tokens ({accumulation} x {B} x {T} x {dist.world_size} ranks); "
+                f"{inherited.total_batch_size:,} tokens ({accumulation} x {B} x {T} x {dist.world_size} ranks); "
                 f"{hardware.describe(dist.device)}"
             )
 
@@ -122,20 +123,18 @@ def inherited_hyperparameters(flags: FinetuneFlags, run: Run) -> recipe.Hyperpar
     """Those of the resumed run, or of the run that trained the source; flags override batch sizes."""
     checkpoint = run.resumed or run.parent
     assert checkpoint
-    base = recipe.load_hyperparameters(checkpoint.meta)
-    if flags.device_batch_size != -1:
-        base = replace(base, device_batch_size=flags.device_batch_size)
-    if flags.total_batch_size != -1:
-        base = replace(base, total_batch_size=flags.total_batch_size)
-    return base
+    names = ("device_batch_size", "total_batch_size")
+    given = {name: getattr(flags, name) for name in names if getattr(flags, name) != -1}
+    return replace(recipe.load_hyperparameters(checkpoint.meta), **given)
 
 
 def mixture(flags: FinetuneFlags, tokenizer: Tokenizer) -> tuple[TaskMixture, Task]:
     """
-    Conversations to train on and to validate on. Validation never sees the questions of the scores that are
-    reported later; a mixture without held-out conversations is validated on what it is trained on.
+    Conversations to train on and to validate on. Validation uses no questions of the test splits, which chat_eval
+    reports. A mixture without held-out conversations is validated on training conversations.
     """
-    # (epochs, training split, held-out split if there is one): called only where epochs are above 0
+    # (epochs, function for the training split, function for the held-out split or None). The functions are called only
+    # if epochs is above 0, because they download data.
     sources: list[tuple[int, Callable[[], Task], Callable[[], Task] | None]] = [
         (flags.smoltalk_epochs, lambda: SmolTalk("train"), lambda: SmolTalk("test")),
         (flags.mmlu_epochs, lambda: MMLU("auxiliary_train"), lambda: MMLU("validation")),
@@ -155,7 +154,7 @@ def mixture(flags: FinetuneFlags, tokenizer: Tokenizer) -> tuple[TaskMixture, Ta
     if not train_tasks:
         raise UserError("nothing to train on: give at least one source an epoch, such as --smoltalk-epochs 1")
     if not val_tasks:
-        print("validation: these sources hold nothing out, so it uses conversations that are trained on")
+        print("validation: these sources have no held-out split, so validation uses training conversations")
         val_tasks = train_tasks[:1]
     return TaskMixture(train_tasks), limited(TaskMixture(val_tasks), flags.eval_examples)
 

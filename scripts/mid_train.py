@@ -1,6 +1,6 @@
 r"""
-Train a base model on conversations before fine-tuning: the second of four stages in older recipes. It is the loop of
-scripts/chat_sft.py with other defaults: questions and problems once, at the learning rates of pretraining.
+Train a base model on conversations before fine-tuning (in older recipes the stage between the two). It is
+scripts/chat_sft.py with other defaults: one epoch of questions and problems, at the learning rates of pretraining.
 
     python -m scripts.mid_train                                                       # base → mid
     python -m scripts.chat_sft -i mid                                                 # mid → sft

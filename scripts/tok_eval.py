@@ -32,7 +32,7 @@ class Flags:
 
 @command
 def main(flags: Flags) -> dict[str, dict[str, float]]:
-    """Print a table and return bytes per token by kind of text and tokenizer."""
+    """Prints a table and returns bytes per token by kind of text and tokenizer."""
     ours = Tokenizer.load(Path(flags.tokenizer_dir or default_dir()))
     encoders = {"ours": ours.encode}
     sizes = {"ours": ours.vocab_size}
@@ -55,7 +55,7 @@ def main(flags: Flags) -> dict[str, dict[str, float]]:
 
 
 def local_encoding(name: str) -> tiktoken.Encoding | None:
-    """Return tiktoken's encoding of that name, or None if its files are not on this machine: nothing is downloaded."""
+    """Returns tiktoken's encoding of that name, or None if its files are not on this machine: nothing is downloaded."""
     with mock.patch("tiktoken.load.read_file", side_effect=FileNotFoundError):
         try:
             return tiktoken.get_encoding(name)
@@ -64,7 +64,7 @@ def local_encoding(name: str) -> tiktoken.Encoding | None:
 
 
 def split_samples(data_dir: str) -> dict[str, list[str]]:
-    """Return the first documents of the training and validation splits; empty if there are no shards."""
+    """Returns the first documents of the training and validation splits; empty if there are no shards."""
     try:
         train_shards, val_shards = dataset.split_shards(dataset.resolve_data_dir(data_dir))
     except UserError as error:

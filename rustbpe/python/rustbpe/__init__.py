@@ -37,8 +37,8 @@ class Tokenizer:
     @classmethod
     def from_tokens(cls, tokens: Iterable[bytes], pattern: str = DEFAULT_PATTERN) -> "Tokenizer":
         """
-        Return a tokenizer with these tokens, in the order of their ids. Raises ValueError if a single byte has no token
-        or the pattern is not supported.
+        Returns a tokenizer with these tokens, in the order of their ids. Raises ValueError if a single byte has no
+        token or the pattern is not supported.
         """
         tokenizer = cls()
         tokenizer._tokens, tokenizer._pattern = list(tokens), pattern
@@ -56,7 +56,7 @@ class Tokenizer:
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
         """
-        Learn up to vocab_size - 256 merges, fewer if no pair is left, which replace the current ones. If this raises,
+        Learns up to vocab_size - 256 merges, fewer if no pair is left, which replace the current ones. If this raises,
         the current ones stay. Texts are counted in the background while the iterator produces the next ones.
 
         vocab_size:  number of tokens, the 256 bytes included
