@@ -89,7 +89,7 @@ def test_render_to_fit_long_conversation_drops_oldest_exchanges(golden_tokenizer
             assert render_to_fit(messages, golden_tokenizer, fitting - 1, 20) == (ids(dropped + 2), dropped + 2)
     context = 2 * len(ids(16))
     assert render_to_fit(messages, golden_tokenizer, context, 10**6)[1] == 16  # the prompt may take half of the context
-    with pytest.raises(UserError, match=f"message and system message have {context // 2} tokens, at most {context // 2 - 1} fit"):
+    with pytest.raises(UserError, match=f"have {context // 2} tokens, at most {context // 2 - 1} fit"):
         render_to_fit(messages, golden_tokenizer, context - 2, 10**6)
 
 
