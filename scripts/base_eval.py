@@ -2,15 +2,14 @@
 Evaluate a base model: bits per byte on both splits, samples, and CORE, the mean over 22 tasks of knowledge, language,
 reading and reasoning (0 = guessing, 1 = all correct).
 
-    python -m scripts.base_eval                                     # the newest checkpoint: bits per byte and samples
+    python -m scripts.base_eval                                     # bits per byte and samples, the newest checkpoint
     python -m scripts.base_eval -g d12 --eval core,bpb,sample
-    python -m scripts.base_eval --eval core --max-per-task 500      # a part of each task: faster, less certain
+    python -m scripts.base_eval --eval core --max-per-task 500      # fewer items: faster, but less precise
 """
 
 import time
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 from nanochat import checkpoint_manager, dataset, distributed, hardware
 from nanochat.checkpoint_manager import Checkpoint
@@ -30,7 +29,7 @@ from nanochat.recipe import load_hyperparameters
 from nanochat.tokenizer import Tokenizer, default_dir
 
 EVALUATIONS = ("core", "bpb", "sample")
-NUM_SAMPLES, SAMPLE_TOKENS = 4, 128  # texts without a prompt
+NUM_SAMPLES, SAMPLE_TOKENS = 4, 128  # of the samples without a prompt
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,14 @@ class Flags:
 
 @command
 def main(flags: Flags) -> dict[str, float]:
-    """Returns the numbers by name."""
+    """Evaluates; returns the results by name."""
     check(flags)
     evaluations = flags.eval.split(",")
     with distributed.init(flags.device) as dist:
         # Tokenizer and data come first, so that a mistake in the flags is reported before the model is loaded.
         tokenizer = Tokenizer.load(default_dir())
-        shards = find_shards(flags) if "bpb" in evaluations else {}
+        if "bpb" in evaluations:
+            train_shards, val_shards = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
         tasks = load_core_tasks(flags, dist) if "core" in evaluations else []
         dtype = hardware.pick_dtype(dist.device)
         model, checkpoint = checkpoint_manager.load_model(
@@ -70,14 +70,14 @@ def main(flags: Flags) -> dict[str, float]:
             numbers["CORE"], numbers["CORE ±"] = core_metric(scores)
             if dist.is_main:
                 path = core_path(flags, checkpoint)
-                save_scores(path, scores, str(checkpoint.path))
+                save_scores(path, scores, model=str(checkpoint.path))
                 print(f"written to {path}.csv and .json")
         if "bpb" in evaluations:
             B, T = flags.device_batch_size, model.config.sequence_len
             if B == -1:
                 B = load_hyperparameters(checkpoint.meta).device_batch_size
             num_batches = max(1, flags.split_tokens // (B * T * dist.world_size))
-            for split, files in shards.items():
+            for split, files in (("train", train_shards), ("val", val_shards)):
                 loader = PretrainLoader(tokenizer, RowGroups(files), batch_size=B, sequence_len=T, dist=dist)
                 bpb = evaluate_bpb(model, islice(loader.batches(), num_batches), tokenizer.token_bytes(), dist)
                 numbers[f"{split} bpb"] = bpb
@@ -98,17 +98,11 @@ def check(flags: Flags) -> None:
     require_positive(flags, "split_tokens")
 
 
-def find_shards(flags: Flags) -> dict[str, list[Path]]:
-    """The files of both splits, by name."""
-    train, val = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
-    return {"train": train, "val": val}
-
-
 # ---- CORE ----
 
 
 def load_core_tasks(flags: Flags, dist: Dist) -> list[CoreTask]:
-    """Loads the tasks; if the bundle must be downloaded, the first rank does it while the others wait."""
+    """Loads the tasks of CORE. If the bundle must be downloaded, rank 0 does it while the others wait."""
     if dist.is_main:
         resolve_bundle(flags.eval_bundle)
     dist.barrier()
@@ -135,12 +129,10 @@ def run_core(model: GPT, tokenizer: Tokenizer, tasks: list[CoreTask], dist: Dist
     return scores
 
 
-def core_path(flags: Flags, checkpoint: Checkpoint) -> Path:
-    """Where the scores are saved, without suffix: of …/d12/step_000100 or …/d12/model_000100.pt, base-d12-000100."""
-    tag = checkpoint.path.parent.name
-    step = checkpoint.path.stem.split("_")[-1]
+def core_path(flags: Flags, checkpoint: Checkpoint) -> str:
+    """Returns the path of the scores without suffix, such as <base>/base_eval/base-d12-000100."""
     limit = "" if flags.max_per_task < 0 else f"-{flags.max_per_task}"
-    return base_dir() / "base_eval" / f"{flags.source}-{tag}-{step}{limit}"
+    return f"{base_dir()}/base_eval/{flags.source}-{checkpoint.tag}-{checkpoint.step:06d}{limit}"
 
 
 # ---- samples ----

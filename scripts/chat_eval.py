@@ -1,12 +1,12 @@
 """
-Evaluate a chat model on tasks, and ChatCORE, the mean over six of them (0 = guessing, 1 = all correct).
+Evaluate a chat model on tasks, and compute ChatCORE, the mean over six of them (0 = guessing, 1 = all correct).
 
     python -m scripts.chat_eval -i sft                                  # all tasks, and ChatCORE
     python -m scripts.chat_eval -i sft -a QuizFree,Sums                 # some tasks
     python -m scripts.chat_eval -i rl -a GSM8K -t 0.8 --num-samples 16 --pass-k 1,8    # pass@k
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -i sft -a MMLU,GSM8K
 
-All questions, completions and verdicts are written to <base>/report/chat_eval/<model>/<task>.jsonl.
+All questions, completions and grades are written to <base>/report/chat_eval/<model>/<task>.jsonl.
 """
 
 import math
@@ -65,7 +65,7 @@ class Flags:
 
 @command
 def main(flags: Flags) -> dict[str, ChatScore]:
-    """Returns the scores by task."""
+    """Evaluates; returns the scores by task."""
     check(flags)
     names = flags.task_name.split(",") if flags.task_name else list(TASKS)
     pass_k = [int(k) for k in flags.pass_k.split(",")] if flags.pass_k else []
@@ -121,7 +121,7 @@ def check(flags: Flags) -> None:
 
 
 def limits(flags: Flags) -> list[str]:
-    """What makes this evaluation differ from the full, greedy one, so that its results are stored separately."""
+    """Returns how this evaluation differs from the full, greedy one. Such results are stored under other names."""
     found = []
     if flags.max_problems > 0:
         found.append(f"first {flags.max_problems}")
@@ -136,7 +136,7 @@ def record_folder(flags: Flags, checkpoint: Checkpoint) -> Path:
 
 
 def summary(flags: Flags, checkpoint: Checkpoint, scores: dict[str, ChatScore]) -> dict[str, Any]:
-    """The numbers of the report, by name."""
+    """Returns the results for the report, by name."""
     suffix = f" ({', '.join(limits(flags))})" if limits(flags) else ""
     numbers: dict[str, Any] = {"model": str(checkpoint.path)}
     for name, score in scores.items():
@@ -151,7 +151,7 @@ def summary(flags: Flags, checkpoint: Checkpoint, scores: dict[str, ChatScore]) 
 
 
 def describe_score(score: ChatScore) -> str:
-    """A line of the table on the console."""
+    """Returns a line for the console."""
     low, high = score.interval
     details = f"{score.correct}/{score.total * score.num_samples}, 95 % interval {low:.1%} to {high:.1%}"
     for k, value in score.pass_at.items():

@@ -1,5 +1,5 @@
 """
-Write the primer, a small generated corpus, as pretraining shards. Needs no network.
+Write the primer, a small generated corpus, to a folder, as shards for pretraining. Needs no network.
 
     python -m scripts.primer --data-dir ~/primer
     NANOCHAT_DATA_DIR=~/primer python -m scripts.tok_train --vocab-size 2048
@@ -15,8 +15,8 @@ from nanochat.common import base_dir
 
 @dataclass(frozen=True)
 class Flags:
-    data_dir: str = flag("", "folder for the shards, empty or with an older primer; default $NANOCHAT_BASE_DIR/primer")
-    seed: int = flag(0, "seed of the wordings and their order")
+    data_dir: str = flag("", "folder for the shards: empty or with an older primer; default: $NANOCHAT_BASE_DIR/primer")
+    seed: int = flag(0, "seed for the choice and order of the wordings")
 
 
 @command

@@ -1,5 +1,5 @@
 """
-Show rendered conversations: the tokens that the model is trained on in green, the others in grey.
+Show rendered conversations, with the tokens that the model is trained on in green and the others in grey.
 
     python -m scripts.show_conversation --path identity.jsonl --num 3
     python -m scripts.show_conversation --source gsm8k
@@ -13,8 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from nanochat.cli import command, flag
-from nanochat.common import UserError
+from nanochat.cli import command, flag, require_positive
 from nanochat.conversation import render
 from nanochat.tokenizer import Tokenizer, default_dir
 from tasks.common import Task, limited
@@ -49,8 +48,7 @@ class Flags:
 
 @command
 def main(flags: Flags) -> None:
-    if flags.num < 1 or flags.max_tokens < 1:
-        raise UserError("--num and --max-tokens must be at least 1")
+    require_positive(flags, "num", "max_tokens")
     tokenizer = Tokenizer.load(Path(flags.tokenizer_dir or default_dir()))
     task = CustomJSON(flags.path) if flags.path else SOURCES[flags.source](tokenizer)
     console = Console()
@@ -61,7 +59,7 @@ def main(flags: Flags) -> None:
 
 
 def highlight(ids: Sequence[int], mask: Sequence[int], tokenizer: Tokenizer) -> Text:
-    """Return a rendered conversation with its supervised tokens in another colour."""
+    """Returns a rendered conversation with its supervised tokens in green."""
     text = Text()
     for supervised, group in itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
         tokens = [token for token, _ in group]

@@ -1,8 +1,11 @@
 """
-The task protocol: a task is a dataset of conversations which can be trained on, and which may grade completions.
+The base class of tasks. A task is a dataset of conversations to train on or to evaluate with.
 
-To add a task, add one file with a subclass of Task that defines __getitem__, __len__ (unless it sets `rows`), and
-is_correct if completions can be graded.
+To add a task, add one file with a subclass of Task. It sets `kind` and defines:
+- __getitem__
+- __len__, unless it sets `rows`
+- is_correct, if its completions can be graded
+- reward, if reinforcement learning needs other rewards than 1 for correct and 0 for wrong
 """
 
 import random
@@ -12,47 +15,47 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-SEED = 42  # of all shuffles, so that "the first 100 problems" are the same in every run
+SEED = 42  # of all shuffles: "the first 100 questions" are the same ones in every run
 
 Conversation = Mapping[str, Any]
 
 
 class Task(ABC):
     """
-    A sequence of conversations {"messages": […]}, each ending with the assistant's reference reply. An item may have
-    further keys, which grading needs. `rows` are the source of the items; a task without rows defines __len__.
+    A sequence of conversations {"messages": […]}. The last message is the assistant's reference reply. A conversation
+    may have further keys, which grading needs.
 
     `kind` selects how a model is evaluated:
-    - "categorical":   the model chooses one of item["letters"]
+    - "categorical":   the model chooses one of conversation["letters"]
     - "generative":    the model generates a completion, which is_correct grades
     - "conversations": not at all, the task is for training only
     """
 
     kind: str
-    rows: Sequence[Any] = ()
+    rows: Sequence[Any] = ()  # the source of the conversations, one row for each
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @abstractmethod
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return the conversation at 0 <= index < len. Raise IndexError beyond, so that `for` loops end."""
+        """Returns a conversation. Must raise IndexError if index >= len(self), so that `for` loops end."""
 
     def is_correct(self, conversation: Conversation, completion: str) -> bool:
         """Whether the completion is correct. May be called from several threads."""
         raise TypeError(f"{type(self).__name__} has no is_correct: its completions cannot be graded")
 
     def grade(self, conversation: Conversation, completion: str) -> dict[str, Any]:
-        """Return {"correct": …} and details for the log. May be called from several threads."""
+        """Returns {"correct": bool, …}: the verdict, and details for the log. May be called from several threads."""
         return {"correct": self.is_correct(conversation, completion)}
 
     def reward(self, conversation: Conversation, completion: str) -> float:
-        """Return the reward for reinforcement learning."""
+        """Returns the reward for reinforcement learning."""
         return float(self.is_correct(conversation, completion))
 
 
 class TaskMixture(Task):
-    """The items of several tasks in one fixed random order. A task listed twice contributes its items twice."""
+    """The conversations of several tasks in a fixed random order. Those of a task that is listed twice occur twice."""
 
     kind = "conversations"
 
@@ -66,25 +69,27 @@ class TaskMixture(Task):
 
 
 def limited(task: Task, max_examples: int) -> Task:
-    """Return the first max_examples items of a task; all of them if max_examples is negative."""
+    """Returns a task with the first max_examples conversations of a task; with all if max_examples is negative."""
     if max_examples < 0 or max_examples >= len(task):
         return task
     return _Limited(task, max_examples)
 
 
 class _Limited(Task):
-    def __init__(self, task: Task, num_items: int) -> None:
+    """The first conversations of another task, which also grades the completions."""
+
+    def __init__(self, task: Task, max_examples: int) -> None:
         self.task = task
-        self.rows = range(num_items)
+        self.rows = range(max_examples)
         self.kind, self.is_correct, self.grade, self.reward = task.kind, task.is_correct, task.grade, task.reward
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.task[self.rows[index]]
+        return self.task[self.rows[index]]  # raises IndexError beyond the limit
 
 
 def final_number(text: str) -> Decimal | None:
     """
-    Return the number after the first "####", or None.
+    Returns the number after the first "####" that a number follows; None if there is no such number.
 
     >>> final_number("So 3 * 400 = 1200 dollars.\\n#### $1,200.00")
     Decimal('1200.00')

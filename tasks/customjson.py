@@ -10,7 +10,7 @@ from tasks.common import Task
 
 
 class CustomJSON(Task):
-    """The conversations in the order of the file. Raises UserError with the line number if one is not valid."""
+    """The conversations in the order of the file. Raises UserError with the line number of an invalid one."""
 
     kind = "conversations"
 

@@ -22,13 +22,13 @@ class GSM8K(Task):
         return {"messages": messages, "answer": str(answer)}
 
     def is_correct(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the number after "####" equals the reference; "1,000.0" equals "1000"."""
+        """Whether the number after "####" equals that of the reference; "1,000.0" equals "1000"."""
         return final_number(completion) == final_number(f"#### {conversation['answer']}")
 
 
 def solution_parts(answer: str) -> list[dict[str, str]]:
     """
-    Convert the calculator annotations <<expression=result>> of a solution to tool calls.
+    Converts the calculator annotations <<expression=result>> of a solution to tool calls.
 
     >>> [part["text"] for part in solution_parts("He has 2 * 3 = <<2*3=6>>6 eggs.")]
     ['He has 2 * 3 = ', '2*3', '6', '6 eggs.']

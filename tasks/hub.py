@@ -1,4 +1,4 @@
-"""Datasets of the tasks, from a local mirror of the Hugging Face Hub or from the hub itself."""
+"""Loads the datasets of the tasks, from a local mirror of the Hugging Face Hub or from the hub itself."""
 
 import os
 from pathlib import Path
@@ -10,12 +10,12 @@ from tasks.common import SEED
 
 def load(repo: str, config: str | None, split: str) -> Any:
     """
-    Return one split of the dataset "owner/name" as a datasets.Dataset, in a fixed random order.
+    Returns one split of the dataset "owner/name" as a datasets.Dataset, in a fixed random order.
 
-    It is read from $NANOCHAT_DATASETS_DIR/owner/name if that folder exists, otherwise downloaded from the hub (or
-    $HF_ENDPOINT) and cached. Raises UserError if it cannot be loaded.
+    The dataset is read from the folder $NANOCHAT_DATASETS_DIR/owner/name if it exists. Otherwise it is downloaded from
+    the hub (or $HF_ENDPOINT) and cached. Raises UserError if it cannot be loaded.
     """
-    import datasets  # takes a second
+    import datasets  # here, because it takes a second
 
     source = repo
     if mirror := os.environ.get("NANOCHAT_DATASETS_DIR"):

@@ -10,7 +10,7 @@ from tasks import hub
 from tasks.common import Conversation, Task
 
 CODE_BLOCK = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-# A line without indentation that belongs to a program; any other line without indentation is prose.
+# How a line without indentation starts if it is code. Any other line without indentation is prose.
 CODE_LINE = re.compile(
     r"^(?:(?:def|class|import|from|async def|if|for|try|except|else|elif)\b|[@#)\]}]|[A-Za-z_]\w* *=[^=])", re.MULTILINE
 )
@@ -23,7 +23,7 @@ class HumanEval(Task):
     kind = "generative"
 
     def __init__(self, timeout: float = 5.0) -> None:
-        """`timeout` limits the tests of one completion, in seconds; 5 is 50 times what the reference solutions need."""
+        """`timeout` in seconds is for the tests of one completion. The reference solutions need a 50th of 5 s."""
         self.rows = hub.load("openai/openai_humaneval", "openai_humaneval", "test")
         self.timeout = timeout
 
@@ -38,7 +38,7 @@ class HumanEval(Task):
         return self.run_tests(conversation, completion).passed
 
     def grade(self, conversation: Conversation, completion: str) -> dict[str, Any]:
-        """Return the verdict, the end of the output (usually a traceback), and the sandbox's active protections."""
+        """Returns the verdict, the end of the output (usually a traceback), and the sandbox's active protections."""
         result = self.run_tests(conversation, completion)
         return {
             "correct": result.passed,
@@ -55,12 +55,12 @@ class HumanEval(Task):
 
 def extract_code(completion: str, function: str) -> str:
     r"""
-    Return the part of a completion that makes a program when it is appended to the prompt: the rest of the function's
-    body, or the whole function again.
+    Returns the code of a completion, which is appended to the prompt: the rest of the function's body, or the whole
+    function again.
 
-    - With ``` blocks: the first block that defines the function, otherwise the first block.
-    - Without blocks: the completion up to the first line of prose and, if it defines the function, without the prose
-      before it.
+    - With ``` blocks, it is the first block that defines the function, otherwise the first block.
+    - Without blocks, it is the completion up to the first line of prose. If the completion defines the function, prose
+      before the code is removed too.
     - A body without indentation is indented.
 
     >>> extract_code("Here it is:\n```python\ndef double(x):\n    return 2 * x\n```\nIt adds.", "double")

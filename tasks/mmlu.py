@@ -13,7 +13,7 @@ class MMLU(Task):
     kind = "categorical"
 
     def __init__(self, split: str) -> None:
-        """`split` is "auxiliary_train" (questions of other benchmarks, for training), "validation", "dev" or "test"."""
+        """`split` is "auxiliary_train" (for training, from other benchmarks), "validation", "dev" or "test"."""
         self.rows = hub.load("cais/mmlu", "all", split)
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """
-Tasks over the primer (nanochat/primer): its quiz and sums, for evaluation and reinforcement learning, and its
-conversations, for fine-tuning. Training text contains neither the wordings of the quiz nor the sums of the test split.
+The tasks of the primer (nanochat/primer): quiz and sums for evaluation and reinforcement learning, conversations for
+fine-tuning. The wordings of the quiz and the sums of the test split do not occur in training texts.
 """
 
 import re
@@ -13,7 +13,7 @@ from tasks.common import Conversation, Task
 
 
 class QuizFree(Task):
-    """Questions to be answered freely. A completion is correct if it contains the answer and no wrong choice."""
+    """Questions without choices. A completion is correct if it contains the answer."""
 
     kind = "generative"
     item_kind = "free"
@@ -35,13 +35,13 @@ class QuizFree(Task):
 
 
 class QuizChoice(QuizFree):
-    """Questions that list four choices."""
+    """Questions that list four choices. A completion that contains a wrong one too is not correct."""
 
     item_kind = "choice"
 
 
 class Sums(Task):
-    """Sums, of which the last number of a completion is taken as the result."""
+    """Sums. A completion is correct if its last number is the result."""
 
     kind = "generative"
     hard = False

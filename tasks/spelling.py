@@ -1,8 +1,8 @@
 """
 Spelling tasks: count the letters of a word (SpellingBee), spell a word (SimpleSpelling).
 
-A model reads tokens, not letters, so it has to learn how each token is spelled. The items are generated: item i is
-determined by the seed i in training and 10,000,000 + i in testing.
+A model reads tokens, not letters, so it has to learn how each token is spelled. The items are generated: the seed of
+item i is i in the training split and 10,000,000 + i in the test split.
 """
 
 import re
@@ -32,8 +32,8 @@ class _SpellingTask(Task):
 
     def __init__(self, split: str, size: int | None = None, tokenizer: Tokenizer | None = None) -> None:
         """
-        `split` is "train" or "test", which share no word. `size` is the number of items, DEFAULT_SIZE by default. With
-        a tokenizer, the words of its vocabulary are used too.
+        `split` is "train" or "test"; no word is in both. `size` is the number of items, by default that of
+        DEFAULT_SIZE. With a tokenizer, the words of its vocabulary are used too.
         """
         self.words = load_words(split, tokenizer)
         size = DEFAULT_SIZE[split] if size is None else size
@@ -46,7 +46,7 @@ class _SpellingTask(Task):
 
 
 class SpellingBee(_SpellingTask):
-    """How often does a letter occur in a word? The reply spells the word, counts, and checks with the calculator."""
+    """Count a letter in a word. The reply spells the word, counts the letter, and checks the count with a tool call."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = self.random(index)
@@ -86,7 +86,7 @@ class SimpleSpelling(_SpellingTask):
 
 
 def draw_question(rng: Random, word: str, letter: str) -> str:
-    """Return a question in a random wording, mostly in English, with random quotation marks."""
+    """Returns a question in a random wording, mostly in English, with random quotation marks."""
     language = "English" if rng.random() < 0.6 else rng.choice(list(WORDINGS))
     wording = rng.choice(WORDINGS[language])
     quote_letter = rng.choice(QUOTES)
@@ -97,7 +97,7 @@ def draw_question(rng: Random, word: str, letter: str) -> str:
 
 
 def make_informal(rng: Random, question: str) -> str:
-    """Sometimes convert to lower case, sometimes remove the final mark."""
+    """Sometimes converts the question to lower case, and sometimes removes the punctuation at its end."""
     if rng.random() < 0.2:
         question = question.lower()
     if rng.random() < 0.2:
@@ -107,7 +107,7 @@ def make_informal(rng: Random, question: str) -> str:
 
 def spell(word: str) -> str:
     """
-    Commas without spaces make it likely that each letter is a separate token.
+    Returns the word and its letters. There are no spaces after the commas, so that most letters are separate tokens.
 
     >>> spell("apple")
     'apple: a,p,p,l,e'
@@ -117,7 +117,7 @@ def spell(word: str) -> str:
 
 def tally(word: str, letter: str) -> str:
     r"""
-    Return the letters one per line, with a running count at those that are counted.
+    Returns the letters of the word, one per line. Lines with the letter to count end with the count so far.
 
     >>> tally("apple", "p")
     'a\np 1\np 2\nl\ne'

@@ -1,4 +1,4 @@
-"""English words for the spelling tasks, without a download."""
+"""English words for the spelling tasks. They need no download."""
 
 import os
 import re
@@ -10,15 +10,15 @@ from nanochat.primer import SPELLING_WORDS, all_facts
 from nanochat.tokenizer import Tokenizer
 
 WORD = re.compile(r"[a-z]{3,20}")
-TEST_SHARE = 5  # one word in this many belongs to the test split; heuristic, not tuned
+TEST_SHARE = 5  # one in five words belongs to the test split; heuristic, not tuned
 
 
 def load_words(split: str, tokenizer: Tokenizer | None = None) -> list[str]:
     """
-    Return the lower-case words of the split "train" or "test", sorted. The word alone determines its split.
+    Returns the lower-case words of the split "train" or "test", sorted. The split of a word depends on the word only.
 
-    They are the words of the primer's facts, and in addition, if given:
-    - the words among the tokens of `tokenizer`, which are the tokens after a space (a few are only beginnings of words)
+    The words are those of the primer's facts, and in addition, if given:
+    - the tokens of `tokenizer` that are a space and a word (a few are only the beginning of a word)
     - the words of the file $NANOCHAT_WORD_LIST, one per line, such as /usr/share/dict/words
 
     Raises UserError if that file cannot be read or has no words.
@@ -38,7 +38,7 @@ def load_words(split: str, tokenizer: Tokenizer | None = None) -> list[str]:
 
 
 def is_held_out(word: str) -> bool:
-    """Whether the word belongs to the test split. Words that the primer's conversations spell never do."""
+    """Whether the word belongs to the test split. The words that the primer's conversations spell never do."""
     return crc32(word.encode()) % TEST_SHARE == 0 and word not in SPELLING_WORDS
 
 

@@ -1,15 +1,15 @@
 """
 The primer: a small generated corpus, so that every stage can run on a laptop in minutes without a network.
 
-It is a child's encyclopaedia in plain English with sums and spelling:
+It is a children's encyclopaedia in plain English with sums and spelling:
 
     generate_documents()       pretraining text; write_shards() writes it as parquet shards
     generate_conversations()   fine-tuning conversations
     generate_quiz()            evaluation: questions about the same facts in wordings that do not occur in training
-    generate_sums()            evaluation and reinforcement learning: sums, in the test split of unseen numbers
+    generate_sums()            reinforcement learning and evaluation: sums; those of the test split have unseen numbers
 
-A model of a few million parameters learns these facts, so the result of a short run can be judged. The seed alone
-determines the text. The facts are in facts.txt, their wordings in wordings.txt.
+A model of a few million parameters learns these facts, so it shows whether a short run has worked. The texts depend on
+the seed only. The facts are in facts.txt, their wordings in wordings.txt.
 """
 
 from nanochat.primer.conversations import CONVERSATION_MIX, generate_conversations

@@ -1,4 +1,4 @@
-"""Reads data files: facts.txt and wordings.txt, which describe their formats, and others of the same formats."""
+"""Reads facts.txt and wordings.txt, whose first lines describe their formats, and other files of these formats."""
 
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ class Fact(NamedTuple):
 
 @cache
 def read_sections(path: Path) -> dict[str, list[str]]:
-    """Return the lines of each [section] of a file, without comments and empty lines."""
+    """Returns the lines of each [section] of a file, without comments and empty lines."""
     sections: dict[str, list[str]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
@@ -26,18 +26,18 @@ def read_sections(path: Path) -> dict[str, list[str]]:
 
 
 def load_entries(section: str) -> list[str]:
-    """Return the entries of a section of facts.txt."""
+    """Returns the entries of a section of facts.txt."""
     return " ".join(read_sections(FACTS)[section]).split("; ")
 
 
 def load_facts(section: str) -> list[Fact]:
-    """Return the entries of a section of facts.txt that have the form "subject: answer"."""
+    """Returns the entries of a section of facts.txt that have the form "subject: answer"."""
     return [Fact(*entry.rsplit(": ", 1)) for entry in load_entries(section)]
 
 
 @cache
 def load_wordings(section: str, path: Path = WORDINGS) -> dict[str, tuple[str, ...]]:
-    """Return the wordings of each kind in a section."""
+    """Returns the wordings of each kind in a section."""
     wordings: dict[str, tuple[str, ...]] = {}
     for line in read_sections(path)[section]:
         kind, _, listed = line.partition(": ")

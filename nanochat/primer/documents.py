@@ -1,4 +1,4 @@
-"""The documents of the primer, which a model is pretrained on, and the shards that hold them."""
+"""The documents of the primer, for pretraining, and the shards that hold them."""
 
 import hashlib
 import json
@@ -17,25 +17,25 @@ from nanochat.primer.questions import Deck, ask_choice, ask_free, distinct
 from nanochat.primer.relations import Relation, all_facts, sentence
 from nanochat.primer.sums import OPERATORS, compute, draw_operands
 
-# Documents per kind. The proportions are reasoned, not tuned: most of the text states facts or asks for them, each fact
-# 40 to 70 times in all. Multiple choice has no letters, see CONVERSATION_MIX.
+# Documents per kind; the proportions are heuristic, not tuned. Most documents state facts or ask for them, so that each
+# fact occurs 40 to 70 times. Multiple choice has no letters; CONVERSATION_MIX explains why.
 DOCUMENT_MIX = {
     "entry": 5500, "theme": 5500, "fact_list": 2500, "questions": 6500, "dialogue": 2000, "choice": 2500,
     "sum": 3000, "numbers": 500, "spelling": 500, "story": 900,
 }  # fmt: skip
-VAL_SHARE = 0.03  # of the documents, in the last shard, which is the validation split by convention
+VAL_SHARE = 0.03  # of the documents; they are in the last shard, which is the validation split in every data folder
 ROWS_PER_GROUP = 512
-MARKER = "primer.json"  # lists the shards that write_shards has written, with hashes of their texts
+MARKER = "primer.json"  # file in the folder of the shards, with the hashes of their texts
 
 QUESTION_STYLES = ("{} {}", "{}\n{}", "Question: {}\nAnswer: {}", "Q: {}\nA: {}")
 SUM_PHRASES = {"+": "{a} plus {b}", "-": "{a} minus {b}", "*": "{a} times {b}", "/": "{a} divided by {b}"}
 STORY_WORDS = ("time", "weather", "place", "thing")
-# Of a person in [cast]; the last three are favourites.
+# The fields of a person in the section [cast]; the last three are favourites.
 CAST_FIELDS = ("name", "possessive", "pet", "pet_name", "home", "colour", "food", "hobby")
 
 
 class DocumentWriter:
-    """Writes documents; one method per kind in DOCUMENT_MIX."""
+    """Writes documents, with one method per kind of DOCUMENT_MIX."""
 
     def __init__(self, rng: Random) -> None:
         self.rng = rng
@@ -50,13 +50,13 @@ class DocumentWriter:
         self.cast = [person.split(", ") for person in load_entries("cast")]
 
     def draw_related(self, count: int) -> tuple[Relation, list[Fact]]:
-        """Up to `count` facts of one relation. A relation is drawn in proportion to the number of its facts."""
+        """Draws up to `count` facts of one relation. Relations with more facts are drawn more often."""
         relation, _ = self.facts.draw()
         deck = self.facts_of_relation[relation.name]
         return relation, list(dict.fromkeys(deck.draw() for _ in range(count)))
 
     def draw_facts(self, count: int) -> list[tuple[Relation, Fact]]:
-        """Facts of one relation or, equally often, of any."""
+        """Draws facts, in half of the cases all from one relation."""
         if self.rng.random() < 0.5:
             return [self.facts.draw() for _ in range(count)]
         relation, facts = self.draw_related(count)
@@ -172,7 +172,7 @@ class DocumentWriter:
 
 
 def generate_documents(seed: int = 0) -> list[str]:
-    """Return all documents, no two alike, in random order."""
+    """Returns all documents in random order; no two are the same."""
     rng = Random(f"documents {seed}")
     writer = DocumentWriter(rng)
     seen: set[str] = set()
@@ -185,10 +185,10 @@ def generate_documents(seed: int = 0) -> list[str]:
 
 def write_shards(directory: Path, seed: int = 0, num_shards: int = 4) -> list[Path]:
     """
-    Write the documents as shard_00000.parquet, … with one column "text" and return the paths. The last and smallest
+    Writes the documents as shard_00000.parquet, … with one column "text" and return the paths. The last and smallest
     shard is the validation split.
 
-    Raises UserError if the folder holds anything that this function has not written.
+    Raises UserError if the folder holds files that this function has not written.
     """
     assert num_shards >= 2, "at least one shard for training and one for validation"
     shards = _split_documents(generate_documents(seed), num_shards)
@@ -203,7 +203,7 @@ def write_shards(directory: Path, seed: int = 0, num_shards: int = 4) -> list[Pa
 
 
 def _split_documents(texts: list[str], num_shards: int) -> dict[str, list[str]]:
-    """The texts of each shard, by file name."""
+    """Returns the texts of each shard, by file name."""
     num_train = len(texts) - round(len(texts) * VAL_SHARE)
     per_shard = -(-num_train // (num_shards - 1))  # rounded up
     train = texts[:num_train]
@@ -213,8 +213,9 @@ def _split_documents(texts: list[str], num_shards: int) -> dict[str, list[str]]:
 
 def _require_own_folder(directory: Path, hashes: dict[str, str]) -> None:
     """
-    Raise UserError if a file in the folder is not part of a primer. Shards are recognised by the hashes in the marker
-    file, or by `hashes`, those of the shards to be written: an interrupted run and older versions leave no marker file.
+    Raises UserError if a file in the folder is not part of a primer. A shard is part of one if its hash is in the
+    marker file or in `hashes`, the hashes of the shards to be written. The latter are needed because interrupted runs
+    and older versions leave no marker file.
     """
     if not directory.exists():
         return
@@ -233,7 +234,7 @@ def _require_own_folder(directory: Path, hashes: dict[str, str]) -> None:
 
 
 def _read_marker(path: Path) -> dict[str, str]:
-    """The hash of each shard; empty if there is no marker file, or another file of that name."""
+    """Returns the hash of each shard; empty if the file does not exist or is not a marker file."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["sha256"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -241,7 +242,7 @@ def _read_marker(path: Path) -> dict[str, str]:
 
 
 def _hash_shard(path: Path) -> str:
-    """The hash of a shard's texts; empty if it is not a shard."""
+    """Returns the hash of a shard's texts, or "" if the file is not a shard."""
     try:
         return _hash_texts(pq.read_table(path, columns=["text"])["text"].to_pylist())
     except (OSError, ValueError, KeyError, pa.ArrowException):

@@ -26,7 +26,7 @@ SPELLING_WORDS = (*load_entries("spelling words")[0].split(), *dict(load_facts("
 
 def number_words(number: int) -> str:
     """
-    Numbers from 0 to 100 as text.
+    Returns a number from 0 to 100 as text.
 
     >>> number_words(47)
     'forty-seven'
@@ -47,7 +47,7 @@ def plural(noun: str) -> str:
 
 @cache
 def fact_table() -> dict[str, list[Fact]]:
-    """All facts by relation. The relations known:0, known:1, … share the wordings of "known"."""
+    """Returns all facts by relation. The relations known:0, known:1, … share the wordings of "known"."""
     table: dict[str, list[Fact]] = {"capital": [], "continent": []}
     for section in read_sections(FACTS):
         if section.startswith("countries of "):

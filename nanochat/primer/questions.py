@@ -1,4 +1,4 @@
-"""Questions about the facts of the primer, free or multiple choice, and the quiz that evaluates a trained model."""
+"""Questions about the facts of the primer, free or multiple choice, and the quiz for the evaluation of models."""
 
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
@@ -28,7 +28,7 @@ class Deck:
 
 
 def distinct(make: Callable[[], T], count: int, key: Callable[[T], str], seen: set[str]) -> Iterator[T]:
-    """Yield `count` results of `make` whose keys differ from each other and from `seen`; add the keys to `seen`."""
+    """Yields `count` results of `make` whose keys differ from each other and from `seen`; adds the keys to `seen`."""
     misses = 0
     while count > 0:
         item = make()
@@ -39,11 +39,11 @@ def distinct(make: Callable[[], T], count: int, key: Callable[[T], str], seen: s
             yield item
         else:
             misses += 1
-            assert misses <= 1000, "the wordings are used up: ask for fewer of this kind"
+            assert misses <= 1000, "there are too few different results: ask for fewer"
 
 
 class Choice(NamedTuple):
-    question: str  # with the choices in it
+    question: str  # with the choices
     choices: list[str]
     right: str
     reply: str
@@ -53,8 +53,8 @@ def ask_choice(
     rng: Random, draw: Callable[[], tuple[Relation, Fact]], *, held_out: bool = False, right_index: int | None = None
 ) -> Choice:
     """
-    Return a multiple-choice question. Facts are drawn until one gives a clear question: it does not contain the right
-    choice, and the reply contains no wrong one. right_index is the index of the right choice, by default random.
+    Returns a multiple-choice question. Facts are drawn until one gives a clear question: the question does not contain
+    the right choice, and the reply contains no wrong one. right_index: index of the right choice, by default random.
     """
     while True:
         relation, fact = draw()
@@ -78,18 +78,19 @@ def ask_choice(
 
 
 def ask_free(rng: Random, relation: Relation, fact: Fact) -> tuple[str, str]:
-    """Return a question and its short, regular answer."""
+    """Returns a question and the reply to it."""
     reverse = rng.random() < 0.3 and relation.is_reversible(fact)
     return relation.ask(rng, fact, reverse=reverse), relation.reply(fact, reverse)
 
 
 def generate_quiz(seed: int = 0) -> list[dict[str, Any]]:
     """
-    Return QUIZ_ITEMS questions in held-out wordings over evenly drawn facts, half multiple choice, half free.
+    Returns QUIZ_ITEMS questions in held-out wordings, half multiple choice, half free. All facts are drawn equally
+    often.
 
-    An item has the keys kind ("choice" or "free"), question, answer and, for a choice, choices. A completion is correct
-    if it contains the answer. The question does not contain it, except among the choices, where it is equally often at
-    each index.
+    An item has the keys kind ("choice" or "free"), question, answer and, for multiple choice, choices. A completion is
+    correct if it contains the answer. Free questions do not contain the answer. Among the choices the answer is equally
+    often at each index.
     """
     rng = Random(f"quiz {seed}")
     facts = Deck(rng, all_facts())

@@ -1,9 +1,9 @@
 """
-How facts become sentences and questions, in many wordings, some of which are held out for the quiz.
+Turns facts into sentences and questions, in many wordings. Some wordings are held out for the quiz.
 
-The wordings are data, in wordings.txt, which also explains their kinds ("statement", "reverse question", …). A Relation
-holds all facts of one kind, such as capitals, and makes statements and questions of them. "Reverse" always means from
-the answer back to the subject: "which country has the capital Paris?".
+The wordings are in wordings.txt, which also explains their kinds ("statement", "reverse question", …). A Relation holds
+all facts of one kind, such as capitals, and turns them into statements and questions. "Reverse" always means from the
+answer to the subject: "which country has the capital Paris?".
 """
 
 import re
@@ -17,7 +17,7 @@ from nanochat.primer.facts import COLOUR_NAMES, PLANETS, SMALL_NUMBERS, fact_tab
 
 UNCLEAR_CHOICES = ("A", "I")  # letters that are words too, so they can occur in any question or reply
 NEAR_SYNONYMS = [set(group.split(", ")) for group in load_entries("near synonyms")]
-# Wrong choices for relations whose own answers are too few.
+# Further wrong choices for relations with few different answers.
 EXTRA_CHOICES = {
     "month_days": ("29", "27"), "mixture": COLOUR_NAMES, "colour": COLOUR_NAMES, "legs": SMALL_NUMBERS[2:11],
     "known:0": PLANETS,
@@ -31,18 +31,18 @@ class Relation:
     name: str
     facts: tuple[Fact, ...]
     choice_pool: tuple[str, ...]  # answers that multiple choice may offer
-    unique_answers: frozenset[str]  # answers of one fact only
+    unique_answers: frozenset[str]  # the answers that only one fact has
     wordings: dict[str, tuple[str, ...]]  # by kind, see wordings.txt
 
     def render(self, kind: str, fact: Fact) -> list[str]:
-        """Return the fact in every wording of this kind."""
+        """Returns the fact in every wording of this kind."""
         values = _fields(fact)
         return [wording.format(**values) for wording in self.wordings.get(kind, ())]
 
     def ask(self, rng: Random, fact: Fact, held_out: bool = False, reverse: bool = False) -> str:
         """
-        Return a random question, in training wordings or held-out ones. Framed noun phrases and special questions are
-        equally likely.
+        Returns a random question in training wordings or in held-out ones. Noun phrases in a question frame and special
+        questions of this relation are equally likely.
         """
         direction = "reverse " if reverse else ""
         nouns = self.render(f"{direction}noun", fact)
@@ -56,7 +56,7 @@ class Relation:
         return sentence(self.render("reverse reply" if reverse else "reply", fact)[0])
 
     def statements(self, fact: Fact) -> list[str]:
-        """Return the clauses that state the fact; `sentence` turns a clause into a sentence."""
+        """Returns the clauses that state the fact; `sentence` turns a clause into a sentence."""
         clauses = self.render("statement", fact) + self.render("reply", fact)
         if not self.has_ambiguous_reverse:
             clauses += self.render("reverse reply", fact)
@@ -64,11 +64,11 @@ class Relation:
 
     @property
     def has_ambiguous_reverse(self) -> bool:
-        """Whether many subjects share an answer, so that only multiple choice can ask for the subject."""
+        """Whether many subjects share an answer: then only multiple choice can ask for the subject."""
         return "reverse choice question" in self.wordings
 
     def is_reversible(self, fact: Fact) -> bool:
-        """Whether the subject can be asked for and is the only one with this answer."""
+        """Whether there are wordings that ask for the subject, and no other subject has this answer."""
         return "reverse question" in self.wordings and fact.answer in self.unique_answers
 
     def plainest_question(self, fact: Fact) -> str:
@@ -79,8 +79,8 @@ class Relation:
 
     def choices(self, rng: Random, fact: Fact, reverse: bool = False, context: str = "") -> list[str]:
         """
-        Return the right answer and three wrong ones, in random order. No choice contains another, and no wrong one
-        occurs in `context`, the text around them. Fewer than four where the relation has too few answers.
+        Returns the right answer and three wrong ones, or fewer if the relation has too few answers, in random order. No
+        choice contains another one. No wrong choice occurs in `context`, the question and reply.
         """
         right = fact.subject if reverse else fact.answer
         similar = {answer for group in NEAR_SYNONYMS if fact.answer in group for answer in group}
@@ -102,7 +102,7 @@ class Relation:
 
 @cache
 def relations() -> dict[str, Relation]:
-    """All relations by name, in the order of facts.fact_table."""
+    """Returns all relations by name, in the order of facts.fact_table."""
     found = {}
     for name, facts in fact_table().items():
         count = Counter(fact.answer for fact in facts)
@@ -136,7 +136,7 @@ def with_article(noun: str) -> str:
 
 def sentence(clause: str) -> str:
     """
-    Add a capital letter, and a full stop unless the clause ends with a mark.
+    Adds a capital letter, and a full stop unless the clause ends with a mark.
 
     >>> sentence("dogs bark"), sentence("do dogs bark?")
     ('Dogs bark.', 'Do dogs bark?')
@@ -146,7 +146,7 @@ def sentence(clause: str) -> str:
 
 
 def with_choices(rng: Random, question: str, choices: list[str]) -> str:
-    """Return a question, which ends with its mark, and its choices as one text."""
+    """Returns a question and its choices as one text. The question must end with a punctuation mark."""
     listed = ", ".join(choices[:-1])
     last = choices[-1]
     any_of = f"{listed} or {last}"

@@ -1,7 +1,7 @@
 """
 Sums of the primer, answered with the calculator tool.
 
-One pair of numbers in twelve is held out: no sum in training text uses it, and the test sums use only such pairs.
+One in twelve pairs of numbers is held out: training texts have no sums of these pairs, test sums only such.
 """
 
 from random import Random
@@ -12,22 +12,22 @@ from nanochat.primer.data import load_wordings
 from nanochat.primer.questions import Deck, distinct
 
 NUM_TEST_SUMS = 200
-# For reinforcement learning: the SFT model of speedrun.sh solves about half of them when sampling.
+# For reinforcement learning: the SFT model of speedrun.sh solves about half of them with sampled completions.
 NUM_HARD_SUMS = {"train": 4000, "test": 400}
-OPERATORS = "+++---**" * 2 + "/"  # drawn evenly
+OPERATORS = "+++---**" * 2 + "/"  # each character is drawn equally often
 HARD_OPERATORS = "++--*"
 
 
 def is_held_out(a: int, b: int) -> bool:
-    """Whether the pair belongs to the test sums, with any operator and in any order."""
+    """Whether sums of these two numbers, with any operator and in any order, belong to the test split."""
     return crc32(f"{min(a, b)} {max(a, b)}".encode()) % 12 == 0
 
 
 def draw_operands(rng: Random, operator: str, *, test: bool = False, hard: bool = False) -> tuple[int, int]:
     """
-    Return two numbers whose result is a non-negative integer, from the training pairs or the test pairs.
+    Returns two numbers from the training pairs or the test pairs whose result is a non-negative integer.
 
-    They have at most three digits, except that two thirds of the first numbers of hard sums have four.
+    The numbers have at most three digits, except in hard sums, where two thirds of the first numbers have four.
     """
     while True:
         if hard:
@@ -48,12 +48,12 @@ def draw_operands(rng: Random, operator: str, *, test: bool = False, hard: bool 
 
 
 def compute(a: int, operator: str, b: int) -> int:
-    """Return the result that the calculator tool shows."""
+    """Returns the result of the calculator tool."""
     return {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[operator]
 
 
 def ask_sum(rng: Random, operator: str, *, test: bool = False, hard: bool = False) -> tuple[str, list[dict[str, str]]]:
-    """Return a question and the parts of the reply: calculator call, result, sentence."""
+    """Returns a question and the parts of its reply: calculator call, result, sentence."""
     a, b = draw_operands(rng, operator, test=test, hard=hard)
     question = rng.choice(load_wordings("sums")[operator]).format(a=a, b=b)
     result = str(compute(a, operator, b))
@@ -67,7 +67,7 @@ def ask_sum(rng: Random, operator: str, *, test: bool = False, hard: bool = Fals
 
 def generate_sums(split: str = "test", seed: int = 0, *, hard: bool = False) -> list[dict[str, Any]]:
     """
-    Return NUM_TEST_SUMS sums, or NUM_HARD_SUMS hard ones, of the split "train" or "test".
+    Returns NUM_TEST_SUMS sums, or NUM_HARD_SUMS hard ones, of the split "train" or "test".
 
     An item has the keys question, reply (a list of parts) and answer (the result).
     """
