@@ -39,7 +39,8 @@ OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction | int]] = {
 # A string literal, which must stay as it is, or a number with thousands separators.
 STRING_OR_NUMBER = re.compile(r"""'[^']*'|"[^"]*"|(?<![\w.,])\d{1,3}(?:,\d{3})+(?!\w)""")
 
-# Numbers in notations of Python (0x10, 1_000, 1e5, 1.e5, 2j), and words right after a number: its parser warns of them.
+# Rejected: Python's other notations for numbers (0x10, 1_000, 1e5, 1.e5, 2j), and a word right after a number, for
+# which Python's parser prints a warning.
 PYTHON_NUMBER = re.compile(r"\d\.?[A-Za-z_]")
 
 

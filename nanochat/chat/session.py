@@ -117,6 +117,7 @@ def format_tool_calls(pieces: Iterable[tuple[str, str]], quote: str = "") -> Ite
     ['Yes: ', '[12*13 → 156] ']
     """
     nonempty = ((kind, text) for kind, text in pieces if text)
+    # A group is consecutive text, or a call and its result; the steps of the latter are groups of equal kind.
     for is_text, group in itertools.groupby(nonempty, key=lambda piece: piece[0] == "text"):
         if is_text:
             for _, text in group:

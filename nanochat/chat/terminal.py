@@ -224,7 +224,10 @@ class MarkdownView:
         self.next_frame = now + max(FRAME_SECONDS, (now - start) * (1 / MAX_DRAWING_SHARE - 1))
 
     def _printed_after_resize(self, new_lines: list[list[Segment]]) -> int:
-        """How many lines of another width hold no more than the text that has been printed; repeats a part of one."""
+        """
+        Returns how many of the new lines, which have another width, are printed already. A line that is printed only in
+        part does not count, so that part is repeated.
+        """
         remaining = sum(num_characters(line) for line in self.lines[: self.num_printed])
         for i, line in enumerate(new_lines):
             remaining -= num_characters(line)

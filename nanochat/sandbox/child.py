@@ -44,7 +44,7 @@ NETWORK_RIGHTS, SCOPES = 0b11, 0b11  # TCP bind and connect (version 4); signals
 BPF_LOAD, BPF_EQUAL, BPF_AT_LEAST, BPF_RETURN = 0x20, 0x15, 0x35, 0x06
 SECCOMP_MODE_FILTER, SECCOMP_ALLOW, SECCOMP_EPERM = 2, 0x7FFF0000, 0x00050001
 SECCOMP_DATA_NUMBER, SECCOMP_DATA_ARCH, SECCOMP_DATA_ARG1 = 0, 4, 24  # offsets in struct seccomp_data, in bytes
-X32 = 0x40000000  # from here on, numbers of x86-64's second set of system calls
+X32 = 0x40000000  # the lowest number of a system call in x86-64's second set, the x32 ABI
 
 # Blocked system calls as numbers of (x86-64, arm64), from Linux's arch/x86/entry/syscalls/syscall_64.tbl and
 # include/uapi/asm-generic/unistd.h. This lists what to block rather than what to allow, because what an interpreter

@@ -162,10 +162,8 @@ class CompletionBody(OpenAIBody):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        is_list = isinstance(self.prompt, list) and bool(self.prompt)
-        if is_list and isinstance(self.prompt[0], str | list):
-            return self.prompt  # type: ignore[return-value]
-        return [self.prompt]  # type: ignore[list-item]
+        is_many = isinstance(self.prompt, list) and any(isinstance(item, str | list) for item in self.prompt)
+        return self.prompt if is_many else [self.prompt]  # type: ignore[list-item, return-value]
 
 
 # ---- bodies to token ids and engine requests ----
@@ -250,18 +248,21 @@ class ChatApi:
         app.add_api_route("/v1/models/{name}", self.model, methods=["GET"])
 
     async def native(self, body: NativeBody, request: Request, stack: HandleStack) -> Response:
-        model = self._find_model(body.model)
-        template = body.engine_request(self.defaults)
-        prompt, num_dropped = chat_prompt(body.messages, model, template.max_tokens)
-        handle = self._submit(model, expand(template, [prompt], n=1), request, stack)
+        handle, num_dropped = self._submit_chat(body, 1, request, stack)
         return await event_stream(native_events(handle, num_dropped))
 
     async def chat_completions(self, body: ChatBody, request: Request, stack: HandleStack) -> Response:
+        handle, num_dropped = self._submit_chat(body, body.n, request, stack)
+        return await ResponseBuilder(body, handle).response({"X-Dropped-Messages": str(num_dropped)})
+
+    def _submit_chat(
+        self, body: NativeBody | ChatBody, n: int | None, request: Request, stack: ExitStack
+    ) -> tuple[ResponseHandle, int]:
+        """Returns the handle, and the number of messages that were dropped from the prompt."""
         model = self._find_model(body.model)
         template = body.engine_request(self.defaults)
         prompt, num_dropped = chat_prompt(body.messages, model, template.max_tokens)
-        handle = self._submit(model, expand(template, [prompt], body.n), request, stack)
-        return await ResponseBuilder(body, handle).response({"X-Dropped-Messages": str(num_dropped)})
+        return self._submit(model, expand(template, [prompt], n), request, stack), num_dropped
 
     async def completions(self, body: CompletionBody, request: Request, stack: HandleStack) -> Response:
         model = self._find_model(body.model)

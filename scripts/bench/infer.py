@@ -5,8 +5,8 @@ Generation: the engine against straightforward code for the same model and sampl
     python -m scripts.bench infer -i sft --batch-sizes 1,64,256 --int8               # a trained model
 
 The last two columns compare the decode steps with this machine's memory bandwidth and speed of matrix products, which
-are measured first. `ratios`: for each data type and batch size, the engine's tokens/s over those of the straightforward
-code in float32 (on a GPU in the engine's dtype).
+are measured first. `ratios`: for each data type and batch size, the engine's tokens/s divided by those of the
+straightforward code in float32 (on a GPU in the engine's dtype).
 """
 
 import statistics

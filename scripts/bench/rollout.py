@@ -7,7 +7,8 @@ question at a time and one completion at a time.
     NANOCHAT_DTYPE=bfloat16 python -m scripts.bench rollout
 
 The sides named plain use straightforward code (plain.py): a prompt is read once for all its completions, and every row
-is decoded until the last one has ended. `ratios`: rollouts/s of all questions at once over those of each other side.
+is decoded until the last one has ended. `ratios`: rollouts/s of all questions at once, divided by those of each other
+side.
 """
 
 import time

@@ -13,10 +13,10 @@ Kinds of load:
 
 Problems are printed, and the exit code is then 1. `ratios`:
 
-    throughput    tokens/s of `together` over `alone`
-    first token   time from first to last token of a completion (one turn in the queue) over the time within which 99%
-                  of `together` have their first token
-    fairness      of equally long completions, time of the fastest over time of the slowest
+    throughput    tokens/s of `together`, divided by those of `alone`
+    first token   seconds from the first to the last token of a completion (median), divided by the seconds within which
+                  99 % of the requests of `together` receive their first token
+    fairness      among completions of equal length: seconds of the fastest, divided by those of the slowest
 """
 
 import asyncio
@@ -54,7 +54,7 @@ DEPTH = 4  # of a fresh model, which has 256 channels; heuristic, not tuned
 VOCAB_SIZE = 8192
 START_SECONDS = 300  # time limit for the server's start; heuristic, not tuned
 SETTLE_SECONDS = 5  # until the slots of clients that left must be free: far longer than a step of the engine
-MAX_GROWTH = 2**27  # bytes the server may grow by over the rounds of one kind; malloc's reserve alone varies by half
+MAX_GROWTH = 2**27  # bytes the server may grow by over the rounds of one kind; malloc alone can account for half of it
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class LoadTest:
                 self.client.problems[f"the server grew by {growth}B over {len(memory)} rounds of {kind}"] += 1
 
     def _check_refusals(self) -> None:
-        """Compares with the server's count, which also has clients that left before the refusal reached them."""
+        """Compares with the server's count, which includes clients that disconnected before the refusal arrived."""
         results = [result for rounds in self.results.values() for result in rounds]
         num_refused = sum(result["refused"] for result in results)
         num_left = sum(result["left"] for result in results)
