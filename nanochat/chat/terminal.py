@@ -27,7 +27,7 @@ from rich.theme import Theme
 
 MAX_HISTORY = 1000  # messages that the arrow keys bring back; heuristic, not tuned
 FRAME_SECONDS = 1 / 30  # between two frames of a growing response; heuristic, not tuned
-MAX_DRAWING_SHARE = 0.2  # of the time, however long the response is; heuristic, not tuned
+MAX_DRAWING_SHARE = 0.2  # share of the time that drawing may take; long responses are drawn less often; not tuned
 MIN_WIDTH = 20  # columns; Markdown's tables and lists lose text in fewer than about 10
 DISABLE_WRAPPING, ENABLE_WRAPPING = "\x1b[?7l", "\x1b[?7h"
 

@@ -52,7 +52,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CHILD = Path(__file__).with_name("child.py")
-OUTPUT_BYTES = 1 << 16  # of what was printed, kept for people to read; heuristic, not tuned
+OUTPUT_BYTES = 1 << 16  # of the printed output that are kept; heuristic, not tuned
 
 # The disk watch. The limits are those of the file system in child.FOLDER_OPTIONS.
 WATCH_SECONDS = 0.01  # between two looks at the temporary directory; a look takes about 1 ms at MAX_FILES

@@ -15,7 +15,6 @@ import re
 import secrets
 import time
 import uuid
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -338,7 +337,7 @@ class CompletionText:
         self.num_tokens = 0
         self.finish = ""
         # Log-probabilities of the tokens that are not sent yet, each with the position in the text where it starts.
-        self.unsent_logprobs: deque[tuple[int, dict[str, Any]]] = deque()
+        self.unsent_logprobs: list[tuple[int, dict[str, Any]]] = []
 
     def add(self, event: TokenEvent) -> None:
         """Adds a token, or the end; ignores what comes after a stop string."""
@@ -373,9 +372,8 @@ class CompletionText:
         if not self.finish:
             text = text[: len(text) - self._num_held_back(text)]
         self.num_sent += len(text)
-        logprobs = []
-        while self.unsent_logprobs and self.unsent_logprobs[0][0] < self.num_sent:
-            logprobs.append(self.unsent_logprobs.popleft())
+        logprobs = [token for token in self.unsent_logprobs if token[0] < self.num_sent]
+        self.unsent_logprobs = self.unsent_logprobs[len(logprobs) :]
         return text, logprobs
 
     def _num_held_back(self, text: str) -> int:

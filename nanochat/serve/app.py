@@ -148,7 +148,8 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._update_head_timer()
-        if len(self.conn.trailing_data[0]) > MAX_BODY:
+        unread_bytes, _ = self.conn.trailing_data  # those after the current request
+        if len(unread_bytes) > MAX_BODY:
             self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:

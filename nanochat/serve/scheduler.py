@@ -90,8 +90,8 @@ class ResponseHandle:
 
     async def batches(self) -> AsyncIterator[list[TokenEvent]]:
         """
-        Yields the events since the last batch, in order; a slow reader gets larger batches. Raises Unavailable or
-        GenerationFailed after the last events before the failure.
+        Yields the events since the last batch, in order; a slow reader gets larger batches. If the response fails,
+        yields the events before the failure and then raises Unavailable or GenerationFailed.
         """
         while self._pending or not all(generation.finish for generation in self.generations):
             await self._wake.wait()
@@ -209,7 +209,7 @@ class FairQueue:
         generations = self.waiting.pop(client)
         generation = generations.popleft()
         if generations:
-            self.waiting[client] = generations  # back in as the client served last
+            self.waiting[client] = generations  # now at the end of the dict: the client served last
         self.running[client] += 1
         return generation
 
@@ -229,7 +229,7 @@ class FairQueue:
                     del self.waiting[client]
 
     def set_slots(self, engine: int, num_slots: int) -> None:
-        """Registers an engine that is ready, or with 0 slots removes it."""
+        """Registers an engine that is ready; with 0 slots it is removed instead."""
         with self.condition:
             if num_slots:
                 self.slots[engine] = num_slots

@@ -2,8 +2,9 @@
 Load-test client for the web chat: sends many requests at a time and checks every response.
 
 The expected completion of a question is what the server sends when the question is asked alone; sampling is greedy, so
-the load must not change it. Requests are HTTP/1.0 over plain sockets: clients must be able to reset a connection as
-real ones do, and to leave the CPU to a server on the same machine (37 µs per event; httpx needs 106 µs).
+the load must not change it. Requests are HTTP/1.0 over plain sockets, for two reasons: clients must be able to reset a
+connection, as a machine does that crashes, and they must leave the CPU to the server, which runs on the same machine
+(37 µs per event; httpx needs 106 µs).
 
     client = LoadClient(port, questions, max_tokens=64)
     await client.sequential()                                 # the first call records the expected completions
