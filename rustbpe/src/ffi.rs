@@ -21,20 +21,11 @@ pub const RUSTBPE_TOO_LARGE: c_int = 3; // more than 4 GB of distinct chunks
 /// Rows of numbers, the result of training and encoding. Free with rustbpe_rows_free.
 pub struct Rows(Vec<Vec<u32>>);
 
-/// Writes an error message about a pattern as UTF-8 and returns its length in bytes; 0 if the pattern is supported.
+/// Whether the pattern is supported.
 #[no_mangle]
-pub unsafe extern "C" fn rustbpe_check_pattern(
-    pattern: *const u8,
-    length: usize,
-    message: *mut u8,
-    capacity: usize,
-) -> usize {
+pub unsafe extern "C" fn rustbpe_supports_pattern(pattern: *const u8, length: usize) -> bool {
     // SAFETY: the caller guarantees `length` bytes.
-    let Err(error) = (unsafe { read_pattern(pattern, length) }) else { return 0 };
-    let shown = error.len().min(capacity);
-    // SAFETY: the caller guarantees that `message` has room for `capacity` bytes, and a new String overlaps nothing.
-    unsafe { ptr::copy_nonoverlapping(error.as_ptr(), message, shown) };
-    shown
+    unsafe { read_pattern(pattern, length) }.is_some()
 }
 
 /// A counter; null if the pattern is not supported. rustbpe_train or rustbpe_counter_free frees it.
@@ -42,8 +33,8 @@ pub unsafe extern "C" fn rustbpe_check_pattern(
 pub unsafe extern "C" fn rustbpe_counter_new(pattern: *const u8, length: usize, threads: usize) -> *mut Counter {
     // SAFETY: the caller guarantees `length` bytes.
     match unsafe { read_pattern(pattern, length) } {
-        Ok(pattern) => Box::into_raw(Box::new(Counter::new(pattern, threads))),
-        Err(_) => ptr::null_mut(),
+        Some(pattern) => Box::into_raw(Box::new(Counter::new(pattern, threads))),
+        None => ptr::null_mut(),
     }
 }
 
@@ -109,7 +100,7 @@ pub unsafe extern "C" fn rustbpe_encoder_new(
 ) -> *mut Encoder {
     // SAFETY: the caller guarantees `length` bytes, and `num` tokens that live until the function returns.
     let (pattern, tokens) = unsafe { (read_pattern(pattern, length), read_bytes(tokens, lengths, num)) };
-    let Ok(pattern) = pattern else { return ptr::null_mut() };
+    let Some(pattern) = pattern else { return ptr::null_mut() };
     match catch_unwind(|| Encoder::new(pattern, &tokens)) {
         Ok(Ok(encoder)) => Box::into_raw(Box::new(encoder)),
         _ => ptr::null_mut(),
@@ -146,7 +137,7 @@ pub unsafe extern "C" fn rustbpe_split(
 ) -> *mut Rows {
     // SAFETY: the caller guarantees `length` bytes, and `num` texts that live until the function returns.
     let read = unsafe { (read_pattern(pattern, length), read_texts(texts, lengths, num)) };
-    let (Ok(pattern), Some(texts)) = read else { return ptr::null_mut() };
+    let (Some(pattern), Some(texts)) = read else { return ptr::null_mut() };
     let ends = |text: &&str| pattern.split(text).map(|(_, end)| u32::try_from(end)).collect();
     match catch_unwind(|| texts.iter().map(ends).collect()) {
         Ok(Ok(rows)) => Box::into_raw(Box::new(Rows(rows))),
@@ -178,7 +169,7 @@ pub unsafe extern "C" fn rustbpe_rows_free(rows: *mut Rows) {
 }
 
 /// SAFETY: `pattern` points to `length` bytes.
-unsafe fn read_pattern(pattern: *const u8, length: usize) -> Result<Pattern, String> {
+unsafe fn read_pattern(pattern: *const u8, length: usize) -> Option<Pattern> {
     // SAFETY: as guaranteed; the slice is not kept.
     let bytes = unsafe { elements(pattern, length) };
     Pattern::parse(&String::from_utf8_lossy(bytes))

@@ -23,7 +23,6 @@ NUM_BYTES = 256
 # UTF-8 bytes that each thread gets at a time: enough to make starting the threads cheap, few enough to save memory
 # (heuristic, not tuned).
 BYTES_PER_THREAD = 4 << 20
-MESSAGE_CAPACITY = 4096  # bytes
 
 
 class Tokenizer:
@@ -152,10 +151,9 @@ def split(texts: Sequence[str], pattern: str = DEFAULT_PATTERN) -> list[list[str
 def _checked(pattern: str) -> bytes:
     """The pattern as UTF-8. ValueError, with the supported patterns, for any other one."""
     encoded = pattern.encode(errors="replace")
-    message = ffi.new("uint8_t[]", MESSAGE_CAPACITY)
-    length = lib.rustbpe_check_pattern(encoded, len(encoded), message, MESSAGE_CAPACITY)
-    if length:
-        raise ValueError(ffi.buffer(message, length)[:].decode(errors="replace"))
+    if not lib.rustbpe_supports_pattern(encoded, len(encoded)):
+        supported = DEFAULT_PATTERN.replace("{1,3}", "{1,K}")
+        raise ValueError(f"the pattern {pattern!r} is not supported: only GPT-4's, {supported}, with K from 1 to 3")
     return encoded
 
 
