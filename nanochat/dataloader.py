@@ -23,6 +23,7 @@ Shapes: B rows per micro-batch and rank, T tokens per row.
 
 import bisect
 import functools
+import operator
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +55,7 @@ MIN_CONVERSATIONS_IN_BUFFER = 256  # heuristic, not tuned
 
 class PackingBuffer:
     """
-    Documents indexed by length, so that best fit takes a binary search instead of a scan of the buffer. Among documents
+    Documents sorted by length, so that best fit takes a binary search instead of a scan of the buffer. Among documents
     of equal length the oldest is returned first.
 
     >>> buffer = PackingBuffer(["bb", "a", "cc", "dddd"])
@@ -63,46 +64,32 @@ class PackingBuffer:
     """
 
     def __init__(self, documents: Iterable[Any] = ()):
-        self._documents: dict[int, Any] = {}  # by order of arrival
-        self._arrivals_by_length: dict[int, deque[int]] = {}
-        self._lengths: list[int] = []  # sorted and distinct
+        # (length, -number of arrival, document), sorted. The number makes the oldest of equal length the last of them,
+        # and because it is unique, documents are never compared.
+        self._entries: list[tuple[Any, ...]] = []
         self._num_arrived = 0
         for document in documents:
             self.add(document, len(document))
 
     def __len__(self) -> int:
-        return len(self._documents)
+        return len(self._entries)
 
     def __iter__(self) -> Iterator[Any]:
         """The documents, oldest first."""
-        return iter(self._documents.values())
+        oldest_first = sorted(self._entries, key=operator.itemgetter(1), reverse=True)
+        return (document for _, _, document in oldest_first)
 
     def add(self, document: Any, length: int) -> None:
-        if length not in self._arrivals_by_length:
-            self._arrivals_by_length[length] = deque()
-            bisect.insort(self._lengths, length)
-        self._arrivals_by_length[length].append(self._num_arrived)
-        self._documents[self._num_arrived] = document
+        bisect.insort(self._entries, (length, -self._num_arrived, document))
         self._num_arrived += 1
 
     def pop_longest(self, max_length: int) -> Any | None:
-        """Removes and return the longest document of at most max_length tokens; None if every document is longer."""
-        num_fitting = bisect.bisect_right(self._lengths, max_length)
-        if num_fitting == 0:
-            return None
-        return self._pop(num_fitting - 1)
+        """Removes and returns the longest document of at most max_length tokens; None if every document is longer."""
+        num_fitting = bisect.bisect_left(self._entries, (max_length + 1,))
+        return self._entries.pop(num_fitting - 1)[-1] if num_fitting else None
 
     def pop_shortest(self) -> Any:
-        return self._pop(0)
-
-    def _pop(self, index: int) -> Any:
-        length = self._lengths[index]
-        arrivals = self._arrivals_by_length[length]
-        document = self._documents.pop(arrivals.popleft())
-        if not arrivals:
-            del self._arrivals_by_length[length]
-            del self._lengths[index]
-        return document
+        return self.pop_longest(self._entries[0][0])
 
 
 class PretrainLoader:
