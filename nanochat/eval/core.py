@@ -21,8 +21,8 @@ computed one at a time, and the result is the same up to rounding.
 
 **Batches.** Items of similar length form a batch, even if they are of different tasks. The number of columns of a batch
 bounds its memory, because logits are computed for scored tokens only. On a CPU, with depth 4 and a context of 2,048
-tokens, the whole process stays at 0.4 GiB. With the pages that hardware.tune_process keeps, it needs 1.1 GiB and is a
-fifth faster.
+tokens, the whole process stays at 0.4 GiB. With the freed memory that hardware.tune_process keeps for reuse, it needs
+1.1 GiB and is a fifth faster.
 
 Shapes: B trees in a batch, T columns, P of them for prefixes, Q scored columns, S keys, C width, N scored tokens,
 V vocabulary.
@@ -84,7 +84,8 @@ def build_prefix_trees(item: int, prompts: Mapping[int, ScoredPrompt]) -> list[P
     the prefix predicts it.
     """
     num_shared = common_prefix_length([prompt.tokens for prompt in prompts.values()])
-    num_shared = min(num_shared, *(prompt.start for prompt in prompts.values()))
+    first_scored = min(prompt.start for prompt in prompts.values())
+    num_shared = min(num_shared, first_scored)  # smaller if one choice is the beginning of another
     longest = max(len(prompt.tokens) for prompt in prompts.values())
     if len(prompts) == 1 or num_shared < longest * MIN_SHARED:
         return [PrefixTree(item, {choice: prompt}, prompt.tokens[:-1], [[]]) for choice, prompt in prompts.items()]
@@ -108,14 +109,13 @@ def batch_trees(trees: Sequence[PrefixTree], max_columns: int) -> Iterator[list[
     batch: list[PrefixTree] = []
     prefix_columns = suffix_columns = 0
     for tree in sorted(trees, key=shape, reverse=True):
-        new_prefix_columns = max(prefix_columns, len(tree.prefix))
-        new_suffix_columns = max(suffix_columns, tree.num_suffix_columns)
-        if batch and (len(batch) + 1) * (new_prefix_columns + new_suffix_columns) > max_columns:
+        prefix_columns = max(prefix_columns, len(tree.prefix))
+        suffix_columns = max(suffix_columns, tree.num_suffix_columns)
+        if batch and (len(batch) + 1) * (prefix_columns + suffix_columns) > max_columns:
             yield batch
             batch = []
-            new_prefix_columns, new_suffix_columns = len(tree.prefix), tree.num_suffix_columns
+            prefix_columns, suffix_columns = len(tree.prefix), tree.num_suffix_columns
         batch.append(tree)
-        prefix_columns, suffix_columns = new_prefix_columns, new_suffix_columns
     if batch:
         yield batch
 
@@ -137,7 +137,7 @@ class TreeBatch:
         self.positions: list[list[int]] = []  # (B, T), in the token's own prompt
         self.segments: list[list[int]] = []  # (B, T)
         self.scored_columns: list[list[int]] = []  # by tree: the columns that predict scored tokens
-        self.scored_at: list[tuple[int, int]] = []  # (N,): tree, index in its scored_columns
+        self.scored_at: list[tuple[int, int]] = []  # (N,): number of the tree, index in its scored_columns
         self.targets: list[int] = []  # (N,)
         self.num_targets: list[int] = []  # by prompt
         for tree in trees:
@@ -151,8 +151,8 @@ class TreeBatch:
         segments = [PREFIX] * num_shared + [UNUSED] * len(padding)
         index_of_column: dict[int, int] = {}
         for number, (prompt, suffix) in enumerate(zip(tree.prompts.values(), tree.suffixes, strict=True), 1):
-            column_of_copy = len(tokens)  # it has position num_shared - 1
-            for position in range(prompt.start - 1, prompt.stop - 1):
+            column_of_copy = len(tokens)  # of the last token of the prefix, whose position is num_shared - 1
+            for position in range(prompt.start - 1, prompt.stop - 1):  # each predicts the next token of the prompt
                 column = position if position < num_shared else column_of_copy + position - (num_shared - 1)
                 index = index_of_column.setdefault(column, len(index_of_column))
                 self.scored_at.append((len(self.tokens), index))

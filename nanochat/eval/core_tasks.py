@@ -34,7 +34,6 @@ from nanochat.tokenizer import Tokenizer
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 BUNDLE_NAME = "eval_bundle"
 DOWNLOAD_AGAIN = "download the bundle again"
-DOWNLOAD_ATTEMPTS = 3
 DOWNLOAD_TIMEOUT = 30  # seconds without data
 FIELDS = {  # an item of each kind must have these
     "multiple_choice": {"query", "choices", "gold"},
@@ -88,26 +87,19 @@ def download_bundle(url: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         archive = Path(folder) / "bundle.zip"
-        _download(url, archive)
+        try:
+            with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, archive.open("wb") as file:
+                shutil.copyfileobj(response, file)
+        except OSError as error:  # HTTP errors and timeouts too
+            raise UserError(
+                f"{url} cannot be downloaded ({error}): check the network and run the same command again"
+            ) from error
         try:
             shutil.unpack_archive(archive, folder)
             (Path(folder) / BUNDLE_NAME / "core.yaml").stat()
         except (shutil.ReadError, zipfile.BadZipFile, zlib.error, EOFError, FileNotFoundError) as error:
             raise UserError(f"{url} is not a complete bundle ({error}): run the same command again") from error
         os.replace(Path(folder) / BUNDLE_NAME, path)
-
-
-def _download(url: str, path: Path) -> None:
-    """Downloads a file. Raises UserError if every attempt fails."""
-    message = ""
-    for _ in range(DOWNLOAD_ATTEMPTS):
-        try:
-            with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, path.open("wb") as file:
-                shutil.copyfileobj(response, file)
-            return
-        except OSError as error:  # HTTP errors and timeouts too
-            message = str(error)
-    raise UserError(f"{url} cannot be downloaded ({message}): check the network and run the same command again")
 
 
 def load_tasks(bundle: Path, max_per_task: int = -1) -> list[CoreTask]:

@@ -217,14 +217,9 @@ def _require_own_folder(directory: Path, hashes: dict[str, str]) -> None:
     marker file or in `hashes`, the hashes of the shards to be written. The latter are needed because interrupted runs
     and older versions leave no marker file.
     """
-    if not directory.exists():
-        return
-    marker = directory / MARKER
-    recorded = _read_marker(marker)
-    for path in sorted(directory.iterdir()):
-        is_temporary = path.name.startswith(".")
-        is_marker = path == marker and recorded
-        if is_temporary or is_marker:
+    recorded = _read_marker(directory / MARKER)
+    for path in sorted(directory.glob("[!.]*")):  # hidden files are temporary
+        if path.name == MARKER and recorded:
             continue
         if _hash_shard(path) not in (hashes.get(path.name), recorded.get(path.name)):
             raise UserError(

@@ -85,10 +85,12 @@ def measure(name: str, flags: Flags) -> dict[str, float]:
     train_shards, val_shards = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
     texts = first_texts(dataset.iterate_texts([*train_shards, *val_shards]), flags.max_chars)
     num_bytes = sum(len(text.encode()) for text in texts)
-    result, before, start = {}, memory("VmRSS"), time.perf_counter()
+    result = {}
+    before = memory("VmRSS")
+    start = time.perf_counter()
     encode = TRAINERS[name](texts, flags.vocab_size)
+    seconds = time.perf_counter() - start
     if name != TIKTOKEN:  # it cannot train
-        seconds = time.perf_counter() - start
         result = {"train": num_bytes / seconds / 1e6, "seconds": seconds, "memory": memory("VmHWM") - before}
 
     sample = first_texts(texts, ENCODE_CHARS)
