@@ -78,16 +78,16 @@ def _sdpa(q, k, v, mask: torch.Tensor | None = None, is_causal: bool = False) ->
 # ---- the choice ----
 
 
-# Name for --attention → a function that returns the kernel, or raises ImportError if its package is not installed.
-# Operators of torch can be registered once only, hence the caches.
+# Name for --attention → a function that returns the kernel, or raises ImportError if its package is not installed. A
+# name of a torch operator can be registered only once, hence the caches.
 LOADERS: dict[str, Callable[[], Kernel]] = {
-    "fa3": functools.cache(flash.load_flash3),
-    "fa4": functools.cache(flash.load_flash4),
-    "flash": lambda: flash.attend_flash2,
-    "flex": flex.load_flex,
-    "blocks": cpu.load_blocks,
-    "banded": lambda: attend,
-    "sdpa": lambda: attend_masked,
+    "fa3": functools.cache(flash.load_flash3),  # FlashAttention-3 (a package), for Hopper GPUs
+    "fa4": functools.cache(flash.load_flash4),  # FlashAttention-4 (a package), for Hopper and Blackwell GPUs
+    "flash": lambda: flash.attend_flash2,  # FlashAttention-2, part of torch
+    "flex": flex.load_flex,  # FlexAttention, compiled by Triton
+    "blocks": cpu.load_blocks,  # matrix products over blocks, for CPUs
+    "banded": lambda: attend,  # SDPA on blocks of queries: runs everywhere
+    "sdpa": lambda: attend_masked,  # SDPA with one mask: the baseline of the benchmarks
 }
 
 

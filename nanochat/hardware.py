@@ -3,7 +3,7 @@ Detects what this machine can do and sets it up: device, compute dtype, compiler
 
 Where data sheets do not decide, a short measurement does: whether a CPU multiplies faster in bfloat16, and which of two
 float32 matrix products is faster and exact enough. Measured choices are saved in checkpoints, so that a resumed run
-makes them again.
+makes the same ones.
 """
 
 import ctypes

@@ -117,8 +117,8 @@ def _shown(value: Any) -> str:
 
 def append_after(step: int, path: Path, *head: dict[str, Any]) -> TextIO:
     """
-    Opens a JSON-lines file to append to, for a run that is resumed after `step`: the file then holds `head` and its
-    own lines of the steps up to this one. A new run (step 0) keeps none.
+    Rewrites a JSON-lines file and opens it for appending. It then has the lines `head` and, for a run that is resumed
+    after `step`, its old lines up to this step. A new run (step 0) keeps no old lines.
     """
     kept = [line for line in _lines(path) if line.get("step", math.inf) <= step] if step else []
     with atomic_path(path) as temporary:
@@ -185,7 +185,7 @@ def start_wandb(run: str, group: str, config: dict[str, Any]) -> Any:
 
 
 def save_numbers(stage: str, numbers: dict[str, Any]) -> None:
-    """Saves a stage's final numbers for the report, and keeps earlier ones of the same "model"."""
+    """Saves a stage's final numbers for the report. Numbers saved earlier for the same "model" are kept."""
     earlier = _saved_numbers(stage)
     if earlier.get("model") == numbers.get("model"):
         numbers = earlier | numbers

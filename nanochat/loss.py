@@ -3,8 +3,8 @@ Cross entropy computed from the final hidden states in chunks, so that the logit
 for 65,536 tokens and a vocabulary of 32,768 they would take 8.6 GB in float32, and their gradient as much again.
 
 The trick: the gradient of a sum of losses does not depend on anything computed later. So it is computed in the forward
-pass, while the logits of a chunk exist, and the backward pass only scales it. That takes no more matrix products than
-usual. Only separate losses (reduction "none") have to compute the logits again in the backward pass.
+pass, while the logits of a chunk exist, and the backward pass only multiplies it by a number. That takes no more matrix
+products than usual. Only separate losses (reduction "none") have to compute the logits again in the backward pass.
 
 Shapes: N rows (tokens), n rows of a chunk, C channels, V vocabulary, V' vocabulary with padding.
 """
@@ -15,10 +15,13 @@ import torch
 import torch.nn.functional as F
 
 # A chunk has 2^25 logits (128 MiB in float32), but there are at most 8 chunks: torch.compile unrolls the loop, and on a
-# CPU each chunk adds seconds of compiling. Compared with plain cross entropy on all logits, forward and backward, 8,192
-# rows, C 256, bfloat16, one thread of an AMD EPYC, medians, peak memory:
-#   V 8,192    eager 1.1x as fast, 0.7 instead of 3.6 GiB; compiled 1.2x, 0.57 and 0.55 GiB; 1 to 8 chunks within 3 %
-#   V 32,768   eager 1.4x or more, 1.1 instead of 15.5 GiB; compiled 1.3x (4 chunks), 0.7 instead of 2.5 GiB (8 chunks)
+# CPU each chunk adds seconds of compiling. Compared with plain cross entropy on all logits (forward and backward, 8,192
+# rows, C 256, bfloat16, one thread of an AMD EPYC, medians):
+#                         times as fast        peak memory, GiB: chunks / all logits
+#   V 8,192    eager      1.1                  0.7  / 3.6
+#              compiled   1.2                  0.57 / 0.55      1 to 8 chunks are within 3 %
+#   V 32,768   eager      1.4 or more          1.1  / 15.5
+#              compiled   1.3 with 4 chunks    0.7  / 2.5       the memory with 8 chunks
 CHUNK_LOGITS = 2**25
 MAX_CHUNKS = 8
 

@@ -1,8 +1,8 @@
 """
 The attention kernel "blocks" for CPUs: plain matrix products over blocks of the sequence, forward and backward.
 
-A block of 128 queries is multiplied with the blocks of keys that its window reaches, for as many heads at a time as fit
-their scores into the CPU's cache. Two things make it fast: oneDNN's matrix products, and no pass over the scores to
+A block of 128 queries is multiplied with the blocks of keys that its window reaches, for so many heads at a time that
+their scores fit into the CPU's cache. Two things make it fast: oneDNN's matrix products, and no pass over the scores to
 find their maximum. Softmax usually subtracts the maximum first, so that exp cannot overflow; here scores must stay
 below 80 instead. With normed queries and keys they are at most gain² * sqrt(D), which is 16 for D = 128. float16 is
 refused, because exp(16) is beyond its range.

@@ -2,7 +2,7 @@
 FlashAttention for CUDA GPUs (arXiv 2205.14135): version 2 as included in torch, 3 and 4 from the packages of
 https://github.com/Dao-AILab/flash-attention. attention.choose takes the first that works.
 
-The packages differ in how they write a full window: -1 or None instead of a number.
+For a window that reaches the whole sequence the packages expect -1 or None instead of a number.
 """
 
 from collections.abc import Callable
