@@ -31,9 +31,7 @@ class Flags(RunFlags, recipe.RecipeFlags):
     eval_tokens: int = flag(80 * 524288, "validation tokens over all ranks")
     sample_every: int = flag(2000, "steps between samples; 0 = only at the end, -1 = never")
     compile: bool = flag(True, "use torch.compile, if the machine can and the run is long enough to save time")
-    attention: str = flag(
-        "auto", f"auto (the fastest) or a name in nanochat/attention.py: {', '.join(attention.LOADERS)}"
-    )
+    attention: str = flag("auto", f"auto (the fastest) or a kernel of attention.py: {', '.join(attention.LOADERS)}")
     fp8: bool = flag(False, "train the large matrices in FP8 (GPUs from Ada and Hopper on); evaluation is not affected")
     seed: int = flag(42, "seed of initial weights and samples")
 
