@@ -1,7 +1,7 @@
 # Sets up the environment for the scripts that source this file: a virtual environment in .venv, with every package at
 # the version of constraints.txt. Does nothing when .venv is up to date.
 #
-# NANOCHAT_VENV=~/my-venv uses that environment instead, as it is: nothing is installed into it.
+# NANOCHAT_VENV=~/my-venv uses that environment instead; nothing is installed into it.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -30,7 +30,7 @@ setup() {
   fi
 }
 
-build_rustbpe() {  # replaces the published wheel by the crate in rustbpe/, again whenever its sources change
+build_rustbpe() {  # replaces the published wheel by the crate in rustbpe/, if it is new or its sources have changed
   local stamp
   stamp=$(cat rustbpe/Cargo.* rustbpe/pyproject.toml rustbpe/src/* rustbpe/python/rustbpe/*.py | cksum)
   if [ "$(cat .venv/stamp-rustbpe 2>/dev/null || true)" != "$stamp" ]; then
@@ -69,7 +69,12 @@ else
 fi
 source "${NANOCHAT_VENV:-.venv}/bin/activate"
 
-# Idle threads spin for 40 µs and then sleep. Training speed on two cores (depth 4, compiled, median tokens/s) with this
-# setting, without any spinning (OMP_WAIT_POLICY=PASSIVE) and with OpenMP's default: 7,800, 7,500 and 7,300 alone; 4,100,
-# 4,400 and 2,700 beside another busy process. Ten times the spinning is already as slow as the default there.
+# Idle threads spin for 40 µs and then sleep. Training speed on two cores (depth 4, compiled), median tokens/s:
+#
+#                                              alone    beside another busy process
+#   this setting                               7,800    4,100
+#   no spinning (OMP_WAIT_POLICY=PASSIVE)      7,500    4,400
+#   OpenMP's default                           7,300    2,700
+#
+# Beside another busy process, spinning ten times as long is already as slow as the default.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-3000}"

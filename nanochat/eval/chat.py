@@ -100,8 +100,9 @@ def evaluate_task(
     Returns the score of a task; the ranks share the questions. Rank 0 writes all completions and their grades to the
     file `record`, one JSON object per line. Categorical tasks ignore `sampling`.
     """
-    sampling = sampling or Sampling()
-    num_samples = sampling.num_samples if task.kind == "generative" else 1
+    if sampling is None or task.kind == "categorical":
+        sampling = Sampling()
+    num_samples = sampling.num_samples
     num_correct = [0] * len(task)  # by problem
     num_cut = 0
     with ExitStack() as stack:
@@ -118,16 +119,15 @@ def evaluate_task(
                 details = fields.pop("details")
                 file.write(json.dumps(fields | details, ensure_ascii=False) + "\n")
     pass_at = {}
-    if task.kind == "generative":
-        for k in sampling.pass_k:
-            pass_at[k] = sum(pass_at_k(num_samples, correct, k) for correct in num_correct) / len(num_correct)
+    for k in sampling.pass_k:
+        pass_at[k] = sum(pass_at_k(num_samples, correct, k) for correct in num_correct) / len(num_correct)
     baseline = CHATCORE.get(label, 0.0)
     return ChatScore(label, sum(num_correct), len(task), baseline, num_samples, num_cut, pass_at)
 
 
 def grade_task(engine: Engine, task: Task, dist: Dist, sampling: Sampling) -> Iterator[GradedCompletion]:
     """Yields the graded completions of all ranks, on every rank, in order of problems and samples."""
-    num_samples = sampling.num_samples if task.kind == "generative" else 1
+    num_samples = sampling.num_samples
     problems_at_a_time = max(1, COMPLETIONS_AT_A_TIME // num_samples) * dist.world_size
     num_done = 0  # by this rank
     report_all = progress(len(task) * num_samples // dist.world_size, dist)
