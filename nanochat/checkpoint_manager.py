@@ -316,9 +316,7 @@ def _last_number(folder: Path) -> int:
 
 
 class CheckpointWriter:
-    """
-    Saves the checkpoints of one run in a thread. `last_saved` is the path of the newest one on the disk, for messages.
-    """
+    """Saves the checkpoints of one run in a thread. `last_saved` is the path of the newest one, for messages."""
 
     def __init__(self, stage: str, tag: str, dist: Dist, *, keep_last: int = -1, resumed: Checkpoint | None = None):
         self.stage = stage

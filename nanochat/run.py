@@ -131,7 +131,7 @@ class Run:
         self.optimizer = build_optimizer(
             self.model, groups, rank=self.dist.rank, world_size=self.dist.world_size, compile=self.compiled
         )
-        self._restore()
+        self.state, self.data_states = self._restore()
         self.dist.print0("compiling the model" if self.compiled else "running the model without torch.compile")
         self.train_model = torch.compile(self.model, dynamic=False) if self.compiled else self.model
         # On a CPU compiling the validation graph takes longer than validating.
@@ -230,12 +230,13 @@ class Run:
         flops = total_flops / self.dist.world_size
         return self.dist.gather(hardware.compiling_pays_off(device, self.dtype, flops, self.config.n_layer))[0]
 
-    def _restore(self) -> None:
-        self.state, self.data_states = TrainState(), []
+    def _restore(self) -> tuple[TrainState, list[dict[str, Any]]]:
+        """State of the loop and data states of all ranks: new ones, or those of a resumed run with its optimizer."""
         if not self.resumed:
-            return
-        self.state, self.data_states = self.resumed.restore_run(self.optimizer, self.dist)
+            return TrainState(), []
+        state, data_states = self.resumed.restore_run(self.optimizer, self.dist)
         before, now = self.resumed.meta.get("flags", {}), asdict(self.flags)
         names = [name for name in before if name in now and name != "resume" and before[name] != now[name]]
         changes = ", ".join(f"{name} {before[name]} → {now[name]}" for name in names)
-        self.dist.print0(f"resuming after step {self.state.step} with {changes or 'the same flags'}")
+        self.dist.print0(f"resuming after step {state.step} with {changes or 'the same flags'}")
+        return state, data_states

@@ -28,7 +28,7 @@ from nanochat.train import Hook, TrainState, token_loss
 class Flags(RunFlags, recipe.RecipeFlags):
     data_dir: str = flag("", "folder of parquet shards; default $NANOCHAT_DATA_DIR, else the public shards")
     eval_every: int = flag(250, "steps between validations; 0 = only at the end, -1 = never")
-    eval_tokens: int = flag(80 * 524288, "validation tokens over all ranks")
+    eval_tokens: int = flag(80 * 524288, "validation tokens over all GPUs")
     sample_every: int = flag(2000, "steps between samples; 0 = only at the end, -1 = never")
     compile: bool = flag(True, "use torch.compile, if the machine can and the run is long enough to save time")
     attention: str = flag("auto", f"auto (the fastest) or a kernel of attention.py: {', '.join(attention.LOADERS)}")
@@ -46,7 +46,7 @@ def main(flags: Flags) -> None:
         B, T = flags.device_batch_size, flags.max_seq_len
         accumulation = recipe.accumulation_steps(plan.total_batch_size, B, T, dist.world_size)
         if flags.portable and tokenizer.pattern != PORTABLE_SPLIT_PATTERN:
-            distributed.warn0("the tokenizer is not portable: train it with tok_train --portable to export both")
+            distributed.warn0("the tokenizer is not portable: train one with tok_train --portable")
         if flags.fp8:
             fp8.check_support(plan.model, B * T, dist.device)
 

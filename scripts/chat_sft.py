@@ -49,7 +49,7 @@ class FinetuneFlags(RunFlags):
     identity_file: str = flag("", "JSONL file of such conversations, an array of messages per line; default: built-in")
     primer_epochs: int = flag(0, "times through the conversations of the embedded corpus; 0 = without")
     num_iterations: int = flag(-1, "optimizer steps; -1 = once through the mixture")
-    device_batch_size: int = flag(-1, "rows per GPU and pass; -1 = as in the run that trained the source")
+    device_batch_size: int = flag(-1, "sequences per GPU; -1 = as in the run that trained the source")
     total_batch_size: int = flag(-1, "tokens per optimizer step over all GPUs; -1 = as in that run")
     init_lr_frac: float = flag(0.8, "initial learning rates, as a share of pretraining's")
     load_optimizer: bool = flag(True, "start with the optimizer's momentum from the end of that run")
