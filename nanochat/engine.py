@@ -301,7 +301,7 @@ class Engine:
                 request.validate(self.model.config)
             except UserError as error:
                 raise UserError(f"request {i}: {error}") from None
-        indices = {self.enqueue(request): i for i, request in enumerate(requests)}
+        indices = {self.add(request): i for i, request in enumerate(requests)}
         try:
             while self.is_busy:
                 for number, token, completion in self.step():
@@ -315,10 +315,6 @@ class Engine:
     def add(self, request: Request) -> int:
         """Queues a request; returns its number, which its events carry. UserError if the request is not valid."""
         request.validate(self.model.config)
-        return self.enqueue(request)
-
-    def enqueue(self, request: Request) -> int:
-        """Like `add`, for a request that the caller has already validated."""
         entry = ActiveRequest(self.num_requests, request, ToolUse(self.tokenizer), self.model.config)
         self.num_requests += 1
         self.waiting.append(entry)
@@ -328,13 +324,11 @@ class Engine:
     @torch.inference_mode()
     def cancel(self, number: int) -> None:
         """Removes a request without further events. Does nothing if it has already ended."""
-        for entry in list(self.waiting):
-            if entry.number == number:
-                self.waiting.remove(entry)
-                self._release_prefix(entry.prefix)
-        for slot, entry in enumerate(list(self.active)):
-            if entry.number == number:
-                self._free_slot(slot)
+        for entry in [entry for entry in self.waiting if entry.number == number]:
+            self.waiting.remove(entry)
+            self._release_prefix(entry.prefix)
+        for slot in [slot for slot, entry in enumerate(self.active) if entry.number == number]:
+            self._free_slot(slot)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:

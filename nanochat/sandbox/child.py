@@ -142,6 +142,8 @@ def run_program(receiver: TextIO, sender: TextIO) -> None:
 
 # ---- messages ----
 
+COLLECTIONS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+
 
 def send(file: TextIO, message: Any) -> None:
     file.write(json.dumps(message) + "\n")
@@ -168,11 +170,9 @@ def to_json(value: Any) -> Any:
             return {"bytes": value.hex()}
         case dict():
             return {"dict": [[to_json(key), to_json(item)] for key, item in value.items()]}
-        case list() | tuple() | set() | frozenset():
-            name = next(kind.__name__ for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
-            return {name: [to_json(item) for item in value]}
         case _:
-            return {"iter": [to_json(item) for item in value]}
+            name = next((name for name, kind in COLLECTIONS.items() if isinstance(value, kind)), "iter")
+            return {name: [to_json(item) for item in value]}
 
 
 def from_json(message: Any) -> Any:
@@ -189,9 +189,8 @@ def from_json(message: Any) -> Any:
             return bytes.fromhex(content)
         case "dict":
             return {from_json(key): from_json(item) for key, item in content}
-    kinds: dict[str, Callable[..., Any]]
-    kinds = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "iter": iter}
-    return kinds[name]([from_json(item) for item in content])
+    kind = iter if name == "iter" else COLLECTIONS[name]
+    return kind([from_json(item) for item in content])
 
 
 # ---- protections: each function returns the names of those that took effect ----

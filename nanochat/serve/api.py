@@ -271,10 +271,10 @@ class ChatApi:
         return await ResponseBuilder(body, handle).response({})
 
     async def models(self) -> Response:
-        return JSON({"object": "list", "data": [describe(model) for model in self.service.models.values()]})
+        return json_response({"object": "list", "data": [describe(model) for model in self.service.models.values()]})
 
     async def model(self, name: str) -> Response:
-        return JSON(describe(self._find_model(name)))
+        return json_response(describe(self._find_model(name)))
 
     def _find_model(self, name: str | None) -> ServedModel:
         """Returns the first model if no name is given. Raises ApiError for an unknown name."""
@@ -410,7 +410,7 @@ class ResponseBuilder:
             text, logprobs = completion.take()
             message = {"role": "assistant", "content": text, "refusal": None}
             choices.append(self._choice(i, "message", message, logprobs, completion.finish))
-        return JSON(self.head | {"choices": choices, "usage": self._usage()}, headers=headers)
+        return json_response(self.head | {"choices": choices, "usage": self._usage()}, headers=headers)
 
     async def _events(self) -> AsyncIterator[bytes]:
         """Yields the response as server-sent events, one or more at a time."""
@@ -478,13 +478,9 @@ def to_json(data: Any) -> bytes:
     return json.dumps(data, separators=(",", ":")).encode()
 
 
-class JSON(Response):
+def json_response(content: Any, status: int = 200, headers: Headers = None) -> Response:
     """Like Starlette's JSONResponse, but in ASCII, and never cached."""
-
-    media_type = "application/json"
-
-    def __init__(self, content: Any, status_code: int = 200, headers: Headers = None):
-        super().__init__(to_json(content), status_code, NO_STORE | dict(headers or {}))
+    return Response(to_json(content), status, NO_STORE | dict(headers or {}), media_type="application/json")
 
 
 def sse(data: Any) -> bytes:
@@ -526,7 +522,7 @@ class ApiError(HTTPException):
         kind = "invalid_request_error" if self.status_code < 500 else "server_error"
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status_code, kind)
         error = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
-        return JSON({"error": error}, self.status_code, self.headers)
+        return json_response({"error": error}, self.status_code, self.headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:

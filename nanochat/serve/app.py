@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanochat.engine import Request
-from nanochat.serve.api import JSON, ApiError, ChatApi, add_error_handlers
+from nanochat.serve.api import ApiError, ChatApi, add_error_handlers, json_response
 from nanochat.serve.scheduler import Service
 
 PAGE = Path(__file__).parent / "ui.html"
@@ -92,11 +92,11 @@ def _add_operator_endpoints(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
         is_ready = service.status == "ok"
-        return JSON({"status": service.status, "ready": is_ready}, 200 if is_ready else 503)
+        return json_response({"status": service.status, "ready": is_ready}, 200 if is_ready else 503)
 
     @app.get("/stats")
     async def stats() -> Response:
-        return JSON(service.stats())
+        return json_response(service.stats())
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

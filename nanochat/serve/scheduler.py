@@ -310,7 +310,7 @@ class EngineThread(threading.Thread):
             if new is None:
                 return
             for generation in new:
-                self.generations[self.engine.enqueue(generation.request)] = generation
+                self.generations[self.engine.add(generation.request)] = generation
             for number, generation in list(self.generations.items()):
                 if generation.is_cancelled:
                     self.engine.cancel(number)
