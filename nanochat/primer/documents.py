@@ -107,7 +107,7 @@ class DocumentWriter:
         return "\n".join(lines)
 
     def choice(self) -> str:
-        """Multiple choice."""
+        """One or two multiple-choice questions."""
         style = self.rng.choice(QUESTION_STYLES)
         asked = [ask_choice(self.rng, self.facts.draw) for _ in range(self.rng.choice((1, 2)))]
         return "\n".join(style.format(choice.question, choice.reply) for choice in asked)
@@ -129,7 +129,7 @@ class DocumentWriter:
         return "\n".join(lines)
 
     def numbers(self) -> str:
-        """Which of two numbers is larger; counting in steps."""
+        """Sentences about the larger of two numbers, and counting in steps."""
         limit = self.rng.choice((20, 100, 1000))
         low, high = sorted(self.rng.sample(range(limit), 2))
         start, step = self.rng.randrange(limit), self.rng.choice((1, 1, 2, 5, 10))

@@ -114,7 +114,8 @@ def grade_alone(model: GPT, tokenizer: Tokenizer, item: tuple[CoreTask, int]) ->
     padded = [prompt.tokens + [tokenizer.bos] * (longest - len(prompt.tokens)) for prompt in prompts.values()]
     idx_BT = torch.tensor(padded, device=model.device)
     logits_BTV = model(idx_BT)
-    losses_BT = F.cross_entropy(logits_BTV[:, :-1].mT, idx_BT[:, 1:], reduction="none")
+    losses_N = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), idx_BT[:, 1:].flatten(), reduction="none")
+    losses_BT = losses_N.view(len(prompts), -1)
     most_likely_BT = logits_BTV.argmax(dim=-1)
     if task.kind == "language_modeling":
         [prompt] = prompts.values()
