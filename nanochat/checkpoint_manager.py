@@ -285,7 +285,8 @@ def provisional(path: Path) -> Path:
 
 def log_files(stage: str, tag: str) -> list[Path]:
     """The files with JSON lines that a run may have: one in each folder of the report."""
-    return [folder / f"{STAGES[stage][1]}-{tag}.jsonl" for folder in report_dir().glob("*")]
+    folders = [path for path in report_dir().glob("*") if path.is_dir()]
+    return [folder / f"{STAGES[stage][1]}-{tag}.jsonl" for folder in folders]
 
 
 def set_aside(stage: str, tag: str) -> Path:
