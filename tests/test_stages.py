@@ -219,7 +219,7 @@ def test_new_run_that_fails_before_its_first_checkpoint_leaves_the_earlier_run(w
 
 def test_portable_model_is_trained_and_saved_with_its_configuration(workspace, capsys):
     base_train.main([*BASE, "--model-tag", "portable", "--portable", "--num-iterations", "1", "--sample-every", "-1"])
-    assert "train it with tok_train --portable" in capsys.readouterr().err
+    assert "train one with tok_train --portable" in capsys.readouterr().err
     checkpoint = checkpoint_manager.find("base", "portable")
     assert checkpoint.config.logit_softcap == 0 and set(checkpoint.config.windows) == {128}
     names = checkpoint.weights().keys()
