@@ -217,7 +217,7 @@ def test_benchmark_skips_what_is_not_installed(tmp_path, capsys):
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / f"shard_{shard:05d}.parquet")
     ratios = bench.main(["tokenizer", "--data-dir", str(tmp_path), "--vocab-size", "300", "--rounds", "1"])
     out = capsys.readouterr().out
-    assert "rustbpe 0.1.0: skipped, name its folder" in out
+    assert "rustbpe 0.1.0: skipped, pass its folder" in out
     assert json.loads(out.splitlines()[-1])["ratios"] == ratios and ratios["encode over tiktoken"] > 0
     with pytest.raises(SystemExit, match="one of: .*tokenizer"):
         bench.main(["nothing"])
