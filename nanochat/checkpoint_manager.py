@@ -42,6 +42,7 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.train import TrainState
 
 FORMAT = 1
+NO_CHECKPOINT = "no checkpoint"  # CheckpointWriter.last_saved before the first one
 FILES = ("model.safetensors", "optimizer.safetensors", "data.safetensors", "state.json")
 STAGES = {  # stage → its folder, and the script that fills it
     "base": ("base_checkpoints", "base_train"),
@@ -326,7 +327,7 @@ class CheckpointWriter:
         self.dist = dist
         self.keep_last = keep_last  # checkpoints; -1 = all
         self.resumed = resumed
-        self.last_saved = str(resumed.path) if resumed else "no checkpoint"
+        self.last_saved = str(resumed.path) if resumed else NO_CHECKPOINT
         self.replaces_earlier = dist.is_main and not resumed and bool(CheckpointReader(stage, tag).steps())
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.pending: Future[None] | None = None  # the last save, until its success has been checked

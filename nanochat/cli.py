@@ -29,9 +29,12 @@ T = TypeVar("T")
 METAVARS = {int: "N", float: "X", str: "TEXT"}  # how --help shows a value
 
 
-def flag(default: Any, help: str, short: str = "", choices: Sequence[Any] | None = None) -> Any:
-    """A dataclass field with its default, help text, short name and allowed values."""
-    return field(default=default, metadata={"help": help, "short": short, "choices": choices})
+def flag(default: Any, help: str, short: str = "", choices: Sequence[Any] | None = None, auto: bool = False) -> Any:
+    """
+    A dataclass field with its default, help text, short name and allowed values. auto: -1 is written "auto" on the
+    command line. A field whose name is a word of Python ends in _, which the flag leaves out.
+    """
+    return field(default=default, metadata={"help": help, "short": short, "choices": choices, "auto": auto})
 
 
 def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
@@ -43,20 +46,29 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
     )
     hints = get_type_hints(cls)
     for f in fields(cls):  # type: ignore[arg-type]
-        name, kind = "--" + f.name.replace("_", "-"), hints[f.name]
+        name, kind = "--" + f.name.rstrip("_").replace("_", "-"), hints[f.name]
         names = [f.metadata["short"], name] if f.metadata["short"] else [name]
         help_line = f.metadata["help"]
         if f.default not in ("", MISSING):
-            help_line += " (default: %(default)s)"
-        options: dict[str, Any] = {"default": f.default, "help": help_line}
+            help_line += f" (default: {'auto' if f.metadata['auto'] else f.default})"
+        options: dict[str, Any] = {"default": f.default, "help": help_line, "dest": f.name}
+        choices = f.metadata["choices"]
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= {"type": kind, "choices": f.metadata["choices"], "required": f.default is MISSING}
-            if not f.metadata["choices"]:
+            options |= {"type": kind, "choices": choices, "required": f.default is MISSING}
+            if f.metadata["auto"]:
+                options["type"] = _int_or_auto
+            if not choices:
                 options["metavar"] = METAVARS[kind]
         parser.add_argument(*names, **options)
     return cls(**vars(parser.parse_args(argv)))
+
+
+def _int_or_auto(text: str) -> int:
+    if text != "auto" and not text.lstrip("-").isdigit():
+        raise argparse.ArgumentTypeError(f"invalid value {text!r}: write a number or auto")
+    return -1 if text == "auto" else int(text)
 
 
 def require_positive(flags: Any, *names: str, or_default: bool = False) -> None:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from nanochat.common import UserError, atomic_path, base_dir, duration
 from nanochat.distributed import Dist
-from nanochat.hardware import gpu_peaks, peak_memory
+from nanochat.hardware import gpu_card, peak_memory
 from nanochat.train import UNTIMED_STEPS, TrainState
 
 CONSOLE_SECONDS = 5.0  # between two console lines about the loss (heuristic, not tuned)
@@ -46,7 +46,7 @@ class Logger:
         self.dist = dist
         self.num_steps = num_steps
         self.flops_per_token = flops_per_token
-        self.peaks = gpu_peaks(dist.device)
+        self.card = gpu_card(dist.device)
         self.last_line = 0.0  # time of the last console line about the loss
         self.latest: dict[str, float] = {}
         self.wandb: Any = None
@@ -60,9 +60,9 @@ class Logger:
         """Writes the metrics of a step. The console shows evaluations always and the loss every few seconds."""
         if not self.dist.is_main:
             return
-        if self.peaks and self.flops_per_token and "train/tokens_per_second" in metrics:
+        if self.card and self.flops_per_token and "train/tokens_per_second" in metrics:
             flops = metrics["train/tokens_per_second"] * self.flops_per_token
-            metrics = metrics | {"train/mfu": flops / (self.peaks[0] * self.dist.world_size)}
+            metrics = metrics | {"train/mfu": flops / (self.card.flops * self.dist.world_size)}
         self.latest |= metrics
         self.file.write(json.dumps({"step": state.step, "seconds": round(state.seconds, 3)} | metrics) + "\n")
         self.file.flush()

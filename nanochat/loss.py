@@ -33,6 +33,11 @@ def softcap(logits: torch.Tensor, cap: float) -> torch.Tensor:
     return cap * torch.tanh(logits / cap)
 
 
+def chunk_rows(num_rows: int, vocab_size: int) -> int:
+    """Rows whose logits exist at a time."""
+    return math.ceil(max(CHUNK_LOGITS / vocab_size, num_rows / MAX_CHUNKS))
+
+
 def cross_entropy(
     hidden_NC: torch.Tensor,
     head_VC: torch.Tensor,
@@ -87,7 +92,7 @@ def _in_chunks(hidden_NC, head_VC, targets_N, vocab_size, cap, weights_N):
     """The losses (N,); with weights, also the gradients of their weighted sum by hidden_NC and head_VC, else None."""
     N, dtype = hidden_NC.size(0), hidden_NC.dtype
     cast_VC = head_VC.to(dtype)
-    rows = math.ceil(max(CHUNK_LOGITS / head_VC.size(0), N / MAX_CHUNKS))
+    rows = chunk_rows(N, head_VC.size(0))
     ids_V = torch.arange(vocab_size, device=hidden_NC.device)
     losses, d_hidden = [], []
     d_head_VC = torch.zeros_like(head_VC if weights_N is not None else head_VC[:0])  # empty if not asked for

@@ -65,7 +65,7 @@ class RecipeFlags:
     num_iterations: int = flag(-1, "optimizer steps; -1 = from --target-flops, else from --target-param-data-ratio")
     target_flops: float = flag(-1.0, "training FLOPs to spend; -1 = from --target-param-data-ratio")
     target_param_data_ratio: float = flag(12.0, "training tokens per parameter (block matrices and lm_head)")
-    device_batch_size: int = flag(Hyperparameters.device_batch_size, "sequences per GPU; lower it to save memory")
+    device_batch_size: int = flag(-1, "sequences per GPU and pass; auto = as many as fit into memory", auto=True)
     total_batch_size: int = flag(-1, "tokens per optimizer step over all GPUs; -1 = from the training tokens")
     embedding_lr: float = flag(Hyperparameters.embedding_lr, "learning rate of the embeddings at batch 2^19, width 768")
     unembedding_lr: float = flag(Hyperparameters.unembedding_lr, "learning rate of lm_head at batch 2^19, width 768")
@@ -103,7 +103,7 @@ def derive(flags: RecipeFlags, vocab_size: int) -> Recipe:
     Returns the recipe that the flags ask for. Where they give a number of steps or FLOPs, it determines the horizon,
     and batch size and weight decay follow from that. UserError names the flag that makes the recipe impossible.
     """
-    require_positive(flags, "num_iterations", "total_batch_size", or_default=True)
+    require_positive(flags, "num_iterations", "total_batch_size", "device_batch_size", or_default=True)
     if flags.target_param_data_ratio <= 0:
         raise UserError(f"--target-param-data-ratio {flags.target_param_data_ratio}: must be above 0")
     config = model_config(flags, vocab_size)

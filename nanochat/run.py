@@ -11,25 +11,38 @@ A run of a training stage, for the stage scripts: checks, builds and restores ev
 `source` is what a new run starts from: a model configuration (random weights) or a checkpoint of another stage.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from nanochat import attention, hardware, logging
-from nanochat.checkpoint_manager import STAGES, Checkpoint, CheckpointReader, CheckpointWriter, provisional, run_lock
+from nanochat.checkpoint_manager import (
+    NO_CHECKPOINT,
+    STAGES,
+    Checkpoint,
+    CheckpointReader,
+    CheckpointWriter,
+    provisional,
+    run_lock,
+)
 from nanochat.cli import flag
-from nanochat.common import seed_everything
+from nanochat.common import UserError, duration, seed_everything
+from nanochat.costs import training_memory
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT, GPTConfig, flops_per_token
 from nanochat.muon import MuonAdamW, ParamGroup, build_optimizer
-from nanochat.recipe import Schedule
+from nanochat.planner import check_fits, gib, local_target, training_setup
+from nanochat.recipe import RecipeFlags, Schedule, load_hyperparameters
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Hook, LossFunction, Step, Stopped, Trainer, TrainState
+
+F = TypeVar("F")
+TRIAL_STEPS = 3  # steps of a run on a CPU before it is decided whether to compile
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,32 @@ class RunFlags:
     resume: bool = flag(False, "continue from the newest intact checkpoint of this tag, if there is one")
     device: str = flag("auto", "cuda | mps | cpu | auto")
     run: str = flag("", "wandb run name; empty = console and metrics file only")
+    plan: bool = flag(False, "print what the run needs (memory, time, cost) and exit, without reading data or weights")
+    for_: str = flag("", "with --plan: another machine to plan for, such as 8xH100 or 1xRTX4090")
+
+
+class OutOfMemory(Exception):
+    """A training step did not fit into memory. flags: the same stage with half the rows per pass."""
+
+    def __init__(self, message: str, flags: Any):
+        super().__init__(message)
+        self.flags = flags
+
+
+def retry_out_of_memory(stage: Callable[[F], None], flags: F) -> None:
+    """
+    Calls stage(flags); if it runs out of memory, again with half the rows per pass, from the last checkpoint. The batch
+    of an optimizer step and the order of the data stay the same.
+    """
+    while True:
+        try:
+            return stage(flags)
+        except OutOfMemory as error:
+            print(error, flush=True)
+            flags = error.flags
+        gc.collect()  # the failed attempt's tensors, which its exception held until here
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 class Run:
@@ -51,11 +90,13 @@ class Run:
     train_model: Any  # the model, compiled where that pays
     eval_model: Any  # the model as validations should call it
     optimizer: MuonAdamW
-    compiled: bool  # whether train_model and, on CUDA, the optimizer are
+    compiled: bool | None  # whether train_model and, on CUDA, the optimizer are; None = not decided yet
     state: TrainState
     data_states: Sequence[dict[str, Any]]  # of all ranks that saved the resumed checkpoint; empty for a new run
     metadata: dict[str, Any]  # saved with each checkpoint
     logger: logging.Logger
+    rows = 0  # per pass and rank
+    predicted_memory = 0.0  # bytes per rank at the peak; 0 = not predicted
 
     def __init__(
         self, stage: str, tag: str, source: GPTConfig | Checkpoint, flags: RunFlags, *, tokenizer: Tokenizer, dist: Dist
@@ -68,6 +109,7 @@ class Run:
         self.flags = flags
         self.tokenizer = tokenizer
         self.dist = dist
+        self.trial_seconds: list[float] = []  # of the steps before it is decided whether to compile
         logging.check_wandb(flags.run)
         if self.parent:
             self.parent.check_tokenizer(tokenizer)
@@ -114,10 +156,9 @@ class Run:
         groups: Iterable[ParamGroup],
         metadata: dict[str, Any],  # for checkpoints and log: hyperparameters and what else the stage wants to keep
         *,
-        compile: bool = True,  # model and optimizer, if the machine can and the run is long enough to save time
+        compile: bool = True,  # model and optimizer, where the machine can and it saves time
         attention: str = "auto",  # kernel for whole sequences, see attention.py
         seed: int = 42,  # of initial weights and samples
-        total_flops: float = math.inf,  # of the whole run over all ranks: compiling does not pay for a short one
     ) -> None:
         """Builds model and optimizer, and restores them when the run is resumed. All ranks have to call it."""
         saved_precision = self.resumed.meta["matmul_precision"] if self.resumed else ""
@@ -125,14 +166,11 @@ class Run:
         precision = hardware.tune_process(self.dist.device, self.dist.gather(precision)[0])  # all take rank 0's
         seed_everything(seed)
         self.model = self._build_model(attention)
-        self.compiled = compile and self._can_and_should_compile(total_flops)
-        if self.compiled:
-            hardware.warm_up_compiler(self.dist.device)  # in the background
+        self.compiled = self._compiles_from_the_start(compile)
         self.optimizer = build_optimizer(
-            self.model, groups, rank=self.dist.rank, world_size=self.dist.world_size, compile=self.compiled
+            self.model, groups, rank=self.dist.rank, world_size=self.dist.world_size, compile=bool(self.compiled)
         )
         self.state, self.data_states = self._restore()
-        self.dist.print0("compiling the model" if self.compiled else "running the model without torch.compile")
         self.train_model = torch.compile(self.model, dynamic=False) if self.compiled else self.model
         # On a CPU compiling the validation graph takes longer than validating.
         self.eval_model = self.train_model if self.dist.device.type == "cuda" else self.model
@@ -177,7 +215,7 @@ class Run:
 
     def train(self, steps: Iterable[Step], loss_fn: LossFunction, schedule: Schedule, hooks: list[Hook]) -> TrainState:
         """Runs the loop of train.py to its end and waits for the last checkpoint."""
-        trainer = Trainer(
+        self.trainer = Trainer(
             self.train_model,
             self.optimizer,
             self.state,
@@ -185,14 +223,63 @@ class Run:
             log=self.logger.log,
             scales_loss=self.dtype == torch.float16,
             last_saved=lambda: self.writer.last_saved,
+            after_step=self._decide_on_compiling,
         )
-        trainer.fit(steps, loss_fn, schedule, hooks)
+        try:
+            self.trainer.fit(steps, loss_fn, schedule, hooks)
+        except (RuntimeError, MemoryError) as error:
+            if not hardware.is_out_of_memory(error):
+                raise
+            self._raise_out_of_memory()
         self.writer.wait()
         return self.state
 
     def finish(self, **numbers: Any) -> None:
-        """Adds the final numbers of the run to the report."""
+        """Adds the final numbers of the run to the report, and how good the prediction of its memory was."""
+        if self.predicted_memory:
+            peak = hardware.peak_memory(self.dist.device)
+            difference = self.predicted_memory / peak - 1
+            numbers["predicted peak memory"] = f"{gib(self.predicted_memory)} ({difference:+.0%})"
+            self.dist.print0(f"peak memory {gib(peak)}, predicted {numbers['predicted peak memory']}")
         self.logger.finish(STAGES[self.stage][1], self.state, model=self.writer.last_saved, **numbers)
+
+    # ---- memory ----
+
+    def fit_rows(self, wanted: int, total_batch_size: int, *, compile: bool, fp8: bool = False) -> int:
+        """
+        The rows per pass of a rank: `wanted`, or for -1 as many as fit into memory, but no more than the run had before
+        it was resumed, or than its source had. Prints the expected memory. UserError if the rows do not fit.
+        """
+        target = local_target(self.dist.device, self.dist.world_size, self.dtype, fp8)
+        compiled = compile and hardware.can_compile(self.dist.device)
+        setup = training_setup(self.config, target, total_batch_size, rows=wanted, compiled=compiled, fp8=fp8)
+        checkpoint = self.resumed or self.parent
+        if wanted == -1 and checkpoint:
+            before = load_hyperparameters(checkpoint.meta).device_batch_size
+            if before < setup.rows and total_batch_size % (before * self.config.sequence_len * target.count) == 0:
+                setup = replace(setup, rows=before)
+        self.rows = min(self.dist.gather(setup.rows))
+        setup = replace(setup, rows=self.rows)
+        check_fits(self.config, setup, target, self.flags if isinstance(self.flags, RecipeFlags) else None)
+        self.predicted_memory = training_memory(self.config, setup).peak
+        expected = f"about {gib(self.predicted_memory)} of {gib(target.memory)} per rank"
+        self.dist.print0(f"memory: {expected}, with {self.rows} rows per pass")
+        return self.rows
+
+    def _raise_out_of_memory(self) -> NoReturn:
+        """OutOfMemory if the run can continue with fewer rows, UserError if it cannot."""
+        self.writer.wait()
+        fewer = self.rows // 2
+        problem = f"out of memory in step {self.state.step} with {self.rows} rows per pass"
+        if not fewer:
+            raise UserError(f"{problem}: use a smaller --depth or --max-seq-len, or a machine with more memory")
+        if self.dist.world_size > 1:  # the other ranks wait in a collective operation: only a restart helps
+            raise UserError(f"{problem}: start again with --resume --device-batch-size {fewer}")
+        has_saved = self.writer.last_saved != NO_CHECKPOINT
+        flags: Any = self.flags  # of a stage, which all have these two
+        flags = replace(flags, device_batch_size=fewer, resume=flags.resume or has_saved)
+        start = f"from {self.writer.last_saved}" if has_saved else "from the start"
+        raise OutOfMemory(f"{problem}: continuing {start} with {fewer} rows per pass", flags)
 
     # ---- the steps of opening and building ----
 
@@ -220,15 +307,33 @@ class Run:
         self.dist.print0(f"computing in {self.dtype}, attention {name}")
         return model
 
-    def _can_and_should_compile(self, total_flops: float) -> bool:
-        """The same decision on all ranks, and the saved one after a resume."""
-        device = self.dist.device
-        if not hardware.can_compile(device):
+    def _compiles_from_the_start(self, allowed: bool) -> bool | None:
+        """
+        Whether to compile the model; None if that is decided after a few steps. A resumed run keeps its decision, and
+        on a GPU compiling always pays.
+        """
+        if not allowed or not hardware.can_compile(self.dist.device):
             return False
         if self.resumed:
             return self.resumed.meta.get("compiled", True)
-        flops = total_flops / self.dist.world_size
-        return self.dist.gather(hardware.compiling_pays_off(device, self.dtype, flops, self.config.n_layer))[0]
+        return None if self.dist.device.type == "cpu" else True
+
+    def _decide_on_compiling(self, step: Step, seconds: float) -> None:
+        """Called after each step: decides after step TRIAL_STEPS, from the time that the steps before it took."""
+        if self.compiled is not None:
+            return
+        self.trial_seconds.append(seconds)
+        if self.state.step < TRIAL_STEPS:
+            return
+        seconds_per_step = min(self.trial_seconds)
+        num_steps = (self.state.step - 1) / step.progress  # progress is that before this step
+        seconds_left = seconds_per_step * (num_steps - self.state.step)
+        pays_off = hardware.compiling_pays_off(seconds_left, self.config.n_layer)
+        self.compiled = self.metadata["compiled"] = self.dist.gather(pays_off)[0]
+        verdict = "saves time" if self.compiled else "would take longer than it saves"
+        self.dist.print0(f"{duration(seconds_left)} are left without torch.compile: compiling {verdict}")
+        if self.compiled:
+            self.trainer.model = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
 
     def _restore(self) -> tuple[TrainState, list[dict[str, Any]]]:
         """State of the loop and data states of all ranks: new ones, or those of a resumed run with its optimizer."""

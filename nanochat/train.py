@@ -27,7 +27,7 @@ from nanochat.muon import MuonAdamW
 from nanochat.recipe import Schedule
 
 LOSS_EMA_BETA = 0.9  # smooths the logged loss; nothing else depends on it
-UNTIMED_STEPS = 3  # compilation and allocator warm-up, left out of the throughput
+UNTIMED_STEPS = 4  # warm-up, the trial of run.py and the compilation that may follow: left out of the throughput
 LOSS_SCALE_GROWTH_STEPS = 2000  # float16: the default of torch.amp.GradScaler
 
 LossFunction = Callable[[torch.nn.Module, Any], torch.Tensor]
@@ -94,6 +94,7 @@ class Trainer:
     log: Callable[[TrainState, dict[str, float]], None]
     scales_loss: bool = False  # dynamic loss scaling, for float16
     last_saved: Callable[[], str] = lambda: "no checkpoint"  # for error messages
+    after_step: Callable[[Step, float], None] = lambda step, seconds: None  # before the hooks; may replace the model
 
     def fit(self, steps: Iterable[Step], loss_fn: LossFunction, schedule: Schedule, hooks: list[Hook]) -> TrainState:
         """
@@ -113,6 +114,7 @@ class Trainer:
                     state.seconds += seconds
                     state.tokens += step.num_tokens
                 self.log(state, metrics | step.metrics | {"train/tokens_per_second": step.num_tokens / seconds})
+                self.after_step(step, seconds)
                 if stopped:
                     self._run_hooks([hook for hook in hooks if hook.when_stopped])
                     raise Stopped(f"stopped by a signal after step {state.step}, saved: continue with --resume")

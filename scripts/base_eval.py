@@ -57,7 +57,8 @@ def main(flags: Flags) -> dict[str, float]:
         if "bpb" in evaluations:
             train_shards, val_shards = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
         tasks = load_core_tasks(flags, dist) if "core" in evaluations else []
-        dtype = hardware.pick_dtype(dist.device)
+        trained = checkpoint_manager.find(flags.source, flags.model_tag, flags.step)
+        dtype = hardware.pick_evaluation_dtype(dist.device, trained.meta.get("dtype", ""))
         model, checkpoint = checkpoint_manager.load_model(
             flags.source, flags.model_tag, flags.step, tokenizer, dist.device, dtype
         )

@@ -7,19 +7,21 @@ Pretrain a base model. One dial: --depth.
         --total-batch-size 8192 --num-iterations 200 --eval-tokens 500000        # a laptop, minutes
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 
-from nanochat import attention, dataset, distributed, fp8, hardware, recipe
+from nanochat import attention, dataset, distributed, fp8, hardware, planner, recipe
 from nanochat.cli import command, flag
+from nanochat.common import UserError, duration
 from nanochat.dataloader import PretrainLoader, prefetch
 from nanochat.dataset import RowGroups
+from nanochat.distributed import Dist
 from nanochat.engine import Engine, sample_prompts
 from nanochat.eval.bpb import evaluate_bpb
 from nanochat.gpt import param_counts
 from nanochat.logging import print_table
-from nanochat.run import Run, RunFlags
+from nanochat.run import Run, RunFlags, retry_out_of_memory
 from nanochat.tokenizer import PORTABLE_SPLIT_PATTERN, Tokenizer, default_dir
 from nanochat.train import Hook, TrainState, token_loss
 
@@ -34,63 +36,105 @@ class Flags(RunFlags, recipe.RecipeFlags):
     attention: str = flag("auto", f"auto (the fastest) or a kernel of attention.py: {', '.join(attention.LOADERS)}")
     fp8: bool = flag(False, "train the large matrices in FP8 (GPUs from Ada and Hopper on); evaluation is not affected")
     seed: int = flag(42, "seed of initial weights and samples")
+    hours: float = flag(0.0, "train the deepest model that this machine, or that of --for, trains in so many hours")
+    budget: float = flag(0.0, "train the deepest model that costs no more dollars")
 
 
 @command
 def main(flags: Flags) -> None:
+    flags = choose_depth(flags)
+    if flags.plan:
+        print_plan(flags)
+        return
     with distributed.init(flags.device) as dist:
-        # Check: whatever can be wrong is found before anything expensive.
-        tokenizer = Tokenizer.load(default_dir())
-        train_shards, val_shards = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
-        plan = recipe.derive(flags, tokenizer.vocab_size)
-        B, T = flags.device_batch_size, flags.max_seq_len
+        retry_out_of_memory(lambda flags: pretrain(flags, dist), flags)
+
+
+def pretrain(flags: Flags, dist: Dist) -> None:
+    """Trains the model of the flags to the end of its run."""
+    # Check: whatever can be wrong is found before anything expensive.
+    tokenizer = Tokenizer.load(default_dir())
+    train_shards, val_shards = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
+    if flags.portable and tokenizer.pattern != PORTABLE_SPLIT_PATTERN:
+        distributed.warn0("the tokenizer is not portable: train one with tok_train --portable")
+    plan = recipe.derive(flags, tokenizer.vocab_size)
+    tag = flags.model_tag or f"d{flags.depth}"
+    with Run.open("base", tag, plan.model, flags, tokenizer=tokenizer, dist=dist) as run:
+        B = run.fit_rows(flags.device_batch_size, plan.total_batch_size, compile=flags.compile, fp8=flags.fp8)
+        T = flags.max_seq_len
         accumulation = recipe.accumulation_steps(plan.total_batch_size, B, T, dist.world_size)
-        if flags.portable and tokenizer.pattern != PORTABLE_SPLIT_PATTERN:
-            distributed.warn0("the tokenizer is not portable: train one with tok_train --portable")
         if flags.fp8:
             fp8.check_support(plan.model, B * T, dist.device)
 
-        tag = flags.model_tag or f"d{flags.depth}"
-        with Run.open("base", tag, plan.model, flags, tokenizer=tokenizer, dist=dist) as run:
-            # Build.
+        # Build.
+        if dist.is_main:
+            print_table(f"How the recipe of {tag} was derived", recipe.explain(flags, plan))
+        run.build(
+            plan.groups,
+            {"recipe": asdict(plan), "settings": asdict(plan.hyperparameters) | {"device_batch_size": B}},
+            compile=flags.compile,
+            attention=flags.attention,
+            seed=flags.seed,
+        )
+        if flags.fp8:
+            fp8.use_fp8(run.model, run.optimizer, bool(run.compiled))
+        loader = PretrainLoader(
+            tokenizer, RowGroups(train_shards), batch_size=B, sequence_len=T, dist=dist, states=run.data_states
+        )
+        steps = prefetch(loader.steps(accumulation, plan.num_iterations, run.state.step), dist.device)
+        run.open_log(plan.num_iterations)
+        dist.print0(
+            f"{tag}: {param_counts(plan.model)['total']:,} parameters, {plan.num_iterations} steps of "
+            f"{plan.total_batch_size:,} tokens ({accumulation} x {B} x {T} x {dist.world_size} ranks), "
+            f"{plan.flops:.2e} FLOPs; {hardware.describe(dist.device)}{', FP8' if flags.fp8 else ''}"
+        )
+
+        # Train.
+        def evaluate(state: TrainState) -> dict[str, float]:
+            val_loader = PretrainLoader(tokenizer, RowGroups(val_shards), batch_size=B, sequence_len=T, dist=dist)
+            num_batches = max(1, flags.eval_tokens // (B * T * dist.world_size))
+            batches = islice(val_loader.batches(), num_batches)
+            return {"val/bpb": evaluate_bpb(run.eval_model, batches, tokenizer.token_bytes(), dist)}
+
+        def sample(state: TrainState) -> None:
             if dist.is_main:
-                print_table(f"How the recipe of {tag} was derived", recipe.explain(flags, plan))
-            run.build(
-                plan.groups,
-                {"recipe": asdict(plan), "settings": asdict(plan.hyperparameters)},
-                compile=flags.compile,
-                attention=flags.attention,
-                seed=flags.seed,
-                total_flops=plan.flops,
-            )
-            if flags.fp8:  # not too late for torch.compile: it compiles in the first step
-                fp8.use_fp8(run.model, run.optimizer, run.compiled)
-            loader = PretrainLoader(
-                tokenizer, RowGroups(train_shards), batch_size=B, sequence_len=T, dist=dist, states=run.data_states
-            )
-            steps = prefetch(loader.steps(accumulation, plan.num_iterations, run.state.step), dist.device)
-            run.open_log(plan.num_iterations)
-            dist.print0(
-                f"{tag}: {param_counts(plan.model)['total']:,} parameters, {plan.num_iterations} steps of "
-                f"{plan.total_batch_size:,} tokens ({accumulation} x {B} x {T} x {dist.world_size} ranks), "
-                f"{plan.flops:.2e} FLOPs; {hardware.describe(dist.device)}{', FP8' if flags.fp8 else ''}"
-            )
+                sample_prompts(Engine(run.model, tokenizer))
 
-            # Train.
-            def evaluate(state: TrainState) -> dict[str, float]:
-                val_loader = PretrainLoader(tokenizer, RowGroups(val_shards), batch_size=B, sequence_len=T, dist=dist)
-                num_batches = max(1, flags.eval_tokens // (B * T * dist.world_size))
-                batches = islice(val_loader.batches(), num_batches)
-                return {"val/bpb": evaluate_bpb(run.eval_model, batches, tokenizer.token_bytes(), dist)}
+        hooks = [Hook(flags.eval_every, evaluate), Hook(flags.sample_every, sample), run.save_hook()]
+        schedule = partial(recipe.pretrain_schedule, flags, plan.num_iterations)
+        run.train(steps, token_loss, schedule, hooks)
+        run.finish(parameters=param_counts(plan.model)["total"], flops=plan.flops)
 
-            def sample(state: TrainState) -> None:
-                if dist.is_main:
-                    sample_prompts(Engine(run.model, tokenizer))
 
-            hooks = [Hook(flags.eval_every, evaluate), Hook(flags.sample_every, sample), run.save_hook()]
-            schedule = partial(recipe.pretrain_schedule, flags, plan.num_iterations)
-            run.train(steps, token_loss, schedule, hooks)
-            run.finish(parameters=param_counts(plan.model)["total"], flops=plan.flops)
+# ---- the plan ----
+
+
+def choose_depth(flags: Flags) -> Flags:
+    """The flags with the depth that --hours or --budget allows."""
+    if flags.hours <= 0 and flags.budget <= 0:
+        return flags
+    if flags.hours > 0 and flags.budget > 0:
+        raise UserError("--hours and --budget both choose the depth: give only one of them")
+    target = planner.find_target(flags.for_, flags.device, flags.fp8)
+    seconds = 3600 * flags.hours if flags.hours > 0 else target.seconds_for(flags.budget)
+    depth = planner.depth_for(flags, planner.planned_vocab_size(), target, seconds, flags.fp8)
+    print(f"--depth {depth} is the largest that {target.name} trains in {duration(seconds)}")
+    return replace(flags, depth=depth)
+
+
+def print_plan(flags: Flags) -> None:
+    plan = recipe.derive(flags, planner.planned_vocab_size())
+    target = planner.find_target(flags.for_, flags.device, flags.fp8)
+    setup = planner.training_setup(
+        plan.model,
+        target,
+        plan.total_batch_size,
+        rows=flags.device_batch_size,
+        compiled=flags.compile,
+        fp8=flags.fp8,
+    )
+    rows = planner.training_rows(plan.model, setup, target, num_steps=plan.num_iterations, flops=plan.flops)
+    print_table(f"Plan of {flags.model_tag or f'd{flags.depth}'}", rows)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def main(flags: Flags) -> dict[str, ChatScore]:
     pass_k = [int(k) for k in flags.pass_k.split(",")] if flags.pass_k else []
     with distributed.init(flags.device) as dist:
         tokenizer = Tokenizer.load(default_dir())
-        dtype = hardware.pick_dtype(dist.device)
+        trained = checkpoint_manager.find(flags.source, flags.model_tag, flags.step)
+        dtype = hardware.pick_evaluation_dtype(dist.device, trained.meta.get("dtype", ""))
         model, checkpoint = checkpoint_manager.load_model(
             flags.source, flags.model_tag, flags.step, tokenizer, dist.device, dtype
         )

@@ -11,18 +11,19 @@ Fine-tune a base model on conversations (SFT).
 Batch sizes, learning rates and momentum continue from the run that trained the base model.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
-from nanochat import checkpoint_manager, distributed, hardware, recipe
+from nanochat import checkpoint_manager, distributed, hardware, planner, recipe
+from nanochat.checkpoint_manager import Checkpoint
 from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError, human
 from nanochat.dataloader import ConversationLoader, prefetch
+from nanochat.distributed import Dist
 from nanochat.eval.bpb import evaluate_bpb
 from nanochat.gpt import flops_per_token
 from nanochat.logging import print_table
-from nanochat.run import Run, RunFlags
+from nanochat.run import Run, RunFlags, retry_out_of_memory
 from nanochat.tokenizer import Tokenizer, default_dir
 from nanochat.train import Hook, TrainState, token_loss
 from tasks.common import Task, TaskMixture, limited
@@ -49,7 +50,7 @@ class FinetuneFlags(RunFlags):
     identity_file: str = flag("", "JSONL file of such conversations, an array of messages per line; default: built-in")
     primer_epochs: int = flag(0, "times through the conversations of the embedded corpus; 0 = without")
     num_iterations: int = flag(-1, "optimizer steps; -1 = once through the mixture")
-    device_batch_size: int = flag(-1, "sequences per GPU; -1 = as in the run that trained the source")
+    device_batch_size: int = flag(-1, "sequences per GPU and pass; auto = as in the source's run", auto=True)
     total_batch_size: int = flag(-1, "tokens per optimizer step over all GPUs; -1 = as in that run")
     init_lr_frac: float = flag(0.8, "initial learning rates, as a share of pretraining's")
     load_optimizer: bool = flag(True, "start with the optimizer's momentum from the end of that run")
@@ -70,59 +71,73 @@ def main(flags: Flags) -> None:
 
 def finetune(stage: str, source_stage: str, flags: FinetuneFlags) -> None:
     """Trains a model of source_stage on conversations; both are stages of checkpoint_manager.STAGES."""
-    require_positive(flags, "num_iterations", or_default=True)
+    require_positive(flags, "num_iterations", "device_batch_size", "total_batch_size", or_default=True)
+    if flags.plan:
+        print_plan(flags, checkpoint_manager.find(source_stage, flags.base_tag, flags.base_step))
+        return
     with distributed.init(flags.device) as dist:
-        tokenizer = Tokenizer.load(default_dir())
-        source = checkpoint_manager.find(source_stage, flags.base_tag, flags.base_step)
-        tag = flags.model_tag or source.tag
-        with Run.open(stage, tag, source, flags, tokenizer=tokenizer, dist=dist) as run:
-            # Check.
-            inherited = inherited_hyperparameters(flags, run)
-            B, T = inherited.device_batch_size, source.config.sequence_len
-            accumulation = recipe.accumulation_steps(inherited.total_batch_size, B, T, dist.world_size)
-            train_data, val_data = mixture(flags, tokenizer)
-
-            # Build.
-            groups = recipe.param_groups(source.config, inherited, weight_decay=0.0, lr_frac=flags.init_lr_frac)
-            # Infinite for one pass: the number of its tokens is not known in advance.
-            num_tokens = flags.num_iterations * inherited.total_batch_size if flags.num_iterations > 0 else math.inf
-            run.build(
-                groups,
-                {"base": run.parent_checkpoint, "settings": asdict(inherited)},
-                compile=flags.compile,
-                total_flops=num_tokens * flops_per_token(source.config),
-            )
-            if flags.load_optimizer:
-                run.inherit_momentum()
-            loader = ConversationLoader(
-                tokenizer, train_data, batch_size=B, sequence_len=T, dist=dist, states=run.data_states
-            )
-            steps = prefetch(loader.steps(accumulation, flags.num_iterations), dist.device)
-            run.open_log(max(flags.num_iterations, 0))
-            if dist.is_main:
-                rows = recipe.explain_groups(groups, inherited, source.config.n_embd, flags.init_lr_frac)
-                print_table(f"Learning rates of {tag}", rows)
-            dist.print0(
-                f"{tag} from {run.parent_checkpoint}: {human(len(train_data))} conversations, steps of "
-                f"{inherited.total_batch_size:,} tokens ({accumulation} x {B} x {T} x {dist.world_size} ranks); "
-                f"{hardware.describe(dist.device)}"
-            )
-
-            # Train.
-            def evaluate(state: TrainState) -> dict[str, float]:
-                val_loader = ConversationLoader(tokenizer, val_data, batch_size=B, sequence_len=T, dist=dist)
-                return {"val/bpb": evaluate_bpb(run.eval_model, val_loader.batches(), tokenizer.token_bytes(), dist)}
-
-            hooks = [Hook(flags.eval_every, evaluate), run.save_hook()]
-            state = run.train(steps, token_loss, recipe.finetune_schedule, hooks)
-            truncated = state.data_state.get("truncated", 0)
-            run.finish(**{"conversations": len(train_data), "conversations truncated to a row": truncated})
+        retry_out_of_memory(lambda flags: finetune_once(stage, source_stage, flags, dist), flags)
 
 
-def inherited_hyperparameters(flags: FinetuneFlags, run: Run) -> recipe.Hyperparameters:
-    """Those of the resumed run, or of the run that trained the source; flags override batch sizes."""
-    checkpoint = run.resumed or run.parent
-    assert checkpoint
+def finetune_once(stage: str, source_stage: str, flags: FinetuneFlags, dist: Dist) -> None:
+    # Check.
+    tokenizer = Tokenizer.load(default_dir())
+    source = checkpoint_manager.find(source_stage, flags.base_tag, flags.base_step)
+    tag = flags.model_tag or source.tag
+    with Run.open(stage, tag, source, flags, tokenizer=tokenizer, dist=dist) as run:
+        inherited = inherited_hyperparameters(flags, run.resumed or source)
+        B = run.fit_rows(flags.device_batch_size, inherited.total_batch_size, compile=flags.compile)
+        T = source.config.sequence_len
+        accumulation = recipe.accumulation_steps(inherited.total_batch_size, B, T, dist.world_size)
+        train_data, val_data = mixture(flags, tokenizer)
+
+        # Build.
+        groups = recipe.param_groups(source.config, inherited, weight_decay=0.0, lr_frac=flags.init_lr_frac)
+        settings = asdict(inherited) | {"device_batch_size": B}
+        run.build(groups, {"base": run.parent_checkpoint, "settings": settings}, compile=flags.compile)
+        if flags.load_optimizer:
+            run.inherit_momentum()
+        loader = ConversationLoader(
+            tokenizer, train_data, batch_size=B, sequence_len=T, dist=dist, states=run.data_states
+        )
+        steps = prefetch(loader.steps(accumulation, flags.num_iterations), dist.device)
+        run.open_log(max(flags.num_iterations, 0))
+        if dist.is_main:
+            rows = recipe.explain_groups(groups, inherited, source.config.n_embd, flags.init_lr_frac)
+            print_table(f"Learning rates of {tag}", rows)
+        dist.print0(
+            f"{tag} from {run.parent_checkpoint}: {human(len(train_data))} conversations, steps of "
+            f"{inherited.total_batch_size:,} tokens ({accumulation} x {B} x {T} x {dist.world_size} ranks); "
+            f"{hardware.describe(dist.device)}"
+        )
+
+        # Train.
+        def evaluate(state: TrainState) -> dict[str, float]:
+            val_loader = ConversationLoader(tokenizer, val_data, batch_size=B, sequence_len=T, dist=dist)
+            return {"val/bpb": evaluate_bpb(run.eval_model, val_loader.batches(), tokenizer.token_bytes(), dist)}
+
+        hooks = [Hook(flags.eval_every, evaluate), run.save_hook()]
+        state = run.train(steps, token_loss, recipe.finetune_schedule, hooks)
+        truncated = state.data_state.get("truncated", 0)
+        run.finish(**{"conversations": len(train_data), "conversations truncated to a row": truncated})
+
+
+def print_plan(flags: FinetuneFlags, source: Checkpoint) -> None:
+    """Prints what the run needs; the number of steps of one pass is known only after all conversations are read."""
+    target = planner.find_target(flags.for_, flags.device)
+    hyperparameters = inherited_hyperparameters(flags, source)
+    rows = flags.device_batch_size if flags.device_batch_size != -1 else hyperparameters.device_batch_size
+    setup = planner.training_setup(source.config, target, hyperparameters.total_batch_size, rows=rows)
+    num_steps = max(flags.num_iterations, 1)
+    flops = float(num_steps * hyperparameters.total_batch_size) * flops_per_token(source.config)
+    table = planner.training_rows(source.config, setup, target, num_steps=num_steps, flops=flops)
+    print_table(f"Plan of {flags.model_tag or source.tag} from {source.path}", table)
+    if flags.num_iterations == -1:
+        print("time and cost are those of one optimizer step: with --num-iterations, those of so many")
+
+
+def inherited_hyperparameters(flags: FinetuneFlags, checkpoint: Checkpoint) -> recipe.Hyperparameters:
+    """Those of the run that saved the checkpoint; flags override batch sizes."""
     names = ("device_batch_size", "total_batch_size")
     given = {name: getattr(flags, name) for name in names if getattr(flags, name) != -1}
     return replace(recipe.load_hyperparameters(checkpoint.meta), **given)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nanochat import logging
+from nanochat.cards import CARDS
 from nanochat.common import UserError
 from nanochat.distributed import Dist
 from nanochat.logging import Logger, print_summary, report_dir, save_numbers, start_wandb
@@ -106,13 +107,13 @@ def test_learning_rates_are_in_the_file_and_not_on_the_console(capsys):
 
 
 def test_time_left_is_computed_from_timed_steps(capsys):
-    log = logger(num_steps=103)
-    log.log(TrainState(13, seconds=20.0, tokens=1000), {"val/bpb": 1.0})
-    assert "step 13/103, 3m00s left" in capsys.readouterr().out
+    log = logger(num_steps=104)
+    log.log(TrainState(14, seconds=20.0, tokens=1000), {"val/bpb": 1.0})
+    assert "step 14/104, 3m00s left" in capsys.readouterr().out
 
 
 def test_mfu_is_logged_where_the_peak_is_known(monkeypatch, capsys):
-    monkeypatch.setattr(logging, "gpu_peaks", lambda device: (1e12, 1e12))
+    monkeypatch.setattr(logging, "gpu_card", lambda device: CARDS[0]._replace(flops=1e12))
     log = logger(flops_per_token=1e6)
     log.log(TrainState(1), {"train/loss": 1.0, "train/tokens_per_second": 4e5})
     assert lines()[-1]["train/mfu"] == pytest.approx(0.4)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-NAMES = ("core", "infer", "rollout", "serve", "tokenizer", "train")
+NAMES = ("core", "infer", "memory", "rollout", "serve", "tokenizer", "train")
 
 
 def main(argv: Sequence[str] | None = None) -> Any:

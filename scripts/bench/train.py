@@ -228,9 +228,10 @@ def work(
         parts = Stopwatch(device)
         train(side, 1, parts)  # a separate step, because waiting for the device after each part takes time
         connection.send(dict(parts.seconds) | {"step": whole.seconds["steps"] / num_steps})
-    peak = hardware.gpu_peaks(device) or (hardware.matmul_rate(device, side.model.dtype),)
+    card = hardware.gpu_card(device)
+    peak = card.flops if card else hardware.matmul_rate(device, side.model.dtype)
     memory = hardware.peak_memory(device)
-    connection.send({"seconds to first step": to_first_step, "bytes of memory": memory, "FLOP/s": peak[0]})
+    connection.send({"seconds to first step": to_first_step, "bytes of memory": memory, "FLOP/s": peak})
 
 
 def train(side: Side, num_steps: int, end_part: Callable[[str], None]) -> None:

@@ -1,0 +1,160 @@
+"""
+What training and generation cost in memory and time: pure arithmetic on the sizes of the model, for planner.py.
+
+    setup = TrainingSetup(rows=16, world_size=8)
+    training_memory(config, setup).peak               # bytes per GPU
+    largest_batch(config, setup, total_batch_size, capacity)
+
+What is stored (weights, gradients, optimizer state, KV cache) follows from the sizes of the model. What a forward pass
+keeps for the backward pass is a multiple of tokens x layers x channels: the factors below were measured.
+`python -m scripts.bench memory` compares predictions with measured peaks.
+
+Units: bytes, seconds, FLOPs. A micro-batch has rows x sequence_len tokens.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from nanochat.gpt import GPTConfig, param_counts
+from nanochat.loss import chunk_rows
+
+GIB = 2**30
+
+# Bytes that the forward pass keeps, per token and channel: for each layer, and once (embedding, smear, backout).
+# Measured in 16 bits at depths 4 to 24, compiled and not: within 1 % with FlashAttention. Twice as much in float32. FP8
+# layers keep their inputs in 8 bits.
+LAYER_BYTES = 39.0
+LAYER_BYTES_FP8 = 28.8
+LAYER_BYTES_BANDED = 41.0  # the kernel "banded" keeps its masks too
+EDGE_BYTES = 10.0
+# Copies of a chunk of logits, in float32, that exist at once while the loss is computed.
+LOSS_COPIES = {True: 1.4, False: 8.7}  # compiled, eager
+# Copies of the largest stack of matrices that one of Muon's updates needs.
+MUON_COPIES = {True: 2.6, False: 6.3}
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """How a model is trained, as far as memory depends on it."""
+
+    rows: int  # per micro-batch and rank
+    accumulation: int = 1  # micro-batches per step
+    world_size: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    compiled: bool = True
+    fp8: bool = False
+    attention: str = "flash"
+    device: str = "cuda"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by purpose, for one rank. Each phase of a step needs some of them at the same time."""
+
+    parts: dict[str, float]
+    phases: dict[str, tuple[str, ...]]
+
+    def of_phase(self, phase: str) -> float:
+        return sum(self.parts[part] for part in self.phases[phase])
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=self.of_phase)
+
+    @property
+    def peak(self) -> float:
+        return self.of_phase(self.peak_phase)
+
+
+def training_memory(config: GPTConfig, setup: TrainingSetup) -> Memory:
+    """Memory of one rank: during the backward pass of the last micro-batch, and during the optimizer's update."""
+    counts = param_counts(config)
+    matrices = counts["transformer_matrices"]
+    others = counts["total"] - matrices  # tables, lm_head and scalars, which AdamW updates
+    tokens = setup.rows * config.sequence_len
+    itemsize = setup.dtype.itemsize
+    share = 1 / setup.world_size
+    largest_stack = 4 * 4 * config.n_embd**2 * config.n_layer * share  # the MLPs' matrices, 4 C x C each, in float32
+
+    parts = {
+        "weights": 4.0 * counts["total"],
+        "gradients": 4.0 * counts["total"],
+        "optimizer state": (8 * others + 4 * matrices) * share,  # two moments for AdamW, a momentum for Muon
+        "cast weights": float(itemsize * matrices) if itemsize < 4 and not setup.fp8 else 0.0,
+        "FP8 weights": 2.0 * matrices if setup.fp8 else 0.0,  # two layouts
+        "activations": tokens * config.n_embd * itemsize / 2 * (_layer_bytes(setup) * config.n_layer + EDGE_BYTES),
+        "loss": _loss_bytes(config, setup),
+        "update": 4.0 * matrices + MUON_COPIES[setup.compiled] * largest_stack,
+        "communication": 4.0 * matrices + 4 * counts["total"] * share if setup.world_size > 1 else 0.0,
+    }
+    always = ("weights", "gradients", "optimizer state", "FP8 weights")
+    phases = {
+        "backward pass": (*always, "cast weights", "activations", "loss"),
+        "optimizer update": (*always, "update", "communication"),
+    }
+    return Memory(parts, phases)
+
+
+def _layer_bytes(setup: TrainingSetup) -> float:
+    if setup.fp8:
+        return LAYER_BYTES_FP8
+    return LAYER_BYTES_BANDED if setup.attention == "banded" else LAYER_BYTES
+
+
+def _loss_bytes(config: GPTConfig, setup: TrainingSetup) -> float:
+    tokens = setup.rows * config.sequence_len
+    chunk = 4 * chunk_rows(tokens, config.padded_vocab_size) * config.padded_vocab_size
+    gradients = setup.dtype.itemsize * tokens * config.n_embd + 4 * config.padded_vocab_size * config.n_embd
+    return LOSS_COPIES[setup.compiled] * chunk + gradients
+
+
+# ---- what fits ----
+
+
+def largest_batch(config: GPTConfig, setup: TrainingSetup, total_batch_size: int, capacity: float) -> int:
+    """
+    The most rows per micro-batch that fit into `capacity` bytes and divide the step's rows of a rank; powers of two
+    only, unless that number of rows is odd. 0 if not even one row fits.
+    """
+    rows_per_step = max(1, total_batch_size // (config.sequence_len * setup.world_size))
+    sizes = [rows for rows in range(1, rows_per_step + 1) if rows_per_step % rows == 0]
+    if rows_per_step % 2 == 0:
+        sizes = [rows for rows in sizes if rows.bit_count() == 1]
+    fitting = [rows for rows in sizes if training_memory(config, replace(setup, rows=rows)).peak <= capacity]
+    return max(fitting, default=0)
+
+
+# ---- generation ----
+
+
+def cache_bytes(config: GPTConfig, slots: int, length: int, dtype: torch.dtype) -> float:
+    """The KV cache of an engine whose slots hold `length` tokens: each layer keeps no more than its window."""
+    keys = sum(min(window + 1, length) for window in config.windows)
+    return 2.0 * slots * keys * config.kv_width * dtype.itemsize
+
+
+def generation_memory(config: GPTConfig, slots: int, length: int, dtype: torch.dtype) -> Memory:
+    """Memory of an engine beside a model whose weights are in the compute dtype."""
+    counts = param_counts(config)
+    parts = {
+        "weights": float(dtype.itemsize * counts["total"]),
+        "decoder's layout of the weights": float(dtype.itemsize * counts["transformer_matrices"]),
+        "KV cache": cache_bytes(config, slots, length, dtype),
+        "logits": 3.0 * 4 * slots * config.padded_vocab_size,
+    }
+    return Memory(parts, {"decode step": tuple(parts)})
+
+
+# ---- time ----
+
+
+def expected_mfu(config: GPTConfig, fp8: bool) -> float:
+    """
+    The share of a GPU's 16-bit peak that training reaches: larger for wider models. Fitted to public runs on 8xH100:
+    47.6 % in bfloat16 at depth 20 (1.08 M tokens/s, October 2025), about 50 % at depth 24, and in FP8 at depth 24 58 %
+    (2.02 h for 9.5 tokens per parameter, 1.65 h for 8). FP8 gains nothing at depth 12.
+    """
+    if fp8:
+        return 0.92 * config.n_embd / (config.n_embd + 900)
+    return 0.62 * config.n_embd / (config.n_embd + 384)

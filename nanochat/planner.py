@@ -1,0 +1,266 @@
+"""
+The plan of a run before it starts: whether it fits into memory, how long it takes and what it costs, on this machine or
+on a named one. For the stage scripts' --plan, and for the check at the start of every run.
+
+    target = find_target(flags.for_machine, device, world_size, dtype)
+    check_fits(config, setup, target)                 # UserError with the remedy
+    print_table("Plan", training_rows(config, setup, target, …))
+
+The arithmetic is in costs.py, the GPUs' data in cards.py.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from nanochat import hardware
+from nanochat.cards import find_machine
+from nanochat.common import UserError, duration, human
+from nanochat.costs import GIB, Memory, TrainingSetup, expected_mfu, largest_batch, training_memory
+from nanochat.gpt import GPT, GPTConfig, flops_per_token, param_counts
+from nanochat.recipe import RecipeFlags, derive, model_config
+from nanochat.tokenizer import Tokenizer, default_dir
+
+CUDA_CONTEXT = 0.6 * GIB  # the driver's, with the libraries' workspaces
+FRAGMENTATION = 0.03  # share of a GPU's memory that the allocator cannot use
+CPU_TOKENS = 2**13  # of a pass on a CPU: more take more memory and are no faster
+TRIAL_TOKENS = 2048  # of a micro-batch of the trial
+TRIAL_SECONDS = 20.0  # a trial that would take longer is replaced by an assumption
+ASSUMED_SHARE = 0.5  # of the speed of matrix products, where no trial is made (a CPU without torch.compile, depth 4)
+MAX_DEPTH = 200
+
+
+# ---- the machine of a plan ----
+
+
+@dataclass(frozen=True)
+class Target:
+    """This machine or a named one, as `count` ranks."""
+
+    name: str
+    device: str  # cuda | mps | cpu
+    count: int
+    memory: float  # bytes that a rank may take
+    dtype: torch.dtype  # that training computes in
+    rate_of: Callable[[GPTConfig], float]  # FLOP/s of a rank while it trains this model
+    rate_source: str
+    dollars_per_hour: float = 0.0  # of all ranks together; 0 = unknown
+
+    def seconds(self, config: GPTConfig, flops: float) -> float:
+        """Training time of a run of that many FLOPs."""
+        return flops / (self.count * self.rate_of(config))
+
+    def seconds_for(self, dollars: float) -> float:
+        """How long the machine can be rented for that much. UserError if its price is not known."""
+        if not self.dollars_per_hour:
+            raise UserError(f"no price is known for {self.name}: use --hours, or name a machine with --for")
+        return 3600 * dollars / self.dollars_per_hour
+
+
+def named_target(name: str, fp8: bool) -> Target:
+    """The target of --for, such as "8xH100". UserError if the card is unknown, or has no FP8 units."""
+    card, count = find_machine(name)
+    if fp8 and not card.has_fp8:
+        raise UserError(f"--for {name} --fp8: this card has no FP8 units; leave out --fp8")
+    return Target(
+        name=f"{count}x{card.name}",
+        device="cuda",
+        count=count,
+        memory=usable_gpu_memory(card.gib * GIB),
+        dtype=card.dtype,
+        rate_of=lambda config: expected_mfu(config, fp8) * card.flops,
+        rate_source=f"share of {card.flops / 1e12:g} TFLOP/s that public runs on 8xH100 reached (2025 and 2026)",
+        dollars_per_hour=count * card.dollars_per_hour,
+    )
+
+
+def local_target(device: torch.device, world_size: int, dtype: torch.dtype, fp8: bool = False) -> Target:
+    """This machine with `world_size` ranks. Where the table does not have the card, its speed is measured when used."""
+    card = hardware.gpu_card(device)
+    if card:
+        known = named_target(f"{world_size}x{card.name}", fp8)
+        return replace(known, memory=local_memory(device, world_size), dtype=dtype)
+    sharing = world_size if device.type == "cpu" else 1  # ranks that share the CPU
+    return Target(
+        name=hardware.describe(device),
+        device=device.type,
+        count=world_size,
+        memory=local_memory(device, world_size),
+        dtype=dtype,
+        rate_of=functools.cache(lambda config: measured_rate(config, device, dtype) / sharing),
+        rate_source="trial steps on this machine, without torch.compile",
+    )
+
+
+def find_target(for_: str, device_name: str, fp8: bool = False) -> Target:
+    """The target of the flags --for and --device: a named machine, or all GPUs of this one, or its CPU."""
+    if for_:
+        return named_target(for_, fp8)
+    device = hardware.pick_device(device_name)
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    return local_target(device, count, hardware.pick_training_dtype(device), fp8)
+
+
+def local_memory(device: torch.device, world_size: int) -> float:
+    """Bytes that one of the ranks on this machine may take: they share the memory of a CPU."""
+    if device.type == "cuda":
+        return usable_gpu_memory(torch.cuda.get_device_properties(device).total_memory)
+    return hardware.available_memory() / world_size
+
+
+def usable_gpu_memory(total: float) -> float:
+    return total * (1 - FRAGMENTATION) - CUDA_CONTEXT
+
+
+def measured_rate(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> float:
+    """
+    FLOP/s of eager training on this device, from three passes of the model with random weights; a share of the speed of
+    matrix products for a model that is too large for that.
+    """
+    peak = hardware.matmul_rate(device, dtype)
+    rows = max(1, TRIAL_TOKENS // config.sequence_len)
+    flops = flops_per_token(config) * rows * config.sequence_len
+    setup = TrainingSetup(rows=rows, dtype=dtype, compiled=False, device=device.type)
+    too_slow = 3 * flops > ASSUMED_SHARE * peak * TRIAL_SECONDS
+    if too_slow or training_memory(config, setup).peak > local_memory(device, 1):
+        return ASSUMED_SHARE * peak
+    model = GPT.create(config, device, dtype)
+    tokens = torch.zeros((rows, config.sequence_len), dtype=torch.long, device=device)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        model(tokens, tokens).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return flops / statistics.median(seconds)
+
+
+# ---- what fits ----
+
+
+def training_setup(
+    config: GPTConfig,
+    target: Target,
+    total_batch_size: int,
+    *,
+    rows: int = -1,  # per pass; -1 = as many as fit, at least 1
+    compiled: bool = True,
+    fp8: bool = False,
+) -> TrainingSetup:
+    """How a run on the target is set up. A CPU starts without torch.compile, and its rows per pass are limited."""
+    is_gpu = target.device == "cuda"
+    setup = TrainingSetup(
+        rows=max(rows, 1),
+        world_size=target.count,
+        dtype=target.dtype,
+        compiled=compiled and is_gpu,
+        fp8=fp8,
+        device=target.device,
+    )
+    if rows == -1:
+        rows = largest_batch(config, setup, total_batch_size, target.memory)
+        if not is_gpu:
+            rows = min(rows, max(1, CPU_TOKENS // config.sequence_len))
+    rows = max(rows, 1)
+    accumulation = max(1, total_batch_size // (rows * config.sequence_len * target.count))
+    return replace(setup, rows=rows, accumulation=accumulation)
+
+
+def check_fits(config: GPTConfig, setup: TrainingSetup, target: Target, flags: RecipeFlags | None = None) -> None:
+    """UserError if the run does not fit into memory, naming what would. flags: of a run that may choose its depth."""
+
+    def fits(config: GPTConfig, rows: int) -> bool:
+        return training_memory(config, replace(setup, rows=rows)).peak <= target.memory
+
+    if fits(config, setup.rows):
+        return
+    need = gib(training_memory(config, setup).peak)
+    problem = f"{setup.rows} rows per pass need about {need} per rank, {target.name} has {gib(target.memory)}"
+    for rows in (2**i for i in reversed(range(setup.rows.bit_length()))):
+        if rows < setup.rows and fits(config, rows):
+            raise UserError(f"{problem}: use --device-batch-size {rows}")
+    remedy = "use a machine with more memory"
+    if flags:
+        smaller = [model_config(replace(flags, depth=depth), config.vocab_size) for depth in range(1, flags.depth)]
+        depth = sum(fits(model, 1) for model in smaller)  # memory grows with the depth
+        remedy = f"use --depth {depth} or less" if depth else "use a shorter --max-seq-len"
+    raise UserError(f"{problem}: {remedy}")
+
+
+def depth_for(flags: RecipeFlags, vocab_size: int, target: Target, seconds: float, fp8: bool) -> int:
+    """The largest depth that the target trains in this time and that fits its memory. UserError if there is none."""
+    best = 0
+    for depth in range(1, MAX_DEPTH + 1):
+        recipe = derive(replace(flags, depth=depth), vocab_size)
+        setup = training_setup(recipe.model, target, recipe.total_batch_size, fp8=fp8)
+        fits = training_memory(recipe.model, setup).peak <= target.memory
+        if not fits or target.seconds(recipe.model, recipe.flops) > seconds:
+            break
+        best = depth
+    if not best:
+        raise UserError(f"{duration(seconds)} on {target.name} is too little even for --depth 1: allow more")
+    return best
+
+
+# ---- the plan as a table ----
+
+
+def training_rows(
+    config: GPTConfig, setup: TrainingSetup, target: Target, *, num_steps: int, flops: float
+) -> list[tuple[str, str, str]]:
+    """Rows (what, value, explanation) of the plan of a training run; num_steps and flops are 0 if unknown."""
+    memory = training_memory(config, setup)
+    tokens_per_step = setup.rows * config.sequence_len * setup.world_size * setup.accumulation
+    batch = f"{setup.world_size} ranks x {setup.rows} rows x {config.sequence_len} tokens x {setup.accumulation} passes"
+    counts = param_counts(config)
+    groups = ", ".join(f"{name} {human(count)}" for name, count in counts.items() if name != "total" and count)
+    rows = [
+        ("machine", target.name, f"{gib(target.memory)} to use per rank, computing in {dtype_name(target.dtype)}"),
+        ("parameters", human(counts["total"]), groups),
+        ("batch", f"{tokens_per_step:,} tokens", batch),
+    ]
+    if num_steps:
+        seconds = target.seconds(config, flops)
+        rate = f"{human(target.rate_of(config))}FLOP/s per rank: {target.rate_source}"
+        rows += [
+            ("training", f"{human(num_steps * tokens_per_step)} tokens", f"{num_steps:,} optimizer steps"),
+            ("FLOPs", f"{flops:.2e}", f"{human(flops_per_token(config))} per token"),
+            ("time", duration(seconds), rate),
+            ("cost", *_cost(target, seconds)),
+        ]
+    return rows + memory_rows(memory, target)
+
+
+def memory_rows(memory: Memory, target: Target) -> list[tuple[str, str, str]]:
+    """The verdict, and what the memory is needed for at its peak."""
+    verdict = "fits" if memory.peak <= target.memory else "does NOT fit"
+    parts = memory.phases[memory.peak_phase]
+    shown = sorted((part for part in parts if memory.parts[part]), key=lambda part: -memory.parts[part])
+    rows = [("memory per rank", gib(memory.peak), f"{verdict}; the peak is in the {memory.peak_phase}")]
+    return rows + [(f"  {part}", gib(memory.parts[part]), "") for part in shown]
+
+
+def _cost(target: Target, seconds: float) -> tuple[str, str]:
+    if not target.dollars_per_hour:
+        return "unknown", "no price is known for this machine"
+    dollars = target.dollars_per_hour * seconds / 3600
+    return f"${dollars:,.2f}", f"at ${target.dollars_per_hour:g} an hour (November 2026)"
+
+
+def planned_vocab_size() -> int:
+    """That of the tokenizer, or of the usual one if none has been trained yet."""
+    folder = default_dir()
+    return Tokenizer.load(folder).vocab_size if folder.exists() else GPTConfig.vocab_size
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def gib(number: float) -> str:
+    return f"{number / GIB:.1f} GiB"
