@@ -117,7 +117,9 @@ def largest_batch(config: GPTConfig, setup: TrainingSetup, total_batch_size: int
     The most rows per micro-batch that fit into `capacity` bytes and divide the step's rows of a rank; powers of two
     only, unless that number of rows is odd. 0 if not even one row fits.
     """
-    rows_per_step = max(1, total_batch_size // (config.sequence_len * setup.world_size))
+    if total_batch_size % (config.sequence_len * setup.world_size):
+        return 1  # accumulation_steps reports it
+    rows_per_step = total_batch_size // (config.sequence_len * setup.world_size)
     sizes = [rows for rows in range(1, rows_per_step + 1) if rows_per_step % rows == 0]
     if rows_per_step % 2 == 0:
         sizes = [rows for rows in sizes if rows.bit_count() == 1]
