@@ -33,7 +33,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanochat import legacy
-from nanochat.common import UserError, atomic_path, base_dir
+from nanochat.common import UserError, atomic_path, base_dir, exclusive_lock
 from nanochat.distributed import Dist, warn0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.logging import report_dir
@@ -261,17 +261,10 @@ def run_lock(stage: str, tag: str, dist: Dist) -> Iterator[None]:
     if not dist.is_main:
         yield
         return
-    import fcntl  # not on Windows
-
-    file = base_dir() / "locks" / f"{folder.parent.name}-{tag}"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run works on {folder}: wait for it, or give this one a --model-tag") from None
+    problem = f"another run works on {folder}: wait for it, or give this one a --model-tag"
+    with exclusive_lock(base_dir() / "locks" / f"{folder.parent.name}-{tag}", problem):
         complete_swap(stage, tag)
-        yield  # closing the file, or the end of the process, releases the lock
+        yield
 
 
 # A new run under the tag of an earlier one writes to provisional names until its first checkpoint is complete. Only

@@ -32,20 +32,25 @@ METAVARS = {int: "N", float: "X", str: "TEXT"}  # how --help shows a value
 def flag(default: Any, help: str, short: str = "", choices: Sequence[Any] | None = None, auto: bool = False) -> Any:
     """
     A dataclass field with its default, help text, short name and allowed values. auto: -1 is written "auto" on the
-    command line. A field whose name is a word of Python ends in _, which the flag leaves out.
+    command line. A field whose name is a word of Python ends in _, which the flag leaves out. A field of
+    type list[str] takes the arguments without a flag.
     """
     return field(default=default, metadata={"help": help, "short": short, "choices": choices, "auto": auto})
 
 
 def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
     """Parses argv (sys.argv by default) into an instance of cls; exits with one line on bad input."""
+    hints = get_type_hints(cls)
+    positional = [f.name for f in fields(cls) if hints[f.name] == list[str]]  # type: ignore[arg-type]
     parser = _Parser(
-        usage="%(prog)s [flags]",
+        usage=" ".join(["%(prog)s", *(f"{name.upper()}…" for name in positional), "[flags]"]),
         description=description,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=120),
     )
-    hints = get_type_hints(cls)
     for f in fields(cls):  # type: ignore[arg-type]
+        if f.name in positional:
+            parser.add_argument(f.name, nargs="+", metavar=f.name.upper(), help=f.metadata["help"])
+            continue
         name, kind = "--" + f.name.rstrip("_").replace("_", "-"), hints[f.name]
         names = [f.metadata["short"], name] if f.metadata["short"] else [name]
         help_line = f.metadata["help"]
@@ -62,7 +67,7 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
             if not choices:
                 options["metavar"] = METAVARS[kind]
         parser.add_argument(*names, **options)
-    return cls(**vars(parser.parse_args(argv)))
+    return cls(**vars(parser.parse_intermixed_args(argv)))
 
 
 def _int_or_auto(text: str) -> int:

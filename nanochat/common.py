@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Deletes the temporary files and folders that killed processes left of atomic_path(path)."""
+    for leftover in path.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(path.name)}\.\d+(\.old)?\.tmp", leftover.name):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+
+
+@contextmanager
+def exclusive_lock(file: Path, problem: str) -> Iterator[None]:
+    """Holds a lock until the block or the process ends; UserError(problem) if another process holds it."""
+    import fcntl  # not on Windows
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(problem) from None
+        yield  # closing the file releases the lock
 
 
 def fsync(path: Path) -> None:

@@ -137,8 +137,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def progress(total: int, dist: Dist) -> Callable[[int], None]:
-    """Returns a function to call with the number of items done, which prints the progress every 30 seconds."""
+def progress(total: int, dist: Dist, unit: str = "items") -> Callable[[int], None]:
+    """
+    Returns a function to call with the number of items done, which prints the progress every 30 seconds. A total of 0
+    is unknown.
+    """
     start = time.monotonic()
     last = start
 
@@ -146,8 +149,11 @@ def progress(total: int, dist: Dist) -> Callable[[int], None]:
         nonlocal last
         now = time.monotonic()
         if now - last > PROGRESS_SECONDS:
-            left = (total - done) * (now - start) / done
-            dist.print0(f"{done:,} of {total:,} items, about {duration(left)} left")
+            if total and done:
+                left = (total - done) * (now - start) / done
+                dist.print0(f"{done:,} of {total:,} {unit}, about {duration(left)} left")
+            else:
+                dist.print0(f"{done:,} {unit}")
             last = now
 
     return report

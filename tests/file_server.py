@@ -29,8 +29,9 @@ class FileServer(ThreadingHTTPServer):
 
     def add_dataset(self, repo: str, folder: Path) -> None:
         """Serves the files of a folder as a dataset of the hub, with the listings that `datasets` asks for."""
+        info = {"id": repo, "sha": COMMIT, "siblings": []}
+        self.files[f"/api/datasets/{repo}"] = json.dumps(info).encode()
         for revision in ("main", COMMIT):
-            info = {"id": repo, "sha": COMMIT, "siblings": []}
             self.files[f"/api/datasets/{repo}/revision/{revision}"] = json.dumps(info).encode()
             for path in [folder, *folder.rglob("*")]:
                 name = "" if path == folder else f"/{path.relative_to(folder).as_posix()}"

@@ -27,6 +27,12 @@ class Required:
     prompt: str = flag(MISSING, "what to say", short="-p")
 
 
+@dataclass(frozen=True)
+class Positional:
+    files: list[str] = flag(MISSING, "files to read")
+    out: str = flag("", "folder to write to")
+
+
 @command
 def main(flags: Flags) -> Flags:
     if flags.depth > 100:
@@ -105,6 +111,17 @@ def test_flag_without_default_is_required(capsys):
     with pytest.raises(SystemExit) as caught:
         parse(Required, [])
     assert caught.value.code == 2 and "--prompt" in capsys.readouterr().err
+
+
+def test_field_of_type_list_takes_the_arguments_without_a_flag(capsys):
+    expected = Positional(["a", "b"], "c")
+    assert parse(Positional, ["a", "b", "--out", "c"]) == parse(Positional, ["a", "--out", "c", "b"]) == expected
+    with pytest.raises(SystemExit):
+        parse(Positional, ["--out", "c"])
+    assert "files" in capsys.readouterr().err.lower()
+    with pytest.raises(SystemExit):
+        parse(Positional, ["--help"])
+    assert "FILES… [flags]" in capsys.readouterr().out
 
 
 def test_ctrl_c_prints_one_line():

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat.common import atomic_path, base_dir, duration, human, seed_everything
+from nanochat.common import (
+    UserError,
+    atomic_path,
+    base_dir,
+    duration,
+    exclusive_lock,
+    human,
+    remove_leftovers,
+    seed_everything,
+)  # fmt: skip
 
 
 def fill(path, kind, content):
@@ -60,6 +69,24 @@ def test_a_block_that_writes_nothing_is_an_error_that_keeps_the_old(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_path(target):
         pass
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_remove_leftovers_deletes_only_those_of_the_path(tmp_path):
+    for name in (".target.12.tmp", ".target.12.old.tmp", ".target.v2.12.tmp", ".target.tmp", "target"):
+        fill(tmp_path / name, "folder", "text")
+    fill(tmp_path / ".target.34.tmp", "file", "text")
+    remove_leftovers(tmp_path / "target")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".target.tmp", ".target.v2.12.tmp", "target"]
+
+
+def test_exclusive_lock_is_held_until_the_block_ends(tmp_path):
+    lock = tmp_path / "locks" / "a"
+    with pytest.raises(KeyError), exclusive_lock(lock, "taken"):
+        with pytest.raises(UserError, match="^taken$"), exclusive_lock(lock, "taken"):
+            pass
+        raise KeyError
+    with exclusive_lock(lock, "taken"):
+        pass
 
 
 def test_base_dir_is_read_when_asked_for(monkeypatch):

@@ -1,0 +1,63 @@
+"""
+Convert your own text to pretraining shards: shuffled, without exact duplicates, with a validation shard.
+
+    python -m scripts.make_shards ~/notes ~/books/moby_dick.txt --out ~/shards
+    python -m scripts.make_shards crawl.jsonl.gz table.csv --text-field content --out ~/shards
+    python -m scripts.make_shards hub:roneneldan/TinyStories --out ~/stories
+    NANOCHAT_DATA_DIR=~/shards python -m scripts.tok_train
+
+A source is a file (.txt, .md, .jsonl, .csv, also as .gz or .zst; .parquet), a folder of such files, or a dataset of the
+Hugging Face Hub (hub:owner/name:config:split). The same texts and the same seed give the same shards.
+"""
+
+import time
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from nanochat.cli import command, flag, require_positive
+from nanochat.common import duration
+from nanochat.shards import Options, make_shards
+from nanochat.sources import find_sources
+
+
+@dataclass(frozen=True)
+class Flags:
+    sources: list[str] = flag(MISSING, "files, folders or datasets of the hub")
+    out: str = flag(MISSING, "folder for the shards: new, empty, or written by an earlier run, which is replaced")
+    text_field: str = flag("text", "field of .jsonl, column of .csv, .parquet and the hub that holds the text")
+    # Shorter ones are remnants ("404", "n/a") of a few tokens, and each would cost a BOS token.
+    min_chars: int = flag(16, "shorter documents are skipped; spaces around the text do not count")
+    # Pretraining crops documents to a row, by default of 2,048 tokens, and discards the rest of them. 8,000 characters
+    # of English are about 1,700 tokens.
+    max_chars: int = flag(8000, "longer documents are split, because training would discard what exceeds a row")
+    seed: int = flag(0, "seed of the shuffle")
+
+
+@command
+def main(flags: Flags) -> None:
+    require_positive(flags, "min_chars", "max_chars")
+    start = time.perf_counter()
+    out = Path(flags.out).expanduser().resolve()
+    sources, ignored = find_sources(flags.sources, flags.text_field, exclude=out)
+    summary = make_shards(sources, out, Options(flags.min_chars, flags.max_chars, flags.seed))
+    seconds = time.perf_counter() - start
+
+    size = summary.num_bytes / 1e6
+    print(f"sample   {len(summary.preview)} documents, the first 80 characters of each:")
+    for text in summary.preview:
+        print(f"  | {' '.join(text[:200].split())[:80]}")
+    print(f"read     {summary.num_documents:,} documents, {size:,.1f} MB, from {len(sources):,} sources")
+    for suffix, count in sorted(ignored.items()):
+        print(f"ignored  {count:,} files with {suffix}")
+    for cause, count in summary.skipped.most_common():
+        first = summary.first_skipped.get(cause)
+        print(f"skipped  {count:,} {cause}" + (f", the first in {first}" if first else ""))
+    if summary.num_split:
+        print(f"split    {summary.num_split:,} documents longer than --max-chars into {summary.num_pieces:,}")
+    print(f"wrote    {summary.num_train:,} documents for training, {summary.num_val:,} for validation")
+    print(f"took     {duration(seconds)}, {size / seconds:.1f} MB/s")
+    print(f"saved    {out}: {len(summary.shards) - 1} training shards, 1 for validation")
+
+
+if __name__ == "__main__":
+    main()
