@@ -49,7 +49,8 @@ def split_shards(directory: Path) -> tuple[list[Path], list[Path]]:
     if not shards:
         problem = "has no parquet shards" if directory.is_dir() else "does not exist"
         raise UserError(
-            f"{directory} {problem}: download some with `python -m nanochat.dataset -n 8`, or pass --data-dir"
+            f"{directory} {problem}: download some with `python -m nanochat.dataset -n 8`, convert your own text with "
+            "scripts.make_shards, or pass --data-dir"
         )
     public_validation = _public_name(NUM_PUBLIC_TRAIN)
     if directory.name == PUBLIC_FOLDER and shards[-1].name != public_validation:

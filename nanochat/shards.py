@@ -10,7 +10,8 @@ all but one of them are dropped. Sorting is external, a bucket sort in two passe
 2. Read one bucket at a time, drop duplicates, sort, and write shards. 100 GB of text make buckets of 100 MB.
 
 The documents with the lowest hashes become the validation shard, which is the last one by name (nanochat/dataset.py).
-The folder appears under its name only when it is complete.
+Long documents are split first, so pieces of one document may be in both splits. The folder appears under its name only
+when it is complete.
 """
 
 import errno
@@ -20,7 +21,6 @@ import shutil
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -84,8 +84,8 @@ def make_shards(sources: Sequence[Source], out: Path, options: Options) -> Summa
     """
     Write the documents of all sources to shards in the folder `out`, replacing those of an earlier conversion.
 
-    Raises UserError if another process does the same, if the folder holds other files, if the disk is too small, if a
-    source cannot be read, and if fewer than two documents are left.
+    Raises UserError if another process writes to the folder, if it holds other files, if the disk is too small, if a
+    source cannot be read, and if there are fewer than two distinct documents.
     """
     lock = base_dir() / "locks" / f"shards-{blake2b(str(out).encode(), digest_size=8).hexdigest()}"
     with exclusive_lock(lock, f"another process writes {out}: wait for it, or choose another folder with --out"):
@@ -95,17 +95,21 @@ def make_shards(sources: Sequence[Source], out: Path, options: Options) -> Summa
         sizes = [source.estimate_bytes() for source in sources]
         require_space(out, sum(sizes))
         summary = Summary()
-        with explain_full_disk(out), atomic_path(out) as temporary:
-            temporary.mkdir()
-            buckets = Buckets(temporary / "buckets", options.seed)
-            _fill_buckets(buckets, list(zip(sources, sizes, strict=True)), options, summary)
-            documents = buckets.documents(summary)
-            preview = list(itertools.islice(documents, NUM_PREVIEW))
-            summary.preview = [data.decode() for data in preview]
-            _write_shards(temporary, itertools.chain(preview, documents), buckets.num_bytes, summary)
-            buckets.folder.rmdir()
-            marker = {"seed": options.seed, "train": summary.num_train, "val": summary.num_val, "sizes": summary.shards}
-            (temporary / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
+        try:
+            with atomic_path(out) as temporary:
+                temporary.mkdir()
+                buckets = Buckets(temporary / "buckets", options.seed)
+                _fill_buckets(buckets, list(zip(sources, sizes, strict=True)), options, summary)
+                _write_shards(temporary, buckets, summary)
+                marker = {"seed": options.seed, "sizes": summary.shards}
+                (temporary / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"no space left in {out.parent}: sorting needs as much as the text; free some space or choose another "
+                "disk with --out"
+            ) from error
     return summary
 
 
@@ -157,6 +161,7 @@ class Buckets:
             path.unlink()
             for key in sorted(texts):
                 yield texts.pop(key)
+        self.folder.rmdir()
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:04d}"
@@ -231,25 +236,29 @@ def split_text(text: str, max_chars: int) -> Iterator[str]:
 # ---- pass 2: documents in order → shards ----
 
 
-def _write_shards(folder: Path, documents: Iterator[bytes], num_bytes: int, summary: Summary) -> None:
+def _write_shards(folder: Path, buckets: Buckets, summary: Summary) -> None:
     """Write the first documents to the validation shard and the others to training shards."""
-    report = progress(num_bytes // MB, Dist(torch.device("cpu")), unit="MB sorted")
+    documents = buckets.documents(summary)
+    preview = list(itertools.islice(documents, NUM_PREVIEW))
+    summary.preview = [data.decode() for data in preview]
+    documents = itertools.chain(preview, documents)
+
     validation = folder / "validation"
-    max_bytes = min(VAL_SHARE * num_bytes, SHARD_BYTES)
-    summary.num_val, written = _write_shard(validation, documents, max_bytes)
+    max_bytes = min(VAL_SHARE * buckets.num_bytes, SHARD_BYTES)
+    summary.num_val, num_bytes = _write_shard(validation, documents, max_bytes)
     paths: list[Path] = []
-    for document in documents:  # the rest of the shard is taken from the same iterator
+    report = progress(buckets.num_bytes // MB, Dist(torch.device("cpu")), unit="MB sorted")
+    for document in documents:  # _write_shard takes the other documents of the shard from the same iterator
         paths.append(folder / f"shard_{len(paths):05d}.parquet")
         count, size = _write_shard(paths[-1], itertools.chain([document], documents), SHARD_BYTES)
         summary.num_train += count
-        written += size
-        report(written // MB)
+        num_bytes += size
+        report(num_bytes // MB)
     if not paths:
-        counts = [f"{count:,} {cause}" for cause, count in summary.skipped.items()]
-        details = f" of {summary.num_documents:,} ({', '.join(counts)})" if counts else ""
+        counts = ", ".join(f"{count:,} {cause}" for cause, count in summary.skipped.items())
         raise UserError(
-            f"usable documents: {summary.num_val}{details}, at least two are needed, one for training and one for "
-            "validation: add text, or lower --min-chars or --max-chars"
+            f"usable documents: {summary.num_val} of {summary.num_documents:,}{counts and f' ({counts})'}, at least "
+            "two are needed, one for training and one for validation: add text, or lower --min-chars or --max-chars"
         )
     paths.append(folder / f"shard_{len(paths):05d}.parquet")
     validation.rename(paths[-1])
@@ -316,16 +325,3 @@ def require_space(out: Path, num_bytes: int) -> None:
             f"{out.parent} has {free / 1e9:.3g} GB free, sorting needs about {num_bytes / 1e9:.3g} GB: "
             "free some space or choose another disk with --out"
         )
-
-
-@contextmanager
-def explain_full_disk(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"no space left in {out.parent}: sorting needs as much as the text; free some space or choose another "
-            "disk with --out"
-        ) from error

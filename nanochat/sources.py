@@ -1,5 +1,5 @@
 """
-Documents from text files and from datasets of the Hugging Face Hub, for `python -m scripts.make_shards`.
+Documents from text files and from datasets of the Hugging Face Hub, to be converted to shards (shards.py).
 
     .txt, .md    the file is one document
     .jsonl       one JSON object per line; its text field is the document
@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import UserError
+from nanochat.distributed import warn0
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 KINDS = (".txt", ".md", ".jsonl", ".csv", ".parquet")
@@ -85,16 +86,14 @@ class FileSource:
 
     def _read_jsonl(self) -> Iterator[str | None]:
         with self._open(newline="\n") as file:
-            for number, line in enumerate(file):
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    row = None
+            lines = (line for line in file if not line.isspace())
+            for number, line in enumerate(lines):
+                row = _parse_object(line)
                 if number == 0:
-                    if not isinstance(row, dict):
+                    if row is None:
                         raise UserError(f"{self.path}: the first line is no JSON object; write one object per line")
                     self._require_field(row)
-                yield row.get(self.text_field) if isinstance(row, dict) else None
+                yield row.get(self.text_field) if row else None
 
     def _read_csv(self) -> Iterator[str | None]:
         csv.field_size_limit(sys.maxsize)
@@ -147,6 +146,7 @@ class HubSource:
     def documents(self) -> Iterator[str | None]:
         """Yield all documents. Raises UserError if the hub cannot be reached, and if there is no such dataset."""
         import datasets  # takes a second
+        from huggingface_hub.errors import HTTPError
 
         repo, config, split = [*self.name.removeprefix("hub:").split(":"), "", ""][:3]
         datasets.disable_progress_bars()
@@ -161,7 +161,7 @@ class HubSource:
             raise
         except ConnectionError as error:
             raise UserError(f"{self.name} cannot be reached: check the network, or pass downloaded files") from error
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        except (OSError, HTTPError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.name} cannot be read, use hub:owner/name:config:split ({reason})") from error
 
@@ -220,13 +220,24 @@ def split_suffix(path: Path) -> tuple[str, str]:
 
 
 def _visible_files(root: Path, exclude: Path) -> Iterator[Path]:
-    for parent, subfolders, names in os.walk(root):
+    def warn(error: OSError) -> None:
+        warn0(f"{error.filename} cannot be read ({error.strerror}) and is left out")
+
+    for parent, subfolders, names in os.walk(root, onerror=warn):
         visible = [Path(parent, name) for name in sorted(subfolders) if not name.startswith(".")]
         subfolders[:] = [folder.name for folder in visible if folder.resolve() != exclude]  # where os.walk descends
         for name in sorted(names):
             file = Path(parent, name)
             if not name.startswith(".") and file.is_file():
                 yield file
+
+
+def _parse_object(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _missing_field(name: str, text_field: str, names: Iterable[str]) -> str:

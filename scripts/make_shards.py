@@ -45,18 +45,23 @@ def main(flags: Flags) -> None:
     size = summary.num_bytes / 1e6
     print(f"sample   {len(summary.preview)} documents, the first 80 characters of each:")
     for text in summary.preview:
-        print(f"  | {' '.join(text[:200].split())[:80]}")
+        print(f"  | {printable(' '.join(text[:200].split())[:80])}")
     print(f"read     {summary.num_documents:,} documents, {size:,.1f} MB, from {len(sources):,} sources")
     for suffix, count in sorted(ignored.items()):
         print(f"ignored  {count:,} files with {suffix}")
     for cause, count in summary.skipped.most_common():
         first = summary.first_skipped.get(cause)
-        print(f"skipped  {count:,} {cause}" + (f", the first in {first}" if first else ""))
+        print(f"skipped  {count:,} {cause}" + (f", the first in {printable(first)}" if first else ""))
     if summary.num_split:
         print(f"split    {summary.num_split:,} documents longer than --max-chars into {summary.num_pieces:,}")
     print(f"wrote    {summary.num_train:,} documents for training, {summary.num_val:,} for validation")
     print(f"took     {duration(seconds)}, {size / seconds:.1f} MB/s")
     print(f"saved    {out}: {len(summary.shards) - 1} training shards, 1 for validation")
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which could change the terminal, and without bytes of a broken file name."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 if __name__ == "__main__":

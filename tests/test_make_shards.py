@@ -265,7 +265,7 @@ def test_buckets_hold_similar_shares_of_the_text(tmp_path):
     sizes = [path.stat().st_size for path in buckets.folder.iterdir()]
     assert len(sizes) == shards.NUM_BUCKETS and max(sizes) < 2 * sum(sizes) / len(sizes)
     assert len(list(buckets.documents(Summary()))) == 50_000
-    assert not list(buckets.folder.iterdir())
+    assert not buckets.folder.exists()
 
 
 def test_buffer_of_the_buckets_is_bounded(tmp_path, monkeypatch):
@@ -335,12 +335,12 @@ def test_documents_that_are_not_utf8_are_skipped_and_reported(source, out, capsy
 
 def test_rows_without_text_are_counted(source, out, capsys):
     lines = [json.dumps({"text": text}) for text in (*numbered(3), None, 5)]
-    (source / "a.jsonl").write_text("\n".join([*lines, "{}", "no JSON", '["text"]']))
+    (source / "a.jsonl").write_text("\n".join(["", *lines, "{}", "no JSON", '["text"]', "[" * 100_000, "", ""]))
     (source / "b.csv").write_text("id,text\n1\n2,The text of a row\n")
     write_shard(source / "c.parquet", [None, "The text of another row"])
     train, validation = convert(source, out=out)
     assert len(train + validation) == 5
-    assert "skipped  7 without text" in capsys.readouterr().out
+    assert "skipped  8 without text" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -358,8 +358,8 @@ def test_rows_without_text_are_counted(source, out, capsys):
         ("a.jsonl.gz", b"not gzip", "a.jsonl.gz cannot be read (zlib inflate failed"),
         ("a.jsonl.zst", b"not zstandard", "a.jsonl.zst cannot be read (ZSTD decompress failed"),
         ("a.parquet", b"PAR1 not parquet", "a.parquet cannot be read ("),
-        ("a.txt", b"", "usable documents: 0, at least two are needed"),
-        ("a.txt", b"A single document.", "usable documents: 1, at least two are needed"),
+        ("a.txt", b"", "usable documents: 0 of 0, at least two are needed"),
+        ("a.txt", b"A single document.", "usable documents: 1 of 1, at least two are needed"),
         ("a.txt", b"short", "usable documents: 0 of 1 (1 too short), at least two are needed"),
         ("a.jsonl", b'{"text": "same text in both"}\n' * 2, "usable documents: 1 of 2 (1 duplicates), at least two"),
     ],
@@ -503,6 +503,19 @@ def test_summary_shows_counts_speed_and_ten_documents(source, out, capsys):
     assert f"wrote    {len(train)} documents for training, {len(validation)} for validation" in shown
     samples = [line for line in shown.splitlines() if line.startswith("  | ")]
     assert len(samples) == 10 and all(len(line) == 4 + 80 for line in samples)
+
+
+def test_sample_does_not_control_the_terminal(source, out, capsys):
+    convert(write_jsonl(source / "a.jsonl", [f"\x1b[2J{text}\x07" for text in numbered(3)]), out=out)
+    shown = capsys.readouterr().out
+    assert "?[2JThe document with the number 1.?" in shown and "\x1b" not in shown and "\x07" not in shown
+
+
+def test_broken_file_name_is_shown(source, out, capsys):
+    write_jsonl(source / "a.jsonl", numbered(3))
+    (source / os.fsdecode(b"gr\xf6sse.txt")).write_bytes(b"gr\xf6sse in a text of some length")
+    convert(source, out=out)
+    assert "1 not UTF-8, the first in" in capsys.readouterr().out
 
 
 def test_find_sources_lists_each_file_once_in_order(source):
