@@ -72,7 +72,7 @@ def pick_training_dtype(device: torch.device, resumed_dtype: str = "") -> torch.
 
 
 def pick_evaluation_dtype(device: torch.device, trained_in: str) -> torch.dtype:
-    """The dtype that training would compute in here, for a model that was trained in "torch.bfloat16" or another one."""
+    """The dtype that training would compute in here, for a model that was trained in `trained_in` ("torch.float32")."""
     if trained_in == str(torch.float32):  # also on a CPU where a second measurement might decide otherwise
         return pick_dtype(device)
     return pick_training_dtype(device)

@@ -1,24 +1,28 @@
 """
-Memory: what nanochat/costs.py predicts for training against the peak of a few steps on this machine.
+Memory: what nanochat/costs.py predicts for training against the peak of a short run of base_train on this machine.
 
     python -m scripts.bench memory
     python -m scripts.bench memory --depths 12,20 --head-dim 128 --max-seq-len 2048 --vocab-size 32768    # a GPU
 
-Each measurement has its own process. `ratios`: predicted over measured peak, for each depth, dtype and kind of code.
+Each run has its own process. `ratios`: predicted over measured peak, for each depth, dtype and kind of code.
 """
 
+import os
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from nanochat import attention, costs, hardware, recipe
+from nanochat import costs, hardware, planner, primer, recipe
 from nanochat.cli import command, flag
 from nanochat.common import UserError
-from nanochat.gpt import GPT
-from nanochat.muon import build_optimizer
+from nanochat.primer import generate_documents
+from nanochat.tokenizer import Tokenizer
+from scripts import base_train
 from scripts.bench.harness import print_table, report, run_in_process
 
-ACCUMULATION = 2  # the second micro-batch has the gradients of the first one in memory
+ACCUMULATION = 2  # the second micro-batch finds the gradients of the first one in memory
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ def main(flags: Flags) -> dict[str, float]:
     ratios, table = {}, {}
     for depth in map(int, flags.depths.split(",")):
         for dtype in (torch.float32, torch.bfloat16):
-            for compiled in (False, True):
+            for compiled in (False, True) if device.type == "cuda" else (False,):  # a run on a CPU starts without
                 measured, predicted = run_in_process(measure, flags, depth, dtype, compiled, device)
                 name = f"d{depth} {str(dtype).removeprefix('torch.')} {'compiled' if compiled else 'eager'}"
                 ratios[name] = predicted / measured
@@ -54,24 +58,29 @@ def main(flags: Flags) -> dict[str, float]:
 
 
 def measure(flags: Flags, depth: int, dtype: torch.dtype, compiled: bool, device: torch.device) -> tuple[float, float]:
-    """Trains two steps on random tokens; returns the measured and the predicted peak in bytes."""
-    hardware.tune_process(device)
+    """Trains three steps; returns the measured and the predicted peak in bytes."""
+    tokens_per_step = flags.device_batch_size * flags.max_seq_len * ACCUMULATION
+    sizes = {
+        "--depth": depth,
+        "--head-dim": flags.head_dim,
+        "--max-seq-len": flags.max_seq_len,
+        "--device-batch-size": flags.device_batch_size,
+        "--total-batch-size": tokens_per_step,
+        "--num-iterations": 3,
+        "--eval-every": -1,
+        "--sample-every": -1,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"NANOCHAT_BASE_DIR": folder, "NANOCHAT_DTYPE": planner.dtype_name(dtype)}
+        primer.write_shards(Path(folder) / "primer")
+        Tokenizer.train(generate_documents(), flags.vocab_size).save(Path(folder) / "tokenizer")
+        argv = [str(word) for item in sizes.items() for word in item]
+        argv += ["--data-dir", f"{folder}/primer", "--device", device.type, "--compile" if compiled else "--no-compile"]
+        base_train.main(argv)
     shape = recipe.RecipeFlags(depth=depth, head_dim=flags.head_dim, max_seq_len=flags.max_seq_len)
     config = recipe.model_config(shape, flags.vocab_size)
-    model = GPT.create(config, device, dtype)
-    name, kernel = attention.choose("auto", config.attention_shape, device, dtype)
-    model.use_attention(kernel)
-    optimizer = build_optimizer(model, recipe.param_groups(config), compile=compiled)
-    train_model = torch.compile(model, dynamic=False) if compiled else model
-    tokens_BT = torch.randint(flags.vocab_size, (flags.device_batch_size, flags.max_seq_len), device=device)
-    for _ in range(2):
-        for _ in range(ACCUMULATION):
-            train_model(tokens_BT, tokens_BT).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    setup = costs.TrainingSetup(
-        rows=flags.device_batch_size, dtype=dtype, compiled=compiled, attention=name, device=device.type
-    )
+    target = planner.local_target(device, 1, dtype)
+    setup = planner.training_setup(config, target, tokens_per_step, rows=flags.device_batch_size, compiled=compiled)
     return hardware.peak_memory(device), costs.training_memory(config, setup).peak
 
 
