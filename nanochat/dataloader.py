@@ -25,7 +25,7 @@ import bisect
 import functools
 import operator
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -36,7 +36,7 @@ import torch
 from nanochat.common import UserError
 from nanochat.conversation import render
 from nanochat.dataset import RowGroups
-from nanochat.distributed import Dist
+from nanochat.distributed import Dist, warn0
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Step
 
@@ -143,15 +143,15 @@ class PretrainLoader:
         elif states:
             self._restore_resharded(states, dist)
         self._last_row_group = self.row_group  # for messages
+        self._is_repeating = self.epochs >= 1
 
     def steps(self, accumulation: int, num_steps: int, first_step: int = 0) -> Iterator[Step]:
         """Yields steps first_step … num_steps - 1, each with `accumulation` micro-batches on this rank."""
         num_tokens = self.batch_size * self.sequence_len * accumulation * self.world_size
         for i in range(first_step, num_steps):
             micro_batches: list[MicroBatch] = [(*self.next_batch(), num_tokens) for _ in range(accumulation)]
-            shard, row_group, epoch = self.position()
-            position = f"shard {shard}, row group {row_group}, epoch {epoch}"
-            yield Step(micro_batches, i / num_steps, num_tokens, self.state(), position)
+            self.warn_of_second_epoch("the training text", i)
+            yield Step(micro_batches, i / num_steps, num_tokens, self.state(), self.describe_position())
 
     def batches(self) -> Iterator[Batch]:
         """Yields batches without end, for evaluation."""
@@ -159,17 +159,28 @@ class PretrainLoader:
             yield self.next_batch()
 
     def next_batch(self) -> Batch:
-        rows = np.empty((self.batch_size, self.sequence_len + 1), dtype=np.int64)
-        for row in rows:
-            self._pack(row)
-        rows_BT = torch.from_numpy(rows)
-        return rows_BT[:, :-1].contiguous(), rows_BT[:, 1:].contiguous()
+        return pack_batch(self.pack, self.batch_size, self.sequence_len)
+
+    @property
+    def epochs(self) -> float:
+        """How often the shards have been read, over all ranks."""
+        return self.row_group / len(self.row_groups)
 
     def position(self) -> tuple[int, int, int]:
         """Returns (shard, row group in that shard, epoch) of the last texts read; epochs count from 1."""
         epoch, index = divmod(self._last_row_group, len(self.row_groups))
         shard, row_group = self.row_groups.locate(index)
         return shard, row_group, epoch + 1
+
+    def describe_position(self) -> str:
+        shard, row_group, epoch = self.position()
+        return f"shard {shard}, row group {row_group}, epoch {epoch}"
+
+    def warn_of_second_epoch(self, text: str, step: int) -> None:
+        """Warns when the shards have been read to their end for the first time; `text` is what they hold."""
+        if self.epochs >= 1 and not self._is_repeating:
+            warn0(f"{text} starts its second epoch at step {step}: with more shards, it would not repeat itself")
+            self._is_repeating = True
 
     def state(self) -> dict[str, Any]:
         """
@@ -198,7 +209,7 @@ class PretrainLoader:
         documents = [document for state in states for document in _buffered_documents(state)]
         self.buffer = PackingBuffer(documents[dist.rank :: dist.world_size])
 
-    def _pack(self, row: np.ndarray) -> None:
+    def pack(self, row: np.ndarray) -> None:
         """Fills the row with documents from the buffer."""
         filled = 0
         while filled < len(row):
@@ -233,6 +244,15 @@ class PretrainLoader:
                 return texts
             self.row_group += self._stride
         raise UserError("the shards have no text for this rank: use fewer ranks or more text")
+
+
+def pack_batch(pack: Callable[[np.ndarray], None], batch_size: int, sequence_len: int) -> Batch:
+    """Calls `pack`, which fills a row of T + 1 tokens, for every row; returns inputs and targets."""
+    rows = np.empty((batch_size, sequence_len + 1), dtype=np.int64)
+    for row in rows:
+        pack(row)
+    rows_BT = torch.from_numpy(rows)
+    return rows_BT[:, :-1].contiguous(), rows_BT[:, 1:].contiguous()
 
 
 def _buffered_documents(state: dict[str, Any]) -> list[np.ndarray]:

@@ -27,15 +27,27 @@ from nanochat.cli import command, flag
 from nanochat.common import UserError, base_dir
 
 PUBLIC_REPO = "karpathy/climbmix-400b-shuffle"  # https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle
-PUBLIC_FOLDER = "base_data_climbmix"
+PUBLIC_PREFIX = "base_data_"  # folders of public datasets, see KNOWN in mixture.py
+PUBLIC_FOLDER = f"{PUBLIC_PREFIX}climbmix"
 NUM_PUBLIC_TRAIN = 6542  # shard_00000 … shard_06541; shard_06542, the last one, is for validation
 PUBLIC_SHARD_BYTES = 100_000_000  # approximate size of a shard, for the check of free disk space
 DOWNLOAD_ATTEMPTS = 3  # per shard, on top of the retries of huggingface_hub; heuristic, not tuned
 
 
 def resolve_data_dir(data_dir: str = "") -> Path:
-    """Returns the folder of shards: data_dir, else $NANOCHAT_DATA_DIR, else that of the public dataset."""
-    return Path(data_dir or os.environ.get("NANOCHAT_DATA_DIR") or base_dir() / PUBLIC_FOLDER).expanduser()
+    """
+    Returns the folder of shards: data_dir, else $NANOCHAT_DATA_DIR, else that of the public dataset. Raises UserError
+    if that is a mixture of several (mixture.py).
+    """
+    text = data_dir or os.environ.get("NANOCHAT_DATA_DIR", "")
+    if is_mixture(text):
+        raise UserError(f"{text} is a mixture, and this command takes one folder: pass one with --data-dir")
+    return Path(text).expanduser() if text else base_dir() / PUBLIC_FOLDER
+
+
+def is_mixture(data_dir: str) -> bool:
+    """Whether data_dir lists sources with weights instead of naming a folder."""
+    return ("=" in data_dir or "," in data_dir) and not Path(data_dir).expanduser().exists()
 
 
 def split_shards(directory: Path) -> tuple[list[Path], list[Path]]:

@@ -9,17 +9,14 @@ reading and reasoning (0 = guessing, 1 = all correct).
 
 import time
 from dataclasses import dataclass
-from itertools import islice
 
-from nanochat import checkpoint_manager, dataset, distributed, hardware
+from nanochat import checkpoint_manager, distributed, hardware, mixture
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError, base_dir, duration
-from nanochat.dataloader import PretrainLoader
-from nanochat.dataset import RowGroups
 from nanochat.distributed import Dist
 from nanochat.engine import Engine, Request, sample_prompts
-from nanochat.eval.bpb import evaluate_bpb
+from nanochat.eval.bpb import evaluate_bpb_of_sources
 from nanochat.eval.core import REFERENCES, evaluate_core, save_scores
 from nanochat.eval.core_tasks import CoreTask, load_tasks, resolve_bundle
 from nanochat.eval.metrics import TaskScore, core_metric
@@ -42,7 +39,7 @@ class Flags:
     split_tokens: int = flag(40 * 524288, "tokens per split for bits per byte, over all ranks")
     max_per_task: int = flag(-1, "items of each CORE task, always the same ones; -1 = all")
     eval_bundle: str = flag("", "folder of CORE's tasks; default: $NANOCHAT_EVAL_BUNDLE, else downloaded")
-    data_dir: str = flag("", "folder of parquet shards; default: $NANOCHAT_DATA_DIR, else the public shards")
+    data_dir: str = flag("", "folder of shards or mixture; default: $NANOCHAT_DATA_DIR, else the public shards")
     device: str = flag("auto", "cuda | mps | cpu | auto")
 
 
@@ -55,7 +52,7 @@ def main(flags: Flags) -> dict[str, float]:
         # Tokenizer and data come first, so that a mistake in the flags is reported before the model is loaded.
         tokenizer = Tokenizer.load(default_dir())
         if "bpb" in evaluations:
-            train_shards, val_shards = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
+            sources = mixture.find_sources(flags.data_dir)
         tasks = load_core_tasks(flags, dist) if "core" in evaluations else []
         trained = checkpoint_manager.find(flags.source, flags.model_tag, flags.step)
         dtype = hardware.pick_evaluation_dtype(dist.device, trained.meta.get("dtype", ""))
@@ -74,15 +71,20 @@ def main(flags: Flags) -> dict[str, float]:
                 save_scores(path, scores, model=str(checkpoint.path))
                 print(f"written to {path}.csv and .json")
         if "bpb" in evaluations:
-            B, T = flags.device_batch_size, model.config.sequence_len
+            B = flags.device_batch_size
             if B == -1:
                 B = load_hyperparameters(checkpoint.meta).device_batch_size
-            num_batches = max(1, flags.split_tokens // (B * T * dist.world_size))
-            for split, files in (("train", train_shards), ("val", val_shards)):
-                loader = PretrainLoader(tokenizer, RowGroups(files), batch_size=B, sequence_len=T, dist=dist)
-                bpb = evaluate_bpb(model, islice(loader.batches(), num_batches), tokenizer.token_bytes(), dist)
-                numbers[f"{split} bpb"] = bpb
-                dist.print0(f"{split} bits per byte: {bpb:.4f}")
+            train = [(source.name, source.weight, source.train_shards) for source in sources]
+            val = [(source.name, source.weight, source.val_shards) for source in sources]
+            for split, shards in (("train", train), ("val", val)):
+                bpb = evaluate_bpb_of_sources(
+                    model, tokenizer, shards, batch_size=B, num_tokens=flags.split_tokens, dist=dist
+                )
+                for name, value in bpb.items():
+                    numbers[f"{split} {name}"] = value
+                    _, _, source_name = name.partition("/")
+                    of_source = f" of {source_name}" if source_name else ""
+                    dist.print0(f"{split} bits per byte{of_source}: {value:.4f}")
         if "sample" in evaluations and dist.is_main:
             print_samples(model, tokenizer)
         if dist.is_main:

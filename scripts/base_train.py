@@ -9,16 +9,14 @@ Pretrain a base model. One dial: --depth.
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
 
-from nanochat import attention, dataset, distributed, fp8, hardware, planner, recipe
+from nanochat import attention, distributed, fp8, hardware, mixture, planner, recipe
 from nanochat.cli import command, flag
 from nanochat.common import UserError, duration
-from nanochat.dataloader import PretrainLoader, prefetch
-from nanochat.dataset import RowGroups
+from nanochat.dataloader import prefetch
 from nanochat.distributed import Dist
 from nanochat.engine import Engine, sample_prompts
-from nanochat.eval.bpb import evaluate_bpb
+from nanochat.eval.bpb import evaluate_bpb_of_sources
 from nanochat.gpt import param_counts
 from nanochat.logging import print_table
 from nanochat.run import Run, RunFlags, retry_out_of_memory
@@ -28,7 +26,9 @@ from nanochat.train import Hook, TrainState, token_loss
 
 @dataclass(frozen=True)
 class Flags(RunFlags, recipe.RecipeFlags):
-    data_dir: str = flag("", "folder of parquet shards; default $NANOCHAT_DATA_DIR, else the public shards")
+    data_dir: str = flag(
+        "", "folder of parquet shards, or a mixture, climbmix=0.8,cosmopedia=0.2; default $NANOCHAT_DATA_DIR"
+    )
     eval_every: int = flag(250, "steps between validations; 0 = only at the end, -1 = never")
     eval_tokens: int = flag(80 * 524288, "validation tokens over all GPUs")
     sample_every: int = flag(2000, "steps between samples; 0 = only at the end, -1 = never")
@@ -54,12 +54,14 @@ def pretrain(flags: Flags, dist: Dist) -> None:
     """Trains the model of the flags to the end of its run."""
     # Check: whatever can be wrong is found before anything expensive.
     tokenizer = Tokenizer.load(default_dir())
-    train_shards, val_shards = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
+    sources = mixture.find_sources(flags.data_dir)
     if flags.portable and tokenizer.pattern != PORTABLE_SPLIT_PATTERN:
         distributed.warn0("the tokenizer is not portable: train one with tok_train --portable")
     plan = recipe.derive(flags, tokenizer.vocab_size)
     tag = flags.model_tag or f"d{flags.depth}"
     with Run.open("base", tag, plan.model, flags, tokenizer=tokenizer, dist=dist) as run:
+        if run.resumed:
+            mixture.check_resumable(sources, run.resumed.meta["data_states"])
         B = run.fit_rows(flags.device_batch_size, plan.total_batch_size, compile=flags.compile, fp8=flags.fp8)
         T = flags.max_seq_len
         accumulation = recipe.accumulation_steps(plan.total_batch_size, B, T, dist.world_size)
@@ -76,10 +78,10 @@ def pretrain(flags: Flags, dist: Dist) -> None:
             attention=flags.attention,
             seed=flags.seed,
         )
-        if flags.fp8:
+        if flags.fp8:  # not too late for torch.compile: it compiles in the first step
             fp8.use_fp8(run.model, run.optimizer, bool(run.compiled))
-        loader = PretrainLoader(
-            tokenizer, RowGroups(train_shards), batch_size=B, sequence_len=T, dist=dist, states=run.data_states
+        loader = mixture.create_loader(
+            tokenizer, sources, batch_size=B, sequence_len=T, dist=dist, states=run.data_states
         )
         steps = prefetch(loader.steps(accumulation, plan.num_iterations, run.state.step), dist.device)
         run.open_log(plan.num_iterations)
@@ -91,10 +93,11 @@ def pretrain(flags: Flags, dist: Dist) -> None:
 
         # Train.
         def evaluate(state: TrainState) -> dict[str, float]:
-            val_loader = PretrainLoader(tokenizer, RowGroups(val_shards), batch_size=B, sequence_len=T, dist=dist)
-            num_batches = max(1, flags.eval_tokens // (B * T * dist.world_size))
-            batches = islice(val_loader.batches(), num_batches)
-            return {"val/bpb": evaluate_bpb(run.eval_model, batches, tokenizer.token_bytes(), dist)}
+            shards = [(source.name, source.weight, source.val_shards) for source in sources]
+            bpb = evaluate_bpb_of_sources(
+                run.eval_model, tokenizer, shards, batch_size=B, num_tokens=flags.eval_tokens, dist=dist
+            )
+            return {f"val/{name}": value for name, value in bpb.items()}
 
         def sample(state: TrainState) -> None:
             if dist.is_main:

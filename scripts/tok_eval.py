@@ -14,7 +14,7 @@ import tiktoken
 from rich.console import Console
 from rich.table import Table
 
-from nanochat import dataset
+from nanochat import dataset, mixture
 from nanochat.cli import command, flag
 from nanochat.common import UserError
 from nanochat.tokenizer import Tokenizer, bytes_per_token, default_dir
@@ -26,7 +26,7 @@ NUM_DOCS = 100  # documents of each split (heuristic, not tuned)
 
 @dataclass(frozen=True)
 class Flags:
-    data_dir: str = flag("", "folder of parquet shards; empty = $NANOCHAT_DATA_DIR or the default")
+    data_dir: str = flag("", "folder of parquet shards or mixture; empty = $NANOCHAT_DATA_DIR or the default")
     tokenizer_dir: str = flag("", "folder of the tokenizer; empty = tokenizer/ in $NANOCHAT_BASE_DIR")
 
 
@@ -64,16 +64,20 @@ def local_encoding(name: str) -> tiktoken.Encoding | None:
 
 
 def split_samples(data_dir: str) -> dict[str, list[str]]:
-    """Returns the first documents of the training and validation splits; empty if there are no shards."""
+    """Returns the first documents of both splits of each source; empty if there are no shards."""
     try:
-        train_shards, val_shards = dataset.split_shards(dataset.resolve_data_dir(data_dir))
+        sources = mixture.find_sources(data_dir)
     except UserError as error:
         if data_dir:
             raise  # the user asked for this folder
         print(f"train and val split: skipped, {error}")
         return {}
-    splits = {"train split": train_shards, "val split": val_shards}
-    return {name: list(itertools.islice(dataset.iterate_texts(shards), NUM_DOCS)) for name, shards in splits.items()}
+    samples = {}
+    for source in sources:
+        of_source = f" of {source.name}" if len(sources) > 1 else ""
+        for split, shards in (("train", source.train_shards), ("val", source.val_shards)):
+            samples[f"{split} split{of_source}"] = list(itertools.islice(dataset.iterate_texts(shards), NUM_DOCS))
+    return samples
 
 
 def print_table(results: dict[str, dict[str, float]], sizes: dict[str, int]) -> None:

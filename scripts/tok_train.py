@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from nanochat import dataset
+from nanochat import mixture
 from nanochat.cli import command, flag
 from nanochat.common import duration, human
 from nanochat.logging import save_numbers
@@ -30,18 +30,21 @@ class Flags:
     max_chars: int = flag(2_000_000_000, "characters to train on")
     doc_cap: int = flag(10_000, "characters used of each document, so that long ones do not dominate")
     portable: bool = flag(False, "split numbers into single digits, for models trained with base_train --portable")
-    data_dir: str = flag("", "folder of parquet shards; empty = $NANOCHAT_DATA_DIR or the default")
+    data_dir: str = flag("", "folder of parquet shards or mixture; empty = $NANOCHAT_DATA_DIR or the default")
     tokenizer_dir: str = flag("", "folder to write to; empty = tokenizer/ in $NANOCHAT_BASE_DIR")
 
 
 @command
 def main(flags: Flags) -> Tokenizer:
     directory = Path(flags.tokenizer_dir or default_dir())
-    train_shards, val_shards = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
+    sources = mixture.find_sources(flags.data_dir)
+    weights = [source.weight for source in sources]
+    train_shards = [source.train_shards for source in sources]
+    val_shards = [source.val_shards for source in sources]
 
     directory.mkdir(parents=True, exist_ok=True)  # an unwritable folder is reported before training
 
-    texts = CappedTexts(dataset.iterate_texts(train_shards), flags.max_chars, flags.doc_cap)
+    texts = CappedTexts(mixture.iterate_texts(weights, train_shards, flags.doc_cap), flags.max_chars, flags.doc_cap)
     start = time.perf_counter()
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("reading", total=None)
@@ -57,7 +60,7 @@ def main(flags: Flags) -> Tokenizer:
     print(f"read        {human(texts.num_docs)} documents, {human(texts.num_bytes)} bytes")
     print(f"trained in  {duration(seconds)} ({texts.num_bytes / seconds / 1e6:.1f} MB/s)")
     print(f"vocabulary  {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint}")
-    sample = list(itertools.islice(dataset.iterate_texts(val_shards), NUM_SAMPLES))
+    sample = list(itertools.islice(mixture.iterate_texts(weights, val_shards), NUM_SAMPLES))
     for text in sample:
         assert tokenizer.decode(tokenizer.encode(text)) == text, "decoding does not restore the text"
     ratio = bytes_per_token(tokenizer.encode, sample)

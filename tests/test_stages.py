@@ -12,6 +12,7 @@ import shutil
 import signal
 from contextlib import redirect_stdout
 from functools import partial
+from unittest.mock import Mock
 
 import pyarrow
 import pyarrow.parquet
@@ -162,22 +163,26 @@ def test_chat_sft_starts_from_mid_with_inherited_hyperparameters(workspace, caps
     shutil.rmtree(checkpoint.path.parent)
 
 
-STAGES = [(base_train, BASE, "base", base_train), (mid_train, SFT, "mid", chat_sft), (chat_sft, SFT, "sft", chat_sft)]
+STAGES = [  # script, flags, stage, the function that validates
+    (base_train, BASE, "base", (base_train, "evaluate_bpb_of_sources")),
+    (mid_train, SFT, "mid", (chat_sft, "evaluate_bpb")),
+    (chat_sft, SFT, "sft", (chat_sft, "evaluate_bpb")),
+]
 
 
-@pytest.mark.parametrize("script, argv, stage, module", STAGES, ids=["base", "mid", "sft"])
-def test_stopped_and_resumed_run_is_bitwise_equal(workspace, monkeypatch, capsys, script, argv, stage, module):
+@pytest.mark.parametrize("script, argv, stage, validation", STAGES, ids=["base", "mid", "sft"])
+def test_stopped_and_resumed_run_is_bitwise_equal(workspace, monkeypatch, capsys, script, argv, stage, validation):
     if stage != "base":
         argv = [*argv, "--base-tag", "d2"]
     whole, name = checkpoint_manager.stage_dir(stage) / "d2", script.__name__.removeprefix("scripts.")
-    evaluate = module.evaluate_bpb
+    evaluate = getattr(*validation)
 
-    def evaluate_and_stop(*args):
+    def evaluate_and_stop(*args, **options):
         os.kill(os.getpid(), signal.SIGTERM)  # at the validation after step 3: the run ends after step 4
-        return evaluate(*args)
+        return evaluate(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "evaluate_bpb", evaluate_and_stop)
+        patch.setattr(*validation, evaluate_and_stop)
         with pytest.raises(SystemExit, match="after step 4.*--resume"):
             script.main([*argv, "--model-tag", "parts"])
     parts = whole.with_name("parts")
@@ -196,7 +201,7 @@ def test_new_run_that_fails_before_its_first_checkpoint_leaves_the_earlier_run(w
     folder = workspace / "base_checkpoints/again"
     weights, lines = files_of(folder / "step_000003"), metrics(workspace, "base_train-again")
     with monkeypatch.context() as patch:  # --resume was forgotten, and the run fails at its first validation
-        patch.setattr(base_train, "evaluate_bpb", lambda *args: (_ for _ in ()).throw(RuntimeError("killed")))
+        patch.setattr(base_train, "evaluate_bpb_of_sources", Mock(side_effect=RuntimeError("killed")))
         with pytest.raises(RuntimeError):
             base_train.main([*argv, "--save-every", "-1"])
     assert "'again' holds an earlier run" in capsys.readouterr().out
