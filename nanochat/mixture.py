@@ -123,10 +123,9 @@ def furthest_behind(weights: Sequence[float], amounts: Sequence[int]) -> int:
 
     >>> amounts = [0, 0]
     >>> for _ in range(5):
-    ...     i = furthest_behind([0.6, 0.4], amounts)
-    ...     amounts[i] += 1
-    ...     print(i, end=" ")
-    0 1 0 1 0
+    ...     amounts[furthest_behind([0.6, 0.4], amounts)] += 1
+    >>> amounts
+    [3, 2]
     """
     total = sum(amounts) + 1
     lags = [weight * total - amount for weight, amount in zip(weights, amounts, strict=True)]

@@ -272,23 +272,17 @@ def test_mixture_other_numbers_of_ranks_lose_no_document_and_keep_the_weights(so
 
 
 def test_mixture_counts_epochs_and_warns_once_per_source(tmp_path, capsys):
-    small = number_source(tmp_path, 1, 0.5, num_documents=1100)
-    loader = make_loader([number_source(tmp_path, 0, 0.5, num_documents=3000), small])
-    steps = list(loader.steps(accumulation=10, num_steps=10))
+    large = number_source(tmp_path, 0, 0.5, num_documents=4000)
+    small = number_source(tmp_path, 1, 0.5, num_documents=1500)
+    loader = make_loader([large, small])
+    steps = list(loader.steps(accumulation=10, num_steps=40))
     assert 0 < steps[0].metrics["epochs/source0"] < steps[0].metrics["epochs/source1"] < 1
     assert steps[-1].metrics["epochs/source0"] < 1 < steps[-1].metrics["epochs/source1"]
     assert "source0 shard 0, row group" in steps[-1].position and "; source1 shard 0" in steps[-1].position
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1 and "source1 starts its second epoch at step" in warnings[0]
-    next(make_loader(loader_sources(tmp_path), states=[loader.state()]).steps(10, 11, 10))
+    next(make_loader([large, small], states=[loader.state()]).steps(10, 41, 40))
     assert not capsys.readouterr().err  # a resumed run does not repeat it
-
-
-def loader_sources(folder):
-    return [
-        number_source(folder, 0, 0.5, num_documents=3000),
-        number_source(folder, 1, 0.5, num_documents=1100),
-    ]
 
 
 def test_check_resumable_other_sources_or_weights_are_refused(sources):
