@@ -2,7 +2,8 @@
 Pretraining text: a folder of parquet shards with a `text` column of documents.
 
 The last shard by name is the validation split, the others are the training split. --data-dir or $NANOCHAT_DATA_DIR
-selects any such folder. The default is a public dataset, which this module downloads:
+selects any such folder, or several with weights (mixture.py). The default is a public dataset, which this module
+downloads:
 
     python -m nanochat.dataset -n 170    # 170 training shards of about 100 MB (enough for the speedrun), 1 validation
     python -m nanochat.dataset -n -1     # all 6,542

@@ -5,10 +5,10 @@ Data mixtures: pretraining on several folders of shards, each with its share of 
     --data-dir ~/books=0.5,~/code=0.3,~/web=0.2   # folders of shards; $NANOCHAT_DATA_DIR takes the same
     --data-dir ~/books                            # a single folder is a mixture of one source
 
-Every row of a batch is packed from a single source: from the one that is furthest behind its weight. There is no random
-choice, so a run can be repeated, and after any number of rows each source is within about one row of its weight.
-Documents are cropped and packed as in pretraining on a single folder (dataloader.py). A source that ends starts again,
-whatever the others do: with weights, small sources are read more often than large ones.
+Every row of a batch is packed from a single source: the one that is furthest behind its weight. Nothing is random, so a
+run can be repeated, and after any number of rows each source is within about one row of its weight. Rows are packed as
+from a single folder (dataloader.py). A source that has been read to its end starts again while the others continue:
+small sources with large weights are read several times. The metrics epochs/<name> count that.
 """
 
 import os
@@ -118,8 +118,8 @@ def _find_directory(name: str) -> Path:
 
 def furthest_behind(weights: Sequence[float], amounts: Sequence[int]) -> int:
     """
-    Returns the index of the source to take from next, where `amounts` have been taken so far: the one whose share of
-    the amount after the next unit exceeds what it has by most. Ties are decided by order.
+    Returns the index of the source that is furthest behind its weight: the one with the largest difference between its
+    share of the next total and the amount taken from it so far. Of equals, the first.
 
     >>> amounts = [0, 0]
     >>> for _ in range(5):
@@ -208,8 +208,8 @@ class MixtureLoader:
             )
             for i, source in enumerate(sources)
         ]
-        # Rows per source so far. Rank r starts r rows into the sequence of sources. Otherwise all ranks would take the
-        # same row of a step from the same source, and with one row per rank and step, whole steps would.
+        # Rows per source so far. Rank r starts r rows into the sequence of sources: otherwise, with one row per rank,
+        # all rows of a step would be from the same source.
         self.rows = [0] * len(sources)
         for _ in range(dist.rank):
             self._count_row()

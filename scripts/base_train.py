@@ -26,9 +26,7 @@ from nanochat.train import Hook, TrainState, token_loss
 
 @dataclass(frozen=True)
 class Flags(RunFlags, recipe.RecipeFlags):
-    data_dir: str = flag(
-        "", "folder of parquet shards, or a mixture, climbmix=0.8,cosmopedia=0.2; default $NANOCHAT_DATA_DIR"
-    )
+    data_dir: str = flag("", "folder of shards or mixture, climbmix=0.8,cosmopedia=0.2; default $NANOCHAT_DATA_DIR")
     eval_every: int = flag(250, "steps between validations; 0 = only at the end, -1 = never")
     eval_tokens: int = flag(80 * 524288, "validation tokens over all GPUs")
     sample_every: int = flag(2000, "steps between samples; 0 = only at the end, -1 = never")
