@@ -51,7 +51,7 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
         if f.name in positional:
             parser.add_argument(f.name, nargs="+", metavar=f.name.upper(), help=f.metadata["help"])
             continue
-        name, kind = "--" + f.name.rstrip("_").replace("_", "-"), hints[f.name]
+        name, kind = _flag_name(f.name), hints[f.name]
         names = [f.metadata["short"], name] if f.metadata["short"] else [name]
         help_line = f.metadata["help"]
         if f.default not in ("", MISSING):
@@ -85,6 +85,27 @@ def require_positive(flags: Any, *names: str, or_default: bool = False) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {limit}")
 
 
+class Restart(Exception):
+    """Raised by a command to be started again, in a new process with other flags."""
+
+    def __init__(self, reason: str, flags: Any):
+        super().__init__(reason)
+        self.flags = flags
+
+
+def to_argv(flags: Any) -> list[str]:
+    """The command line that parse() turns into these flags."""
+    argv = []
+    for f in fields(flags):
+        name, value = _flag_name(f.name), getattr(flags, f.name)
+        argv += [name if value else f"--no-{name[2:]}"] if isinstance(value, bool) else [name, str(value)]
+    return argv
+
+
+def _flag_name(field_name: str) -> str:
+    return "--" + field_name.rstrip("_").replace("_", "-")
+
+
 def command(main: Callable[[Any], T]) -> Callable[..., T]:
     """
     Turns main(flags) into main(argv=None), which parses the command line. UserError, OSError and Ctrl-C end the program
@@ -97,6 +118,12 @@ def command(main: Callable[[Any], T]) -> Callable[..., T]:
         flags = parse(cls, argv, sys.modules[main.__module__].__doc__)
         try:
             return main(flags)
+        except Restart as restart:
+            if argv is not None:  # not started from the command line
+                raise
+            print(restart, flush=True)
+            program = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv[1:])]  # such as -m scripts.base_train
+            os.execv(sys.executable, [sys.executable, *program, *to_argv(restart.flags)])
         except (UserError, OSError) as error:  # OSErrors name their file: no permission, no space left
             if os.environ.get("NANOCHAT_DEBUG"):
                 raise

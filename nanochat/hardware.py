@@ -99,7 +99,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch failed for want of memory: it has an exception of its own for CUDA only."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    messages = ("can't allocate memory", "bad_alloc", "out of memory", "could not create a memory object")
+    messages = ("can't allocate memory", "bad_alloc", "out of memory", "could not create a")  # the last one is oneDNN's
     return isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
 
 

@@ -11,12 +11,11 @@ A run of a training stage, for the stage scripts: checks, builds and restores ev
 `source` is what a new run starts from: a model configuration (random weights) or a checkpoint of another stage.
 """
 
-import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 
@@ -30,7 +29,7 @@ from nanochat.checkpoint_manager import (
     provisional,
     run_lock,
 )
-from nanochat.cli import flag
+from nanochat.cli import Restart, flag
 from nanochat.common import UserError, duration, seed_everything
 from nanochat.costs import training_memory
 from nanochat.distributed import Dist
@@ -41,7 +40,6 @@ from nanochat.recipe import RecipeFlags, Schedule, load_hyperparameters
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Hook, LossFunction, Step, Stopped, Trainer, TrainState
 
-F = TypeVar("F")
 TRIAL_STEPS = 3  # steps of a run on a CPU before it is decided whether to compile
 
 
@@ -57,30 +55,6 @@ class RunFlags:
     run: str = flag("", "wandb run name; empty = console and metrics file only")
     plan: bool = flag(False, "print what the run needs (memory, time, cost) and exit, without reading data or weights")
     for_: str = flag("", "with --plan: another machine to plan for, such as 8xH100 or 1xRTX4090")
-
-
-class OutOfMemory(Exception):
-    """A training step did not fit into memory. flags: the same stage with half the rows per pass."""
-
-    def __init__(self, message: str, flags: Any):
-        super().__init__(message)
-        self.flags = flags
-
-
-def retry_out_of_memory(stage: Callable[[F], None], flags: F) -> None:
-    """
-    Calls stage(flags); if it runs out of memory, again with half the rows per pass, from the last checkpoint. The batch
-    of an optimizer step and the order of the data stay the same.
-    """
-    while True:
-        try:
-            return stage(flags)
-        except OutOfMemory as error:
-            print(error, flush=True)
-            flags = error.flags
-        gc.collect()  # the failed attempt's tensors, which its exception held until here
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 class Run:
@@ -230,7 +204,7 @@ class Run:
         except (RuntimeError, MemoryError) as error:
             if not hardware.is_out_of_memory(error):
                 raise
-            self._raise_out_of_memory()
+            self._restart_with_fewer_rows()
         self.writer.wait()
         return self.state
 
@@ -266,20 +240,23 @@ class Run:
         self.dist.print0(f"memory: {expected}, with {self.rows} rows per pass")
         return self.rows
 
-    def _raise_out_of_memory(self) -> NoReturn:
-        """OutOfMemory if the run can continue with fewer rows, UserError if it cannot."""
+    def _restart_with_fewer_rows(self) -> NoReturn:
+        """
+        After a step that did not fit into memory: Restart with half the rows per pass, from the last checkpoint. The
+        batch of an optimizer step and the order of the data stay the same. UserError where that is not possible.
+        """
         self.writer.wait()
         fewer = self.rows // 2
         problem = f"out of memory in step {self.state.step} with {self.rows} rows per pass"
         if not fewer:
             raise UserError(f"{problem}: use a smaller --depth or --max-seq-len, or a machine with more memory")
-        if self.dist.world_size > 1:  # the other ranks wait in a collective operation: only a restart helps
+        if self.dist.world_size > 1:  # the other ranks wait in a collective operation: only torchrun can restart them
             raise UserError(f"{problem}: start again with --resume --device-batch-size {fewer}")
         has_saved = self.writer.last_saved != NO_CHECKPOINT
-        flags: Any = self.flags  # of a stage, which all have these two
-        flags = replace(flags, device_batch_size=fewer, resume=flags.resume or has_saved)
         start = f"from {self.writer.last_saved}" if has_saved else "from the start"
-        raise OutOfMemory(f"{problem}: continuing {start} with {fewer} rows per pass", flags)
+        flags: Any = self.flags  # of a stage; all have these two
+        flags = replace(flags, device_batch_size=fewer, resume=flags.resume or has_saved)
+        raise Restart(f"{problem}: continuing {start} with {fewer} rows per pass", flags)
 
     # ---- the steps of opening and building ----
 

@@ -19,7 +19,7 @@ from nanochat.engine import Engine, sample_prompts
 from nanochat.eval.bpb import evaluate_bpb_of_sources
 from nanochat.gpt import param_counts
 from nanochat.logging import print_table
-from nanochat.run import Run, RunFlags, retry_out_of_memory
+from nanochat.run import Run, RunFlags
 from nanochat.tokenizer import PORTABLE_SPLIT_PATTERN, Tokenizer, default_dir
 from nanochat.train import Hook, TrainState, token_loss
 
@@ -45,7 +45,7 @@ def main(flags: Flags) -> None:
         print_plan(flags)
         return
     with distributed.init(flags.device) as dist:
-        retry_out_of_memory(lambda flags: pretrain(flags, dist), flags)
+        pretrain(flags, dist)
 
 
 def pretrain(flags: Flags, dist: Dist) -> None:
@@ -120,7 +120,7 @@ def choose_depth(flags: Flags) -> Flags:
     seconds = 3600 * flags.hours if flags.hours > 0 else target.seconds_for(flags.budget)
     depth = planner.depth_for(flags, planner.planned_vocab_size(), target, seconds, flags.fp8)
     print(f"--depth {depth} is the largest that {target.name} trains in {duration(seconds)}")
-    return replace(flags, depth=depth)
+    return replace(flags, depth=depth, hours=0.0, budget=0.0)
 
 
 def print_plan(flags: Flags) -> None:

@@ -23,7 +23,7 @@ from nanochat.distributed import Dist
 from nanochat.eval.bpb import evaluate_bpb
 from nanochat.gpt import flops_per_token
 from nanochat.logging import print_table
-from nanochat.run import Run, RunFlags, retry_out_of_memory
+from nanochat.run import Run, RunFlags
 from nanochat.tokenizer import Tokenizer, default_dir
 from nanochat.train import Hook, TrainState, token_loss
 from tasks.common import Task, TaskMixture, limited
@@ -76,10 +76,10 @@ def finetune(stage: str, source_stage: str, flags: FinetuneFlags) -> None:
         print_plan(flags, checkpoint_manager.find(source_stage, flags.base_tag, flags.base_step))
         return
     with distributed.init(flags.device) as dist:
-        retry_out_of_memory(lambda flags: finetune_once(stage, source_stage, flags, dist), flags)
+        finetune_on(dist, stage, source_stage, flags)
 
 
-def finetune_once(stage: str, source_stage: str, flags: FinetuneFlags, dist: Dist) -> None:
+def finetune_on(dist: Dist, stage: str, source_stage: str, flags: FinetuneFlags) -> None:
     # Check.
     tokenizer = Tokenizer.load(default_dir())
     source = checkpoint_manager.find(source_stage, flags.base_tag, flags.base_step)
