@@ -147,16 +147,34 @@ def cache_bytes(config: GPTConfig, slots: int, length: int, dtype: torch.dtype) 
     return 2.0 * slots * keys * config.kv_width * dtype.itemsize
 
 
-def generation_memory(config: GPTConfig, slots: int, length: int, dtype: torch.dtype) -> Memory:
-    """Memory of an engine beside a model whose weights are in the compute dtype."""
+def engine_parts(config: GPTConfig, slots: int, length: int, dtype: torch.dtype, device: str) -> dict[str, float]:
+    """What an engine needs beside the weights of its model."""
     counts = param_counts(config)
-    parts = {
-        "weights": float(dtype.itemsize * counts["total"]),
-        "decoder's layout of the weights": float(dtype.itemsize * counts["transformer_matrices"]),
-        "KV cache": cache_bytes(config, slots, length, dtype),
-        "logits": 3.0 * 4 * slots * config.padded_vocab_size,
+    cache_dtype = dtype if device == "cuda" else torch.float32  # see Decoder
+    return {
+        "decoder's weights": float(dtype.itemsize * (counts["transformer_matrices"] + counts["lm_head"])),
+        "KV cache": cache_bytes(config, slots, length, cache_dtype),
+        "sampling": 3.0 * 4 * slots * config.padded_vocab_size,  # logits, probabilities, sorted ones, in float32
     }
+
+
+def generation_memory(config: GPTConfig, slots: int, length: int, dtype: torch.dtype, device: str) -> Memory:
+    """Memory of a model for inference with its engine."""
+    parts = {"weights": float(dtype.itemsize * param_counts(config)["total"])}
+    parts |= engine_parts(config, slots, length, dtype, device)
+    if device != "cuda":
+        parts["process"] = CPU_PROCESS
     return Memory(parts, {"decode step": tuple(parts)})
+
+
+def rl_memory(config: GPTConfig, setup: TrainingSetup, slots: int, length: int, has_reference: bool) -> Memory:
+    """Training as in `setup` beside an engine, and beside the model that the run started from if has_reference."""
+    training = training_memory(config, setup)
+    extra = engine_parts(config, slots, length, setup.dtype, setup.device)
+    if has_reference:
+        extra["reference model"] = training.parts["weights"]
+    phases = {phase: (*parts, *extra) for phase, parts in training.phases.items()}
+    return Memory(training.parts | extra, phases)
 
 
 # ---- time ----

@@ -14,12 +14,15 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
-from nanochat import checkpoint_manager, distributed, hardware, rollout
+from nanochat import checkpoint_manager, distributed, hardware, planner, rollout
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.cli import command, flag, require_positive
-from nanochat.common import UserError
+from nanochat.common import UserError, human
+from nanochat.costs import Memory, rl_memory
 from nanochat.engine import Engine
-from nanochat.logging import append_after
+from nanochat.gpt import GPTConfig, param_counts
+from nanochat.logging import append_after, print_table
+from nanochat.planner import Target
 from nanochat.recipe import load_hyperparameters, param_groups, rl_schedule
 from nanochat.rollout import PolicyLoss, Question, Rollout, RolloutConfig, RolloutPlan
 from nanochat.run import Run, RunFlags
@@ -66,6 +69,9 @@ class Flags(RunFlags):
 @command
 def main(flags: Flags) -> None:
     validate_flags(flags)
+    if flags.plan:
+        print_plan(flags)
+        return
     with distributed.init(flags.device) as dist:
         tokenizer = Tokenizer.load(default_dir())
         source, tag = find_source(flags)
@@ -78,6 +84,11 @@ def train_on_rollouts(flags: Flags, run: Run, source: Checkpoint) -> None:
     dist, tokenizer = run.dist, run.tokenizer
     questions, test_questions, num_skipped = load_questions(flags, tokenizer, source.config.sequence_len)
     plan = plan_rollouts(flags, len(questions))
+
+    target = planner.local_target(dist.device, dist.world_size, run.dtype)
+    memory = planned_memory(flags, source.config, target)
+    planner.check_memory(memory, target, "lower --rollout-batch-size or --device-batch-size")
+    run.predicted_memory = memory.peak
 
     # Build. The model that the run starts from is the reference of the KL term.
     reference = None
@@ -122,6 +133,24 @@ def train_on_rollouts(flags: Flags, run: Run, source: Checkpoint) -> None:
     steps = rollout.rollout_steps(plan, draw, dist, data_state)
     run.train(steps, loss_fn, rl_schedule, [Hook(flags.eval_every, evaluate), run.save_hook()])
     run.finish(**{"questions": len(questions), "too long": num_skipped, "transcripts": str(transcript_path)})
+
+
+def print_plan(flags: Flags) -> None:
+    source, tag = find_source(flags)
+    target = planner.find_target(flags.for_, flags.device)
+    rollouts = f"{flags.examples_per_step} questions x {flags.num_samples} completions of {flags.max_new_tokens} tokens"
+    rows = [
+        ("machine", target.name, f"{planner.gib(target.memory)} to use per rank"),
+        ("parameters", human(param_counts(source.config)["total"]), str(source.path)),
+        ("batch", f"{flags.examples_per_step * flags.num_samples} rollouts", rollouts),
+    ]
+    print_table(f"Plan of {tag}", rows + planner.memory_rows(planned_memory(flags, source.config, target), target))
+
+
+def planned_memory(flags: Flags, config: GPTConfig, target: Target) -> Memory:
+    """Memory of a rank if prompts and completions fill the context."""
+    setup = planner.training_setup(config, target, 0, rows=flags.device_batch_size, compiled=False)
+    return rl_memory(config, setup, flags.rollout_batch_size, config.sequence_len, flags.kl_coef > 0)
 
 
 def validate_flags(flags: Flags) -> None:

@@ -21,12 +21,14 @@ from urllib.parse import urlsplit
 import torch
 import uvicorn
 
-from nanochat import checkpoint_manager, hardware
+from nanochat import checkpoint_manager, hardware, planner
 from nanochat.checkpoint_manager import STAGES
 from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError
+from nanochat.costs import generation_memory
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
+from nanochat.logging import print_table
 from nanochat.serve.api import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K
 from nanochat.serve.app import Connection, create_app
 from nanochat.serve.scheduler import ResponseHandle, ServedModel, Service
@@ -52,6 +54,8 @@ class Flags:
     cors_origin: str = flag("", "web sites whose pages may use the API, separated by commas; * = all")
     shutdown_seconds: float = flag(30.0, "time limit for running completions at shutdown, in seconds")
     log_text: bool = flag(False, "log prompts and completions")
+    plan: bool = flag(False, "print the memory that the models need and exit, without loading them")
+    for_: str = flag("", "with --plan: another machine to plan for, such as 1xRTX4090")
 
 
 @command
@@ -59,6 +63,9 @@ def main(flags: Flags) -> None:
     api_key = flags.api_key or os.environ.get("NANOCHAT_API_KEY", "")
     origins = [origin.strip() for origin in flags.cors_origin.split(",") if origin.strip()]
     check(flags, api_key, origins)
+    if flags.plan:
+        print_plan(flags)
+        return
     listener = listen(flags.host, flags.port)
     device = hardware.pick_device(flags.device)
     devices = [device]
@@ -79,6 +86,19 @@ def main(flags: Flags) -> None:
     if not api_key and not is_loopback(flags.host):
         print("warning: anyone who can reach this address can use the model: set NANOCHAT_API_KEY", flush=True)
     Server(config, service, flags.shutdown_seconds).run([listener])
+
+
+def print_plan(flags: Flags) -> None:
+    """Prints the memory that each model needs on each device when the context of all rows is full."""
+    target = planner.find_target(flags.for_, flags.device)
+    dtype = target.dtype if flags.for_ else hardware.pick_dtype(hardware.pick_device(flags.device))
+    for stage in flags.source.split(","):
+        checkpoint = checkpoint_manager.find(stage, flags.model_tag, flags.step)
+        config = checkpoint.config
+        memory = generation_memory(config, flags.num_rows, config.sequence_len, dtype, target.device)
+        rows = [("machine", target.name, f"each device has {planner.gib(target.memory)} to use, for all models")]
+        rows.append(("rows", str(flags.num_rows), f"completions at a time, up to {config.sequence_len} tokens each"))
+        print_table(f"Plan of {checkpoint.path}", rows + planner.memory_rows(memory, target))
 
 
 # ---- flags ----

@@ -4,15 +4,24 @@ The plan of a run: the machines, what fits, --plan, --hours and --budget, and wh
     python -m pytest tests/test_planner.py
 """
 
+import json
 import re
+import sys
+from dataclasses import dataclass
 
 import pytest
+import torch
+from factories import write_shards
 
 from nanochat import hardware, planner
 from nanochat.cards import CARDS, find_card, find_machine
+from nanochat.checkpoint_manager import CheckpointReader
+from nanochat.cli import Restart, command, flag, parse, to_argv
 from nanochat.common import UserError
-from nanochat.costs import GIB, TrainingSetup
+from nanochat.costs import GIB, TrainingSetup, training_memory
+from nanochat.gpt import GPT
 from nanochat.recipe import RecipeFlags, derive, model_config
+from nanochat.train import Trainer
 from scripts import base_train
 
 VOCAB = 32768
@@ -132,3 +141,108 @@ def test_impossible_limits_are_refused(base_dir, monkeypatch, flags, message):
     monkeypatch.setattr(planner, "measured_rate", lambda *_: 1e11)
     with pytest.raises(SystemExit, match=message):
         base_train.main([*flags, "--plan"])
+
+
+# ---- out of memory ----
+
+SMALL = ["--device", "cpu", "--depth", "1", "--aspect-ratio", "32", "--head-dim", "32", "--max-seq-len", "64"]
+SMALL += ["--total-batch-size", "512", "--num-iterations", "6", "--eval-every", "-1", "--sample-every", "-1"]
+SMALL += ["--save-every", "2", "--no-compile"]
+
+
+@pytest.fixture
+def trainable(base_dir, monkeypatch, golden_tokenizer):
+    """A base folder with a tokenizer and shards."""
+    golden_tokenizer.save(base_dir / "tokenizer")
+    write_shards(base_dir / "shards", texts_per_shard=40)
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(base_dir / "shards"))
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    return base_dir
+
+
+def losses(base_dir, tag):
+    lines = (base_dir / f"report/metrics/base_train-{tag}.jsonl").read_text().splitlines()
+    return [json.loads(line)["train/loss"] for line in lines if "train/loss" in line]
+
+
+@pytest.mark.parametrize("failing_step, resumes", [(0, False), (3, True)])
+def test_out_of_memory_continues_with_half_the_rows(trainable, monkeypatch, failing_step, resumes):
+    accumulate = Trainer._accumulate
+
+    def fail_with_large_batches(trainer, micro_batches, loss_fn):
+        if trainer.state.step == failing_step and micro_batches[0][0].size(0) == 8:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return accumulate(trainer, micro_batches, loss_fn)
+
+    base_train.main([*SMALL, "--device-batch-size", "8", "--model-tag", "large"])
+    monkeypatch.setattr(Trainer, "_accumulate", fail_with_large_batches)
+    with pytest.raises(Restart, match="with 4 rows per pass") as restart:
+        base_train.main([*SMALL, "--device-batch-size", "8", "--model-tag", "small"])
+    flags = restart.value.flags
+    assert (flags.device_batch_size, flags.resume) == (4, resumes)
+    base_train.main(to_argv(flags))
+    assert losses(trainable, "small") == pytest.approx(losses(trainable, "large"), rel=1e-4)
+
+
+def test_out_of_memory_with_one_row_is_a_user_error(trainable, monkeypatch, capsys):
+    monkeypatch.setattr(Trainer, "_accumulate", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(SystemExit, match="with 1 rows per pass: use a smaller --depth"):
+        base_train.main([*SMALL, "--device-batch-size", "1"])
+
+
+def test_restart_replaces_the_process(monkeypatch):
+    @dataclass(frozen=True)
+    class Flags:
+        rows: int = flag(8, "rows")
+        fast: bool = flag(True, "speed")
+        for_: str = flag("", "machine")
+
+    def main(flags: Flags) -> None:
+        raise Restart("out of memory", Flags(rows=4, fast=False, for_="8xH100"))
+
+    monkeypatch.setattr(sys, "argv", ["base_train.py", "--rows", "8"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "scripts.base_train", "--rows", "8"])
+    started = []
+    monkeypatch.setattr("os.execv", lambda program, argv: started.append(argv[1:]))
+    command(main)()
+    assert started == [["-m", "scripts.base_train", "--rows", "4", "--no-fast", "--for", "8xH100"]]
+    assert parse(Flags, started[0][2:]) == Flags(rows=4, fast=False, for_="8xH100")
+
+
+def test_auto_batch_is_the_largest_that_fits(trainable, monkeypatch, capsys):
+    config = model_config(RecipeFlags(depth=1, aspect_ratio=32, head_dim=32, max_seq_len=64), 1024)
+    setup = TrainingSetup(rows=2, accumulation=4, dtype=torch.float32, compiled=False, device="cpu")
+    monkeypatch.setattr(hardware, "available_memory", lambda: training_memory(config, setup).peak)
+    base_train.main([*SMALL, "--model-tag", "auto"])
+    assert "with 2 rows per pass" in capsys.readouterr().out
+    monkeypatch.setattr(hardware, "available_memory", lambda: 16 * GIB)
+    base_train.main([*SMALL, "--model-tag", "auto", "--resume", "--num-iterations", "7"])
+    assert "with 2 rows per pass" in capsys.readouterr().out  # a resumed run keeps its batch
+
+
+def test_run_that_cannot_fit_is_refused_before_the_model_is_built(trainable, monkeypatch):
+    monkeypatch.setattr(hardware, "available_memory", lambda: 16 * GIB)
+    monkeypatch.setattr(GPT, "__init__", lambda *_: pytest.fail("a model was built"))
+    with pytest.raises(SystemExit, match=r"use --depth \d+ or less"):
+        base_train.main(["--depth", "100", "--device", "cpu"])
+
+
+# ---- compiling ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pays_off", [True, False])
+def test_compiling_is_decided_after_three_steps_and_kept(trainable, monkeypatch, capsys, pays_off):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
+    monkeypatch.setattr(hardware, "can_compile", lambda device: True)
+    monkeypatch.setattr(hardware, "compiling_pays_off", lambda seconds, layers: pays_off)
+    argv = [flag for flag in SMALL if flag != "--no-compile"] + ["--save-every", "1", "--model-tag", "c"]
+    base_train.main(argv)
+    assert len(compiled) == pays_off
+    assert "left without torch.compile" in capsys.readouterr().out
+    decisions = [CheckpointReader("base", "c").load(step).meta["compiled"] for step in range(1, 7)]
+    assert decisions == [None, None, *[pays_off] * 4]
+    base_train.main([*argv, "--resume", "--num-iterations", "7"])
+    assert len(compiled) == 2 * pays_off
+    assert "left without torch.compile" not in capsys.readouterr().out
