@@ -115,11 +115,12 @@ class RowGroups:
         shard, row_group = self.locate(index)
         try:
             table = self._open(self.shards[shard]).read_row_group(row_group, columns=["text"])
-        except (OSError, pa.ArrowException) as error:
+            texts = table.column("text").to_pylist()
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             where = f"{self.shards[shard]}, row group {row_group}"
             reason = " ".join(str(error).split())
             raise UserError(f"{where} is damaged ({reason}): download or write the shard again") from error
-        return [text for text in table.column("text").to_pylist() if text]
+        return [text for text in texts if text]
 
 
 def download_public(num_train: int, directory: Path, workers: int = 4) -> None:

@@ -28,10 +28,12 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.train import Step
 
 # Public datasets by name → the command that writes their shards to the folder base_data_<name> of the base folder.
+# 20 GB are about 4.5 B tokens, enough for a fifth of any run on one node.
+MAKE_SHARDS = "python -m scripts.make_shards --max-gigabytes 20 --out {folder} "
 KNOWN = {
     "climbmix": "python -m nanochat.dataset -n 170 --data-dir {folder}",
-    "cosmopedia": "python -m scripts.make_shards hub:HuggingFaceTB/smollm-corpus:cosmopedia-v2 --out {folder}",
-    "fineweb-edu": "python -m scripts.make_shards hub:karpathy/fineweb-edu-100b-shuffle --out {folder}",
+    "cosmopedia": MAKE_SHARDS + "hub:HuggingFaceTB/smollm-corpus:cosmopedia-v2",
+    "fineweb-edu": MAKE_SHARDS + "hub:karpathy/fineweb-edu-100b-shuffle",
 }
 # Weights such as 0.333,0.333,0.333 are meant to sum to 1. They are divided by their sum.
 SUM_TOLERANCE = 0.002

@@ -17,6 +17,7 @@ when it is complete.
 import errno
 import itertools
 import json
+import math
 import shutil
 import struct
 from collections import Counter
@@ -58,6 +59,7 @@ class Options:
     min_chars: int
     max_chars: int
     seed: int
+    max_bytes: float = math.inf  # of text to read
 
 
 @dataclass
@@ -179,6 +181,8 @@ def _fill_buckets(
 ) -> None:
     is_known = all(source.kind != "hub" for source, _ in sized_sources)
     total = sum(size for _, size in sized_sources) if is_known else 0
+    if options.max_bytes < math.inf:
+        total = min(total, int(options.max_bytes)) if total else int(options.max_bytes)
     report = progress(total // MB, Dist(torch.device("cpu")), unit="MB read")
     finished = 0  # of the total; corrects the estimate after each source
     for source, size in sized_sources:
@@ -188,6 +192,8 @@ def _fill_buckets(
             summary.num_documents += 1
             for piece in _usable_pieces(text, name, options, summary):
                 buckets.add(piece)
+            if summary.num_bytes >= options.max_bytes:
+                return
             position = finished + min(summary.num_bytes - start, size) if total else summary.num_bytes
             report(position // MB)
         finished += size

@@ -10,12 +10,13 @@ A source is a file (.txt, .md, .jsonl, .csv, also as .gz or .zst; .parquet), a f
 Hugging Face Hub (hub:owner/name:config:split). The same texts and the same seed give the same shards.
 """
 
+import math
 import time
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from nanochat.cli import command, flag, require_positive
-from nanochat.common import duration
+from nanochat.common import UserError, duration
 from nanochat.shards import Options, make_shards
 from nanochat.sources import find_sources
 
@@ -30,6 +31,7 @@ class Flags:
     # Pretraining crops documents to a row, by default of 2,048 tokens, and discards the rest of them. 8,000 characters
     # of English are about 1,700 tokens.
     max_chars: int = flag(8000, "longer documents are split, because training would discard what exceeds a row")
+    max_gigabytes: float = flag(0.0, "stop after so much text, read in the order of the sources; 0 = read all")
     seed: int = flag(0, "seed of the shuffle")
 
 
@@ -39,7 +41,10 @@ def main(flags: Flags) -> None:
     start = time.perf_counter()
     out = Path(flags.out).expanduser().resolve()
     sources, ignored = find_sources(flags.sources, flags.text_field, exclude=out)
-    summary = make_shards(sources, out, Options(flags.min_chars, flags.max_chars, flags.seed))
+    if flags.max_gigabytes < 0:
+        raise UserError(f"--max-gigabytes {flags.max_gigabytes}: must be at least 0")
+    max_bytes = 1e9 * flags.max_gigabytes or math.inf
+    summary = make_shards(sources, out, Options(flags.min_chars, flags.max_chars, flags.seed, max_bytes))
     seconds = time.perf_counter() - start
 
     size = summary.num_bytes / 1e6

@@ -147,6 +147,13 @@ def test_row_groups_damaged_data_raises(tmp_path):
         row_groups.texts(0)
 
 
+def test_row_groups_text_that_is_not_utf8_raises(tmp_path):
+    texts = pa.array([b"fine", b"caf\xe9"]).view(pa.string())
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet, row group 0 is damaged.*utf-8"):
+        RowGroups([tmp_path / "a.parquet"]).texts(0)
+
+
 def test_iterate_texts_skips_null_and_empty_documents(tmp_path):
     shard = write_shard(tmp_path / "a.parquet", ["x", None, "", "y"])
     assert list(iterate_texts([shard])) == ["x", "y"]

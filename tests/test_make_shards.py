@@ -7,6 +7,7 @@ Conversion of text files to shards: every kind of file, duplicates, determinism,
 import csv
 import errno
 import gzip
+import itertools
 import json
 import os
 import random
@@ -224,6 +225,14 @@ def test_order_is_shuffled(source, out):
     assert sorted(positions) == list(range(2000))
     mean_distance = sum(abs(a - b) for a, b in zip(positions, positions[1:], strict=False)) / 1999
     assert 600 < mean_distance < 730  # a third of the length, if neighbours are independent
+
+
+def test_reading_stops_after_max_gigabytes(source, out):
+    texts = numbered(1000)
+    write_jsonl(source / "a.jsonl", texts)
+    train, val = convert(source, out=out, max_gigabytes=5e-6)
+    read = [i for i, size in enumerate(itertools.accumulate(map(len, texts))) if size >= 5000][0] + 1
+    assert sorted(train + val) == sorted(texts[:read])
 
 
 def test_duplicates_within_and_across_sources_are_dropped(source, out, capsys):
