@@ -11,18 +11,18 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from factories import write_shards
+from factories import save_checkpoint, tiny_gpt, write_shards
 
 from nanochat import hardware, planner
 from nanochat.cards import CARDS, find_card, find_machine
 from nanochat.checkpoint_manager import CheckpointReader
 from nanochat.cli import Restart, command, flag, parse, to_argv
 from nanochat.common import UserError
-from nanochat.costs import GIB, TrainingSetup, training_memory
+from nanochat.costs import GIB, TrainingSetup, rl_memory, training_memory
 from nanochat.gpt import GPT
 from nanochat.recipe import RecipeFlags, derive, model_config
 from nanochat.train import Trainer
-from scripts import base_train
+from scripts import base_train, chat_rl, chat_sft, chat_web, mid_train
 
 VOCAB = 32768
 
@@ -246,3 +246,35 @@ def test_compiling_is_decided_after_three_steps_and_kept(trainable, monkeypatch,
     base_train.main([*argv, "--resume", "--num-iterations", "7"])
     assert len(compiled) == 2 * pays_off
     assert "left without torch.compile" not in capsys.readouterr().out
+
+
+# ---- plans of the later stages ----
+
+
+@pytest.mark.parametrize(
+    "script, stage, argv, words",
+    [
+        (chat_sft, "base", [], ["optimizer steps", "activations", "those of one optimizer step"]),
+        (chat_sft, "base", ["--num-iterations", "100"], ["100 optimizer steps", "$"]),
+        (mid_train, "base", [], ["activations"]),
+        (chat_rl, "sft", ["--kl-coef", "0.1"], ["KV cache", "decoder's weights", "reference model", "256 rollouts"]),
+        (chat_web, "sft", ["--num-rows", "64"], ["KV cache", "fits", "64"]),
+    ],
+)
+def test_later_stages_plan_from_a_checkpoint(base_dir, golden_tokenizer, capsys, script, stage, argv, words):
+    golden_tokenizer.save(base_dir / "tokenizer")
+    save_checkpoint(tiny_gpt(initial=True), stage, "d2", tokenizer=golden_tokenizer)
+    before = sorted(base_dir.rglob("*"))
+    script.main([*argv, "--plan", "--for", "8xH100"])
+    out = capsys.readouterr().out
+    assert "8xH100" in out and all(word in out for word in words)
+    assert sorted(base_dir.rglob("*")) == before
+
+
+def test_rollouts_that_do_not_fit_are_refused():
+    config = model_config(RecipeFlags(depth=24), VOCAB)
+    target = planner.named_target("1xRTX4090", fp8=False)
+    setup = planner.training_setup(config, target, 0, rows=1, compiled=False)
+    memory = rl_memory(config, setup, slots=256, length=2048, has_reference=True)
+    with pytest.raises(UserError, match="lower --rollout-batch-size"):
+        planner.check_memory(memory, target, "lower --rollout-batch-size")
