@@ -47,6 +47,7 @@ class Target:
     dtype: torch.dtype  # that training computes in
     rate_of: Callable[[GPTConfig], float]  # FLOP/s of a rank while it trains this model
     rate_source: str
+    peak: float = 0.0  # FLOP/s of a rank by its data sheet; 0 = unknown
     dollars_per_hour: float = 0.0  # of all ranks together; 0 = unknown
 
     def seconds(self, config: GPTConfig, flops: float) -> float:
@@ -72,7 +73,8 @@ def named_target(name: str, fp8: bool) -> Target:
         memory=usable_gpu_memory(card.gib * GIB),
         dtype=card.dtype,
         rate_of=lambda config: expected_mfu(config, fp8) * card.flops,
-        rate_source=f"share of {card.flops / 1e12:g} TFLOP/s that public runs on 8xH100 reached (2025 and 2026)",
+        rate_source=f"the share of {card.flops / 1e12:g} TFLOP/s that public runs on 8xH100 reached (2025, 2026)",
+        peak=card.flops,
         dollars_per_hour=count * card.dollars_per_hour,
     )
 
@@ -236,7 +238,10 @@ def training_rows(
     ]
     if num_steps:
         seconds = target.seconds(config, flops)
-        rate = f"{human(target.rate_of(config))}FLOP/s per rank: {target.rate_source}"
+        rate = f"{human(target.rate_of(config))}FLOP/s per rank"
+        if target.peak:
+            rate += f", {target.rate_of(config) / target.peak:.0%} MFU"
+        rate += f": {target.rate_source}"
         rows += [
             ("training", f"{human(num_steps * tokens_per_step)} tokens", f"{num_steps:,} optimizer steps"),
             ("FLOPs", f"{flops:.2e}", f"{human(flops_per_token(config))} per token"),

@@ -84,6 +84,8 @@ class Run:
         self.tokenizer = tokenizer
         self.dist = dist
         self.trial_seconds: list[float] = []  # of the steps before it is decided whether to compile
+        if flags.for_:
+            raise UserError("--for plans for another machine: use it with --plan")
         logging.check_wandb(flags.run)
         if self.parent:
             self.parent.check_tokenizer(tokenizer)

@@ -112,15 +112,17 @@ def pretrain(flags: Flags, dist: Dist) -> None:
 
 def choose_depth(flags: Flags) -> Flags:
     """The flags with the depth that --hours or --budget allows."""
-    if flags.hours <= 0 and flags.budget <= 0:
-        return flags
-    if flags.hours > 0 and flags.budget > 0:
+    if flags.hours < 0 or flags.budget < 0:
+        raise UserError("--hours and --budget must be above 0")
+    if flags.hours and flags.budget:
         raise UserError("--hours and --budget both choose the depth: give only one of them")
+    if not flags.hours and not flags.budget:
+        return flags
     target = planner.find_target(flags.for_, flags.device, flags.fp8)
-    seconds = 3600 * flags.hours if flags.hours > 0 else target.seconds_for(flags.budget)
+    seconds = 3600 * flags.hours or target.seconds_for(flags.budget)
     depth = planner.depth_for(flags, planner.planned_vocab_size(), target, seconds, flags.fp8)
     print(f"--depth {depth} is the largest that {target.name} trains in {duration(seconds)}")
-    return replace(flags, depth=depth, hours=0.0, budget=0.0)
+    return replace(flags, depth=depth, hours=0.0, budget=0.0, for_=flags.for_ if flags.plan else "")
 
 
 def print_plan(flags: Flags) -> None:
@@ -136,6 +138,7 @@ def print_plan(flags: Flags) -> None:
     )
     rows = planner.training_rows(plan.model, setup, target, num_steps=plan.num_iterations, flops=plan.flops)
     print_table(f"Plan of {flags.model_tag or f'd{flags.depth}'}", rows)
+    planner.check_fits(plan.model, setup, target, flags)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,9 @@ TASKS: dict[str, Callable[[str], Task]] = {  # each called with a split; the tas
 }
 
 
+REMEDY = "lower --rollout-batch-size or --device-batch-size"  # if a run does not fit into memory
+
+
 @dataclass(frozen=True)
 class Flags(RunFlags):
     source: str = flag("sft", "stage to start from", short="-i", choices=("base", "mid", "sft", "rl"))
@@ -87,7 +90,7 @@ def train_on_rollouts(flags: Flags, run: Run, source: Checkpoint) -> None:
 
     target = planner.local_target(dist.device, dist.world_size, run.dtype)
     memory = planned_memory(flags, source.config, target)
-    planner.check_memory(memory, target, "lower --rollout-batch-size or --device-batch-size")
+    planner.check_memory(memory, target, REMEDY)
     run.predicted_memory = memory.peak
 
     # Build. The model that the run starts from is the reference of the KL term.
@@ -144,7 +147,9 @@ def print_plan(flags: Flags) -> None:
         ("parameters", human(param_counts(source.config)["total"]), str(source.path)),
         ("batch", f"{flags.examples_per_step * flags.num_samples} rollouts", rollouts),
     ]
-    print_table(f"Plan of {tag}", rows + planner.memory_rows(planned_memory(flags, source.config, target), target))
+    memory = planned_memory(flags, source.config, target)
+    print_table(f"Plan of {tag}", rows + planner.memory_rows(memory, target))
+    planner.check_memory(memory, target, REMEDY)
 
 
 def planned_memory(flags: Flags, config: GPTConfig, target: Target) -> Memory:

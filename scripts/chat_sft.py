@@ -132,6 +132,7 @@ def print_plan(flags: FinetuneFlags, source: Checkpoint) -> None:
     flops = float(num_steps * hyperparameters.total_batch_size) * flops_per_token(source.config)
     table = planner.training_rows(source.config, setup, target, num_steps=num_steps, flops=flops)
     print_table(f"Plan of {flags.model_tag or source.tag} from {source.path}", table)
+    planner.check_fits(source.config, setup, target)
     if flags.num_iterations == -1:
         print("time and cost are those of one optimizer step: with --num-iterations, those of so many")
 

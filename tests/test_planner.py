@@ -91,7 +91,8 @@ def test_model_that_does_not_fit_names_a_depth_that_does():
 def test_depth_100_is_refused_on_this_machine(base_dir, monkeypatch, capsys):
     monkeypatch.setattr(hardware, "available_memory", lambda: 16 * GIB)
     monkeypatch.setattr(planner, "measured_rate", lambda *_: 1e11)
-    base_train.main(["--depth", "100", "--plan", "--device", "cpu"])
+    with pytest.raises(SystemExit, match=r"use --depth \d+ or less"):
+        base_train.main(["--depth", "100", "--plan", "--device", "cpu"])
     assert "does NOT fit" in capsys.readouterr().out
 
 
@@ -135,6 +136,9 @@ def test_hours_or_budget_choose_the_depth(base_dir, capsys, limit):
         (["--for", "8xH100", "--budget", "5", "--hours", "1"], "give only one"),
         (["--device", "cpu", "--budget", "5"], "use --hours, or name a machine"),
         (["--for", "8xH10", "--budget", "5"], "cards: "),
+        (["--hours", "-1"], "must be above 0"),
+        (["--for", "1xT4", "--depth", "20"], r"use --depth \d+ or less"),
+        (["--for", "1xA100-40", "--depth", "24", "--device-batch-size", "32"], "use --device-batch-size 4"),
     ],
 )
 def test_impossible_limits_are_refused(base_dir, monkeypatch, flags, message):
@@ -278,3 +282,8 @@ def test_rollouts_that_do_not_fit_are_refused():
     memory = rl_memory(config, setup, slots=256, length=2048, has_reference=True)
     with pytest.raises(UserError, match="lower --rollout-batch-size"):
         planner.check_memory(memory, target, "lower --rollout-batch-size")
+
+
+def test_machine_to_plan_for_needs_plan(trainable):
+    with pytest.raises(SystemExit, match="use it with --plan"):
+        base_train.main([*SMALL, "--for", "8xH100"])
