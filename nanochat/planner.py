@@ -184,7 +184,9 @@ def check_fits(config: GPTConfig, setup: TrainingSetup, target: Target, flags: R
     if fits(config, setup.rows):
         return
     need = gib(training_memory(config, setup).peak)
-    problem = f"{setup.rows} rows per pass need about {need} per rank, {target.name} has {gib(target.memory)}"
+    problem = (
+        f"training with {count_rows(setup.rows)} per pass takes {need} per rank, {target.name} has {gib(target.memory)}"
+    )
     for rows in (2**i for i in reversed(range(setup.rows.bit_length()))):
         if rows < setup.rows and fits(config, rows):
             raise UserError(f"{problem}: use --device-batch-size {rows}")
@@ -275,6 +277,10 @@ def planned_vocab_size() -> int:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def count_rows(rows: int) -> str:
+    return "1 row" if rows == 1 else f"{rows} rows"
 
 
 def gib(number: float) -> str:

@@ -11,6 +11,7 @@ A run of a training stage, for the stage scripts: checks, builds and restores ev
 `source` is what a new run starts from: a model configuration (random weights) or a checkpoint of another stage.
 """
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +36,7 @@ from nanochat.costs import training_memory
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT, GPTConfig, flops_per_token
 from nanochat.muon import MuonAdamW, ParamGroup, build_optimizer
-from nanochat.planner import check_fits, gib, local_target, training_setup
+from nanochat.planner import check_fits, count_rows, gib, local_target, training_setup
 from nanochat.recipe import RecipeFlags, Schedule, load_hyperparameters
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Hook, LossFunction, Step, Stopped, Trainer, TrainState
@@ -71,6 +72,7 @@ class Run:
     logger: logging.Logger
     rows = 0  # per pass and rank
     predicted_memory = 0.0  # bytes per rank at the peak; 0 = not predicted
+    predicted_seconds = 0.0  # from the start of training to its end; 0 = not predicted
 
     def __init__(
         self, stage: str, tag: str, source: GPTConfig | Checkpoint, flags: RunFlags, *, tokenizer: Tokenizer, dist: Dist
@@ -201,6 +203,7 @@ class Run:
             last_saved=lambda: self.writer.last_saved,
             after_step=self._decide_on_compiling,
         )
+        self.start = time.perf_counter()
         try:
             self.trainer.fit(steps, loss_fn, schedule, hooks)
         except (RuntimeError, MemoryError) as error:
@@ -208,20 +211,28 @@ class Run:
                 raise
             self._restart_with_fewer_rows()
         self.writer.wait()
+        self.seconds = time.perf_counter() - self.start
         return self.state
 
     def finish(self, **numbers: Any) -> None:
-        """Adds the final numbers of the run to the report, and how good the prediction of its memory was."""
+        """Adds the final numbers of the run to the report, and how good the predictions were."""
+        predictions = []
         if self.predicted_memory:
             peak = hardware.peak_memory(self.dist.device)
-            difference = self.predicted_memory / peak - 1
-            numbers["predicted peak memory"] = f"{gib(self.predicted_memory)} ({difference:+.0%})"
-            self.dist.print0(f"peak memory {gib(peak)}, predicted {numbers['predicted peak memory']}")
+            numbers["predicted peak memory"] = gib(self.predicted_memory)
+            predictions.append(f"peak memory {gib(peak)}, predicted {gib(self.predicted_memory)}")
+        if self.predicted_seconds:
+            numbers["predicted time"] = duration(self.predicted_seconds)
+            predictions.append(f"time {duration(self.seconds)}, predicted {duration(self.predicted_seconds)}")
+        if predictions:
+            self.dist.print0("; ".join(predictions))
         self.logger.finish(STAGES[self.stage][1], self.state, model=self.writer.last_saved, **numbers)
 
     # ---- memory ----
 
-    def fit_rows(self, wanted: int, total_batch_size: int, *, compile: bool, fp8: bool = False) -> int:
+    def fit_rows(
+        self, wanted: int, total_batch_size: int, *, compile: bool, fp8: bool = False, flops: float = 0.0
+    ) -> int:
         """
         The rows per pass of a rank: `wanted`, or for -1 as many as fit into memory, but no more than the run had before
         it was resumed, or than its source had. Prints the expected memory. UserError if the rows do not fit.
@@ -239,7 +250,9 @@ class Run:
         check_fits(self.config, setup, target, self.flags if isinstance(self.flags, RecipeFlags) else None)
         self.predicted_memory = training_memory(self.config, setup).peak
         expected = f"about {gib(self.predicted_memory)} of {gib(target.memory)} per rank"
-        self.dist.print0(f"memory: {expected}, with {self.rows} rows per pass")
+        self.dist.print0(f"memory: {expected}, with {count_rows(self.rows)} per pass")
+        if target.peak and not self.resumed:  # of flops, those of the whole run
+            self.predicted_seconds = target.seconds(self.config, flops)
         return self.rows
 
     def _restart_with_fewer_rows(self) -> NoReturn:
@@ -249,7 +262,7 @@ class Run:
         """
         self.writer.wait()
         fewer = self.rows // 2
-        problem = f"out of memory in step {self.state.step} with {self.rows} rows per pass"
+        problem = f"out of memory in step {self.state.step} with {count_rows(self.rows)} per pass"
         if not fewer:
             raise UserError(f"{problem}: use a smaller --depth or --max-seq-len, or a machine with more memory")
         if self.dist.world_size > 1:  # the other ranks wait in a collective operation: only torchrun can restart them
@@ -258,7 +271,7 @@ class Run:
         start = f"from {self.writer.last_saved}" if has_saved else "from the start"
         flags: Any = self.flags  # of a stage; all have these two
         flags = replace(flags, device_batch_size=fewer, resume=flags.resume or has_saved)
-        raise Restart(f"{problem}: continuing {start} with {fewer} rows per pass", flags)
+        raise Restart(f"{problem}: continuing {start} with {count_rows(fewer)} per pass", flags)
 
     # ---- the steps of opening and building ----
 
@@ -307,10 +320,13 @@ class Run:
         seconds_per_step = min(self.trial_seconds)
         num_steps = (self.state.step - 1) / step.progress  # progress is that before this step
         seconds_left = seconds_per_step * (num_steps - self.state.step)
-        pays_off = hardware.compiling_pays_off(seconds_left, self.config.n_layer)
-        self.compiled = self.metadata["compiled"] = self.dist.gather(pays_off)[0]
-        verdict = "saves time" if self.compiled else "would take longer than it saves"
-        self.dist.print0(f"{duration(seconds_left)} are left without torch.compile: compiling {verdict}")
+        seconds_compiled = hardware.seconds_compiled(seconds_left, self.config.n_layer)
+        self.compiled = self.metadata["compiled"] = self.dist.gather(seconds_compiled < seconds_left)[0]
+        chosen = "compiling the model" if self.compiled else "not compiling the model"
+        self.dist.print0(
+            f"{duration(seconds_left)} are left, with torch.compile about {duration(seconds_compiled)}: {chosen}"
+        )
+        self.predicted_seconds = time.perf_counter() - self.start + min(seconds_compiled, seconds_left)
         if self.compiled:
             self.trainer.model = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
 

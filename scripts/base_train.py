@@ -60,7 +60,9 @@ def pretrain(flags: Flags, dist: Dist) -> None:
     with Run.open("base", tag, plan.model, flags, tokenizer=tokenizer, dist=dist) as run:
         if run.resumed:
             mixture.check_resumable(sources, run.resumed.meta["data_states"])
-        B = run.fit_rows(flags.device_batch_size, plan.total_batch_size, compile=flags.compile, fp8=flags.fp8)
+        B = run.fit_rows(
+            flags.device_batch_size, plan.total_batch_size, compile=flags.compile, fp8=flags.fp8, flops=plan.flops
+        )
         T = flags.max_seq_len
         accumulation = recipe.accumulation_steps(plan.total_batch_size, B, T, dist.world_size)
         if flags.fp8:

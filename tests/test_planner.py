@@ -74,7 +74,7 @@ def check(name, flags, rows):
 
 
 def test_batch_that_does_not_fit_names_one_that_does():
-    with pytest.raises(UserError, match=r"32 rows per pass need about \S+ GiB .* 76.2 GiB: use --device-batch-size 16"):
+    with pytest.raises(UserError, match=r"32 rows per pass takes \S+ GiB .* 76.2 GiB: use --device-batch-size 16"):
         check("8xH100", RecipeFlags(depth=24), rows=32)
     check("8xH100", RecipeFlags(depth=24), rows=16)
 
@@ -190,7 +190,7 @@ def test_out_of_memory_continues_with_half_the_rows(trainable, monkeypatch, fail
 
 def test_out_of_memory_with_one_row_is_a_user_error(trainable, monkeypatch, capsys):
     monkeypatch.setattr(Trainer, "_accumulate", lambda *_: (_ for _ in ()).throw(MemoryError()))
-    with pytest.raises(SystemExit, match="with 1 rows per pass: use a smaller --depth"):
+    with pytest.raises(SystemExit, match="with 1 row per pass: use a smaller --depth"):
         base_train.main([*SMALL, "--device-batch-size", "1"])
 
 
@@ -240,16 +240,16 @@ def test_compiling_is_decided_after_three_steps_and_kept(trainable, monkeypatch,
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
     monkeypatch.setattr(hardware, "can_compile", lambda device: True)
-    monkeypatch.setattr(hardware, "compiling_pays_off", lambda seconds, layers: pays_off)
+    monkeypatch.setattr(hardware, "seconds_compiled", lambda seconds, layers: seconds / 2 if pays_off else 2 * seconds)
     argv = [flag for flag in SMALL if flag != "--no-compile"] + ["--save-every", "1", "--model-tag", "c"]
     base_train.main(argv)
     assert len(compiled) == pays_off
-    assert "left without torch.compile" in capsys.readouterr().out
+    assert "are left, with torch.compile about" in capsys.readouterr().out
     decisions = [CheckpointReader("base", "c").load(step).meta["compiled"] for step in range(1, 7)]
     assert decisions == [None, None, *[pays_off] * 4]
     base_train.main([*argv, "--resume", "--num-iterations", "7"])
     assert len(compiled) == 2 * pays_off
-    assert "left without torch.compile" not in capsys.readouterr().out
+    assert "are left, with torch.compile" not in capsys.readouterr().out
 
 
 # ---- plans of the later stages ----
