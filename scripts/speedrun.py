@@ -1,0 +1,473 @@
+"""
+Plan speedrun.sh: choose text, datasets and sizes for this machine, print the plan, write the stages' flags for bash.
+
+    python -m scripts.speedrun --plan                 # print the plan and exit
+    python -m scripts.speedrun --plan --for 8xH100    # the same for another machine
+
+`decide` is a pure function of the user's settings and of facts about the machine, the network and the text. Its result
+is saved in <base>/speedrun/decided.json and used again at a restart, which must not choose other sizes because the
+network is down or a GPU is busy.
+"""
+
+import json
+import math
+import os
+import shlex
+import urllib.error
+import urllib.request
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from nanochat import hardware, planner
+from nanochat.cards import find_machine
+from nanochat.cli import command, flag, parse
+from nanochat.common import UserError, atomic_path, base_dir, duration
+from nanochat.costs import training_memory
+from nanochat.gpt import flops_per_token
+from nanochat.logging import print_table
+from nanochat.planner import Target
+from nanochat.recipe import RecipeFlags, derive
+from nanochat.sources import COMPRESSION_RATIO, HubSource, find_sources
+from scripts import base_train
+
+# The public recipe that reaches GPT-2's CORE score (99 minutes on 8xH100 with FP8), where a machine trains it in
+# MAX_HOURS. Other GPUs train the deepest model that takes no longer.
+PUBLIC_DEPTH, PUBLIC_RATIO = 24, 8
+MAX_HOURS = 5.0  # of pretraining; heuristic: one RTX 4090 then trains depth 12
+FP8_DEPTH = 20  # smaller models gain nothing from FP8
+DEPTH_OF_UNKNOWN_CARD = {1: 12, 2: 16, 4: 20}  # by number of GPUs; 24 for more
+VOCAB_SIZE = 32768
+# Tokens of a public shard that training sees: 170 shards are enough for the 5.84 B tokens of the public recipe. A shard
+# has about 52 M, and packing crops a third of them.
+TOKENS_PER_SHARD = 34e6
+# Bytes of text from which on a vocabulary is useful (heuristic: 69 MB were enough for 8,192, 46 KB allow 2,600).
+VOCAB_BY_BYTES = ((250e6, 32768), (8e6, 8192), (100e3, 2048), (0, 1024))
+
+# Tokens of fine-tuning, for the plan. The primer's were counted. Those of the public mixture are an estimate: 460,000
+# conversations of about 900 tokens (SmolTalk), and 600,000 of about 150.
+SFT_TOKENS_PRIMER = 1.0e6
+SFT_TOKENS_PUBLIC = 500e6
+
+CHAT_CORE = "ARC-Easy,ARC-Challenge,MMLU,GSM8K,HumanEval,SpellingBee"  # the six tasks of ChatCORE
+PUBLIC_SOURCES = ("smoltalk", "mmlu", "gsm8k", "simplespelling", "spellingbee", "identity")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user has set in environment variables. When one of them changes, all stages run again."""
+
+    mode: str = ""  # NANOCHAT_SPEEDRUN: "" or tiny
+    data_dir: str = ""  # a folder of shards, text files to convert, or a mixture
+    datasets_dir: str = ""
+    dtype: str = ""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What `decide` needs to know about the machine, the network and the user's text."""
+
+    device: str  # cuda | mps | cpu
+    gpus: int = 0  # a power of two, as batch sizes are
+    card: str = ""  # the GPUs' name in cards.py; "" = not in the table
+    dtype: str = ""  # to train in; "" = the device's default
+    online: bool = False  # whether the hub responds
+    text: str = ""  # what data_dir is: "" (not set) | shards | files | mixture
+    text_bytes: float = math.inf  # its approximate size
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """The flags of all stages, and why they were chosen."""
+
+    device: str
+    gpus: int
+    card: str
+    dtype: str
+    text: str  # a description, as `chat`
+    chat: str
+    data_dir: str
+    vocab_size: int
+    sft_tokens: float
+    data: list[str]  # the command that makes the shards; empty if there is nothing to do
+    launch: list[str]
+    base_train: list[str]
+    base_eval: list[str]
+    chat_sft: list[str]
+    chat_eval: list[str]
+    questions: list[str]
+
+
+# ---- decisions: pure functions ----
+
+
+def decide(settings: Settings, facts: Facts, base: Path) -> Decisions:
+    """What the speedrun does. `base` is the folder for generated text."""
+    text = choose_text(settings, facts, base)
+    chat = choose_chat(settings, facts, text)
+    size = choose_size(settings, facts, text)
+    shared = ["--model-tag", "speedrun", "--save-every", str(size.save_every), "--keep-last", "1"]
+    launch = ["python", "-m"]
+    if facts.gpus > 1:
+        launch = ["torchrun", "--standalone", f"--nproc_per_node={facts.gpus}", "-m"]
+    data = text.command
+    if text.kind == "public":
+        flags = parse(RecipeFlags, size.flags_of_recipe)
+        recipe = derive(flags, size.vocab_size)
+        num_shards = math.ceil(recipe.num_iterations * recipe.total_batch_size / TOKENS_PER_SHARD)
+        data = ["python", "-m", "nanochat.dataset", "-n", str(num_shards)]
+    evals = "core,bpb,sample" if text.kind == "public" else "bpb,sample"
+    eval_tokens = str(size.eval_tokens)
+    return Decisions(
+        device=facts.device,
+        gpus=facts.gpus,
+        card=facts.card,
+        dtype=settings.dtype or facts.dtype,
+        text=text.description,
+        chat=chat.description,
+        data_dir=text.data_dir,
+        vocab_size=size.vocab_size,
+        sft_tokens=chat.tokens,
+        data=data,
+        launch=launch,
+        base_train=[*size.flags, "--eval-tokens", eval_tokens, *shared],
+        base_eval=["-g", "speedrun", "--eval", evals, "--max-per-task", "500", "--split-tokens", eval_tokens],
+        chat_sft=["--base-tag", "speedrun", *chat.sft, *shared],
+        chat_eval=["-i", "sft", "-g", "speedrun", *chat.evaluation],
+        questions=chat.questions,
+    )
+
+
+@dataclass(frozen=True)
+class Text:
+    kind: str  # given | public | primer
+    description: str
+    data_dir: str  # for NANOCHAT_DATA_DIR; "" = the public shards
+    command: list[str] = field(default_factory=list)
+
+
+def choose_text(settings: Settings, facts: Facts, base: Path) -> Text:
+    if facts.text == "files":
+        shards = str(base / "text")
+        convert = ["python", "-m", "scripts.make_shards", settings.data_dir, "--out", shards]
+        return Text("given", f"{settings.data_dir} (NANOCHAT_DATA_DIR), converted to shards", shards, convert)
+    if facts.text:
+        return Text("given", f"{settings.data_dir} (NANOCHAT_DATA_DIR)", settings.data_dir)
+    if not settings.mode and facts.device == "cuda" and facts.online:
+        return Text("public", "the public shards (there is a GPU and a network)", "")
+    folder = str(base / "primer")
+    reason = "no GPU or no network, and NANOCHAT_DATA_DIR is not set"
+    if settings.mode == "tiny":
+        reason = "NANOCHAT_SPEEDRUN=tiny"
+    make = ["python", "-m", "scripts.primer", "--data-dir", folder]
+    return Text("primer", f"the embedded corpus ({reason})", folder, make)
+
+
+@dataclass(frozen=True)
+class Chat:
+    description: str
+    sft: list[str]  # flags of chat_sft
+    tokens: float  # of fine-tuning
+    evaluation: list[str]  # flags of chat_eval
+    questions: list[str]  # for the model at the end
+
+
+def choose_chat(settings: Settings, facts: Facts, text: Text) -> Chat:
+    """The conversations to fine-tune and evaluate on."""
+    questions = ["What is the capital of France?", "What is 47 + 85?", "Who are you?"]
+    primer_sft = [f"--{name}-epochs=0" for name in PUBLIC_SOURCES] + ["--primer-epochs", "3"]
+    primer_evaluation = ["-a", "QuizFree,QuizChoice,Sums", "-m", "64"]
+    if settings.mode == "tiny":
+        sft = [*primer_sft, "--num-iterations", "20", "--eval-examples", "32", "--no-compile"]
+        evaluation = [*primer_evaluation, "-x", "16"]
+        return Chat("the embedded conversations (NANOCHAT_SPEEDRUN=tiny)", sft, 20 * 2048, evaluation, questions[:1])
+    if settings.datasets_dir:
+        description = f"{settings.datasets_dir} (NANOCHAT_DATASETS_DIR)"
+    elif text.kind != "primer" and facts.online:
+        description = "the public datasets"
+    else:
+        description = "the embedded conversations (no network, or the embedded corpus as text)"
+        return Chat(description, primer_sft, SFT_TOKENS_PRIMER, primer_evaluation, questions)
+    if facts.device == "cuda":
+        return Chat(description, [], SFT_TOKENS_PUBLIC, ["-a", CHAT_CORE], questions)
+    # 250 optimizer steps: spelling tasks would take up most of them.
+    sft = ["--num-iterations", "250", "--identity-epochs", "10", "--simplespelling-epochs=0", "--spellingbee-epochs=0"]
+    return Chat(description, sft, 250 * 8192, ["-a", CHAT_CORE, "-x", "200"], questions)
+
+
+@dataclass(frozen=True)
+class Size:
+    vocab_size: int
+    flags_of_recipe: list[str]
+    options: list[str]  # further flags of base_train
+    eval_tokens: int
+    save_every: int = 250
+
+    @property
+    def flags(self) -> list[str]:
+        return [*self.flags_of_recipe, *self.options]
+
+
+def choose_size(settings: Settings, facts: Facts, text: Text) -> Size:
+    """The size of the model and of its training run. The rows per pass follow from the memory when a stage starts."""
+    vocab_size = vocab_size_for(facts.text_bytes)
+    if settings.mode == "tiny":
+        recipe = ["--depth", "2", "--head-dim", "64", "--max-seq-len", "256"]
+        recipe += ["--total-batch-size", "2048", "--num-iterations", "40"]
+        return Size(min(vocab_size, 1024), recipe, ["--eval-every", "0", "--no-compile"], 8192, save_every=10)
+    small = ["--depth", "4", "--head-dim", "64", "--max-seq-len", "512"]
+    if text.kind == "primer":
+        return Size(
+            2048, [*small, "--total-batch-size", "4096", "--num-iterations", "640"], ["--eval-every", "0"], 65536
+        )
+    if facts.device != "cuda":
+        vocab_size = min(vocab_size, 8192)
+        eval_tokens = 524288 if vocab_size == 8192 else 65536
+        return Size(vocab_size, [*small, "--total-batch-size", "8192", "--num-iterations", "500"], [], eval_tokens)
+    return gpu_size(facts, vocab_size)
+
+
+def vocab_size_for(text_bytes: float) -> int:
+    """The largest vocabulary that so much text is enough for."""
+    return next(vocab_size for limit, vocab_size in VOCAB_BY_BYTES if text_bytes >= limit)
+
+
+def gpu_size(facts: Facts, vocab_size: int) -> Size:
+    """The public recipe if the GPUs train it in MAX_HOURS, else the deepest model that they train in this time."""
+    public = ["--depth", str(PUBLIC_DEPTH), "--target-param-data-ratio", str(PUBLIC_RATIO)]
+    eval_tokens = 80 * 524288
+    if not facts.card:
+        depth = DEPTH_OF_UNKNOWN_CARD.get(facts.gpus, PUBLIC_DEPTH)
+        recipe_flags = public if depth == PUBLIC_DEPTH else ["--depth", str(depth)]
+        return Size(vocab_size, recipe_flags, [], eval_tokens)
+    card, _ = find_machine(facts.card)
+    machine = f"{facts.gpus}x{facts.card}"
+    fp8 = ["--fp8"] if card.has_fp8 else []
+    recipe = derive(parse(RecipeFlags, public), vocab_size)
+    target = planner.named_target(machine, fp8=bool(fp8))
+    setup = planner.training_setup(recipe.model, target, recipe.total_batch_size, fp8=bool(fp8))
+    fits = training_memory(recipe.model, setup).peak <= target.memory
+    if fits and target.seconds(recipe.model, recipe.flops) <= 3600 * MAX_HOURS:
+        return Size(vocab_size, public, fp8, eval_tokens)
+    target = planner.named_target(machine, fp8=False)
+    depth = planner.depth_for(RecipeFlags(), vocab_size, target, 3600 * MAX_HOURS, False)
+    depth = max(1, depth - depth % 2)  # the width of an odd depth is rounded up to whole heads
+    return Size(vocab_size, ["--depth", str(depth)], fp8 if depth >= FP8_DEPTH else [], eval_tokens)
+
+
+# ---- facts ----
+
+
+def read_settings(start_dir: Path) -> Settings:
+    """The environment variables, with absolute paths. UserError if one of them has an impossible value."""
+    mode = os.environ.get("NANOCHAT_SPEEDRUN", "")
+    if mode not in ("", "tiny"):
+        raise UserError(f"NANOCHAT_SPEEDRUN is {mode}: use tiny, or unset it")
+    hardware.pick_dtype(torch.device("cpu"))  # checks $NANOCHAT_DTYPE
+    data_dir = os.environ.get("NANOCHAT_DATA_DIR", "")
+    if data_dir and ("=" not in data_dir or (start_dir / data_dir).exists()):
+        path = start_dir / Path(data_dir).expanduser()
+        if not path.exists():
+            raise UserError(f"NANOCHAT_DATA_DIR is {data_dir}, which is no folder, file or mixture (name=weight,…)")
+        data_dir = str(path.resolve())
+    return Settings(
+        mode=mode,
+        data_dir=data_dir,
+        datasets_dir=folder_of("NANOCHAT_DATASETS_DIR", start_dir),
+        dtype=os.environ.get("NANOCHAT_DTYPE", ""),
+    )
+
+
+def folder_of(variable: str, start_dir: Path) -> str:
+    """The absolute path of the folder that an environment variable names; "" if it is not set."""
+    value = os.environ.get(variable, "")
+    path = start_dir / Path(value).expanduser()
+    if not value:
+        return ""
+    if not path.is_dir():
+        raise UserError(f"{variable} is {value}, which is not a folder")
+    return str(path.resolve())
+
+
+def find_facts(settings: Settings, for_: str, base: Path) -> Facts:
+    """Facts about this machine, or about the one that is named by `for_`."""
+    text, text_bytes = inspect_text(settings.data_dir, base)
+    if for_:
+        card, count = find_machine(for_)
+        gpus = power_of_two(count)
+        return Facts("cuda", gpus, card.name, online=True, text=text, text_bytes=text_bytes)
+    device = hardware.pick_device()
+    known = hardware.gpu_card(device)
+    measures_faster = device.type == "cpu" and not settings.dtype and hardware.bf16_faster_on_cpu()
+    needs_network = settings.mode != "tiny" and (device.type == "cuda" or text != "")
+    return Facts(
+        device=device.type,
+        gpus=power_of_two(torch.cuda.device_count()) if device.type == "cuda" else 0,
+        card=known.name if known else "",
+        dtype="bfloat16" if measures_faster else "",
+        online=needs_network and is_online(),
+        text=text,
+        text_bytes=text_bytes,
+    )
+
+
+def power_of_two(count: int) -> int:
+    """The largest power of two that is not above count."""
+    return 1 << (count.bit_length() - 1)
+
+
+def inspect_text(data_dir: str, base: Path) -> tuple[str, float]:
+    """What NANOCHAT_DATA_DIR is (see Facts.text), and its approximate size in bytes."""
+    if not data_dir:
+        return "", math.inf
+    path = Path(data_dir)
+    if not path.exists():
+        return "mixture", math.inf
+    shards = list(path.glob("*.parquet"))
+    if shards:
+        return "shards", COMPRESSION_RATIO * sum(shard.stat().st_size for shard in shards)
+    sources, _ = find_sources([data_dir], "text", exclude=base / "text")
+    return "files", sum(source.estimate_bytes() for source in sources if not isinstance(source, HubSource))
+
+
+def is_online() -> bool:
+    """Whether the hub responds, even with an error."""
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true"):
+        return False
+    try:
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5)
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):  # ValueError: HF_ENDPOINT is no address
+        return False
+    return True
+
+
+# ---- the plan ----
+
+
+def print_plan(decisions: Decisions) -> None:
+    """Prints what was chosen and why, and what pretraining and fine-tuning need."""
+    flags = parse(base_train.Flags, decisions.base_train)
+    recipe = derive(flags, decisions.vocab_size)
+    config = recipe.model
+    target = find_target(decisions, flags.fp8)
+    setup = planner.training_setup(config, target, recipe.total_batch_size, compiled=flags.compile, fp8=flags.fp8)
+    rows = planner.training_rows(config, setup, target, num_steps=recipe.num_iterations, flops=recipe.flops)
+    print_table(
+        "Plan of the speedrun",
+        [
+            ("text", decisions.text),
+            ("chat", decisions.chat),
+            ("vocabulary", f"{decisions.vocab_size:,} tokens"),
+            ("base_train", shlex.join(decisions.base_train)),
+        ],
+    )
+    print_table("Pretraining", rows)
+
+    sft_target = find_target(decisions, fp8=False) if flags.fp8 else target
+    sft_setup = planner.training_setup(config, sft_target, recipe.total_batch_size, compiled=flags.compile)
+    if sft_setup.rows > setup.rows:  # fine-tuning inherits the rows of pretraining if they fit
+        sft_setup = replace(sft_setup, rows=setup.rows, accumulation=setup.accumulation)
+    num_steps = max(1, round(decisions.sft_tokens / recipe.total_batch_size))
+    sft_flops = float(num_steps * recipe.total_batch_size) * flops_per_token(config)
+    rows = planner.training_rows(config, sft_setup, sft_target, num_steps=num_steps, flops=sft_flops)
+    shown = ("batch", "training", "time", "cost", "memory per rank")
+    print_table("Fine-tuning (the number of tokens is an estimate)", [row for row in rows if row[0] in shown])
+
+    seconds = target.seconds(config, recipe.flops) + sft_target.seconds(config, sft_flops)
+    print(f"Together {duration(seconds)}; text, tokenizer and evaluations take additional time.", flush=True)
+
+
+def find_target(decisions: Decisions, fp8: bool) -> Target:
+    if decisions.card:
+        target = planner.named_target(f"{decisions.gpus}x{decisions.card}", fp8)
+    else:
+        device = hardware.pick_device(decisions.device)
+        target = planner.local_target(device, max(1, decisions.gpus), hardware.pick_dtype(device), fp8)
+    return replace(target, dtype=hardware.DTYPES[decisions.dtype]) if decisions.dtype else target
+
+
+# ---- from one start to the next, and to bash ----
+
+
+def load_decisions(file: Path, settings: Settings) -> Decisions | None:
+    """What was decided with the same settings at an earlier start; None if nothing was."""
+    try:
+        saved = json.loads(file.read_text())
+        return Decisions(**saved["decisions"]) if saved["settings"] == asdict(settings) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or written by another version
+        return None
+
+
+def save_decisions(file: Path, settings: Settings, decisions: Decisions) -> None:
+    """Saves the decisions for the next start, and removes the marks of stages that ran with others."""
+    if file.exists():
+        print("the settings differ from those of the last run: all stages run again")
+    for pattern in ("*.started", "*.done"):
+        for mark in file.parent.glob(pattern):
+            mark.unlink()
+    with atomic_path(file) as temporary:
+        temporary.write_text(json.dumps({"settings": asdict(settings), "decisions": asdict(decisions)}, indent=1))
+
+
+def shell_variables(decisions: Decisions, datasets_dir: str, eval_bundle: str, wandb_run: str) -> str:
+    """Assignments for bash: exported variables, and an array of words for each stage."""
+    exported = {
+        "NANOCHAT_DATA_DIR": decisions.data_dir,
+        "NANOCHAT_DATASETS_DIR": datasets_dir,
+        "NANOCHAT_EVAL_BUNDLE": eval_bundle,
+        "NANOCHAT_DTYPE": decisions.dtype,
+    }
+    base_eval = decisions.base_eval
+    if eval_bundle:
+        base_eval = ["core,bpb,sample" if word == "bpb,sample" else word for word in base_eval]
+    run = ["--run", wandb_run] if wandb_run else []
+    arrays = {
+        "data": decisions.data,
+        "launch": decisions.launch,
+        "tok_train": ["--vocab-size", str(decisions.vocab_size)],
+        "base_train": decisions.base_train + run,
+        "base_eval": base_eval,
+        "chat_sft": decisions.chat_sft + run,
+        "chat_eval": decisions.chat_eval,
+        "questions": decisions.questions,
+    }
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in exported.items() if value]
+    lines += [f"{name}=({shlex.join(words)})" for name, words in arrays.items()]
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class Flags:
+    plan: bool = flag(False, "print the plan of all stages and exit: nothing is downloaded or written")
+    for_: str = flag("", "with --plan: another machine to plan for, such as 8xH100 or 1xRTX4090")
+    start_dir: str = flag(".", "folder that relative paths in environment variables start from")
+
+
+@command
+def main(flags: Flags) -> None:
+    if flags.for_ and not flags.plan:
+        raise UserError("--for plans for another machine: use it with --plan")
+    start_dir = Path(flags.start_dir).resolve()
+    settings = read_settings(start_dir)
+    eval_bundle = folder_of("NANOCHAT_EVAL_BUNDLE", start_dir)
+    base = (start_dir / base_dir()).resolve()
+    file = base / "speedrun" / "decided.json"
+    decisions = None if flags.for_ else load_decisions(file, settings)
+    if decisions:
+        print(f"as decided at the first start (remove {file.parent} to decide again):")
+    else:
+        decisions = decide(settings, find_facts(settings, flags.for_, base), base)
+        if not flags.plan:
+            save_decisions(file, settings, decisions)
+    print_plan(decisions)
+    if not flags.plan:
+        with atomic_path(file.with_name("stages.sh")) as temporary:
+            wandb_run = os.environ.get("WANDB_RUN", "")
+            temporary.write_text(shell_variables(decisions, settings.datasets_dir, eval_bundle, wandb_run))
+
+
+if __name__ == "__main__":
+    main()
