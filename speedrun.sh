@@ -17,7 +17,6 @@
 # shellcheck disable=SC1091,SC2046,SC2154  # sourced files set the arrays; resume prints one word or none
 set -euo pipefail
 started=$SECONDS
-start_dir=$PWD
 source "$(dirname "${BASH_SOURCE[0]}")/runs/setup.sh"
 
 fail() { echo "error: $1" >&2; exit 1; }

@@ -274,6 +274,13 @@ def _best_seconds(functions: Sequence[Callable[[], object]], device: torch.devic
     return best
 
 
-if __name__ == "__main__":  # for speedrun.sh: device, number of GPUs, and "bfloat16" if a CPU should train in it
-    found = pick_device()
-    print(found.type, torch.cuda.device_count(), "bfloat16" if found.type == "cpu" and bf16_faster_on_cpu() else "-")
+def power_of_two(count: int) -> int:
+    """
+    The largest power of two that is not above count, at least 1. Batch sizes are powers of two, so the number of ranks
+    must be one too.
+    """
+    return 1 << max(0, count.bit_length() - 1)
+
+
+if __name__ == "__main__":  # for runs/setup.sh: the number of ranks that train on this machine
+    print(power_of_two(torch.cuda.device_count()))

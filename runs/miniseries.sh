@@ -2,13 +2,21 @@
 # A miniseries: one compute-optimal model per depth, to see how the recipe scales.
 #
 #   bash runs/miniseries.sh
-#   DEPTHS="2 3 4" OPTIONS="--head-dim 64 --max-seq-len 512 --device-batch-size 8" bash runs/miniseries.sh
+#   DEPTHS="2 3 4" OPTIONS="--head-dim 64 --max-seq-len 512" bash runs/miniseries.sh
+#
+# It needs shards and a tokenizer:
+#   python -m nanochat.dataset -n 170
+#   python -m scripts.tok_train
+#
+# The six depths
+# take 2.4 hours and 58 dollars of training on 8xH100 (calculated; validation and evaluation take additional time):
+#   python -m scripts.base_train --plan --for 8xH100 --depth 20
+# shellcheck disable=SC1091,SC2086,SC2154  # OPTIONS is a list of words; setup.sh sets launch
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 detect_machine
 
 for depth in ${DEPTHS:-10 12 14 16 18 20}; do
-  # shellcheck disable=SC2086  # OPTIONS is a list of words
-  "${train[@]}" scripts.base_train --depth "$depth" --model-tag "mini-d$depth" --eval-every 0 --resume ${OPTIONS:-}
-  "${train[@]}" scripts.base_eval -g "mini-d$depth"
+  "${launch[@]}" scripts.base_train --depth "$depth" --model-tag "mini-d$depth" --eval-every 0 --resume ${OPTIONS:-}
+  "${launch[@]}" scripts.base_eval -g "mini-d$depth"
 done

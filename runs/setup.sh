@@ -1,9 +1,11 @@
+# shellcheck shell=bash disable=SC1091,SC2034  # the scripts that source this file use what it sets
 # Sets up the environment for the scripts that source this file: a virtual environment in .venv, with every package at
 # the version of constraints.txt. Does nothing when .venv is up to date.
 #
 # NANOCHAT_VENV=~/my-venv uses that environment instead; nothing is installed into it.
 
 set -euo pipefail
+start_dir=$PWD  # relative paths of the user start here
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 setup() {
@@ -43,13 +45,11 @@ build_rustbpe() {  # replaces the published wheel by the crate in rustbpe/, if i
   fi
 }
 
-detect_machine() {  # sets device (cuda, mps or cpu), gpus and train: the command that starts a stage on all GPUs
-  local facts
-  facts=$(python -m nanochat.hardware)
-  read -r device gpus _ <<<"$facts"
-  train=(python -m)
-  if [ "$device" = cuda ]; then
-    train=(torchrun --standalone --nproc_per_node="$gpus" -m)
+detect_machine() {  # sets ranks (the GPUs, 1 without any) and launch: the command that starts a stage on all of them
+  ranks=$(python -m nanochat.hardware)
+  launch=(python -m)
+  if [ "$ranks" -gt 1 ]; then
+    launch=(torchrun --standalone --nproc_per_node="$ranks" -m)
   fi
 }
 

