@@ -19,6 +19,6 @@
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"  # Slurm runs a copy of this script
 source runs/setup.sh    # once, before the nodes start
-MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER NODES="$SLURM_JOB_NUM_NODES"
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER="${nodes%%$'\n'*}" NODES="$SLURM_JOB_NUM_NODES"
 srun bash -c 'NODE_RANK=$SLURM_NODEID exec bash runs/nodes.sh "$@"' nodes.sh --save-every 250 --keep-last 2 --resume "$@"
