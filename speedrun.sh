@@ -28,7 +28,7 @@ case "$NANOCHAT_BASE_DIR" in /*) ;; *) NANOCHAT_BASE_DIR="$start_dir/$NANOCHAT_B
 if [ $# -gt 0 ]; then exec python -m scripts.speedrun --start-dir "$start_dir" "$@"; fi
 
 state="$NANOCHAT_BASE_DIR/speedrun"  # what was decided, and which stages were started and finished
-mkdir -p "$state" || fail "cannot write to $NANOCHAT_BASE_DIR: set NANOCHAT_BASE_DIR"
+mkdir -p "$state" 2>/dev/null || fail "cannot write to $NANOCHAT_BASE_DIR: set NANOCHAT_BASE_DIR"
 if command -v flock >/dev/null; then
   exec 8>"$state/lock"
   flock --timeout 5 8 ||  # a stage that was just killed may take a moment to end

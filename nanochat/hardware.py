@@ -278,6 +278,9 @@ def power_of_two(count: int) -> int:
     """
     The largest power of two that is not above count, at least 1. Batch sizes are powers of two, so the number of ranks
     must be one too.
+
+    >>> power_of_two(6), power_of_two(0)
+    (4, 1)
     """
     return 1 << max(0, count.bit_length() - 1)
 

@@ -12,7 +12,7 @@
 # interruption: training resumes from its last checkpoint.
 # shellcheck disable=SC1091
 set -euo pipefail
-: "${1:?usage: bash runs/cpu.sh FOLDER}"
+if [ $# -ne 1 ]; then echo "usage: bash runs/cpu.sh FOLDER" >&2; exit 1; fi
 text=$(realpath "$1")
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 export NANOCHAT_DATA_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/text"

@@ -112,12 +112,12 @@ def decide(settings: Settings, facts: Facts, base: Path) -> Decisions:
     if facts.gpus > 1:
         launch = ["torchrun", "--standalone", f"--nproc_per_node={facts.gpus}", "-m"]
     data = text.command
+    evals = "bpb,sample"
     if text.kind == "public":
-        flags = parse(RecipeFlags, size.flags_of_recipe)
-        recipe = derive(flags, size.vocab_size)
+        recipe = derive(parse(RecipeFlags, size.recipe_flags), size.vocab_size)
         num_shards = math.ceil(recipe.num_iterations * recipe.total_batch_size / TOKENS_PER_SHARD)
         data = ["python", "-m", "nanochat.dataset", "-n", str(num_shards)]
-    evals = "core,bpb,sample" if text.kind == "public" else "bpb,sample"
+        evals = "core,bpb,sample"
     eval_tokens = str(size.eval_tokens)
     return Decisions(
         device=facts.device,
@@ -131,7 +131,7 @@ def decide(settings: Settings, facts: Facts, base: Path) -> Decisions:
         sft_tokens=chat.tokens,
         data=data,
         launch=launch,
-        base_train=[*size.flags, "--eval-tokens", eval_tokens, *shared],
+        base_train=[*size.recipe_flags, *size.options, "--eval-tokens", eval_tokens, *shared],
         base_eval=["-g", "speedrun", "--eval", evals, "--max-per-task", "500", "--split-tokens", eval_tokens],
         chat_sft=["--base-tag", "speedrun", *chat.sft, *shared],
         chat_eval=["-i", "sft", "-g", "speedrun", *chat.evaluation],
@@ -199,14 +199,10 @@ def choose_chat(settings: Settings, facts: Facts, text: Text) -> Chat:
 @dataclass(frozen=True)
 class Size:
     vocab_size: int
-    flags_of_recipe: list[str]
+    recipe_flags: list[str]
     options: list[str]  # further flags of base_train
     eval_tokens: int
     save_every: int = 250
-
-    @property
-    def flags(self) -> list[str]:
-        return [*self.flags_of_recipe, *self.options]
 
 
 def choose_size(settings: Settings, facts: Facts, text: Text) -> Size:
@@ -218,9 +214,8 @@ def choose_size(settings: Settings, facts: Facts, text: Text) -> Size:
         return Size(min(vocab_size, 1024), recipe, ["--eval-every", "0", "--no-compile"], 8192, save_every=10)
     small = ["--depth", "4", "--head-dim", "64", "--max-seq-len", "512"]
     if text.kind == "primer":
-        return Size(
-            2048, [*small, "--total-batch-size", "4096", "--num-iterations", "640"], ["--eval-every", "0"], 65536
-        )
+        recipe = [*small, "--total-batch-size", "4096", "--num-iterations", "640"]
+        return Size(2048, recipe, ["--eval-every", "0"], 65536)
     if facts.device != "cuda":
         vocab_size = min(vocab_size, 8192)
         eval_tokens = 524288 if vocab_size == 8192 else 65536
@@ -239,8 +234,9 @@ def gpu_size(facts: Facts, vocab_size: int) -> Size:
     eval_tokens = 80 * 524288
     if not facts.card:
         depth = DEPTH_OF_UNKNOWN_CARD.get(facts.gpus, PUBLIC_DEPTH)
-        recipe_flags = public if depth == PUBLIC_DEPTH else ["--depth", str(depth)]
-        return Size(vocab_size, recipe_flags, [], eval_tokens)
+        if depth < PUBLIC_DEPTH:
+            return Size(vocab_size, ["--depth", str(depth)], [], eval_tokens)
+        return Size(vocab_size, public, [], eval_tokens)
     card, _ = find_machine(facts.card)
     machine = f"{facts.gpus}x{facts.card}"
     fp8 = ["--fp8"] if card.has_fp8 else []
@@ -298,15 +294,17 @@ def find_facts(settings: Settings, for_: str, base: Path) -> Facts:
         gpus = hardware.power_of_two(count)
         return Facts("cuda", gpus, card.name, online=True, text=text, text_bytes=text_bytes)
     device = hardware.pick_device()
+    is_gpu = device.type == "cuda"
     known = hardware.gpu_card(device)
-    measures_faster = device.type == "cpu" and not settings.dtype and hardware.bf16_faster_on_cpu()
-    needs_network = settings.mode != "tiny" and (device.type == "cuda" or text != "")
+    prefers_bfloat16 = device.type == "cpu" and not settings.dtype and hardware.bf16_faster_on_cpu()
+    may_use_hub = settings.mode != "tiny" and (is_gpu or bool(text))
+    gpus = hardware.power_of_two(torch.cuda.device_count())
     return Facts(
         device=device.type,
-        gpus=hardware.power_of_two(torch.cuda.device_count()) if device.type == "cuda" else 0,
+        gpus=gpus if is_gpu else 0,
         card=known.name if known else "",
-        dtype="bfloat16" if measures_faster else "",
-        online=needs_network and is_online(),
+        dtype="bfloat16" if prefers_bfloat16 else "",
+        online=may_use_hub and is_online(),
         text=text,
         text_bytes=text_bytes,
     )
