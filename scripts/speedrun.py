@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat import hardware, planner
+from nanochat import dataset, hardware, mixture, planner
 from nanochat.cards import find_machine
 from nanochat.cli import command, flag, parse
 from nanochat.common import UserError, atomic_path, base_dir, duration
@@ -59,7 +59,7 @@ class Settings:
     """What the user has set in environment variables. When one of them changes, all stages run again."""
 
     mode: str = ""  # NANOCHAT_SPEEDRUN: "" or tiny
-    data_dir: str = ""  # a folder of shards, text files to convert, or a mixture
+    data_dir: str = ""  # a folder of shards, text to convert, or a mixture (mixture.py)
     datasets_dir: str = ""
     dtype: str = ""
 
@@ -262,11 +262,11 @@ def read_settings(start_dir: Path) -> Settings:
         raise UserError(f"NANOCHAT_SPEEDRUN is {mode}: use tiny, or unset it")
     hardware.pick_dtype(torch.device("cpu"))  # checks $NANOCHAT_DTYPE
     data_dir = os.environ.get("NANOCHAT_DATA_DIR", "")
-    if data_dir and ("=" not in data_dir or (start_dir / data_dir).exists()):
-        path = start_dir / Path(data_dir).expanduser()
-        if not path.exists():
-            raise UserError(f"NANOCHAT_DATA_DIR is {data_dir}, which is no folder, file or mixture (name=weight,…)")
+    path = start_dir / Path(data_dir).expanduser()
+    if data_dir and path.exists():
         data_dir = str(path.resolve())
+    elif data_dir and not dataset.is_mixture(data_dir) and data_dir not in mixture.KNOWN:
+        raise UserError(f"NANOCHAT_DATA_DIR is {data_dir}, which is no folder, file or mixture (name=weight,…)")
     return Settings(
         mode=mode,
         data_dir=data_dir,

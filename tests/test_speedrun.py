@@ -5,6 +5,7 @@ skips what is finished and resumes the rest. Also its plan and its error message
     python -m pytest tests/test_speedrun.py
 """
 
+import math
 import os
 import re
 import signal
@@ -267,6 +268,14 @@ def test_bad_setting_ends_in_one_line(speedrun, arguments, variables, message):
     assert process.wait(timeout=60) == 1
     [line] = log.read_text().splitlines()
     assert line.startswith(message)
+
+
+@pytest.mark.parametrize("value", ["climbmix", "climbmix=0.8,~/books=0.2"])
+def test_mixture_passes_unchanged(base_dir, monkeypatch, tmp_path, value):
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", value)
+    settings = plan.read_settings(tmp_path)
+    assert settings.data_dir == value
+    assert plan.inspect_text(value, base_dir) == ("mixture", math.inf)
 
 
 def test_folder_without_text_is_refused(base_dir, monkeypatch, tmp_path):
