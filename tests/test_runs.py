@@ -180,3 +180,19 @@ def test_table_without_runs_names_the_script(base_dir):
     with pytest.raises(SystemExit, match=r"runs/scaling_laws\.sh: run it first") as error:
         scaling_laws.main([])
     assert isinstance(error.value.__cause__, UserError)
+
+
+@pytest.mark.parametrize(
+    "capabilities, installs", [("9.0", True), ("12.0\\n9.0", True), ("9.0\\n8.0", False), ("", False)]
+)
+def test_flash_attention_is_installed_for_hopper_and_newer(run, tmp_path, capabilities, installs):
+    nvidia_smi = tmp_path / "venv/bin/nvidia-smi"
+    nvidia_smi.write_text(f"#!/bin/sh\nprintf '{capabilities}'\n")
+    nvidia_smi.chmod(0o755)
+    command = f"source {ROOT}/runs/setup.sh; install_flash_attention python"
+    environment = os.environ | {"NANOCHAT_VENV": str(tmp_path / "venv"), "RECORD": str(tmp_path / "record.jsonl")}
+    subprocess.run(["bash", "-c", command], env=environment, check=True, capture_output=True)
+    record = tmp_path / "record.jsonl"
+    assert record.exists() == installs
+    if installs:
+        assert json.loads(record.read_text())[-2:] == ["-e", ".[gpu]"]
