@@ -91,7 +91,7 @@ def train_on_rollouts(flags: Flags, run: Run, source: Checkpoint) -> None:
     target = planner.local_target(dist.device, dist.world_size, run.dtype)
     memory = planned_memory(flags, source.config, target)
     planner.check_memory(memory, target, REMEDY)
-    run.predicted_memory = memory.peak
+    run.rows, run.predicted_memory = flags.device_batch_size, memory.peak
 
     # Build. The model that the run starts from is the reference of the KL term.
     reference = None
