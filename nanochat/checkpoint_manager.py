@@ -10,9 +10,9 @@ Each stage and tag has a folder, with one folder per saved step:
         state.json               format version, model configuration, loop state, flags, tokenizer fingerprint
         manifest.json            size and CRC-32 of each file
 
-A step is written to a temporary folder, flushed to the disk and renamed. After a crash, a full disk or a kill the
-previous checkpoint is complete and counts as the newest. A thread does the writing: training waits only until
-everything is copied to host memory.
+A step is written to a temporary folder, flushed to the disk and renamed. After a crash, a full disk or a kill, the
+checkpoint before it is still complete, and --resume loads that one. A thread does the writing: training waits only
+until everything is copied to host memory.
 
 The parts: `CheckpointReader` and the functions that find a checkpoint, `run_lock` (one run per tag), `set_aside` (what
 happens to an earlier run of the tag), and `CheckpointWriter`. nanochat/legacy.py reads checkpoints of older versions.
@@ -67,7 +67,7 @@ def tag_dir(stage: str, tag: str) -> Path:
 
 
 def step_dir(folder: Path, step: int) -> Path:
-    """The folder of one step below that of its tag. Six digits for people: nothing here sorts by name."""
+    """The folder of one step below that of its tag. Six digits, so that `ls` sorts them; the code sorts numbers."""
     return folder / f"step_{step:06d}"
 
 
@@ -237,7 +237,7 @@ def find_by_path(path: str) -> Checkpoint:
     """The checkpoint that a run recorded as `path`, also after the base folder has moved. UserError if it is gone."""
     folder, tag, name = Path(path).parts[-3:]
     stage = next(stage for stage, (stage_folder, _) in STAGES.items() if stage_folder == folder)
-    return find(stage, tag, int(re.findall(r"\d+", name)[0]))
+    return find(stage, tag, int(re.findall(r"\d+", name)[0]))  # step_001000, or model_001000.pt of older versions
 
 
 def load_model(
@@ -292,7 +292,7 @@ def set_aside(stage: str, tag: str) -> Path:
 
 
 def complete_swap(stage: str, tag: str) -> None:
-    """The second half of set_aside. The next run repeats it if a kill interrupted it; otherwise it does nothing."""
+    """The second half of set_aside. If a kill interrupts it, the next run completes it. Does nothing if all is done."""
     folder = tag_dir(stage, tag)
     if folder.exists() or not provisional(folder).exists():
         return
@@ -301,7 +301,7 @@ def complete_swap(stage: str, tag: str) -> None:
             file.rename(file.with_name(f"{file.stem}.{_last_number(folder)}{file.suffix}"))
         if provisional(file).exists():
             provisional(file).rename(file)
-    provisional(folder).rename(folder)  # last, because its old name shows that there is something to complete
+    provisional(folder).rename(folder)  # last: while it exists, the swap is not complete
 
 
 def _last_number(folder: Path) -> int:
@@ -321,10 +321,11 @@ class CheckpointWriter:
         self.keep_last = keep_last  # checkpoints; -1 = all
         self.resumed = resumed
         self.last_saved = str(resumed.path) if resumed else NO_CHECKPOINT
+        # True on rank 0 only, the one rank that writes.
         self.replaces_earlier = dist.is_main and not resumed and bool(CheckpointReader(stage, tag).steps())
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.pending: Future[None] | None = None  # the last save, until its success has been checked
-        if self.replaces_earlier:  # an earlier attempt may have failed and left these
+        if self.replaces_earlier:  # an attempt that failed may have left files under the provisional names
             shutil.rmtree(provisional(self.path), ignore_errors=True)
             for file in log_files(stage, tag):
                 provisional(file).unlink(missing_ok=True)

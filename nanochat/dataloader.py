@@ -10,8 +10,8 @@ Two loaders of the same shape:
             for x_BT, y_BT, num_targets in step.micro_batches:
                 ...
 
-Both pack best-fit (arXiv 2404.10830): to fill a row of T + 1 tokens, they repeatedly take the longest document of a
-buffer that still fits into the row. When none fits, pretraining crops the shortest document to the room left in the
+Both pack best-fit (arXiv 2404.10830): to fill a row of T + 1 tokens, they repeatedly take from a buffer
+the longest document that still fits. When none fits, pretraining crops the shortest document to the room left in the
 row, so that no computation is spent on padding; fine-tuning pads the row, so that conversations stay complete. Every
 document starts with BOS, and so does every row. Inputs are a row's first T tokens, targets its last T.
 
@@ -64,8 +64,8 @@ class PackingBuffer:
     """
 
     def __init__(self, documents: Iterable[Any] = ()):
-        # (length, -number of arrival, document), sorted. The number makes the oldest of equal length the last of them,
-        # and because it is unique, documents are never compared.
+        # (length, -number of arrival, document), sorted. Of equally long documents the oldest comes last: its negative
+        # number is the highest. The numbers are unique, so documents themselves are never compared.
         self._entries: list[tuple[Any, ...]] = []
         self._num_arrived = 0
         for document in documents:
@@ -100,11 +100,11 @@ class PretrainLoader:
     With fewer row groups than ranks, every rank reads all row groups and takes every world_size-th text.
 
     `states` are the data states of all ranks of the run to resume. If the number of ranks has changed, the buffered
-    documents are distributed over the new ranks, and reading continues at the earliest row group that a rank was
-    reading: no document is lost, some are read twice.
+    documents are distributed over the new ranks, and reading continues at the earliest row group that any
+    old rank had still to finish: no document is lost, some are read twice.
 
-    Raises UserError if the states belong to other shards, and when the first batch is built if no row group has text
-    for this rank.
+    Raises UserError if the states belong to other shards; also, at the first batch, if no row group has text for this
+    rank.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class PretrainLoader:
         return f"shard {shard}, row group {row_group}, epoch {epoch}"
 
     def warn_of_second_epoch(self, text: str, step: int) -> None:
-        """Warns when the shards have been read to their end for the first time; `text` is what they hold."""
+        """Warns when the second epoch starts. `text` names what the shards hold."""
         if self.epochs >= 1 and not self._is_repeating:
             warn0(f"{text} starts its second epoch at step {step}: with more shards, it would not repeat itself")
             self._is_repeating = True
@@ -268,7 +268,7 @@ class ConversationLoader:
     truncated, and counted. Micro-batches and steps without a single target are skipped. A step's num_tokens includes
     the padding: it counts what the model computes.
 
-    Raises UserError if the state belongs to other conversations, and when a whole pass has no target.
+    Raises UserError if the state belongs to other conversations; also, during training, if a whole pass has no target.
     """
 
     def __init__(
@@ -381,14 +381,14 @@ class ConversationLoader:
             self.next_index += 1
 
     def _render_to_buffer(self, index: int) -> bool:
-        """Adds a conversation, truncated to a row, to the buffer; return whether it was too long."""
+        """Adds a conversation, truncated to a row, to the buffer; returns whether it was too long."""
         ids, mask = render(self.conversations[index % len(self.conversations)], self.tokenizer)
         row_length = self.sequence_len + 1
         self.buffer.add((index, ids[:row_length], mask[:row_length]), min(len(ids), row_length))
         return len(ids) > row_length
 
     def _micro_batches(self, rows: list[tuple[np.ndarray, np.ndarray]], num_targets: int) -> list[MicroBatch]:
-        """Groups rows into micro-batches; leave out those without a target."""
+        """Groups rows into micro-batches; leaves out those without a target."""
         micro_batches = []
         for first in range(0, len(rows), self.batch_size):
             inputs, targets = zip(*rows[first : first + self.batch_size], strict=True)

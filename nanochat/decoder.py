@@ -56,7 +56,8 @@ class BatchSampling:
     """Which parts of `sample` a step needs; the others are skipped. The values per row are in RowSampling."""
 
     greedy: bool = False  # some row is greedy
-    # The k of each torch.topk to compute. A row with a top_k or top_p uses its own k, rounded up to a power of two.
+    # The k of each torch.topk to compute. A row with a top_k uses that, a row with only a top_p the vocabulary's size,
+    # both rounded up to a power of two.
     candidates: tuple[int, ...] = ()
     top_p: bool = False  # some row has a top_p below 1
     full_vocab: bool = False  # some row samples from the whole vocabulary
@@ -94,7 +95,7 @@ def sample(
     probabilities add up to top_p. Greedy rows get the log-probability under the full softmax at temperature 1.
 
     A row's token does not depend on the other rows. torch.topk orders equal logits differently for different k, so each
-    row uses a k that follows from its own top_k: the next power of two.
+    row uses a k that follows from its own top_k (see BatchSampling), whatever else is in the batch.
     """
     is_sampled_B = rows.temperature_B > 0
     temperature_B1 = torch.where(is_sampled_B, rows.temperature_B, 1.0)[:, None]
@@ -110,7 +111,7 @@ def sample(
         indices_B, limited_logprobs_B = sample_index(probs_Bk, rows.uniform_B)
         limited_tokens_B = ids_Bk.gather(1, indices_B[:, None]).squeeze(1)
         is_limited_B = (rows.top_k_B < raw_BV.size(1)) | (rows.top_p_B < 1)
-        # The rows whose top_k, rounded up to a power of two, is this size.
+        # The rows whose top_k, rounded up to a power of two, is this size: size / 2 < top_k <= size.
         uses_size_B = is_limited_B & (size // 2 < rows.top_k_B) & (rows.top_k_B <= size)
         tokens_B = torch.where(uses_size_B, limited_tokens_B, tokens_B)
         logprobs_B = torch.where(uses_size_B, limited_logprobs_B, logprobs_B)
@@ -298,7 +299,8 @@ class Decoder:
         self.head = PackedLinear(lambda: [model.lm_head.weight[: config.vocab_size]], model.dtype, layout)
         self.weight_ptrs = [p.data_ptr() for p in model.parameters()]
 
-        # Rotation of a whole head at once: x * cos + (x with its halves swapped) * sin.
+        # Rotation of a whole head at once: x * cos + (x with its halves swapped) * sin. For the second half, sin gets
+        # the minus sign that gpt.rotate has there.
         self.cos = model.cos.to(self.dtype).repeat(1, 2)[:, None]
         self.sin = model.sin.to(self.dtype).repeat(1, 2)[:, None]
         self.sin[..., config.head_dim // 2 :] *= -1
@@ -340,8 +342,8 @@ class Decoder:
         self.keys = [torch.zeros(shape, device=device, dtype=self.dtype) for shape in shapes]
         self.values = [torch.zeros(shape, device=device, dtype=self.dtype) for shape in shapes]
         self.previous_RC = torch.zeros((num_slots, config.n_embd), device=device, dtype=self.dtype)  # for smear
-        self.tokens_R = torch.zeros(num_slots, device=device, dtype=torch.long)  # read by the next step …
-        self.positions_R = torch.zeros(num_slots, device=device, dtype=torch.long)  # … at these positions
+        self.tokens_R = torch.zeros(num_slots, device=device, dtype=torch.long)  # the next step reads these
+        self.positions_R = torch.zeros(num_slots, device=device, dtype=torch.long)  # their positions
         self.temperature_R = torch.zeros(num_slots, device=device)
         self.top_k_R = torch.zeros(num_slots, device=device, dtype=torch.long)
         self.top_p_R = torch.ones(num_slots, device=device)
@@ -351,7 +353,7 @@ class Decoder:
         self.num_slots, self.length = num_slots, length
         if old_tensors:
             for new, old in zip(self.slot_tensors(), old_tensors, strict=True):
-                # Rings too: one that grows was as long as the slots, so no position in it has wrapped around.
+                # Correct for rings too: only a ring as long as its slot grows, and in it no position has wrapped around.
                 new[tuple(slice(size) for size in old.shape)] = old
         self.range = torch.arange(length, device=device)
         head_indices = torch.arange(num_slots * config.n_kv_head, device=device).view(num_slots, -1)
@@ -465,7 +467,7 @@ class Decoder:
     def _context(
         self, tokens_B: torch.Tensor, positions_B: torch.Tensor, num_keys: int, min_position: int
     ) -> StepContext:
-        """num_keys: keys to read at most; min_position: the lowest of the positions."""
+        """num_keys: the most keys that a layer reads; min_position: the lowest of the positions."""
         rings: dict[int, RingContext] = {}
         masks: dict[int, torch.Tensor | None] = {}  # by number of keys
         for length, starts in self.ring_starts.items():

@@ -179,7 +179,7 @@ class ActiveRequest:
 
     def __init__(self, number: int, request: Request, tools: ToolUse, config: GPTConfig):
         self.number, self.request, self.tools = number, request, tools
-        room = config.sequence_len + 1 - len(request.prompt)  # the last token is sampled but never read
+        room = config.sequence_len + 1 - len(request.prompt)  # + 1: the last token is never read
         self.limit = min(request.max_tokens, room)  # new tokens
         self.limit_reason = "context" if room < request.max_tokens else "length"
         self.params = sampling_params(request, config.vocab_size)
@@ -217,9 +217,9 @@ class ActiveRequest:
 
 def sampling_params(request: Request, vocab_size: int) -> SamplingParams:
     """
-    Converts the parameters for the decoder: rounds them to float32, and removes a top_k that excludes nothing. Host and
-    device must agree on which rows are greedy or limited, or a row might not be sampled at all: in float32, a top_p of
-    1 - 1e-12 is 1.
+    Converts the parameters for the decoder: rounds them to float32, and removes a top_k that excludes nothing. Without
+    rounding, host and device could disagree on which rows are limited. Example: a top_p of 1 - 1e-12 is a limit on the
+    host, but in float32 on the device it is 1, no limit, and no branch of `sample` would sample that row.
     """
     temperature, top_p = torch.tensor([request.temperature, request.top_p], dtype=torch.float32).tolist()
     if request.temperature > 0:
@@ -261,15 +261,15 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.max_slots = max_slots
+        # BOS too: a base model has no end token, but predicts the start of the next document.
         self.stop_tokens = {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
         with torch.inference_mode():
             self.decoder = Decoder(model, max_slots, int8)
         self.waiting: deque[ActiveRequest] = deque()
         self.active: list[ActiveRequest] = []  # in slots 0, 1, …
         self.prefill = Prefill([], model)  # the prompts being read
-        self.prefixes: dict[tuple[int, ...], Prefix] = {
-            (): Prefix((), [], [])
-        }  # read already, kept for waiting requests
+        # Read already, kept for waiting requests. The empty one is that of prompts with a single token.
+        self.prefixes: dict[tuple[int, ...], Prefix] = {(): Prefix((), [], [])}
         self.prefix_refcounts: Counter[tuple[int, ...]] = Counter()  # waiting requests per prefix
         self.num_requests = 0  # so far
 
@@ -332,7 +332,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Reads at most one chunk of prompts, then adds a token to every request that is in a slot."""
+        """Reads the next chunk of the prompts being read, then adds a token to every request that is in a slot."""
         self._read_prompts()
         self._fill_slots()
         if not self.active:
@@ -379,7 +379,7 @@ class Engine:
     def _fill_slots(self) -> None:
         """Moves requests whose prompts have been read into free slots, first come, first served."""
         while self.waiting and len(self.active) < self.max_slots and self.waiting[0].prefix in self.prefixes:
-            entry = self.waiting[0]  # stays in the queue until its slot is filled: if that fails, it can be cancelled
+            entry = self.waiting[0]  # stays in the queue until its slot is filled, so that cancel() still finds it
             self._reserve(entry)
             uniforms = random_uniforms(entry.request.seed, entry.limit)
             prefix, last_token = self.prefixes[entry.prefix], entry.request.prompt[-1]

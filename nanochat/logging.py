@@ -61,6 +61,7 @@ class Logger:
         if not self.dist.is_main:
             return
         if self.card and self.flops_per_token and "train/tokens_per_second" in metrics:
+            # In reinforcement learning this counts only the sampled tokens, but the time of sampling too.
             flops = metrics["train/tokens_per_second"] * self.flops_per_token
             metrics = metrics | {"train/mfu": flops / (self.card.flops * self.dist.world_size)}
         self.latest |= metrics
@@ -139,8 +140,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def progress(total: int, dist: Dist, unit: str = "items") -> Callable[[int], None]:
     """
-    Returns a function to call with the number of items done, which prints the progress every 30 seconds. A total of 0
-    is unknown.
+    Returns a function to call with the number of items done. It prints the progress every 30 seconds. total: 0 if
+    unknown.
     """
     start = time.monotonic()
     last = start
@@ -179,7 +180,7 @@ def check_wandb(run: str) -> None:
 
 
 def start_wandb(run: str, group: str, config: dict[str, Any]) -> Any:
-    """Starts a wandb run, offline and with a notice where there is no account or no network."""
+    """Starts a wandb run; without an account or network, prints a notice and logs offline."""
     import wandb
 
     options: Any = {"project": "nanochat", "name": run, "group": group, "config": config, "dir": str(base_dir())}
@@ -191,7 +192,7 @@ def start_wandb(run: str, group: str, config: dict[str, Any]) -> Any:
 
 
 def save_numbers(stage: str, numbers: dict[str, Any]) -> None:
-    """Saves a stage's final numbers for the report. Numbers saved earlier for the same "model" are kept."""
+    """Saves a stage's final numbers for the report, next to those saved earlier for the same "model"."""
     earlier = _saved_numbers(stage)
     if earlier.get("model") == numbers.get("model"):
         numbers = earlier | numbers

@@ -13,9 +13,10 @@ table and some of the matrices of each Muon group. An optimizer step has three p
 2. compute  update what this rank owns
 3. gather   all-gather the updated weights
 
-Phase 1 is complete before phase 2 starts, because the training loop checks loss and gradient norm in between: it calls
-`reduce_gradients` (phase 1) and then `step` (phases 2 and 3). The gather of a group overlaps with the computation of
-the groups after it.
+Phase 1 is complete before phase 2 starts, because the training loop checks loss and gradient norm in between: the
+loop calls `reduce_gradients` (phase 1) and then `step` (phases 2 and 3). The gather of a group
+overlaps with the computation of the groups after it. AdamW updates its weights in place. Muon updates a stacked copy
+of a group's matrices, which is copied back to the parameters: at once on a single rank, otherwise after the gather.
 """
 
 import math
@@ -127,7 +128,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.pending: list[Update] = []  # reduced gradients that `step` has not used yet
         # On a CPU compiling the updates costs 20 s and saves 15 ms a step (depth 4, width 256).
         self.compiles = compile and groups[0]["params"][0].is_cuda
-        # The functions that do the arithmetic. Without compilation AdamW's is torch's fused kernel.
+        # The functions that compute an update and apply it in place. AdamW's is torch's fused kernel, or is compiled.
         self.adamw_kernel: Callable[..., None] = fused_adamw_update
         self.muon_kernel: Callable[..., None] = muon_update
         if self.compiles:
@@ -171,7 +172,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Phases 2 and 3, and phase 1 where reduce_gradients has not been called for these gradients."""
+        """Phases 2 and 3, with the gradients of reduce_gradients; calls it first if the caller has not."""
         if not self.pending:
             self.reduce_gradients()
         self.num_steps += 1
@@ -229,8 +230,9 @@ class MuonAdamW(torch.optim.Optimizer):
     def _compute_muon(self, update: Update) -> None:
         group, params = update.group, update.params
         first = self.rank * self._num_own(params)
+        # A copy of the matrices that this rank owns.
         weights = torch.stack(self._padded(list(params))[first : first + self._num_own(params)])
-        state = self.state[params[0]]  # of the whole group
+        state = self.state[params[0]]  # the first parameter's entry holds the state of the whole group
         if not state:
             state["momentum_buffer"] = torch.zeros_like(update.grad)
             state["second_moment"] = torch.zeros_like(update.grad.mean(dim=_norm_dim(update.grad), keepdim=True))
@@ -244,7 +246,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @staticmethod
     def _copy_to_params(params: list[torch.Tensor], stack: torch.Tensor) -> None:
-        torch._foreach_copy_(params, list(stack[: len(params)].unbind()))  # behind them is padding
+        torch._foreach_copy_(params, list(stack[: len(params)].unbind()))  # the rest is padding
 
     def _num_own(self, params: list[torch.Tensor]) -> int:
         """Matrices of a group per rank."""
@@ -278,7 +280,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 for key, value in self.state[group["params"][0]].items():
                     stack = self._gather(value) if self.world_size > 1 else value
                     if self.rank == 0:
-                        for name, matrix in zip(group["names"], stack, strict=False):  # padding comes last
+                        for name, matrix in zip(group["names"], stack, strict=False):  # the stack ends with padding
                             full[f"{name}.{key}"] = matrix.to("cpu", copy=True)
         return full
 
@@ -349,8 +351,8 @@ def muon_update(p, grad, momentum_buffer, second_moment, lr, decay, momentum, be
     3. orthogonalized by Polar Express (arXiv 2505.16932), in `dtype`
     4. scaled to Frobenius norm sqrt(min(rows, columns)), that of an orthogonal matrix (arXiv 2602.21545)
     5. NorMuon (arXiv 2510.05491): each row (or column) is divided by its running root mean square, the norm restored
-    6. weight decay only where the update itself moves the weight toward zero, so that the two never work against each
-       other; there weight and u have the same sign, because u is subtracted
+    6. weight decay only where u and the weight have the same sign: there the update, which subtracts u, moves the
+       weight toward zero too, so the two never work against each other
     """
     momentum_buffer.lerp_(grad, 1 - momentum)
     g = grad.lerp(momentum_buffer, momentum)

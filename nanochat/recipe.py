@@ -8,10 +8,11 @@ optimizer steps come out. Pure arithmetic, in the order in which one value follo
 3. Batch: tokens per optimizer step, B = 2^19 * (D / D_12)^0.383, rounded to a power of two (arXiv 2505.13738). The
    reference is the model of depth 12: D_12 is its horizon, and 2^19 tokens were found to be its best batch.
 4. Learning rates. They were tuned for the reference and are multiplied by sqrt(B / 2^19): the gradient noise of
-   Adam-like optimizers falls with the square root of the batch (arXiv 2205.10287). Those of the embedding tables and
-   lm_head are also multiplied by sqrt(768 / C). That of smear and backout is not scaled at all.
+   Adam-like optimizers falls with the square root of the batch (arXiv 2205.10287). The rates of
+   the embedding tables and lm_head are also multiplied by sqrt(768 / C). The rate of smear and backout is not scaled.
 5. Weight decay = 0.28 * sqrt(B / 2^19) * D_12 / D. The weights are an average of the updates in the last
-   1 / (learning rate * weight decay) steps. With this formula that is the same share of every run (arXiv 2405.13698).
+   1 / (learning rate * weight decay) steps. With this formula these steps are the same share of every run
+   (arXiv 2405.13698).
 
 The values and the reference point are those of Karpathy's nanochat. `explain` gives the derivation of a run as a table.
 """
@@ -60,20 +61,20 @@ class RecipeFlags:
     aspect_ratio: int = flag(64, "channels of width per layer")
     head_dim: int = flag(128, "channels per attention head")
     max_seq_len: int = flag(2048, "tokens of context")
-    window_pattern: str = flag("SSSL", "windows, repeated over the layers: S = 1/4 of context, L = all; last layer: L")
-    portable: bool = flag(False, "only standard parts, which other programs know; see also tok_train --portable")
+    window_pattern: str = flag("SSSL", "a letter per layer, repeated: S sees 1/4 of the context, L all; last layer: L")
+    portable: bool = flag(False, "only standard parts, which other programs support; see also tok_train --portable")
     num_iterations: int = flag(-1, "optimizer steps; -1 = from --target-flops, else from --target-param-data-ratio")
     target_flops: float = flag(-1.0, "training FLOPs to spend; -1 = from --target-param-data-ratio")
-    target_param_data_ratio: float = flag(12.0, "training tokens per parameter (block matrices and lm_head)")
+    target_param_data_ratio: float = flag(12.0, "training tokens / parameters (of block matrices and lm_head)")
     device_batch_size: int = flag(-1, "sequences per GPU and pass; auto = as many as fit into memory", auto=True)
     total_batch_size: int = flag(-1, "tokens per optimizer step over all GPUs; -1 = from the training tokens")
     embedding_lr: float = flag(Hyperparameters.embedding_lr, "learning rate of the embeddings at batch 2^19, width 768")
     unembedding_lr: float = flag(Hyperparameters.unembedding_lr, "learning rate of lm_head at batch 2^19, width 768")
     matrix_lr: float = flag(Hyperparameters.matrix_lr, "learning rate of the block matrices (Muon), at batch 2^19")
-    scalar_lr: float = flag(Hyperparameters.scalar_lr, "learning rate of the residual scalars, at batch 2^19")
+    scalar_lr: float = flag(Hyperparameters.scalar_lr, "learning rate of x0_lambdas (resid_lambdas: 0.01 of it) at batch 2^19")
     weight_decay: float = flag(0.28, "Muon's weight decay at depth 12; scaled with batch and number of training tokens")
     warmup_steps: int = flag(40, "steps of linear learning-rate warm-up")
-    warmdown_ratio: float = flag(0.65, "share of the run over which the learning rate falls linearly, at its end")
+    warmdown_ratio: float = flag(0.65, "share of the run, at its end, in which the learning rate falls linearly")
     final_lr_frac: float = flag(0.05, "learning rate at the end, as a share of the full one")
 
 
@@ -100,8 +101,8 @@ class Recipe:
 
 def derive(flags: RecipeFlags, vocab_size: int) -> Recipe:
     """
-    Returns the recipe that the flags ask for. Where they give a number of steps or FLOPs, it determines the horizon,
-    and batch size and weight decay follow from that. UserError names the flag that makes the recipe impossible.
+    Returns the recipe that the flags ask for. A given number of steps or FLOPs determines the horizon; batch size and
+    weight decay follow from the horizon. UserError names the flag that makes the recipe impossible.
     """
     require_positive(flags, "num_iterations", "total_batch_size", "device_batch_size", or_default=True)
     if flags.target_param_data_ratio <= 0:
@@ -124,10 +125,10 @@ def derive(flags: RecipeFlags, vocab_size: int) -> Recipe:
         batch = given_batch or batch_for_horizon(horizon, reference_horizon)
         num_iterations = horizon // batch
     if num_iterations < 1:
-        raise UserError(f"{horizon} tokens are less than one batch of {batch}: lower --total-batch-size")
+        raise UserError(f"{horizon} tokens are less than one batch of {batch}: use a smaller --total-batch-size")
 
     given = {field.name: getattr(flags, field.name) for field in fields(Hyperparameters)}
-    hyperparameters = Hyperparameters(**given | {"total_batch_size": batch})
+    hyperparameters = Hyperparameters(**(given | {"total_batch_size": batch}))
     weight_decay = flags.weight_decay * hyperparameters.batch_lr_scale * reference_horizon / horizon
     groups = param_groups(config, hyperparameters, weight_decay=weight_decay)
     return Recipe(config, num_iterations, horizon, weight_decay, hyperparameters, groups)
@@ -173,7 +174,7 @@ def horizon_of_ratio(flags: RecipeFlags, vocab_size: int) -> int:
 
 
 def reference_horizon_of(flags: RecipeFlags, vocab_size: int) -> int:
-    """The same for the reference model: the depth-12 model of the same family."""
+    """Training tokens that --target-param-data-ratio gives for depth 12, with all other flags unchanged."""
     return horizon_of_ratio(replace(flags, depth=REFERENCE_DEPTH), vocab_size)
 
 
@@ -290,8 +291,8 @@ def lr_multiplier(flags: RecipeFlags, num_iterations: int, step: int) -> float:
 def muon_momentum(flags: RecipeFlags, num_iterations: int, step: int) -> float:
     """
     From 0.85 to 0.97 over 400 steps, and down to 0.90 over the warm-down: a shorter memory as the steps get smaller.
-    Where the two overlap, in runs of fewer than 1,143 steps, the recipe follows the first up to step 400 and then jumps
-    to the second; runs that end earlier never reach it.
+    In runs of fewer than 1,143 steps the warm-down starts before step 400. The momentum then still rises until step 400
+    and jumps to the value of the warm-down there. In runs of at most 400 steps it only rises.
     """
     warmdown_steps = round(flags.warmdown_ratio * num_iterations)
     warmdown_start = num_iterations - warmdown_steps

@@ -87,8 +87,8 @@ def load_questions(
     task: Any, tokenizer: Tokenizer, max_prompt_tokens: int, limit: float = math.inf
 ) -> tuple[list[Question], int]:
     """
-    Returns the first `limit` questions of a task (tasks/common.py) whose prompts are short enough, and the number of
-    questions before the last of them that were too long. UserError if no prompt is short enough.
+    Returns the first `limit` questions of a task (tasks/common.py) whose prompts are short enough, and how many
+    questions were skipped on the way because their prompts are too long. UserError if no prompt is short enough.
     """
     questions: list[Question] = []
     lengths: list[int] = []
@@ -118,7 +118,7 @@ def sample_rollouts(
     Samples and grades a group of completions per question; returns the rollouts in the order of the questions.
     Collective: the ranks share the questions, and every rank gets all rollouts.
 
-    `numbers` has a number per question, from which the seeds of its completions follow. So completions depend neither
+    numbers: one per question; it determines the seeds of the question's completions. So completions depend neither
     on the number of ranks nor on what else is sampled at the same time. Training counts its questions over the whole
     run. Each evaluation counts from 0, so that all evaluations use the same seeds.
     """
@@ -163,7 +163,8 @@ def grade_group(question: Question, completions: Sequence[Completion], tokenizer
 
 def group_advantages(rewards: Sequence[float]) -> list[float]:
     """
-    Returns the rewards minus their mean. They are exactly zero if all rewards are equal: the rounded mean could differ.
+    Returns the rewards minus their mean. If all rewards are equal, it returns exact zeros without computing the mean,
+    which rounding could change.
 
     >>> group_advantages([1.0, 0.0, 0.0, 1.0])
     [0.5, -0.5, -0.5, 0.5]
@@ -262,6 +263,7 @@ def _collate(rollouts: Sequence[Rollout], num_targets: int, device: torch.device
         advantages[row] = r.advantage
         if r.logprobs:
             old_logprobs[row, completion] = torch.tensor(r.logprobs)
+    # Positions and targets are in the same order, because column 0, the prompt's first token, is never sampled.
     return RolloutBatch(
         idx_BT=ids[:, :-1].to(device),
         positions_N=is_sampled[:, 1:].flatten().nonzero().squeeze(1).to(device),  # each predicts the token after it

@@ -48,8 +48,8 @@ TRIAL_STEPS = 3  # steps of a run on a CPU before it is decided whether to compi
 class RunFlags:
     """The flags that all training stages share."""
 
-    model_tag: str = flag("", "name of the run's checkpoints; default: d<depth>, in later stages that of the source")
-    save_every: int = flag(-1, "steps between checkpoints; -1 = only one, at the end")
+    model_tag: str = flag("", "name of the run's checkpoints; default: d<depth>, in later stages the source's tag")
+    save_every: int = flag(-1, "steps between checkpoints; 0 or -1 = only one, at the end")
     keep_last: int = flag(-1, "checkpoints to keep; -1 = all")
     resume: bool = flag(False, "continue from the newest intact checkpoint of this tag, if there is one")
     device: str = flag("auto", "cuda | mps | cpu | auto")
@@ -62,8 +62,8 @@ class Run:
     """One run of one stage. The attributes listed here are set by `build`, and `logger` by `open_log`."""
 
     model: GPT
-    train_model: Any  # the model, compiled where that pays
-    eval_model: Any  # the model as validations should call it
+    train_model: Any  # the model that training starts with: compiled if that is decided by then
+    eval_model: Any  # the model for validation: compiled on CUDA only
     optimizer: MuonAdamW
     compiled: bool | None  # whether train_model and, on CUDA, the optimizer are; None = not decided yet
     state: TrainState
@@ -77,7 +77,7 @@ class Run:
     def __init__(
         self, stage: str, tag: str, source: GPTConfig | Checkpoint, flags: RunFlags, *, tokenizer: Tokenizer, dist: Dist
     ):
-        """UserError unless the run can start, or be resumed, with this source and tokenizer."""
+        """Raises UserError if the run cannot start, or cannot be resumed, with this source and tokenizer."""
         self.stage = stage  # one of checkpoint_manager.STAGES
         self.tag = tag
         self.parent = source if isinstance(source, Checkpoint) else None
@@ -109,7 +109,7 @@ class Run:
     def open(
         cls, stage: str, tag: str, source: GPTConfig | Checkpoint, flags: RunFlags, *, tokenizer: Tokenizer, dist: Dist
     ) -> Iterator["Run"]:
-        """A checked run; until the block ends no other run can use its tag. See __init__ for errors."""
+        """Yields a checked run. Until the block ends no other run can use its tag. Errors: see __init__."""
         with run_lock(stage, tag, dist):
             run = cls(stage, tag, source, flags, tokenizer=tokenizer, dist=dist)
             try:
@@ -126,19 +126,19 @@ class Run:
     def parent_checkpoint(self) -> str:
         """Path of the checkpoint that the run started from, also after it was resumed."""
         if self.resumed:
-            return self.resumed.meta["base"]
+            return self.resumed.meta["base"]  # the metadata of every stage but "base" has this key
         return str(self.parent.path) if self.parent else ""
 
     def build(
         self,
         groups: Iterable[ParamGroup],
-        metadata: dict[str, Any],  # for checkpoints and log: hyperparameters and what else the stage wants to keep
+        metadata: dict[str, Any],  # for checkpoints and log: hyperparameters and whatever else the stage keeps
         *,
-        compile: bool = True,  # model and optimizer, where the machine can and it saves time
+        compile: bool = True,  # model and optimizer, if the machine can and it saves time
         attention: str = "auto",  # kernel for whole sequences, see attention.py
         seed: int = 42,  # of initial weights and samples
     ) -> None:
-        """Builds model and optimizer, and restores them when the run is resumed. All ranks have to call it."""
+        """Builds model and optimizer; a resumed run gets their saved state. All ranks have to call this."""
         saved_precision = self.resumed.meta["matmul_precision"] if self.resumed else ""
         precision = hardware.pick_matmul_precision(self.dist.device, saved_precision)
         precision = hardware.tune_process(self.dist.device, self.dist.gather(precision)[0])  # all take rank 0's
@@ -161,12 +161,12 @@ class Run:
         }
 
     def inherit_momentum(self) -> None:
-        """Loads the optimizer state of the source into a new run, where the source has one."""
+        """Gives a new run the optimizer state of its source, if the source has one. A resumed run keeps its own."""
         if self.parent and not self.resumed and not self.parent.restore_optimizer(self.optimizer):
             self.dist.print0(f"{self.parent.path} has no optimizer state: momentum starts from zero")
 
     def open_log(self, num_steps: int = 0) -> logging.Logger:
-        """Opens the metrics file of the run. num_steps: of the whole run; 0 = unknown."""
+        """Opens the metrics file of the run. num_steps: optimizer steps of the whole run; 0 = unknown."""
         self.logger = logging.Logger(
             self.log_file("metrics"),
             self.dist,
@@ -179,12 +179,12 @@ class Run:
         return self.logger
 
     def log_file(self, folder: str) -> Path:
-        """Where this run writes its JSON lines in a folder of the report: <folder>/<script>-<tag>.jsonl."""
+        """The file with JSON lines that this run writes in a folder of the report: <folder>/<script>-<tag>.jsonl."""
         path = logging.report_dir() / folder / f"{STAGES[self.stage][1]}-{self.tag}.jsonl"
         return provisional(path) if self.writer.replaces_earlier else path
 
     def save_hook(self) -> Hook:
-        """Saves every --save-every steps, at the end, and when a signal ends the run."""
+        """A hook that saves every --save-every steps, at the end, and when a signal ends the run."""
 
         def save(state: TrainState) -> None:
             self.writer.save(self.model, self.optimizer, state, self.metadata)
@@ -215,7 +215,7 @@ class Run:
         return self.state
 
     def finish(self, **numbers: Any) -> None:
-        """Adds the final numbers of the run to the report, and how good the predictions were."""
+        """Adds the final numbers of the run to the report. Prints predicted next to measured memory and time."""
         predictions = []
         if self.predicted_memory:
             peak = hardware.peak_memory(self.dist.device)
@@ -234,8 +234,9 @@ class Run:
         self, wanted: int, total_batch_size: int, *, compile: bool, fp8: bool = False, flops: float = 0.0
     ) -> int:
         """
-        The rows per pass of a rank: `wanted`, or for -1 as many as fit into memory, but no more than the run had before
-        it was resumed, or than its source had. Prints the expected memory. UserError if the rows do not fit.
+        Returns the rows per pass and rank, and prints the memory that they are expected to take. `wanted` = -1: as many
+        as fit into memory, but no more than the checkpoint that the run continues or starts from was trained with.
+        Otherwise `wanted`. UserError if the rows do not fit.
         """
         target = local_target(self.dist.device, self.dist.world_size, self.dtype, fp8)
         compiled = compile and hardware.can_compile(self.dist.device)
@@ -251,14 +252,14 @@ class Run:
         self.predicted_memory = training_memory(self.config, setup).peak
         expected = f"about {gib(self.predicted_memory)} of {gib(target.memory)} per rank"
         self.dist.print0(f"memory: {expected}, with {count_rows(self.rows)} per pass")
-        if target.peak and not self.resumed:  # of flops, those of the whole run
+        if target.peak and not self.resumed:  # `flops` are those of the whole run
             self.predicted_seconds = target.seconds(self.config, flops)
         return self.rows
 
     def _restart_with_fewer_rows(self) -> NoReturn:
         """
-        After a step that did not fit into memory: Restart with half the rows per pass, from the last checkpoint. The
-        batch of an optimizer step and the order of the data stay the same. UserError where that is not possible.
+        Called when a step did not fit into memory. Raises Restart: half the rows per pass, from the last checkpoint.
+        The batch of an optimizer step and the order of the data stay the same. UserError if no restart is possible.
         """
         self.writer.wait()
         fewer = self.rows // 2
@@ -269,7 +270,7 @@ class Run:
             raise UserError(f"{problem}: start again with --resume --device-batch-size {fewer}")
         has_saved = self.writer.last_saved != NO_CHECKPOINT
         start = f"from {self.writer.last_saved}" if has_saved else "from the start"
-        flags: Any = self.flags  # of a stage; all have these two
+        flags: Any = self.flags  # the stage's own class: in all of them, these two fields exist
         flags = replace(flags, device_batch_size=fewer, resume=flags.resume or has_saved)
         raise Restart(f"{problem}: continuing {start} with {count_rows(fewer)} per pass", flags)
 
@@ -301,8 +302,8 @@ class Run:
 
     def _compiles_from_the_start(self, allowed: bool) -> bool | None:
         """
-        Whether to compile the model; None if that is decided after a few steps. A resumed run keeps its decision, and
-        on a GPU compiling always pays.
+        Whether to compile the model. None = decided after a few steps, for a new run on a CPU. A resumed run keeps its
+        decision, and on a GPU compiling always saves time.
         """
         if not allowed or not hardware.can_compile(self.dist.device):
             return False
@@ -311,14 +312,14 @@ class Run:
         return None if self.dist.device.type == "cpu" else True
 
     def _decide_on_compiling(self, step: Step, seconds: float) -> None:
-        """Called after each step: decides after step TRIAL_STEPS, from the time that the steps before it took."""
+        """Called after each step. After step TRIAL_STEPS it decides, from the time that the steps so far have taken."""
         if self.compiled is not None:
             return
         self.trial_seconds.append(seconds)
         if self.state.step < TRIAL_STEPS:
             return
         seconds_per_step = min(self.trial_seconds)
-        num_steps = (self.state.step - 1) / step.progress  # progress is that before this step
+        num_steps = (self.state.step - 1) / step.progress  # progress was measured before this step
         seconds_left = seconds_per_step * (num_steps - self.state.step)
         seconds_compiled = hardware.seconds_compiled(seconds_left, self.config.n_layer)
         self.compiled = self.metadata["compiled"] = self.dist.gather(seconds_compiled < seconds_left)[0]
@@ -331,7 +332,7 @@ class Run:
             self.trainer.model = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
 
     def _restore(self) -> tuple[TrainState, list[dict[str, Any]]]:
-        """State of the loop and data states of all ranks: new ones, or those of a resumed run with its optimizer."""
+        """The loop's state and the data states of all ranks: the saved ones, with the optimizer's, if the run is resumed."""
         if not self.resumed:
             return TrainState(), []
         state, data_states = self.resumed.restore_run(self.optimizer, self.dist)

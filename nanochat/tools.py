@@ -138,7 +138,7 @@ class ToolUse:
 
     def observe(self, token: int) -> list[int]:
         """
-        Take the next sampled token and return the tokens to force after it: an empty list, or after python_end the
+        Takes the next sampled token and returns the tokens to force after it: an empty list, or after python_end the
         result between its markers. Forced tokens may be observed too; they change nothing.
         """
         special = self.tokenizer.special

@@ -2,9 +2,10 @@
 The training loop that all stages share: pretraining, fine-tuning and reinforcement learning.
 
 A stage gives the loop four things:
-- steps:    an iterator of Step, one per optimizer step. It is pulled lazily, so the rollouts of reinforcement learning
-            are on-policy by construction. The loaders of the other stages run ahead in a thread, which is safe because
-            each Step carries the state of the data for resuming after it.
+- steps:    an iterator of Step, one per optimizer step. The loop asks for a step when it needs it: reinforcement
+            learning samples its rollouts only then, with the newest weights (on-policy). The loaders of the other
+            stages prepare steps ahead in a thread. Each Step carries the state of the data for resuming after it, so
+            steps that were prepared but not trained on are not lost.
 - loss_fn:  (model, micro_batch) → scalar loss, already normalized over the whole step and over all ranks
 - schedule: (step, progress) → StepSchedule: learning rates, momentum and weight decay (nanochat/recipe.py)
 - hooks:    what happens every N steps: evaluate, sample, save
@@ -39,7 +40,9 @@ class Step:
 
     micro_batches: list[Any]  # of this rank
     progress: float  # share of the run done before this step, in [0, 1)
-    num_tokens: int  # over all ranks, with padding; 0 = nothing to learn: the step counts, but no weight changes
+    # Tokens over all ranks: all that the model computes, padding included; in reinforcement learning only the sampled
+    # tokens that are trained on. 0 = nothing to learn: the step counts, but no weight changes.
+    num_tokens: int
     data_state: dict[str, Any]  # the state of the data source after this step, for resuming
     position: str = ""  # the position in the data as text, for error messages
     metrics: dict[str, float] = field(default_factory=dict)  # of the data itself, logged with the loss
@@ -47,15 +50,15 @@ class Step:
 
 @dataclass
 class TrainState:
-    """What must survive a restart besides model, optimizer and data."""
+    """What must survive a restart besides model and optimizer."""
 
     step: int = 0  # optimizer steps so far
-    loss_ema: float = 0.0  # biased towards 0; read smooth_loss instead
+    loss_ema: float = 0.0  # biased towards 0: use smooth_loss instead
     seconds: float = 0.0  # of training, without the first UNTIMED_STEPS steps
     tokens: int = 0  # trained on in these seconds
     loss_scale: float = 2.0**16  # float16 only
     good_steps: int = 0  # float16 only: steps since the last overflow
-    data_state: dict[str, Any] = field(default_factory=dict)
+    data_state: dict[str, Any] = field(default_factory=dict)  # of the last Step
 
     @property
     def smooth_loss(self) -> float:
@@ -69,7 +72,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Hook:
-    """Runs after every `every` steps and once after the last one; may return metrics to log."""
+    """Runs every N steps (`every`) and once after the last one; may return metrics to log."""
 
     every: int  # in steps; 0 = only after the last one, -1 = never
     run: Callable[[TrainState], dict[str, float] | None]
@@ -109,7 +112,7 @@ class Trainer:
             start = time.perf_counter()
             for step in steps:
                 metrics, stopped = self._train_step(step, loss_fn, schedule, stopping=bool(stop))
-                seconds = time.perf_counter() - start  # includes waiting for the data
+                seconds = time.perf_counter() - start  # includes waiting for the data, or sampling it
                 if state.step - first_step > UNTIMED_STEPS:
                     state.seconds += seconds
                     state.tokens += step.num_tokens
