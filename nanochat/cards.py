@@ -2,8 +2,8 @@
 The GPUs that the planner knows: memory, peak rates and price of each. `find_machine("8xH100")` is what --for reads.
 
 Memory is what the driver reports, a little less than the name promises. FLOP/s (dense, in the dtype that training uses
-there) and bytes/s are from the vendors' data sheets. Prices are typical ones of rented cards in November 2026, for
-comparisons: scale the cost of a plan by your own.
+on the card) and bytes/s are from the vendors' data sheets. Prices are typical ones of rented cards in November 2026. If
+you pay another price, scale the cost of a plan by it.
 """
 
 from typing import NamedTuple
@@ -14,17 +14,17 @@ from nanochat.common import UserError
 
 
 class Card(NamedTuple):
-    name: str  # for --for
-    driver_name: str  # the driver's name of the card contains it
+    name: str  # as --for takes it
+    driver_name: str  # a part of the name that the driver reports
     gib: float  # of memory
     flops: float  # FLOP/s
     bandwidth: float  # bytes/s of memory
     dollars_per_hour: float
-    capability: tuple[int, int]  # compute capability
+    capability: tuple[int, int]  # CUDA compute capability
 
     @property
     def dtype(self) -> torch.dtype:
-        """What training computes in (hardware.pick_dtype)."""
+        """The dtype that training computes in, as hardware.pick_dtype chooses it."""
         return torch.bfloat16 if self.capability >= (8, 0) else torch.float32
 
     @property
@@ -32,7 +32,7 @@ class Card(NamedTuple):
         return self.capability >= (8, 9)
 
 
-# A name that contains another one comes before it: the first match counts.
+# find_card takes the first match: a driver name that contains another one must come before it.
 CARDS = (
     Card("GB200", "GB200", 184.0, 2.5e15, 8.0e12, 6.5, (10, 0)),
     Card("B200", "B200", 178.0, 2.25e15, 8.0e12, 5.5, (10, 0)),
@@ -59,7 +59,7 @@ CARDS = (
 
 
 class Machine(NamedTuple):
-    """Equal GPUs of one or several nodes."""
+    """A number of equal GPUs, in one node or several."""
 
     card: Card
     num_gpus: int

@@ -21,16 +21,16 @@ from nanochat.loss import chunk_rows
 
 GIB = 2**30
 
-# Bytes that the forward pass keeps, per token and channel: for each layer, and once (embedding, smear, backout).
-# Measured in 16 bits at depths 4 to 24, compiled and not: within 1 % with FlashAttention. Twice as much in float32. FP8
-# layers keep their inputs in 8 bits.
+# Bytes per token and channel that the forward pass keeps on a GPU, in 16 bits: LAYER_BYTES in each layer, EDGE_BYTES
+# once (embedding, smear, backout); twice as much in float32. Measured with FlashAttention at depths 4 to 24, compiled
+# and not: within 1 %. FP8 layers keep their inputs in 8 bits.
 LAYER_BYTES = 39.0
 LAYER_BYTES_FP8 = 28.8
 LAYER_BYTES_BANDED = 41.0  # the kernel "banded" keeps its masks too
 EDGE_BYTES = 10.0
-# On a CPU, per token, layer and channel: what the forward pass keeps, and the holes that the heap gets when passes are
-# accumulated (one pass; several). Measured at depths 4 to 8, 2,048 to 16,384 tokens a pass; the process alone takes the
-# rest. A run starts without torch.compile there, which needs more than compiled code, so that is its peak.
+# On a CPU, bytes per token, layer and channel: with one pass per step, and with several, which leave holes in the heap.
+# Measured at depths 4 to 8, 2,048 to 16,384 tokens a pass. CPU_PROCESS is what the process takes besides. Eager code
+# needs more memory than compiled code, and every run on a CPU starts without torch.compile, so this is the peak.
 CPU_LAYER_BYTES = {torch.float32: (132.0, 204.0), torch.bfloat16: (93.0, 93.0), torch.float16: (93.0, 93.0)}
 CPU_PROCESS = 0.61 * GIB
 # Copies of a chunk of logits, in float32, that exist at once while the loss is computed.
@@ -55,7 +55,7 @@ class TrainingSetup:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by purpose, for one rank. Each phase of a step needs some of them at the same time."""
+    """Bytes by purpose, for one rank. Each phase of a step needs some of these parts at the same time."""
 
     parts: dict[str, float]
     phases: dict[str, tuple[str, ...]]
@@ -124,11 +124,11 @@ def _loss_bytes(config: GPTConfig, setup: TrainingSetup) -> float:
 
 def largest_batch(config: GPTConfig, setup: TrainingSetup, total_batch_size: int, capacity: float) -> int:
     """
-    The most rows per micro-batch that fit into `capacity` bytes and divide the step's rows of a rank; powers of two
-    only, unless that number of rows is odd. 0 if not even one row fits.
+    The most rows per micro-batch that fit into `capacity` bytes and divide the number of rows of a rank and step. If
+    that number is even, only powers of two are tried. 0 if not even one row fits.
     """
     if total_batch_size % (config.sequence_len * setup.world_size):
-        return 1  # accumulation_steps reports it
+        return 1  # not a whole number of rows: recipe.accumulation_steps raises the error
     rows_per_step = total_batch_size // (config.sequence_len * setup.world_size)
     sizes = [rows for rows in range(1, rows_per_step + 1) if rows_per_step % rows == 0]
     if rows_per_step % 2 == 0:
@@ -142,13 +142,13 @@ def largest_batch(config: GPTConfig, setup: TrainingSetup, total_batch_size: int
 
 
 def cache_bytes(config: GPTConfig, slots: int, length: int, dtype: torch.dtype) -> float:
-    """The KV cache of an engine whose slots hold `length` tokens: each layer keeps no more than its window."""
+    """The KV cache of an engine whose slots hold `length` tokens. Each layer keeps at most its window + 1 of them."""
     keys = sum(min(window + 1, length) for window in config.windows)
     return 2.0 * slots * keys * config.kv_width * dtype.itemsize
 
 
 def engine_parts(config: GPTConfig, slots: int, length: int, dtype: torch.dtype, device: str) -> dict[str, float]:
-    """What an engine needs beside the weights of its model."""
+    """What an engine needs besides the weights of its model."""
     counts = param_counts(config)
     cache_dtype = dtype if device == "cuda" else torch.float32  # see Decoder
     return {
@@ -159,7 +159,7 @@ def engine_parts(config: GPTConfig, slots: int, length: int, dtype: torch.dtype,
 
 
 def generation_memory(config: GPTConfig, slots: int, length: int, dtype: torch.dtype, device: str) -> Memory:
-    """Memory of a model for inference with its engine."""
+    """Memory of a model that is loaded for inference, with its engine."""
     parts = {"weights": float(dtype.itemsize * param_counts(config)["total"])}
     parts |= engine_parts(config, slots, length, dtype, device)
     if device != "cuda":
@@ -168,7 +168,7 @@ def generation_memory(config: GPTConfig, slots: int, length: int, dtype: torch.d
 
 
 def rl_memory(config: GPTConfig, setup: TrainingSetup, slots: int, length: int, has_reference: bool) -> Memory:
-    """Training as in `setup` beside an engine, and beside the model that the run started from if has_reference."""
+    """Training as in `setup`, plus an engine and, if has_reference, the model that the run started from."""
     training = training_memory(config, setup)
     extra = engine_parts(config, slots, length, setup.dtype, setup.device)
     if has_reference:
@@ -182,9 +182,9 @@ def rl_memory(config: GPTConfig, setup: TrainingSetup, slots: int, length: int, 
 
 def expected_mfu(config: GPTConfig, fp8: bool) -> float:
     """
-    The share of a GPU's 16-bit peak that training reaches: larger for wider models. Fitted to public runs on 8xH100:
-    47.6 % in bfloat16 at depth 20 (1.08 M tokens/s, October 2025), about 50 % at depth 24, and in FP8 at depth 24 58 %
-    (2.02 h for 9.5 tokens per parameter, 1.65 h for 8). FP8 gains nothing at depth 12.
+    The share of a GPU's 16-bit peak that training reaches. It is larger for wider models. Fitted to public runs on
+    8xH100: 47.6 % in bfloat16 at depth 20 (1.08 M tokens/s, October 2025), about 50 % at depth 24, and 58 % in FP8 at
+    depth 24 (2.02 h for 9.5 tokens per parameter, 1.65 h for 8). FP8 gains nothing at depth 12.
     """
     if fp8:
         return 0.92 * config.n_embd / (config.n_embd + 900)

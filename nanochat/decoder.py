@@ -353,7 +353,7 @@ class Decoder:
         self.num_slots, self.length = num_slots, length
         if old_tensors:
             for new, old in zip(self.slot_tensors(), old_tensors, strict=True):
-                # Correct for rings too: only a ring as long as its slot grows, and in it no position has wrapped around.
+                # Correct for rings too: only a ring as long as its slot grows, and in it no position has wrapped yet.
                 new[tuple(slice(size) for size in old.shape)] = old
         self.range = torch.arange(length, device=device)
         head_indices = torch.arange(num_slots * config.n_kv_head, device=device).view(num_slots, -1)

@@ -13,10 +13,10 @@ table and some of the matrices of each Muon group. An optimizer step has three p
 2. compute  update what this rank owns
 3. gather   all-gather the updated weights
 
-Phase 1 is complete before phase 2 starts, because the training loop checks loss and gradient norm in between: the
-loop calls `reduce_gradients` (phase 1) and then `step` (phases 2 and 3). The gather of a group
-overlaps with the computation of the groups after it. AdamW updates its weights in place. Muon updates a stacked copy
-of a group's matrices, which is copied back to the parameters: at once on a single rank, otherwise after the gather.
+Phase 1 is complete before phase 2 starts, because the training loop checks loss and gradient norm in between: the loop
+calls `reduce_gradients` (phase 1) and then `step` (phases 2 and 3). The gather of a group overlaps with the computation
+of the groups after it. AdamW updates its weights in place. Muon updates a stacked copy of a group's matrices, which is
+copied back to the parameters: at once on a single rank, otherwise after the gather.
 """
 
 import math

@@ -1,8 +1,8 @@
 """
 The plan of a run before it starts: whether it fits into memory, how long it takes and what it costs, on this machine or
-on a named one. For the stage scripts' --plan, and for the check at the start of every run.
+on a named one. The stage scripts print it for --plan, and every run checks at its start that it fits.
 
-    target = find_target(flags.for_machine, device, world_size, dtype)
+    target = find_target(flags.for_, flags.device, flags.fp8)
     check_fits(config, setup, target)                 # UserError with the remedy
     print_table("Plan", training_rows(config, setup, target, …))
 
@@ -24,12 +24,14 @@ from nanochat.gpt import GPT, GPTConfig, flops_per_token, param_counts
 from nanochat.recipe import RecipeFlags, derive, model_config
 from nanochat.tokenizer import Tokenizer, default_dir
 
-CUDA_CONTEXT = 0.6 * GIB  # the driver's, with the libraries' workspaces
+CUDA_CONTEXT = 0.6 * GIB  # what the driver and the libraries' workspaces take on a GPU
 FRAGMENTATION = 0.03  # share of a GPU's memory that the allocator cannot use
-CPU_TOKENS = 2**13  # of a pass on a CPU: more take more memory and are no faster
-TRIAL_TOKENS = 2048  # of a micro-batch of the trial
+CPU_TOKENS = 2**13  # most tokens per pass on a CPU: larger passes take more memory and are no faster
+TRIAL_TOKENS = 2048  # tokens per micro-batch of a trial (see measured_rate)
 TRIAL_SECONDS = 20.0  # a trial that would take longer is replaced by an assumption
-ASSUMED_SHARE = 0.5  # of the speed of matrix products, where no trial is made (a CPU without torch.compile, depth 4)
+# Training speed as a share of the speed of matrix products, where no trial is made. From a CPU at depth 4, without
+# torch.compile.
+ASSUMED_SHARE = 0.5
 MAX_DEPTH = 200
 
 
@@ -38,7 +40,7 @@ MAX_DEPTH = 200
 
 @dataclass(frozen=True)
 class Target:
-    """This machine or a named one, as `count` ranks."""
+    """The machine that a plan is for: this one or a named one, with `count` ranks."""
 
     name: str
     device: str  # cuda | mps | cpu
@@ -46,7 +48,7 @@ class Target:
     memory: float  # bytes that a rank may take
     dtype: torch.dtype  # that training computes in
     rate_of: Callable[[GPTConfig], float]  # FLOP/s of a rank while it trains this model
-    rate_source: str
+    rate_source: str  # where rate_of comes from, for the table
     peak: float = 0.0  # FLOP/s of a rank by its data sheet; 0 = unknown
     dollars_per_hour: float = 0.0  # of all ranks together; 0 = unknown
 
@@ -55,14 +57,14 @@ class Target:
         return flops / (self.count * self.rate_of(config))
 
     def seconds_for(self, dollars: float) -> float:
-        """How long the machine can be rented for that much. UserError if its price is not known."""
+        """How long the machine can be rented for that many dollars. UserError if its price is not known."""
         if not self.dollars_per_hour:
             raise UserError(f"no price is known for {self.name}: use --hours, or name a machine with --for")
         return 3600 * dollars / self.dollars_per_hour
 
 
 def named_target(name: str, fp8: bool) -> Target:
-    """The target of --for, such as "8xH100". UserError if the card is unknown, or has no FP8 units."""
+    """The target of --for, such as "8xH100". UserError if the card is unknown, or lacks FP8 units that fp8 needs."""
     card, count = find_machine(name)
     if fp8 and not card.has_fp8:
         raise UserError(f"--for {name} --fp8: this card has no FP8 units; leave out --fp8")
@@ -80,7 +82,7 @@ def named_target(name: str, fp8: bool) -> Target:
 
 
 def local_target(device: torch.device, world_size: int, dtype: torch.dtype, fp8: bool = False) -> Target:
-    """This machine with `world_size` ranks. Where the table does not have the card, its speed is measured when used."""
+    """This machine with `world_size` ranks. If cards.py does not list its card, rate_of measures the speed."""
     card = hardware.gpu_card(device)
     if card:
         known = named_target(f"{world_size}x{card.name}", fp8)
@@ -107,7 +109,7 @@ def find_target(for_: str, device_name: str, fp8: bool = False) -> Target:
 
 
 def local_memory(device: torch.device, world_size: int) -> float:
-    """Bytes that one of the ranks on this machine may take: they share the memory of a CPU."""
+    """Bytes that each rank on this machine may take. Without CUDA the ranks share the machine's memory."""
     if device.type == "cuda":
         return usable_gpu_memory(torch.cuda.get_device_properties(device).total_memory)
     return hardware.available_memory() / world_size
@@ -119,8 +121,8 @@ def usable_gpu_memory(total: float) -> float:
 
 def measured_rate(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> float:
     """
-    FLOP/s of eager training on this device, from three passes of the model with random weights; a share of the speed of
-    matrix products for a model that is too large for that.
+    FLOP/s of training on this device without torch.compile: the fastest of three passes with random weights. For a
+    model that is too large or too slow for such a trial: ASSUMED_SHARE of the speed of matrix products.
     """
     peak = hardware.matmul_rate(device, dtype)
     rows = max(1, TRIAL_TOKENS // config.sequence_len)
@@ -141,7 +143,7 @@ def measured_rate(config: GPTConfig, device: torch.device, dtype: torch.dtype) -
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return flops / min(seconds)  # other programs only make it slower
+    return flops / min(seconds)  # the fastest: other programs can only slow a pass down
 
 
 # ---- what fits ----
@@ -156,7 +158,7 @@ def training_setup(
     compiled: bool = True,
     fp8: bool = False,
 ) -> TrainingSetup:
-    """How a run on the target is set up. A CPU starts without torch.compile, and its rows per pass are limited."""
+    """How a run on the target is set up. Without CUDA it starts uncompiled, and -1 rows give at most CPU_TOKENS."""
     is_gpu = target.device == "cuda"
     setup = TrainingSetup(
         rows=max(rows, 1),
@@ -176,7 +178,7 @@ def training_setup(
 
 
 def check_fits(config: GPTConfig, setup: TrainingSetup, target: Target, flags: RecipeFlags | None = None) -> None:
-    """UserError if the run does not fit into memory, naming what would. flags: of a run that may choose its depth."""
+    """UserError if the run does not fit into memory; names rows that would. With flags (pretraining) also a depth."""
 
     def fits(config: GPTConfig, rows: int) -> bool:
         return training_memory(config, replace(setup, rows=rows)).peak <= target.memory
@@ -199,7 +201,7 @@ def check_fits(config: GPTConfig, setup: TrainingSetup, target: Target, flags: R
 
 
 def check_memory(memory: Memory, target: Target, remedy: str) -> None:
-    """UserError with the remedy if it does not fit."""
+    """UserError with this remedy if the target has less memory."""
     if memory.peak > target.memory:
         raise UserError(
             f"this needs about {gib(memory.peak)} per rank, {target.name} has {gib(target.memory)}: {remedy}"
@@ -254,7 +256,7 @@ def training_rows(
 
 
 def memory_rows(memory: Memory, target: Target) -> list[tuple[str, str, str]]:
-    """The verdict, and what the memory is needed for at its peak."""
+    """Table rows: whether the memory suffices, and what it is needed for at its peak."""
     verdict = "fits" if memory.peak <= target.memory else "does NOT fit"
     parts = memory.phases[memory.peak_phase]
     shown = sorted((part for part in parts if memory.parts[part]), key=lambda part: -memory.parts[part])
@@ -270,7 +272,7 @@ def _cost(target: Target, seconds: float) -> tuple[str, str]:
 
 
 def planned_vocab_size() -> int:
-    """That of the tokenizer, or of the usual one if none has been trained yet."""
+    """The tokenizer's vocabulary size, or the default size if no tokenizer has been trained yet."""
     folder = default_dir()
     return Tokenizer.load(folder).vocab_size if folder.exists() else GPTConfig.vocab_size
 

@@ -332,7 +332,7 @@ class Run:
             self.trainer.model = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
 
     def _restore(self) -> tuple[TrainState, list[dict[str, Any]]]:
-        """The loop's state and the data states of all ranks: the saved ones, with the optimizer's, if the run is resumed."""
+        """The loop's state and all ranks' data states; in a resumed run the saved ones (loads the optimizer too)."""
         if not self.resumed:
             return TrainState(), []
         state, data_states = self.resumed.restore_run(self.optimizer, self.dist)

@@ -26,16 +26,16 @@ from nanochat.train import Hook, TrainState, token_loss
 
 @dataclass(frozen=True)
 class Flags(RunFlags, recipe.RecipeFlags):
-    data_dir: str = flag("", "folder of shards or mixture, climbmix=0.8,cosmopedia=0.2; default $NANOCHAT_DATA_DIR")
+    data_dir: str = flag("", "folder of shards, or mixture: climbmix=0.8,cosmopedia=0.2; default $NANOCHAT_DATA_DIR")
     eval_every: int = flag(250, "steps between validations; 0 = only at the end, -1 = never")
-    eval_tokens: int = flag(80 * 524288, "validation tokens over all GPUs")
+    eval_tokens: int = flag(80 * 524288, "validation tokens over all GPUs; by default 80 x 2^19")
     sample_every: int = flag(2000, "steps between samples; 0 = only at the end, -1 = never")
     compile: bool = flag(True, "use torch.compile, if the machine can and the run is long enough to save time")
     attention: str = flag("auto", f"auto (the fastest) or a kernel of attention.py: {', '.join(attention.LOADERS)}")
     fp8: bool = flag(False, "train the large matrices in FP8 (GPUs from Ada and Hopper on); evaluation is not affected")
     seed: int = flag(42, "seed of initial weights and samples")
-    hours: float = flag(0.0, "train the deepest model that this machine, or that of --for, trains in so many hours")
-    budget: float = flag(0.0, "train the deepest model that costs no more dollars")
+    hours: float = flag(0.0, "use the largest depth that this machine, or that of --for, trains in so many hours")
+    budget: float = flag(0.0, "use the largest depth that costs at most so many dollars; 0 = not limited")
 
 
 @command
@@ -50,7 +50,7 @@ def main(flags: Flags) -> None:
 
 def pretrain(flags: Flags, dist: Dist) -> None:
     """Trains the model of the flags to the end of its run."""
-    # Check: whatever can be wrong is found before anything expensive.
+    # Check: errors are found before anything expensive starts.
     tokenizer = Tokenizer.load(default_dir())
     sources = mixture.find_sources(flags.data_dir)
     if flags.portable and tokenizer.pattern != PORTABLE_SPLIT_PATTERN:
@@ -78,7 +78,7 @@ def pretrain(flags: Flags, dist: Dist) -> None:
             attention=flags.attention,
             seed=flags.seed,
         )
-        if flags.fp8:  # not too late for torch.compile: it compiles in the first step
+        if flags.fp8:  # layers may still be replaced: torch.compile compiles in the first step
             fp8.use_fp8(run.model, run.optimizer, bool(run.compiled))
         loader = mixture.create_loader(
             tokenizer, sources, batch_size=B, sequence_len=T, dist=dist, states=run.data_states
@@ -113,7 +113,7 @@ def pretrain(flags: Flags, dist: Dist) -> None:
 
 
 def choose_depth(flags: Flags) -> Flags:
-    """The flags with the depth that --hours or --budget allows."""
+    """Returns the flags with the depth that --hours or --budget allows."""
     if flags.hours < 0 or flags.budget < 0:
         raise UserError("--hours and --budget must be above 0")
     if flags.hours and flags.budget:

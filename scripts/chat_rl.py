@@ -66,7 +66,7 @@ class Flags(RunFlags):
     eval_every: int = flag(60, "optimizer steps between evaluations; 0 = only before and after, -1 = never")
     eval_examples: int = flag(400, "test questions to evaluate on")
     eval_samples: int = flag(8, "completions per test question: pass@1, pass@2, pass@4 … up to this")
-    save_every: int = flag(60, "optimizer steps between checkpoints, besides the last; -1 = only the last")
+    save_every: int = flag(60, "optimizer steps between checkpoints, besides the last; 0 or -1 = only the last")
 
 
 @command
@@ -111,8 +111,8 @@ def train_on_rollouts(flags: Flags, run: Run, source: Checkpoint) -> None:
     transcripts = append_after(run.state.step, transcript_path) if dist.is_main else None
     dist.print0(
         f"{run.tag} from {run.parent_checkpoint}: {len(questions)} questions of {flags.task}, {len(test_questions)} "
-        f"test questions ({num_skipped} too long), {plan.num_steps} optimizer steps, {flags.examples_per_step} x "
-        f"{flags.num_samples} completions; {hardware.describe(dist.device)}"
+        f"test questions, {num_skipped} skipped (too long), {plan.num_steps} optimizer steps, "
+        f"{flags.examples_per_step} x {flags.num_samples} completions; {hardware.describe(dist.device)}"
     )
 
     # Train.
@@ -179,7 +179,7 @@ def find_source(flags: Flags) -> tuple[Checkpoint, str]:
     """The checkpoint to start from and the tag of the new ones. UserError if the run would overwrite its source."""
     source = checkpoint_manager.find(flags.source, flags.base_tag, flags.base_step)
     tag = flags.model_tag or source.tag
-    if (flags.source, tag) == ("rl", source.tag):
+    if flags.source == "rl" and tag == source.tag:
         raise UserError(f"the run would overwrite {source.path}, which it starts from: give another --model-tag")
     return source, tag
 

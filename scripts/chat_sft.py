@@ -8,7 +8,7 @@ Fine-tune a base model on conversations (SFT).
     python -m scripts.chat_sft -i mid                                                 # from a model of mid_train
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft
 
-Batch sizes, learning rates and momentum continue from the run that trained the base model.
+Batch sizes, learning rates and the optimizer's state are taken from the run that trained the source model.
 """
 
 from collections.abc import Callable
@@ -47,13 +47,13 @@ class FinetuneFlags(RunFlags):
     simplespelling_epochs: int = flag(1, "times through 200,000 words to spell; 0 = without")
     spellingbee_epochs: int = flag(1, "times through 80,000 words with letters to count; 0 = without")
     identity_epochs: int = flag(2, "times through the conversations about who the model is; 0 = without")
-    identity_file: str = flag("", "JSONL file of such conversations, an array of messages per line; default: built-in")
+    identity_file: str = flag("", "JSONL file of them instead of the built-in ones, an array of messages per line")
     primer_epochs: int = flag(0, "times through the conversations of the embedded corpus; 0 = without")
     num_iterations: int = flag(-1, "optimizer steps; -1 = once through the mixture")
     device_batch_size: int = flag(-1, "sequences per GPU and pass; auto = as in the source's run", auto=True)
-    total_batch_size: int = flag(-1, "tokens per optimizer step over all GPUs; -1 = as in that run")
+    total_batch_size: int = flag(-1, "tokens per optimizer step over all GPUs; -1 = as in the source's run")
     init_lr_frac: float = flag(0.8, "initial learning rates, as a share of pretraining's")
-    load_optimizer: bool = flag(True, "start with the optimizer's momentum from the end of that run")
+    load_optimizer: bool = flag(True, "start with the optimizer's state from the end of the source's run")
     eval_every: int = flag(200, "steps between validations; 0 = only at the end, -1 = never")
     eval_examples: int = flag(1000, "held-out conversations to validate on")
     compile: bool = flag(True, "use torch.compile, if the machine can and the run is long enough to save time")
@@ -123,7 +123,7 @@ def finetune_on(dist: Dist, stage: str, source_stage: str, flags: FinetuneFlags)
 
 
 def print_plan(flags: FinetuneFlags, source: Checkpoint) -> None:
-    """Prints what the run needs; the number of steps of one pass is known only after all conversations are read."""
+    """Prints what the run needs. How many steps one pass takes is known only after all conversations are read."""
     target = planner.find_target(flags.for_, flags.device)
     hyperparameters = inherited_hyperparameters(flags, source)
     rows = flags.device_batch_size if flags.device_batch_size != -1 else hyperparameters.device_batch_size
@@ -134,11 +134,11 @@ def print_plan(flags: FinetuneFlags, source: Checkpoint) -> None:
     print_table(f"Plan of {flags.model_tag or source.tag} from {source.path}", table)
     planner.check_fits(source.config, setup, target)
     if flags.num_iterations == -1:
-        print("time and cost are those of one optimizer step: with --num-iterations, those of so many")
+        print("time and cost are those of one optimizer step; give --num-iterations for those of a whole run")
 
 
 def inherited_hyperparameters(flags: FinetuneFlags, checkpoint: Checkpoint) -> recipe.Hyperparameters:
-    """Those of the run that saved the checkpoint; flags override batch sizes."""
+    """The hyperparameters of the run that saved the checkpoint; flags override batch sizes."""
     names = ("device_batch_size", "total_batch_size")
     given = {name: getattr(flags, name) for name in names if getattr(flags, name) != -1}
     return replace(recipe.load_hyperparameters(checkpoint.meta), **given)

@@ -1,5 +1,5 @@
 r"""
-Train a base model on conversations before fine-tuning (in older recipes the stage between the two). It is
+Train a base model on conversations before fine-tuning (older recipes have this stage between base and SFT). Same as
 scripts/chat_sft.py with other defaults: one epoch of questions and problems, at the learning rates of pretraining.
 
     python -m scripts.mid_train                                                       # base → mid

@@ -275,7 +275,7 @@ def test_interrupted_and_resumed_rl_run_is_bitwise_equal(workspace, monkeypatch,
     argv = [*RL, *options, "--base-tag", "d2"]
     whole, parts = (checkpoint_manager.stage_dir("rl") / tag for tag in ("whole", "parts"))
     chat_rl.main([*argv, "--model-tag", "whole"])
-    summary = "5 questions of hardsums, 2 test questions (0 too long), 6 optimizer steps, 2 x 4 completions"
+    summary = "5 questions of hardsums, 2 test questions, 0 skipped (too long), 6 optimizer steps, 2 x 4 completions"
     assert summary in capsys.readouterr().out
     lines = metrics(workspace, "chat_rl-whole")
     assert [line["step"] for line in lines if "eval/pass@2" in line] == [0, 3, 6]
