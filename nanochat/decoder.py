@@ -511,6 +511,7 @@ class Decoder:
         return self.head(self._norm(x_BC))
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        # Two casts: the first rounds as the model does, the second is to the dtype that the decoder computes in.
         return self._norm(F.embedding(tokens, self.model.transformer.wte.weight).to(self.model.dtype).to(self.dtype))
 
     def _smear(self, x_BC: torch.Tensor, previous_BC: torch.Tensor) -> torch.Tensor:

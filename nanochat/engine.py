@@ -197,7 +197,10 @@ class ActiveRequest:
         return len(self.request.prompt) + len(self.completion.tokens) - 1
 
     def accept(self, sampled: int, logprob: float, stop_tokens: set[int]) -> int | None:
-        """Adds the sampled token, or instead of it the next forced one, and returns it; None for an end token."""
+        """
+        Adds the sampled token, or instead of it the next forced one, and returns it; None for an end token. Sets
+        `completion.finish` if the completion ends with it.
+        """
         completion = self.completion
         is_sampled = not self.forced
         token = sampled if is_sampled else self.forced.popleft()

@@ -71,7 +71,9 @@ class RecipeFlags:
     embedding_lr: float = flag(Hyperparameters.embedding_lr, "learning rate of the embeddings at batch 2^19, width 768")
     unembedding_lr: float = flag(Hyperparameters.unembedding_lr, "learning rate of lm_head at batch 2^19, width 768")
     matrix_lr: float = flag(Hyperparameters.matrix_lr, "learning rate of the block matrices (Muon), at batch 2^19")
-    scalar_lr: float = flag(Hyperparameters.scalar_lr, "x0_lambdas' learning rate at batch 2^19; resid_lambdas: 1/100")
+    scalar_lr: float = flag(
+        Hyperparameters.scalar_lr, "learning rate of x0_lambdas at batch 2^19; resid_lambdas use 1/100 of it"
+    )
     weight_decay: float = flag(0.28, "Muon's weight decay at depth 12; scaled with batch and number of training tokens")
     warmup_steps: int = flag(40, "steps of linear learning-rate warm-up")
     warmdown_ratio: float = flag(0.65, "share of the run, at its end, in which the learning rate falls linearly")

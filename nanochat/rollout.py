@@ -377,6 +377,7 @@ def rollout_steps(
         data_state = {"step": step, "next": next_question, "updates_left": steps_left, "rollouts": []}
         if steps_left and dist.is_main:
             data_state["rollouts"] = [rollout.state_dict() for rollout in rollouts]
+        # Every question has a group of equal size.
         metrics = summarize(rollouts, num_samples=len(rollouts) // plan.questions_per_batch)
         progress = (step - 1) / plan.num_steps
         yield Step(micro_batches, progress, num_tokens, data_state, f"questions up to {next_question}", metrics)

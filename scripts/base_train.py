@@ -28,17 +28,17 @@ from nanochat.train import Hook, TrainState, token_loss
 class Flags(RunFlags, recipe.RecipeFlags):
     data_dir: str = flag("", "folder of shards, or mixture: climbmix=0.8,cosmopedia=0.2; default $NANOCHAT_DATA_DIR")
     eval_every: int = flag(250, "steps between validations; 0 = only at the end, -1 = never")
-    eval_tokens: int = flag(80 * 524288, "validation tokens over all GPUs; by default 80 x 2^19")
+    eval_tokens: int = flag(80 * 524288, "validation tokens over all GPUs; the default is 80 x 2^19")
     sample_every: int = flag(2000, "steps between samples; 0 = only at the end, -1 = never")
     compile: bool = flag(True, "use torch.compile, if the machine can and the run is long enough to save time")
     attention: str = flag("auto", f"auto (the fastest) or a kernel of attention.py: {', '.join(attention.LOADERS)}")
     fp8: bool = flag(False, "train the large matrices in FP8 (GPUs from Ada and Hopper on); evaluation is not affected")
     seed: int = flag(42, "seed of initial weights and samples")
-    hours: float = flag(0.0, "use the largest depth that this machine, or that of --for, trains in so many hours")
-    budget: float = flag(0.0, "use the largest depth that costs at most so many dollars; 0 = not limited")
+    hours: float = flag(0.0, "choose the largest --depth that this machine, or --for's, trains in so many hours; 0 = off")
+    budget: float = flag(0.0, "choose the largest --depth that costs at most so many dollars; 0 = off")
 
 
-@command
+@command  # main() reads the flags from the command line (nanochat/cli.py)
 def main(flags: Flags) -> None:
     flags = choose_depth(flags)
     if flags.plan:
