@@ -335,7 +335,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Reads the next chunk of the prompts being read, then adds a token to every request that is in a slot."""
+        """Reads at most one chunk of each prompt being read, then adds a token to every request that is in a slot."""
         self._read_prompts()
         self._fill_slots()
         if not self.active:

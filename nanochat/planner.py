@@ -1,6 +1,6 @@
 """
 The plan of a run before it starts: whether it fits into memory, how long it takes and what it costs, on this machine or
-on a named one. The stage scripts print it for --plan, and every run checks at its start that it fits.
+on a named one. The stage scripts print it for --plan, and every run checks at its start whether it fits.
 
     target = find_target(flags.for_, flags.device, flags.fp8)
     check_fits(config, setup, target)                 # UserError with the remedy
@@ -178,7 +178,7 @@ def training_setup(
 
 
 def check_fits(config: GPTConfig, setup: TrainingSetup, target: Target, flags: RecipeFlags | None = None) -> None:
-    """UserError if the run does not fit into memory; names rows that would. With flags (pretraining) also a depth."""
+    """UserError if the run does not fit into memory; names rows that would. With flags (pretraining), also a depth."""
 
     def fits(config: GPTConfig, rows: int) -> bool:
         return training_memory(config, replace(setup, rows=rows)).peak <= target.memory
