@@ -2,7 +2,7 @@
 Reinforcement learning on questions whose answers can be graded: GRPO, explained in nanochat/rollout.py.
 
     python -m scripts.chat_rl                                           # GSM8K, from the SFT model
-    python -m scripts.chat_rl --task hardsums --max-new-tokens 64       # the primer's questions, for a small model
+    python -m scripts.chat_rl --task hardsums --max-new-tokens 48       # the primer's questions, for a small model
     python -m scripts.chat_rl --updates-per-batch 2 --clip-ratio 0.2 --kl-coef 0.01
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl
 
