@@ -132,6 +132,8 @@ def available_memory() -> float:
     (containers, Slurm) and that of `ulimit -v`. Infinite where none of them can be read.
     """
     limits = [math.inf]
+    if hasattr(os, "sysconf"):  # all of the memory, for systems that do not tell how much is free (macOS)
+        limits.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
