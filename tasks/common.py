@@ -55,7 +55,7 @@ class Task(ABC):
 
 
 class TaskMixture(Task):
-    """The conversations of several tasks in a fixed random order. Those of a task that is listed twice occur twice."""
+    """The conversations of tasks in a fixed random order. If a task is listed twice, each of its items occurs twice."""
 
     kind = "conversations"
 
@@ -89,7 +89,7 @@ class _Limited(Task):
 
 def final_number(text: str) -> Decimal | None:
     """
-    Returns the number after the first "####" that a number follows; None if there is no such number.
+    Returns the number after the first "####" that is followed by a number; None if there is none.
 
     >>> final_number("So 3 * 400 = 1200 dollars.\\n#### $1,200.00")
     Decimal('1200.00')

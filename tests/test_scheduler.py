@@ -109,7 +109,7 @@ def test_service_with_two_engines_generates_what_one_engine_does(golden_tokenize
     async def collect(handle):
         events = [event async for batch in handle.batches() for event in batch]
         handle.close()
-        return [event.token for event in events if event.token is not None], {event.device for event in events}
+        return [event.token for event in events if event.token is not None], {event.engine_index for event in events}
 
     async def main():
         service.start()

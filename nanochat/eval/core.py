@@ -19,10 +19,10 @@ A mask lets a suffix attend to the prefix and to itself but not to other suffixe
 positions that they have in their own prompt. Each token therefore attends to the same keys as if the prompts were
 computed one at a time, and the result is the same up to rounding.
 
-**Batches.** Items of similar length form a batch, even if they are of different tasks. The number of columns of a batch
-bounds its memory, because logits are computed for scored tokens only. On a CPU, with depth 4 and a context of 2,048
-tokens, the whole process stays at 0.4 GiB. With the freed memory that hardware.tune_process keeps for reuse, it needs
-1.1 GiB and is a fifth faster.
+**Batches.** Items of similar length form a batch, even if they are of different tasks. Logits are computed for scored
+tokens only, so the number of columns of a batch bounds its memory. On a CPU, with depth 4 and a context of 2,048
+tokens, the whole process needs 0.4 GiB. After hardware.tune_process, which keeps freed memory for reuse, it needs 1.0
+to 1.1 GiB and is a fifth faster.
 
 Shapes: B trees in a batch, T columns, P of them for prefixes, Q scored columns, S keys, C width, N scored tokens,
 V vocabulary.
@@ -48,7 +48,8 @@ from nanochat.gpt import GPT, select_columns
 from nanochat.tokenizer import Tokenizer
 
 REFERENCES = {"GPT-2 XL (1.5B)": 0.2565}  # CORE as published with nanochat
-MIN_SHARED = 0.25  # prompts share a prefix of at least this part of the longest prompt; heuristic, not tuned
+# Prompts are computed together if their common prefix is at least this share of the longest; heuristic, not tuned.
+MIN_SHARED = 0.25
 ITEMS_AT_A_TIME = 512  # are tokenized and sorted by length: under 100 MB of prompts (measured)
 # Scored tokens whose logits exist at the same time: 34 MB in float32 with a vocabulary of 32,768, and a few copies.
 LOGIT_ROWS = 256
@@ -68,8 +69,8 @@ class PrefixTree:
     item: int
     prompts: dict[int, ScoredPrompt]  # by choice
     prefix: list[int]
-    # One per prompt. It starts with a copy of the prefix's last token: PrefixSharingCache explains why. It is empty if
-    # the prefix alone predicts all scored tokens of the prompt.
+    # A suffix per prompt. It starts with a copy of the prefix's last token (PrefixSharingCache explains why). It is
+    # empty if the prefix alone predicts all scored tokens of the prompt.
     suffixes: list[list[int]]
 
     @property
@@ -81,14 +82,14 @@ def build_prefix_trees(item: int, prompts: Mapping[int, ScoredPrompt]) -> list[P
     """
     Builds one tree, or one per prompt if the prompts share too little.
 
-    The last token of a prompt is predicted but never read, so a choice of one token needs no suffix: the last token of
-    the prefix predicts it.
+    The last token of a prompt is only a target, never an input. So a choice of one token needs no suffix: the last
+    token of the prefix predicts it.
     """
     num_shared = 0
     if len(prompts) > 1:
         num_shared = common_prefix_length([prompt.tokens for prompt in prompts.values()])
         first_scored = min(prompt.start for prompt in prompts.values())
-        num_shared = min(num_shared, first_scored)  # smaller if one choice is the beginning of another
+        num_shared = min(num_shared, first_scored)  # the smaller one if a choice starts with another choice
     longest = max(len(prompt.tokens) for prompt in prompts.values())
     if num_shared < longest * MIN_SHARED:
         return [PrefixTree(item, {choice: prompt}, prompt.tokens[:-1], [[]]) for choice, prompt in prompts.items()]
@@ -148,13 +149,15 @@ class TreeBatch:
 
     def _add(self, tree: PrefixTree) -> None:
         num_shared = len(tree.prefix)
-        padding = [0] * (self.num_prefix_columns - num_shared)
-        tokens = tree.prefix + padding
-        positions = [*range(num_shared), *padding]
-        segments = [PREFIX] * num_shared + [UNUSED] * len(padding)
+        prefix_padding = [0] * (self.num_prefix_columns - num_shared)
+        tokens = tree.prefix + prefix_padding
+        positions = [*range(num_shared), *prefix_padding]
+        segments = [PREFIX] * num_shared + [UNUSED] * len(prefix_padding)
         index_of_column: dict[int, int] = {}
         for number, (prompt, suffix) in enumerate(zip(tree.prompts.values(), tree.suffixes, strict=True), 1):
-            column_of_copy = len(tokens)  # of the last token of the prefix, whose position is num_shared - 1
+            # The suffix starts with a copy of the prefix's last token. With a prefix of 10 tokens the copy has position
+            # 9, and the token at position 12 is three columns after it.
+            column_of_copy = len(tokens)
             for position in range(prompt.start - 1, prompt.stop - 1):  # each predicts the next token of the prompt
                 column = position if position < num_shared else column_of_copy + position - (num_shared - 1)
                 index = index_of_column.setdefault(column, len(index_of_column))
@@ -189,6 +192,7 @@ class PrefixSharingCache:
         self.positions_BT = to_tensor(batch.positions, device)
         self.segments_BT = to_tensor(batch.segments, device)
         most = max(len(columns) for columns in batch.scored_columns)
+        # Column 0 as padding: scored_states does not read its result.
         padded = [columns + [0] * (most - len(columns)) for columns in batch.scored_columns]
         self.scored_columns_BQ = torch.tensor(padded, device=device)
         suffix_columns = torch.arange(batch.num_prefix_columns, batch.num_columns, device=device)
@@ -305,7 +309,7 @@ def grade_items(
 
 
 def is_correct(task: CoreTask, index: int, scores: Mapping[int, PromptScore]) -> bool:
-    """Whether the choice with the lowest loss is the right one, the first one on a tie."""
+    """Whether the choice with the lowest loss (on a tie, the first) is right; without choices, see all_most_likely."""
     if task.kind == "language_modeling":
         return scores[0].all_most_likely
     best = min(sorted(scores), key=lambda choice: scores[choice].loss)

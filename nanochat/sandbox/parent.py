@@ -7,8 +7,8 @@ Runs code that a model wrote and grades it with tests that the code never sees (
 
 The program and its check run in two new processes (child.py), with no standard input, an empty environment, a temporary
 directory and their own process group. The check calls the function over a pipe and gets plain data back. The
-program cannot forge a verdict: its process holds neither the tests nor the pipe on which the verdict is reported, and
-an object that claims to equal everything arrives as plain data.
+program cannot forge a verdict: its process holds neither the tests nor the pipe on which the verdict is reported. An
+object whose __eq__ always returns True does not help it either, because only plain data passes the pipe.
 
 What can be enforced depends on the machine; `protections` lists what was:
 - "… limit", "no core dumps"  processor time, memory, size and number of open files (resource limits)
@@ -18,7 +18,8 @@ What can be enforced depends on the machine; `protections` lists what was:
 - "own folder"                a file system in memory that replaces the temporary directory, of at most 64 MiB and
                               1,000 files
 - "disk watch"                only without "own folder": the program is killed when the temporary directory holds more
-                              than 64 MiB or 1,000 files
+                              than 64 MiB or 1,000 files; listed only with "landlock" and "seccomp", without which
+                              the program can evade it
 - "landlock"                  reads only libraries of Python and the system, writes only to the temporary directory
 - "seccomp"                   no threads, processes, other programs, signals, sockets, other processes' memory, inotify
 On Linux usually all are on, except "disk watch" and, for root, "no processes". In a container, "namespaces", "read-only
@@ -28,8 +29,8 @@ memory.
 What the program can do where a protection is off:
 - Without "landlock" it can read all files of the user. Unless "read-only files" is on, it can also write them and fill
   the disk.
-- If neither "namespaces" nor "seccomp" is on, it can use the network and access the user's other processes. If "no
-  processes" is off too, it can start a process that outlives it.
+- Without both "namespaces" and "seccomp" it can use the network and access the user's other processes.
+- Without all of "namespaces", "seccomp" and "no processes" it can start a process that outlives it.
 - The disk watch looks every 10 ms, so the program can exceed the limit in between. The watch cannot see files that were
   deleted but are still open or mapped: they take space until the program ends.
 
@@ -79,8 +80,8 @@ def run(program: str, check: str, function: str, timeout: float = 5.0, memory_mb
     by its name.
 
     Arguments and results are plain data: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset and
-    dict; other iterables arrive as an iterator. Arguments are copies. An exception that leaves the function, or a
-    result that is not plain data, ends the run as "failed", so a check cannot expect one.
+    dict. Iterables of other types become iterators. Arguments are copies. If the function raises an exception or
+    returns anything else, the run ends as "failed", so a check cannot test for an exception.
     The program can import only Python's standard library. `timeout`: seconds from start to verdict; `memory_mb`: MiB of
     address space of each of the two processes. Raises RuntimeError if Python cannot be started. Thread-safe.
     """
@@ -149,8 +150,8 @@ class _Report:
             return
         self.protections = json.loads(self.data.partition(b"\n")[0])
         self.watch_disk = "own folder" not in self.protections
-        # It counts as a protection only with both: otherwise the program could write to other folders (landlock), or
-        # reserve space faster than the watch looks (seccomp).
+        # The disk watch counts as a protection only together with landlock and seccomp. Without landlock the program
+        # could write to other folders, without seccomp it could reserve space faster than the watch looks.
         if self.watch_disk and {"landlock", "seccomp"} <= set(self.protections):
             self.protections.append("disk watch")
 

@@ -46,11 +46,12 @@ MAX_COMPLETIONS = 16  # per call: n times the number of prompts; heuristic, not 
 RETRY_SECONDS = 5  # value of Retry-After; heuristic, not tuned
 NO_STORE = {"Cache-Control": "no-store"}
 Headers = Mapping[str, str] | None
-# If a field allows several types, pydantic adds the type's name to an error's location: "str", "list[int]".
+# If a field allows several types, the path of a pydantic error contains the name of a type ("str", "list[int]"). This
+# matches such names, so that messages can leave them out.
 TYPE_NAME = re.compile(r"\W|^str$")
 
-# Parameters of OpenAI's API that are not supported, with the values that mean "not used". OpenAI's endpoints ignore all
-# unknown parameters, as its clients send many that make no difference here ("user", "store", …).
+# Parameters of OpenAI's API that are not supported, with the values that mean "not used". All other unknown parameters
+# are ignored under /v1, because OpenAI's clients send many that make no difference here ("user", "store", …).
 UNSUPPORTED: dict[str, list[Any]] = {
     **dict.fromkeys(["presence_penalty", "frequency_penalty", "min_p", "top_logprobs"], [None, 0]),
     **dict.fromkeys(["repetition_penalty", "best_of"], [None, 1]),
@@ -317,7 +318,7 @@ async def native_events(handle: ResponseHandle, num_dropped: int) -> AsyncIterat
             kind, text = reader.read(event.token)
             if text:
                 part = {} if kind == "text" else {"part": kind}
-                chunk += sse({"token": text, "gpu": event.device} | part)
+                chunk += sse({"token": text, "gpu": event.engine_index} | part)
         if chunk:
             yield chunk
 
@@ -445,7 +446,7 @@ class ResponseBuilder:
     def _choice(
         self, i: int, field: str, message: dict[str, Any], logprobs: Any = None, finish: str | None = None
     ) -> dict[str, Any]:
-        """In chats, `field` has the message or a part of it; plain completions have only its text."""
+        """In chats the message, or a part of it, has the key `field`; plain completions have only its text."""
         content = {field: message} if self.is_chat else {"text": message.get("content", "")}
         shown_logprobs = None if logprobs is None else self._logprobs(logprobs)
         return {"index": i, **content, "logprobs": shown_logprobs, "finish_reason": finish}
@@ -559,7 +560,7 @@ def _from_http_exception(error: HTTPException) -> ApiError:
 
 
 def _from_validation_error(error: RequestValidationError) -> ApiError:
-    """Reports the first invalid field. If it may be of several types, pydantic has errors for each of them."""
+    """Reports the first invalid field. If it allows several types, pydantic lists errors for each of them."""
     errors = error.errors()
     first = errors[0]
     location = first["loc"]  # ("body", field, …)

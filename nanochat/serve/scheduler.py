@@ -69,7 +69,7 @@ class TokenEvent:
 
     generation: Generation
     token: int | None  # None: the generation has ended
-    device: int  # index of the engine
+    engine_index: int
     logprob: float = 0.0  # of the token in nats, if the request asks for it
     finish: str = ""  # at the end: the reason, as in engine.Completion
 
@@ -146,14 +146,14 @@ def fail_all(generations: Iterable[Generation], error: Exception) -> None:
 class FairQueue:
     """
     Generations that wait for any engine of a model. The next one to run belongs to the client with the fewest running
-    generations; ties go to the client that was served longest ago. So a client with many requests does not keep the
-    others waiting.
+    generations; on a tie, to the client that was served, or joined the queue, longest ago. So a client with many
+    requests does not keep the others waiting.
     """
 
     def __init__(self, size: int):
         self.size = size  # generations that may wait
         self.condition = threading.Condition()
-        self.waiting: dict[str, deque[Generation]] = {}  # by client; the client served longest ago comes first
+        self.waiting: dict[str, deque[Generation]] = {}  # by client, in the order of their last service or of joining
         self.running: Counter[str] = Counter()  # generations with the engines, by client
         self.slots: dict[int, int] = {}  # by index of the engines that are ready
         self.is_closed = False
@@ -170,8 +170,8 @@ class FairQueue:
     def put(self, generations: list[Generation]) -> list[Generation]:
         """
         Adds the generations of one client. If there is no room, it evicts the newest generations of the client with the
-        longest queue and returns them. If that queue would become shorter than this client's, nothing is added and
-        QueueFull is raised.
+        longest queue and returns them. If that would make the longest queue shorter than the one of the client that
+        adds, nothing changes and QueueFull is raised.
         """
         client = generations[0].handle.client
         with self.condition:
@@ -190,13 +190,13 @@ class FairQueue:
 
     def take(self, engine: int, num_held: int) -> list[Generation] | None:
         """
-        Returns the next generations for an engine that holds `num_held`, up to its share of the load. Blocks while the
-        engine is idle and nothing waits. Returns None once the queue is closed and the engine is idle.
+        Returns the next generations for an engine that already holds num_held of them, up to its share of the load.
+        Blocks while the engine is idle and nothing waits. Returns None once the queue is closed and the engine is idle.
         """
         with self.condition:
             while True:
                 share = math.ceil((self.num_waiting + self.running.total()) / len(self.slots))
-                room = min(share, self.slots[engine]) - num_held
+                room = min(share, self.slots[engine]) - num_held  # if negative, nothing is taken
                 generations = [self._pop_next() for _ in range(min(room, self.num_waiting))]
                 if generations or num_held:
                     return generations
@@ -217,7 +217,7 @@ class FairQueue:
         """Notes that an engine no longer works on this generation."""
         with self.condition:
             self.running[generation.handle.client] -= 1
-            self.running += Counter()  # drops clients at zero
+            self.running += Counter()  # += drops the clients whose count is zero
 
     def remove(self, generation: Generation) -> None:
         """Removes a generation from the queue; does nothing if it is not waiting."""
