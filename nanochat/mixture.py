@@ -5,10 +5,11 @@ Data mixtures: pretraining on several folders of shards, each with its share of 
     --data-dir ~/books=0.5,~/code=0.3,~/web=0.2   # folders of shards; $NANOCHAT_DATA_DIR takes the same
     --data-dir ~/books                            # a single folder is a mixture of one source
 
-Every row of a batch is packed from a single source: the one that is furthest behind its weight. Nothing is random, so a
-run can be repeated, and after any number of rows each source is within about one row of its weight. Rows are packed as
-from a single folder (dataloader.py). A source that has been read to its end starts again while the others continue:
-small sources with large weights are read several times. The metrics epochs/<name> count that.
+Each row of a batch is packed from a single source, as it would be without a mixture (dataloader.py). The next row is
+always from the source that is furthest behind its weight. Nothing is random, so a run can be repeated, and after any
+number of rows each source is within about one row of its share. A source that has been read to its end starts again
+while the others continue, so a small source with a large weight is read several times. The metrics epochs/<name> count
+how often.
 """
 
 import os
@@ -27,7 +28,7 @@ from nanochat.distributed import Dist
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Step
 
-# Public datasets by name → the command that writes their shards to the folder base_data_<name> of the base folder.
+# Public datasets: name → the command that writes its shards, with {folder} for <base>/base_data_<name>.
 # 20 GB are about 4.5 B tokens, enough for a fifth of any run on one node.
 MAKE_SHARDS = "python -m scripts.make_shards --max-gigabytes 20 --out {folder} "
 KNOWN = {
@@ -35,7 +36,7 @@ KNOWN = {
     "cosmopedia": MAKE_SHARDS + "hub:HuggingFaceTB/smollm-corpus:cosmopedia-v2",
     "fineweb-edu": MAKE_SHARDS + "hub:karpathy/fineweb-edu-100b-shuffle",
 }
-# Weights such as 0.333,0.333,0.333 are meant to sum to 1. They are divided by their sum.
+# Rounded weights, such as 0.333,0.333,0.333, are accepted and divided by their sum.
 SUM_TOLERANCE = 0.002
 
 
@@ -120,8 +121,8 @@ def _find_directory(name: str) -> Path:
 
 def furthest_behind(weights: Sequence[float], amounts: Sequence[int]) -> int:
     """
-    Returns the index of the source that is furthest behind its weight: the one with the largest difference between its
-    share of the next total and the amount taken from it so far. Of equals, the first.
+    Returns the index of the source that is furthest behind its weight; on a tie, the first one. A source should have
+    its weight times the total (with the next unit included); it is behind by what it lacks of that.
 
     >>> amounts = [0, 0]
     >>> for _ in range(5):
@@ -177,10 +178,10 @@ def _describe(weights: dict[str, float]) -> str:
 class MixtureLoader:
     """
     Endless batches of packed rows from several sources, for one rank: one PretrainLoader per source, each with its own
-    position and packing buffer. Every rank gives each source its weight.
+    position and packing buffer. The weights hold on each rank, and therefore over all ranks.
 
     `states` are the data states of all ranks of the run to resume. As in PretrainLoader, the number of ranks may have
-    changed: then the rows of each source so far are divided among the new ranks, so that the weights of the whole run
+    changed. Then the counts of rows per source are divided among the new ranks, so that the weights of the whole run
     stay exact.
     """
 
@@ -210,8 +211,8 @@ class MixtureLoader:
             )
             for i, source in enumerate(sources)
         ]
-        # Rows per source so far. Rank r starts r rows into the sequence of sources: otherwise, with one row per rank,
-        # all rows of a step would be from the same source.
+        # Rows per source so far. Rank r starts r rows later in the sequence of sources. Otherwise, with one row per
+        # rank, all rows of a step would be from the same source.
         self.rows = [0] * len(sources)
         for _ in range(dist.rank):
             self._count_row()
@@ -219,12 +220,12 @@ class MixtureLoader:
             self.rows = list(states[dist.rank]["rows"])
         elif states:
             totals = [sum(counts) for counts in zip(*(state["rows"] for state in states), strict=True)]
-            self.rows = [(total + dist.rank) // dist.world_size for total in totals]  # of all ranks, they sum to total
+            self.rows = [(total + dist.rank) // dist.world_size for total in totals]  # summed over ranks: total
 
     def steps(self, accumulation: int, num_steps: int, first_step: int = 0) -> Iterator[Step]:
         """
-        Yields steps first_step … num_steps - 1, each with `accumulation` micro-batches on this rank. Their metrics say
-        how often each source has been read.
+        Yields steps first_step … num_steps - 1, each with `accumulation` micro-batches on this rank. The metrics of a
+        step are the epochs of each source.
         """
         num_tokens = self.batch_size * self.sequence_len * accumulation * self.world_size
         for i in range(first_step, num_steps):
@@ -240,7 +241,7 @@ class MixtureLoader:
         return pack_batch(self._pack, self.batch_size, self.sequence_len)
 
     def state(self) -> dict[str, Any]:
-        """The states of the sources, with the number of the source before each key, and the rows of each source."""
+        """The weights, the rows per source, and the state of each source, with its number before each key."""
         state: dict[str, Any] = {"weights": dict(zip(self.names, self.weights, strict=True)), "rows": list(self.rows)}
         for i, loader in enumerate(self.loaders):
             state |= {f"{i}.{key}": value for key, value in loader.state().items()}
@@ -268,9 +269,9 @@ def iterate_texts(
     weights: Sequence[float], shards: Sequence[Sequence[Path]], doc_cap: int | None = None
 ) -> Iterator[str]:
     """
-    Yields the first doc_cap characters of the documents of several sources in the proportions of their weights, counted
-    in characters. Sources that end are read again, until every source has been read once. A single source is therefore
-    read once, in order.
+    Yields documents of several sources, cropped to doc_cap characters. The share of a source in the characters is its
+    weight. A source that ends is read again until all of them have been read once. A single source is therefore read
+    once, in order.
     """
     texts = [dataset.iterate_texts(of_source) for of_source in shards]
     chars = [0] * len(shards)

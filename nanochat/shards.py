@@ -1,17 +1,17 @@
 """
 Convert documents to pretraining shards: shuffled, without duplicates, with a validation shard, in bounded memory.
 
-One idea does most of the work: documents are sorted by a keyed 128-bit hash of their text. The order is a shuffle that
-depends only on the texts and the seed, not on the order of the sources, and equal documents get equal hashes, so that
-all but one of them are dropped. Sorting is external, a bucket sort in two passes:
+One idea does most of the work: documents are sorted by a 128-bit hash of their text, with the seed as its key. This
+order is a shuffle: it depends only on the texts and the seed, not on the order of the sources. Equal documents get
+equal hashes, so that duplicates are found and dropped. The documents are sorted on the disk, in two passes:
 
-1. Append each document to one of NUM_BUCKETS files, by the first bits of its hash. One buffer for all of them limits
-   both memory and the number of open files.
+1. Append each document to one of NUM_BUCKETS files (buckets), by the first bits of its hash. Documents are collected in
+   memory and appended to one file after another, which bounds both memory and the number of open files.
 2. Read one bucket at a time, drop duplicates, sort, and write shards. 100 GB of text make buckets of 100 MB.
 
 The documents with the lowest hashes become the validation shard, which is the last one by name (nanochat/dataset.py).
-Long documents are split first, so pieces of one document may be in both splits. The folder appears under its name only
-when it is complete.
+Long documents are split before all this, so pieces of one document may be in both splits. The folder gets its final
+name only when it is complete.
 """
 
 import errno
@@ -38,13 +38,13 @@ from nanochat.sources import Source
 MB = 1_000_000
 BUCKET_BITS = 10
 NUM_BUCKETS = 1 << BUCKET_BITS
-BUFFER_BYTES = 64 << 20  # of documents on their way to the buckets; for 100 GB, each append writes 64 KB
+BUFFER_BYTES = 64 << 20  # of documents in memory, before they are appended: 64 KB to each bucket
 RECORD = struct.Struct("<16sI")  # hash, number of bytes of the text that follows
 
 SHARD_BYTES = 250 * MB  # of text, about 100 MB compressed, as in the public dataset
 ROWS_PER_GROUP = 1024
-ROW_GROUP_BYTES = 64 << 20  # of text, where documents are long
-VAL_SHARE = 0.02  # of the text, at least one document, at most one shard (heuristic, not tuned)
+ROW_GROUP_BYTES = 64 << 20  # of text: ends a row group of long documents earlier
+VAL_SHARE = 0.02  # of the text; but at least one document and at most one shard (heuristic, not tuned)
 NUM_PREVIEW = 10
 MARKER = "shards.json"  # lists the shards and their sizes, so that only folders written by this module are replaced
 
@@ -69,13 +69,13 @@ class Summary:
     num_documents: int = 0  # read
     num_bytes: int = 0  # of their text
     num_split: int = 0  # documents longer than max_chars
-    num_pieces: int = 0  # that these were split into
+    num_pieces: int = 0  # the pieces of those documents
     skipped: Counter[str] = field(default_factory=Counter)  # by cause
     first_skipped: dict[str, str] = field(default_factory=dict)  # cause → source of the first document
     num_train: int = 0  # documents written
     num_val: int = 0
     shards: dict[str, int] = field(default_factory=dict)  # name → size of the file, in bytes
-    preview: list[str] = field(default_factory=list)  # a random sample: the first in the order of the hashes
+    preview: list[str] = field(default_factory=list)  # the first in the order of hashes, so a random sample
 
     def skip(self, cause: str, source: str) -> None:
         self.skipped[cause] += 1
@@ -184,7 +184,7 @@ def _fill_buckets(
     if options.max_bytes < math.inf:
         total = min(total, int(options.max_bytes)) if total else int(options.max_bytes)
     report = progress(total // MB, Dist(torch.device("cpu")), unit="MB read")
-    finished = 0  # of the total; corrects the estimate after each source
+    finished = 0  # estimated bytes of the sources that were read to their end
     for source, size in sized_sources:
         name = source.name
         start = summary.num_bytes
@@ -200,7 +200,7 @@ def _fill_buckets(
 
 
 def _usable_pieces(text: str | None, source: str, options: Options, summary: Summary) -> Iterator[bytes]:
-    """Yield the document in UTF-8, in several pieces if it is long; count what is skipped."""
+    """Yield the document as UTF-8 bytes, in several pieces if it is long; count what is skipped."""
     if not isinstance(text, str):
         return summary.skip(NO_TEXT, source)
     try:
@@ -220,8 +220,8 @@ def _usable_pieces(text: str | None, source: str, options: Options, summary: Sum
 
 def split_text(text: str, max_chars: int) -> Iterator[str]:
     """
-    Yield consecutive pieces of at most max_chars characters. They end after a paragraph if one ends in the second half
-    of the piece, else after a line, else after a word.
+    Yield consecutive pieces of at most max_chars characters. A piece ends after the last paragraph that ends in its
+    second half. If there is none, it ends after a line there, else after a word.
 
     >>> list(split_text("one two\\nthree four", 10))
     ['one two\\n', 'three four']
@@ -243,7 +243,7 @@ def split_text(text: str, max_chars: int) -> Iterator[str]:
 
 
 def _write_shards(folder: Path, buckets: Buckets, summary: Summary) -> None:
-    """Write the first documents to the validation shard and the others to training shards."""
+    """Write the documents with the lowest hashes to the validation shard and the others to training shards."""
     documents = buckets.documents(summary)
     preview = list(itertools.islice(documents, NUM_PREVIEW))
     summary.preview = [data.decode() for data in preview]
@@ -254,7 +254,7 @@ def _write_shards(folder: Path, buckets: Buckets, summary: Summary) -> None:
     summary.num_val, num_bytes = _write_shard(validation, documents, max_bytes)
     paths: list[Path] = []
     report = progress(buckets.num_bytes // MB, Dist(torch.device("cpu")), unit="MB sorted")
-    for document in documents:  # _write_shard takes the other documents of the shard from the same iterator
+    for document in documents:  # the first of a shard; _write_shard takes the others from the same iterator
         paths.append(folder / f"shard_{len(paths):05d}.parquet")
         count, size = _write_shard(paths[-1], itertools.chain([document], documents), SHARD_BYTES)
         summary.num_train += count
@@ -300,7 +300,7 @@ def _write_row_group(writer: pq.ParquetWriter, rows: list[bytes]) -> None:
 
 
 def require_own_folder(out: Path) -> None:
-    """Raise UserError if the folder holds anything that an earlier conversion has not written."""
+    """Raise UserError if the folder holds anything that was not written by an earlier conversion."""
     if out.is_file() or out.is_mount():
         raise UserError(f"{out} is a file or a mounted disk: choose a folder, which may be on that disk, with --out")
     if not out.exists():
@@ -316,7 +316,7 @@ def require_own_folder(out: Path) -> None:
 
 
 def _read_marker(path: Path) -> dict[str, int]:
-    """The size of each shard; empty if there is no marker file, or another file of that name."""
+    """The size of each shard by name; empty if there is no marker file, or if it is not from this module."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["sizes"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -324,7 +324,7 @@ def _read_marker(path: Path) -> dict[str, int]:
 
 
 def require_space(out: Path, num_bytes: int) -> None:
-    """Raise UserError if the text does not fit on the disk. Buckets are deleted as shards are written."""
+    """Raise UserError if the text does not fit on the disk. Shards replace the buckets one by one."""
     free = shutil.disk_usage(out.parent).free
     if free < num_bytes:
         raise UserError(

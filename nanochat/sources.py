@@ -8,10 +8,10 @@ Documents from text files and from datasets of the Hugging Face Hub, to be conve
     folder       all such files in it and below, without hidden ones
     hub:owner/name[:config][:split]    a dataset of the hub, streamed; the split is "train" by default
 
-All but parquet may be compressed, as .gz or .zst. No source is read into memory as a whole.
+Files of the first four kinds may be compressed, as .gz or .zst. No source is read into memory as a whole.
 
-A source yields a string per document, or None where there is none (no such field, null, not a JSON object). Bytes that
-are not UTF-8 become lone surrogates (Python's "surrogateescape"), so that the caller can recognise such documents.
+A source yields a string per document, or None for a row without text (no such field, null, not a JSON object). Bytes
+that are not UTF-8 become lone surrogates (Python's "surrogateescape"), so that the caller can recognise such documents.
 """
 
 import csv
@@ -35,7 +35,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 KINDS = (".txt", ".md", ".jsonl", ".csv", ".parquet")
 KNOWN = f"{', '.join(KINDS)}, the first four also as .gz or .zst"
 COMPRESSION_RATIO = 3  # size of text / size of the compressed file; typical of English, not measured per file
-MAX_TEXT_CHARS = 1 << 20  # text files above this are several documents, so that memory stays bounded
+MAX_TEXT_CHARS = 1 << 20  # longer text files become several documents, which bounds the memory
 READ_BYTES = 1 << 20
 
 
@@ -54,7 +54,8 @@ class FileSource:
 
     def estimate_bytes(self) -> int:
         """
-        Size of the text, for the check of free disk space and the time left. In .jsonl and .csv, other fields count.
+        Estimate of the text's size, for the check of the disk and for the time left. Other fields of .jsonl and .csv
+        are included.
         """
         if self.kind == ".parquet":
             footer = pq.read_metadata(self.path)
@@ -124,7 +125,7 @@ class FileSource:
             raise UserError(_missing_field(self.name, self.text_field, names))
 
     def _open(self, newline: str | None) -> TextIO:
-        """The decompressed file as text; without a byte order mark."""
+        """Open the file as text, decompressed and without its byte order mark."""
         compression = COMPRESSIONS.get(split_suffix(self.path)[1])
         binary: Any
         if compression:
@@ -171,11 +172,11 @@ Source = FileSource | HubSource
 
 def find_sources(names: Sequence[str], text_field: str, exclude: Path) -> tuple[list[Source], Counter[str]]:
     """
-    Return the sources that the names stand for, sorted, and how many files in folders were ignored, by extension. Files
-    below the folder `exclude` are left out.
+    Return the sources of these names (files, folders, hub:…), sorted, and by extension how many files in the folders
+    are ignored because they hold no text. Files below the folder `exclude` are left out.
 
-    Raises UserError for a name that does not exist or cannot be read as text, and if there is nothing to read. Reads
-    the first document of each structured source, so that a wrong --text-field is reported at once.
+    Raises UserError if a name does not exist or is not a known kind of file, and if there is nothing to read. Reads the
+    first document of each source with fields, so that a wrong --text-field is reported at once.
     """
     sources: set[Source] = set()
     ignored: Counter[str] = Counter()
@@ -208,7 +209,7 @@ def is_known(path: Path) -> bool:
 
 def split_suffix(path: Path) -> tuple[str, str]:
     """
-    The extension and that of the compression, in lower case.
+    The extension of the file before compression and that of the compression, in lower case.
 
     >>> split_suffix(Path("a/Pile.jsonl.GZ")), split_suffix(Path("notes.txt"))
     (('.jsonl', '.gz'), ('.txt', ''))
@@ -225,7 +226,7 @@ def _visible_files(root: Path, exclude: Path) -> Iterator[Path]:
 
     for parent, subfolders, names in os.walk(root, onerror=warn):
         visible = [Path(parent, name) for name in sorted(subfolders) if not name.startswith(".")]
-        subfolders[:] = [folder.name for folder in visible if folder.resolve() != exclude]  # where os.walk descends
+        subfolders[:] = [folder.name for folder in visible if folder.resolve() != exclude]  # for os.walk
         for name in sorted(names):
             file = Path(parent, name)
             if not name.startswith(".") and file.is_file():

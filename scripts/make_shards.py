@@ -6,8 +6,9 @@ Convert your own text to pretraining shards: shuffled, without exact duplicates,
     python -m scripts.make_shards hub:roneneldan/TinyStories --out ~/stories
     NANOCHAT_DATA_DIR=~/shards python -m scripts.tok_train
 
-A source is a file (.txt, .md, .jsonl, .csv, also as .gz or .zst; .parquet), a folder of such files, or a dataset of the
-Hugging Face Hub (hub:owner/name:config:split). The same texts and the same seed give the same shards.
+A source is a file, a folder of files, or a dataset of the Hugging Face Hub (hub:owner/name:config:split). Files are
+.parquet, .txt, .md, .jsonl or .csv; the last four may be compressed, as .gz or .zst. The same texts and seed give the
+same shards.
 """
 
 import math
@@ -25,13 +26,13 @@ from nanochat.sources import find_sources
 class Flags:
     sources: list[str] = flag(MISSING, "files, folders or datasets of the hub")
     out: str = flag(MISSING, "folder for the shards: new, empty, or written by an earlier run, which is replaced")
-    text_field: str = flag("text", "field of .jsonl, column of .csv, .parquet and the hub that holds the text")
-    # Shorter ones are remnants ("404", "n/a") of a few tokens, and each would cost a BOS token.
+    text_field: str = flag("text", "name of the field or column that holds the text; without effect on .txt and .md")
+    # Shorter documents are remnants of a few tokens, such as "404" or "n/a", and each would cost a BOS token.
     min_chars: int = flag(16, "shorter documents are skipped; spaces around the text do not count")
-    # Pretraining crops documents to a row, by default of 2,048 tokens, and discards the rest of them. 8,000 characters
-    # of English are about 1,700 tokens.
-    max_chars: int = flag(8000, "longer documents are split, because training would discard what exceeds a row")
-    max_gigabytes: float = flag(0.0, "stop after so much text, read in the order of the sources; 0 = read all")
+    # Pretraining crops a document to the length of a row, 2,048 tokens by default, and discards its rest. 8,000
+    # characters of English are about 1,700 tokens.
+    max_chars: int = flag(8000, "longer documents are split, because training discards what exceeds a row")
+    max_gigabytes: float = flag(0.0, "read the sources in order and stop after this much text; 0 = read all")
     seed: int = flag(0, "seed of the shuffle")
 
 
@@ -65,7 +66,7 @@ def main(flags: Flags) -> None:
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which could change the terminal, and without bytes of a broken file name."""
+    """The text with "?" for control characters, which a terminal would obey, and for invalid bytes of a file name."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 

@@ -1,10 +1,11 @@
 """
-Memory: what nanochat/costs.py predicts for training against the peak of a short run of base_train on this machine.
+Memory: compare the peak that nanochat/costs.py predicts for training with the measured peak of a short base_train run.
 
     python -m scripts.bench memory
     python -m scripts.bench memory --depths 12,20 --head-dim 128 --max-seq-len 2048 --vocab-size 32768    # a GPU
 
-Each run has its own process. `ratios`: predicted over measured peak, for each depth, dtype and kind of code.
+Each run has its own process. `ratios`: predicted peak / measured peak, for each depth and dtype, and on GPUs with and
+without torch.compile.
 """
 
 import os
@@ -22,12 +23,12 @@ from nanochat.tokenizer import Tokenizer
 from scripts import base_train
 from scripts.bench.harness import print_table, report, run_in_process
 
-ACCUMULATION = 2  # the second micro-batch finds the gradients of the first one in memory
+ACCUMULATION = 2  # so that a micro-batch also runs while the gradients of the first are in memory
 
 
 @dataclass(frozen=True)
 class Flags:
-    depths: str = flag("4,6,8", "depths to measure")
+    depths: str = flag("4,6,8", "depths to measure, separated by commas")
     head_dim: int = flag(64, "channels per attention head")
     max_seq_len: int = flag(512, "tokens of context")
     vocab_size: int = flag(2048, "tokens")
@@ -37,14 +38,14 @@ class Flags:
 
 @command
 def main(flags: Flags) -> dict[str, float]:
-    """Returns the ratios."""
+    """Returns the ratios by name of the run."""
     if not all(depth.isdigit() and int(depth) for depth in flags.depths.split(",")):
         raise UserError(f"--depths {flags.depths}: write numbers separated by commas, as in 4,6,8")
     device = hardware.pick_device(flags.device)
     ratios, table = {}, {}
     for depth in map(int, flags.depths.split(",")):
         for dtype in (torch.float32, torch.bfloat16):
-            for compiled in (False, True) if device.type == "cuda" else (False,):  # a run on a CPU starts without
+            for compiled in (False, True) if device.type == "cuda" else (False,):  # CPUs: runs start without
                 measured, predicted = run_in_process(measure, flags, depth, dtype, compiled, device)
                 name = f"d{depth} {str(dtype).removeprefix('torch.')} {'compiled' if compiled else 'eager'}"
                 ratios[name] = predicted / measured
