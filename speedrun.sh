@@ -2,7 +2,7 @@
 # The full pipeline: environment, tokenizer, pretraining, fine-tuning, evaluation, and a few questions to the new model.
 #
 #   bash speedrun.sh                                      # sized to this machine
-#   bash speedrun.sh --plan                               # print what it would do, need and take; nothing is downloaded
+#   bash speedrun.sh --plan                               # print what it would do, for how long; nothing is downloaded
 #   bash speedrun.sh --plan --for 8xH100                  # the same for another machine
 #   NANOCHAT_SPEEDRUN=tiny bash speedrun.sh               # all stages at toy size, in one or two minutes on two cores
 #   NANOCHAT_DATA_DIR=~/texts bash speedrun.sh            # pretrain on your text: .txt, .md, .jsonl, … or parquet shards
@@ -13,7 +13,7 @@
 #
 # Everything is written to NANOCHAT_BASE_DIR (default ~/.cache/nanochat; tiny: ~/.cache/nanochat-tiny). After an
 # interruption run the same command again: finished stages are skipped, the unfinished one resumes from its checkpoint.
-# scripts/speedrun.py chooses text, datasets and sizes, once: a restart uses the same.
+# scripts/speedrun.py chooses text, datasets and sizes at the first start; a restart uses the same.
 # shellcheck disable=SC1091,SC2046,SC2154  # sourced files set the arrays; resume prints one word or none
 set -euo pipefail
 started=$SECONDS
@@ -38,7 +38,7 @@ if [ -n "${WANDB_RUN:-}" ] && [ -z "${NANOCHAT_VENV:-}" ]; then
   pip install -qq --disable-pip-version-check -c constraints.txt wandb
 fi
 python -m scripts.speedrun --start-dir "$start_dir"
-source "$state/stages.sh"  # sets data, launch, tok_train, base_train, base_eval, chat_sft, chat_eval and questions
+source "$state/stages.sh"  # sets the arrays data, launch, tok_train, base_train, …, questions
 
 # ---- run the stages ----
 
@@ -57,7 +57,7 @@ stage() {  # stage NAME COMMAND…: runs the command unless it has succeeded bef
   echo "== $name took $((SECONDS - start)) s"
 }
 
-resume() { [ ! -f "$state/$1.started" ] || echo --resume; }  # if the stage was started with the same settings
+resume() { [ ! -f "$state/$1.started" ] || echo --resume; }  # prints --resume if the stage was started before
 
 if [ ${#data[@]} -gt 0 ]; then stage data "${data[@]}"; fi
 stage tok_train python -m scripts.tok_train "${tok_train[@]}"

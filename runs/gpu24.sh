@@ -4,16 +4,16 @@
 #   bash runs/gpu24.sh
 #   DEPTH=16 bash runs/gpu24.sh
 #
-# It needs a network and 15 GB on the disk (depth 12). Hours of pretraining, fine-tuning and GiB at the peak, of 22.2
-# that can be used; --device-batch-size auto chooses the rows per pass:
+# It needs a network and 15 GB on the disk (depth 12). The table lists the hours of pretraining and of fine-tuning, the
+# rows per pass that --device-batch-size auto chooses, and the peak memory in GiB, of which 22.2 can be used:
 #
 #   depth   RTX 4090       RTX 3090        rows   memory
 #   12       4.1 h, 1.5 h   9.5 h, 3.6 h   16     16.2
 #   16      16.7 h, 3.0 h  38.8 h, 6.9 h    8     18.0
 #   20      53.2 h, 5.1 h  123.6 h, 11.8 h  4     20.7
 #
-# Depth 24 does not fit. These numbers are calculated and were not measured on such a card: they assume that it reaches
-# the same share of its peak rate as public runs on 8xH100. To calculate them for another card:
+# Depth 24 does not fit. The numbers are calculated, not measured: they assume that a card reaches the same share of its
+# peak rate as public runs on 8xH100. To calculate them for another card:
 #   python -m scripts.base_train --plan --for 1xRTX4090 --depth 12
 #
 # Start the script again after an interruption: training resumes from its last checkpoint.
@@ -21,7 +21,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 depth=${DEPTH:-12}
-case "$depth" in  # a shard is enough for about 34 M tokens
+case "$depth" in  # training gets about 34 M tokens from a shard
   12) shards=40 ;;
   16) shards=80 ;;
   *) shards=170 ;;

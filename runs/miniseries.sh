@@ -9,7 +9,7 @@
 #   python -m scripts.tok_train
 #
 # The six depths take 2.4 hours and 58 dollars of training on 8xH100 (calculated; validation and evaluation take
-# additional time). For each depth:
+# additional time). To calculate it for one depth:
 #   python -m scripts.base_train --plan --for 8xH100 --depth 20
 # shellcheck disable=SC1091,SC2086,SC2154  # OPTIONS is a list of words; setup.sh sets launch
 set -euo pipefail

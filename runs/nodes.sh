@@ -5,7 +5,7 @@
 #   NODES=2 NODE_RANK=0 MASTER=10.0.0.1 bash runs/nodes.sh --depth 26
 #
 # All nodes need the same shards and tokenizer. The simplest way is a NANOCHAT_BASE_DIR on a shared file system. If a
-# node fails, start the command again with --resume on the other nodes: the number of nodes may change.
+# node fails, start the command again with --resume and a lower NODES on the other nodes.
 #
 # Depth 26 takes 2.3 hours on two nodes of 8 H100s, 1.2 hours on four (calculated, without the time that a slow network
 # between the nodes would add):

@@ -10,7 +10,7 @@
 #   python -m scripts.tok_train
 #
 # The 28 models of the full grid take 25 hours and 600 dollars on 8xH100, 17 of the hours for 3e19 FLOPs (calculated).
-# For each model:
+# To calculate it for one model:
 #   python -m scripts.base_train --plan --for 8xH100 --depth 20 --target-flops 3e19
 # shellcheck disable=SC1091,SC2086,SC2154  # OPTIONS is a list of words; setup.sh sets launch
 set -euo pipefail

@@ -1,12 +1,12 @@
 """
-Plan speedrun.sh: choose text, datasets and sizes for this machine, print the plan, write the stages' flags for bash.
+Choose text, datasets and sizes for this machine, print the plan, and write the flags of all stages for speedrun.sh.
 
     python -m scripts.speedrun --plan                 # print the plan and exit
     python -m scripts.speedrun --plan --for 8xH100    # the same for another machine
 
 `decide` is a pure function of the user's settings and of facts about the machine, the network and the text. Its result
-is saved in <base>/speedrun/decided.json and used again at a restart, which must not choose other sizes because the
-network is down or a GPU is busy.
+is saved in <base>/speedrun/decided.json. A restart reads it from there: if it decided again, it could choose other
+sizes, for example because the network is down.
 """
 
 import json
@@ -32,21 +32,22 @@ from nanochat.recipe import RecipeFlags, derive
 from nanochat.sources import COMPRESSION_RATIO, HubSource, find_sources
 from scripts import base_train
 
-# The public recipe that reaches GPT-2's CORE score (99 minutes on 8xH100 with FP8), where a machine trains it in
-# MAX_HOURS. Other GPUs train the deepest model that takes no longer.
+# The public recipe reaches GPT-2's CORE score in 99 minutes on 8xH100 with FP8. It is used on GPUs that need at most
+# MAX_HOURS for it; other GPUs train the deepest model that they finish in this time.
 PUBLIC_DEPTH, PUBLIC_RATIO = 24, 8
-MAX_HOURS = 5.0  # of pretraining; heuristic: one RTX 4090 then trains depth 12
+MAX_HOURS = 5.0  # of pretraining; heuristic: an RTX 4090 then trains depth 12
 FP8_DEPTH = 20  # smaller models gain nothing from FP8
-DEPTH_OF_UNKNOWN_CARD = {1: 12, 2: 16, 4: 20}  # by number of GPUs; 24 for more
+DEPTH_OF_UNKNOWN_CARD = {1: 12, 2: 16, 4: 20}  # by number of GPUs; more train the public recipe
 VOCAB_SIZE = 32768
-# Tokens of a public shard that training sees: 170 shards are enough for the 5.84 B tokens of the public recipe. A shard
-# has about 52 M, and packing crops a third of them.
+# Tokens that training sees of a public shard, which has about 52 M: packing crops a third of them. So 172 shards are
+# enough for the 5.84 B tokens of the public recipe.
 TOKENS_PER_SHARD = 34e6
-# Bytes of text from which on a vocabulary is useful (heuristic: 69 MB were enough for 8,192, 46 KB allow 2,600).
+# (bytes of text, vocabulary): the first pair whose bytes the text has determines the vocabulary (heuristic: 69 MB were
+# enough for 8,192, 46 KB allow 2,600).
 VOCAB_BY_BYTES = ((250e6, 32768), (8e6, 8192), (100e3, 2048), (0, 1024))
 
-# Tokens of fine-tuning, for the plan. The primer's were counted. Those of the public mixture are an estimate: 460,000
-# conversations of about 900 tokens (SmolTalk), and 600,000 of about 150.
+# Tokens of fine-tuning, for the plan. The primer's were counted. The public datasets' are an estimate: 460,000
+# conversations of about 900 tokens (SmolTalk), and 600,000 others of about 150.
 SFT_TOKENS_PRIMER = 1.0e6
 SFT_TOKENS_PUBLIC = 500e6
 
@@ -69,9 +70,9 @@ class Facts:
     """What `decide` needs to know about the machine, the network and the user's text."""
 
     device: str  # cuda | mps | cpu
-    gpus: int = 0  # a power of two, as batch sizes are
+    gpus: int = 0  # a power of two, so that it divides the batch
     card: str = ""  # the GPUs' name in cards.py; "" = not in the table
-    dtype: str = ""  # to train in; "" = the device's default
+    dtype: str = ""  # to compute in; "" = the device's default
     online: bool = False  # whether the hub responds
     text: str = ""  # what data_dir is: "" (not set) | shards | files | mixture
     text_bytes: float = math.inf  # its approximate size
@@ -85,25 +86,25 @@ class Decisions:
     gpus: int
     card: str
     dtype: str
-    text: str  # a description, as `chat`
-    chat: str
+    text: str  # description of the text, for the plan
+    chat: str  # description of the conversations
     data_dir: str
     vocab_size: int
-    sft_tokens: float
+    sft_tokens: float  # of fine-tuning, estimated
     data: list[str]  # the command that makes the shards; empty if there is nothing to do
-    launch: list[str]
+    launch: list[str]  # the command that starts a stage; the name of the stage and its flags follow
     base_train: list[str]
     base_eval: list[str]
     chat_sft: list[str]
     chat_eval: list[str]
-    questions: list[str]
+    questions: list[str]  # for the trained model
 
 
 # ---- decisions: pure functions ----
 
 
 def decide(settings: Settings, facts: Facts, base: Path) -> Decisions:
-    """What the speedrun does. `base` is the folder for generated text."""
+    """Returns what the speedrun does. `base` is the folder for generated and converted text."""
     text = choose_text(settings, facts, base)
     chat = choose_chat(settings, facts, text)
     size = choose_size(settings, facts, text)
@@ -157,9 +158,7 @@ def choose_text(settings: Settings, facts: Facts, base: Path) -> Text:
     if not settings.mode and facts.device == "cuda" and facts.online:
         return Text("public", "the public shards (there is a GPU and a network)", "")
     folder = str(base / "primer")
-    reason = "no GPU or no network, and NANOCHAT_DATA_DIR is not set"
-    if settings.mode == "tiny":
-        reason = "NANOCHAT_SPEEDRUN=tiny"
+    reason = "NANOCHAT_SPEEDRUN=tiny" if settings.mode else "no GPU or no network, and NANOCHAT_DATA_DIR is not set"
     make = ["python", "-m", "scripts.primer", "--data-dir", folder]
     return Text("primer", f"the embedded corpus ({reason})", folder, make)
 
@@ -191,7 +190,7 @@ def choose_chat(settings: Settings, facts: Facts, text: Text) -> Chat:
         return Chat(description, primer_sft, SFT_TOKENS_PRIMER, primer_evaluation, questions)
     if facts.device == "cuda":
         return Chat(description, [], SFT_TOKENS_PUBLIC, ["-a", CHAT_CORE], questions)
-    # 250 optimizer steps: spelling tasks would take up most of them.
+    # Without the spelling tasks, which would fill most of the 250 optimizer steps.
     sft = ["--num-iterations", "250", "--identity-epochs", "10", "--simplespelling-epochs=0", "--spellingbee-epochs=0"]
     return Chat(description, sft, 250 * 8192, ["-a", CHAT_CORE, "-x", "200"], questions)
 
@@ -206,7 +205,7 @@ class Size:
 
 
 def choose_size(settings: Settings, facts: Facts, text: Text) -> Size:
-    """The size of the model and of its training run. The rows per pass follow from the memory when a stage starts."""
+    """The size of the model and of its training run. Each stage chooses its rows per pass when it starts."""
     vocab_size = vocab_size_for(facts.text_bytes)
     if settings.mode == "tiny":
         recipe = ["--depth", "2", "--head-dim", "64", "--max-seq-len", "256"]
@@ -224,25 +223,24 @@ def choose_size(settings: Settings, facts: Facts, text: Text) -> Size:
 
 
 def vocab_size_for(text_bytes: float) -> int:
-    """The largest vocabulary that so much text is enough for."""
+    """The largest vocabulary that this much text is enough for."""
     return next(vocab_size for limit, vocab_size in VOCAB_BY_BYTES if text_bytes >= limit)
 
 
 def gpu_size(facts: Facts, vocab_size: int) -> Size:
-    """The public recipe if the GPUs train it in MAX_HOURS, else the deepest model that they train in this time."""
+    """The public recipe if it fits and the GPUs train it in MAX_HOURS, else the deepest model that does."""
     public = ["--depth", str(PUBLIC_DEPTH), "--target-param-data-ratio", str(PUBLIC_RATIO)]
     eval_tokens = 80 * 524288
     if not facts.card:
-        depth = DEPTH_OF_UNKNOWN_CARD.get(facts.gpus, PUBLIC_DEPTH)
-        if depth < PUBLIC_DEPTH:
-            return Size(vocab_size, ["--depth", str(depth)], [], eval_tokens)
-        return Size(vocab_size, public, [], eval_tokens)
+        known_depth = DEPTH_OF_UNKNOWN_CARD.get(facts.gpus)
+        flags = ["--depth", str(known_depth)] if known_depth else public
+        return Size(vocab_size, flags, [], eval_tokens)
     card, _ = find_machine(facts.card)
     machine = f"{facts.gpus}x{facts.card}"
     fp8 = ["--fp8"] if card.has_fp8 else []
     recipe = derive(parse(RecipeFlags, public), vocab_size)
-    target = planner.named_target(machine, fp8=bool(fp8))
-    setup = planner.training_setup(recipe.model, target, recipe.total_batch_size, fp8=bool(fp8))
+    target = planner.named_target(machine, card.has_fp8)
+    setup = planner.training_setup(recipe.model, target, recipe.total_batch_size, fp8=card.has_fp8)
     fits = training_memory(recipe.model, setup).peak <= target.memory
     if fits and target.seconds(recipe.model, recipe.flops) <= 3600 * MAX_HOURS:
         return Size(vocab_size, public, fp8, eval_tokens)
@@ -256,7 +254,7 @@ def gpu_size(facts: Facts, vocab_size: int) -> Size:
 
 
 def read_settings(start_dir: Path) -> Settings:
-    """The environment variables, with absolute paths. UserError if one of them has an impossible value."""
+    """The environment variables, with absolute paths. Raises UserError if one of them is invalid."""
     mode = os.environ.get("NANOCHAT_SPEEDRUN", "")
     if mode not in ("", "tiny"):
         raise UserError(f"NANOCHAT_SPEEDRUN is {mode}: use tiny, or unset it")
@@ -277,31 +275,29 @@ def read_settings(start_dir: Path) -> Settings:
 
 def folder_of(variable: str, start_dir: Path) -> str:
     """The absolute path of the folder that an environment variable names; "" if it is not set."""
-    value = os.environ.get(variable, "")
-    path = start_dir / Path(value).expanduser()
+    value = os.environ.get(variable)
     if not value:
         return ""
+    path = start_dir / Path(value).expanduser()
     if not path.is_dir():
         raise UserError(f"{variable} is {value}, which is not a folder")
     return str(path.resolve())
 
 
 def find_facts(settings: Settings, for_: str, base: Path) -> Facts:
-    """Facts about this machine, or about the one that is named by `for_`."""
+    """Facts about the machine that `for_` names; "" = this one."""
     text, text_bytes = inspect_text(settings.data_dir, base)
     if for_:
         card, count = find_machine(for_)
-        gpus = hardware.power_of_two(count)
-        return Facts("cuda", gpus, card.name, online=True, text=text, text_bytes=text_bytes)
+        return Facts("cuda", hardware.power_of_two(count), card.name, online=True, text=text, text_bytes=text_bytes)
     device = hardware.pick_device()
     is_gpu = device.type == "cuda"
     known = hardware.gpu_card(device)
     prefers_bfloat16 = device.type == "cpu" and not settings.dtype and hardware.bf16_faster_on_cpu()
     may_use_hub = settings.mode != "tiny" and (is_gpu or bool(text))
-    gpus = hardware.power_of_two(torch.cuda.device_count())
     return Facts(
         device=device.type,
-        gpus=gpus if is_gpu else 0,
+        gpus=hardware.power_of_two(torch.cuda.device_count()) if is_gpu else 0,
         card=known.name if known else "",
         dtype="bfloat16" if prefers_bfloat16 else "",
         online=may_use_hub and is_online(),
@@ -330,10 +326,8 @@ def is_online() -> bool:
         return False
     try:
         urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5)
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):  # ValueError: HF_ENDPOINT is no address
-        return False
+    except (OSError, ValueError) as error:  # ValueError: HF_ENDPOINT is not an address
+        return isinstance(error, urllib.error.HTTPError)  # a response, though with an error status
     return True
 
 
@@ -361,7 +355,7 @@ def print_plan(decisions: Decisions) -> None:
 
     sft_target = find_target(decisions, fp8=False) if flags.fp8 else target
     sft_setup = planner.training_setup(config, sft_target, recipe.total_batch_size, compiled=flags.compile)
-    if sft_setup.rows > setup.rows:  # fine-tuning inherits the rows of pretraining if they fit
+    if sft_setup.rows > setup.rows:  # fine-tuning uses at most the rows of pretraining
         sft_setup = replace(sft_setup, rows=setup.rows, accumulation=setup.accumulation)
     num_steps = max(1, round(decisions.sft_tokens / recipe.total_batch_size))
     sft_flops = float(num_steps * recipe.total_batch_size) * flops_per_token(config)
@@ -382,11 +376,11 @@ def find_target(decisions: Decisions, fp8: bool) -> Target:
     return replace(target, dtype=hardware.DTYPES[decisions.dtype]) if decisions.dtype else target
 
 
-# ---- from one start to the next, and to bash ----
+# ---- files: decisions for the next start, variables for bash ----
 
 
 def load_decisions(file: Path, settings: Settings) -> Decisions | None:
-    """What was decided with the same settings at an earlier start; None if nothing was."""
+    """The decisions of an earlier start with the same settings; None if there are none."""
     try:
         saved = json.loads(file.read_text())
         return Decisions(**saved["decisions"]) if saved["settings"] == asdict(settings) else None
@@ -395,18 +389,17 @@ def load_decisions(file: Path, settings: Settings) -> Decisions | None:
 
 
 def save_decisions(file: Path, settings: Settings, decisions: Decisions) -> None:
-    """Saves the decisions for the next start, and removes the marks of stages that ran with others."""
+    """Saves the decisions for the next start. Removes the marks of stages that ran with other decisions."""
     if file.exists():
         print("the settings differ from those of the last run: all stages run again")
-    for pattern in ("*.started", "*.done"):
-        for mark in file.parent.glob(pattern):
-            mark.unlink()
+    for mark in [*file.parent.glob("*.started"), *file.parent.glob("*.done")]:
+        mark.unlink()
     with atomic_path(file) as temporary:
         temporary.write_text(json.dumps({"settings": asdict(settings), "decisions": asdict(decisions)}, indent=1))
 
 
 def shell_variables(decisions: Decisions, datasets_dir: str, eval_bundle: str, wandb_run: str) -> str:
-    """Assignments for bash: exported variables, and an array of words for each stage."""
+    """Assignments for bash: exported variables, and an array for each command or list of flags."""
     exported = {
         "NANOCHAT_DATA_DIR": decisions.data_dir,
         "NANOCHAT_DATASETS_DIR": datasets_dir,
@@ -448,18 +441,18 @@ def main(flags: Flags) -> None:
     eval_bundle = folder_of("NANOCHAT_EVAL_BUNDLE", start_dir)
     base = (start_dir / base_dir()).resolve()
     file = base / "speedrun" / "decided.json"
-    decisions = None if flags.for_ else load_decisions(file, settings)
-    if decisions:
+    saved = None if flags.for_ else load_decisions(file, settings)
+    decisions = saved or decide(settings, find_facts(settings, flags.for_, base), base)
+    if saved:
         print(f"as decided at the first start (remove {file.parent} to decide again):")
-    else:
-        decisions = decide(settings, find_facts(settings, flags.for_, base), base)
-        if not flags.plan:
-            save_decisions(file, settings, decisions)
+    elif not flags.plan:
+        save_decisions(file, settings, decisions)
     print_plan(decisions)
-    if not flags.plan:
-        with atomic_path(file.with_name("stages.sh")) as temporary:
-            wandb_run = os.environ.get("WANDB_RUN", "")
-            temporary.write_text(shell_variables(decisions, settings.datasets_dir, eval_bundle, wandb_run))
+    if flags.plan:
+        return
+    variables = shell_variables(decisions, settings.datasets_dir, eval_bundle, os.environ.get("WANDB_RUN", ""))
+    with atomic_path(file.with_name("stages.sh")) as temporary:
+        temporary.write_text(variables)
 
 
 if __name__ == "__main__":
