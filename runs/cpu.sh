@@ -4,8 +4,8 @@
 #   bash runs/cpu.sh ~/books                 # a folder of .txt, .md, .jsonl, .csv or parquet, or one such file
 #   VOCAB_SIZE=2048 bash runs/cpu.sh ~/notes # less than 8 MB of text
 #
-# It needs 2 GB of memory and no network. On two cores of a Xeon with AMX it takes about 15 minutes (measured on 69 MB of
-# books with speedrun.sh, which fine-tunes on public datasets instead). To calculate the time on your machine:
+# It needs 2 GB of memory and no network. It takes about 15 minutes on two cores of a Xeon with AMX (measured with 69 MB
+# of books and speedrun.sh, which fine-tunes on public datasets instead). To calculate the time on your machine:
 #   python -m scripts.base_train --plan --depth 4 --head-dim 64 --max-seq-len 512 --total-batch-size 8192 --num-iterations 500
 #
 # The model writes like your text, and answers questions about the primer's facts. Start the script again after an
