@@ -1,5 +1,5 @@
 """
-What training and generation cost in memory and time: pure arithmetic on the sizes of the model, for planner.py.
+What a model costs: parameters, FLOPs, memory and time. Pure arithmetic on its configuration.
 
     setup = TrainingSetup(rows=16, world_size=8)
     training_memory(config, setup).peak               # bytes per GPU
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanochat.gpt import GPTConfig, param_counts
+from nanochat.gpt import SMEAR_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 from nanochat.loss import chunk_rows
 
 GIB = 2**30
@@ -37,6 +37,60 @@ CPU_PROCESS = 0.61 * GIB
 LOSS_COPIES = {True: 1.4, False: 8.7}  # compiled, eager
 # Copies of the largest stack of matrices that one of Muon's updates needs.
 MUON_COPIES = {True: 2.6, False: 6.3}
+
+
+# ---- parameters and FLOPs ----
+
+
+def param_counts(config: GPTConfig) -> dict[str, int]:
+    """Number of parameters by group, and their total."""
+    C = config.n_embd
+    num_value_embeds = len(config.layers_with_value_embeds)
+    block = 2 * C * C + 2 * C * config.kv_width + 8 * C * C  # queries and output; keys and values; MLP
+    value_gates = num_value_embeds * VE_GATE_CHANNELS * config.n_kv_head
+    smear = SMEAR_CHANNELS + 1 if config.smear else 0
+    counts = {
+        "wte": config.padded_vocab_size * C,
+        "value_embeds": num_value_embeds * config.padded_vocab_size * config.kv_width,
+        "lm_head": config.padded_vocab_size * C,
+        "transformer_matrices": config.n_layer * block + value_gates,
+        "scalars": 2 * config.n_layer * config.residual_scalars + smear + config.backout,
+    }
+    return counts | {"total": sum(counts.values())}
+
+
+def matmul_weights(config: GPTConfig) -> int:
+    """Number of weights that multiply activations: each costs 2 FLOPs per token forward and 4 backward."""
+    counts = param_counts(config)
+    smear_gate = SMEAR_CHANNELS if config.smear else 0
+    return counts["transformer_matrices"] + counts["lm_head"] + smear_gate
+
+
+def flops_per_token(config: GPTConfig) -> int:
+    """
+    Forward and backward FLOPs per trained token, as the PaLM paper counts them (arXiv 2204.02311, appendix B): matrix
+    products only, no embedding look-ups, and no discount for the causal mask.
+    """
+    attention = sum(12 * config.n_embd * window for window in config.windows)
+    return 6 * matmul_weights(config) + attention
+
+
+def decode_flops(config: GPTConfig, context: int) -> int:
+    """Forward FLOPs of one more token after `context` tokens."""
+    return 2 * matmul_weights(config) + 4 * config.n_embd * _num_keys(config, context)
+
+
+def kv_bytes_read(config: GPTConfig, context: int, dtype: torch.dtype) -> int:
+    """Bytes of the KV cache that decoding one token reads after `context` tokens."""
+    return _num_keys(config, context) * 2 * config.kv_width * dtype.itemsize
+
+
+def _num_keys(config: GPTConfig, context: int) -> int:
+    """Keys that one token after `context` tokens sees, its own included, summed over the layers."""
+    return sum(min(window, context) + 1 for window in config.windows)
+
+
+# ---- memory of training ----
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,17 @@ import torch
 from nanochat import attention, hardware
 from nanochat.cards import find_machine
 from nanochat.common import UserError, duration, human
-from nanochat.costs import GIB, Memory, TrainingSetup, expected_mfu, largest_batch, training_memory
-from nanochat.gpt import GPT, GPTConfig, flops_per_token, param_counts
+from nanochat.costs import (
+    GIB,
+    Memory,
+    TrainingSetup,
+    expected_mfu,
+    flops_per_token,
+    largest_batch,
+    param_counts,
+    training_memory,
+)
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.recipe import RecipeFlags, derive, model_config
 from nanochat.tokenizer import Tokenizer, default_dir
 

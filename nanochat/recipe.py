@@ -24,7 +24,8 @@ from typing import Any
 
 from nanochat.cli import flag, require_positive
 from nanochat.common import UserError, human
-from nanochat.gpt import PORTABLE, GPTConfig, flops_per_token, param_counts
+from nanochat.costs import flops_per_token, param_counts
+from nanochat.gpt import PORTABLE, GPTConfig
 from nanochat.muon import ParamGroup, StepSchedule
 
 REFERENCE_DEPTH = 12

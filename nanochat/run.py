@@ -32,9 +32,9 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.cli import Restart, flag
 from nanochat.common import UserError, duration, seed_everything
-from nanochat.costs import training_memory
+from nanochat.costs import flops_per_token, training_memory
 from nanochat.distributed import Dist
-from nanochat.gpt import GPT, GPTConfig, flops_per_token
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.muon import MuonAdamW, ParamGroup, build_optimizer
 from nanochat.planner import check_fits, count_rows, gib, local_target, training_setup
 from nanochat.recipe import RecipeFlags, Schedule, load_hyperparameters

@@ -13,11 +13,11 @@ from functools import partial
 from nanochat import attention, distributed, fp8, hardware, mixture, planner, recipe
 from nanochat.cli import command, flag
 from nanochat.common import UserError, duration
+from nanochat.costs import param_counts
 from nanochat.dataloader import prefetch
 from nanochat.distributed import Dist
 from nanochat.engine import Engine, sample_prompts
 from nanochat.eval.bpb import evaluate_bpb_of_sources
-from nanochat.gpt import param_counts
 from nanochat.logging import print_table
 from nanochat.run import Run, RunFlags
 from nanochat.tokenizer import PORTABLE_SPLIT_PATTERN, Tokenizer, default_dir

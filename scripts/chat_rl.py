@@ -18,9 +18,9 @@ from nanochat import checkpoint_manager, distributed, hardware, planner, rollout
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError, human
-from nanochat.costs import Memory, rl_memory
+from nanochat.costs import Memory, param_counts, rl_memory
 from nanochat.engine import Engine
-from nanochat.gpt import GPTConfig, param_counts
+from nanochat.gpt import GPTConfig
 from nanochat.logging import append_after, print_table
 from nanochat.planner import Target
 from nanochat.recipe import load_hyperparameters, param_groups, rl_schedule

@@ -18,10 +18,10 @@ from nanochat import checkpoint_manager, distributed, hardware, planner, recipe
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError, human
+from nanochat.costs import flops_per_token
 from nanochat.dataloader import ConversationLoader, prefetch
 from nanochat.distributed import Dist
 from nanochat.eval.bpb import evaluate_bpb
-from nanochat.gpt import flops_per_token
 from nanochat.logging import print_table
 from nanochat.run import Run, RunFlags
 from nanochat.tokenizer import Tokenizer, default_dir

@@ -24,8 +24,7 @@ from nanochat import dataset, hardware, mixture, planner
 from nanochat.cards import find_machine
 from nanochat.cli import command, flag, parse
 from nanochat.common import UserError, atomic_path, base_dir, duration
-from nanochat.costs import training_memory
-from nanochat.gpt import flops_per_token
+from nanochat.costs import flops_per_token, training_memory
 from nanochat.logging import print_table
 from nanochat.planner import Target
 from nanochat.recipe import RecipeFlags, derive

@@ -14,7 +14,7 @@ from conftest import golden
 from factories import FAMILY, tiny_config, tiny_gpt
 from test_attention import naive_attention, naive_window
 
-from nanochat import gpt
+from nanochat import costs
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.muon import MuonAdamW, build_optimizer
@@ -66,8 +66,8 @@ def test_losses_and_gradients_equal_golden(case):
 
 def test_costs_equal_golden(case):
     config = GPTConfig(**case["config"])
-    assert gpt.flops_per_token(config) == case["flops_per_token"]
-    assert gpt.param_counts(config) == case["param_counts"]
+    assert costs.flops_per_token(config) == case["flops_per_token"]
+    assert costs.param_counts(config) == case["param_counts"]
     assert [(window, 0) for window in config.windows] == case["window_sizes"]
     assert config.n_layer * 2 * config.kv_width * 4 == case["kv_bytes_per_token_fp32"]
 
@@ -203,7 +203,7 @@ def test_initial_values_of_every_parameter():
             tolerance = 4 * spread / math.sqrt(12 * p.numel())  # four standard errors of the mean
             assert abs(p.mean().item() - (low + high) / 2) < tolerance, name
     assert used == set(rules)
-    assert sum(p.numel() for p in model.parameters()) == gpt.param_counts(config)["total"]
+    assert sum(p.numel() for p in model.parameters()) == costs.param_counts(config)["total"]
 
 
 def test_new_model_predicts_all_tokens_alike():
@@ -271,7 +271,7 @@ def test_features_can_be_turned_off_one_by_one(off):
         "residual_scalars": {"resid_lambdas", "x0_lambdas"},
     }
     assert names == set().union(*(expected[feature] for feature in FEATURES if feature not in off))
-    assert sum(p.numel() for p in model.parameters()) == gpt.param_counts(model.config)["total"]
+    assert sum(p.numel() for p in model.parameters()) == costs.param_counts(model.config)["total"]
     ids = torch.randint(70, (2, 20))
     loss = model(ids[:, :-1], ids[:, 1:])
     loss.backward()
@@ -282,8 +282,8 @@ def test_costs_of_inference_by_counting():
     config = GPTConfig(sequence_len=512, vocab_size=64, n_layer=3, n_head=2, n_kv_head=1, n_embd=64, window_pattern="S")
     length = 300
     seen_by_last = 129 + 129 + 301
-    assert gpt.decode_flops(config, length) == 2 * gpt.matmul_weights(config) + 4 * 64 * seen_by_last
-    assert gpt.kv_bytes_read(config, length, torch.bfloat16) == seen_by_last * 2 * 1 * 32 * 2
+    assert costs.decode_flops(config, length) == 2 * costs.matmul_weights(config) + 4 * 64 * seen_by_last
+    assert costs.kv_bytes_read(config, length, torch.bfloat16) == seen_by_last * 2 * 1 * 32 * 2
 
 
 # ---- precision ----

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 
-from nanochat import gpt
+from nanochat import costs, gpt
 from nanochat.checkpoint_manager import load_model
 from nanochat.engine import Engine, Request
 from nanochat.tokenizer import PORTABLE_SPLIT_PATTERN, Tokenizer, default_dir
@@ -40,7 +40,7 @@ def test_portable_model_trains_resumes_loads_and_generates(tmp_path, monkeypatch
     model, _ = load_model("base", "d3", -1, tokenizer, torch.device("cpu"), torch.float32)
     assert {field: getattr(model.config, field) for field in gpt.PORTABLE} == gpt.PORTABLE
     assert model.config.windows == [64] * 3
-    assert sum(p.numel() for p in model.parameters()) == gpt.param_counts(model.config)["total"]
+    assert sum(p.numel() for p in model.parameters()) == costs.param_counts(model.config)["total"]
     names = {name.split(".", 1)[0] for name in model.state_dict()}
     assert names == {"transformer", "lm_head"} and not any("ve_gate" in name for name in model.state_dict())
 

@@ -15,7 +15,8 @@ from conftest import golden
 
 from nanochat import recipe
 from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig, flops_per_token, param_counts
+from nanochat.costs import flops_per_token, param_counts
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.muon import build_optimizer
 from nanochat.recipe import Hyperparameters, RecipeFlags, param_groups
 

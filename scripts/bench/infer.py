@@ -19,8 +19,9 @@ import torch
 from nanochat import checkpoint_manager, hardware
 from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError, human
+from nanochat.costs import decode_flops, kv_bytes_read, matmul_weights
 from nanochat.engine import Engine, Request
-from nanochat.gpt import GPT, decode_flops, kv_bytes_read, matmul_weights
+from nanochat.gpt import GPT
 from nanochat.recipe import RecipeFlags, model_config
 from nanochat.tokenizer import Tokenizer, default_dir
 from scripts.bench.harness import alternate, print_table, report, timed

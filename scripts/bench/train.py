@@ -29,9 +29,10 @@ import torch.nn.functional as F
 from nanochat import attention, dataset, hardware, primer, recipe
 from nanochat.cli import command, flag, require_positive
 from nanochat.common import human
+from nanochat.costs import flops_per_token
 from nanochat.dataloader import PretrainLoader, prefetch, to_device
 from nanochat.distributed import Dist
-from nanochat.gpt import GPT, GPTConfig, flops_per_token
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.muon import MuonAdamW, adamw_update, build_optimizer
 from nanochat.run import Run, RunFlags
 from nanochat.tokenizer import Tokenizer
