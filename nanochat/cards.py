@@ -1,5 +1,5 @@
 """
-The GPUs that the planner knows: memory, peak rates and price of each. `find_machine("8xH100")` is what --for reads.
+The GPUs that the planner knows: memory, peak rates and price of each. `find_machine` parses --for.
 
 Memory is what the driver reports, a little less than the name promises. FLOP/s (dense, in the dtype that training uses
 on the card) and bytes/s are from the vendors' data sheets. Prices are typical ones of rented cards in November 2026. If

@@ -256,7 +256,7 @@ def load_model(
 
 @contextmanager
 def run_lock(stage: str, tag: str, dist: Dist) -> Iterator[None]:
-    """UserError if another run uses this tag; until the block ends no other run can."""
+    """Reserves the tag for this run until the block ends. UserError if another run uses it."""
     folder = tag_dir(stage, tag)
     if not dist.is_main:
         yield

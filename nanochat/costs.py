@@ -33,9 +33,9 @@ EDGE_BYTES = 10.0
 # needs more memory than compiled code, and every run on a CPU starts without torch.compile, so this is the peak.
 CPU_LAYER_BYTES = {torch.float32: (132.0, 204.0), torch.bfloat16: (93.0, 93.0), torch.float16: (93.0, 93.0)}
 CPU_PROCESS = 0.61 * GIB
-# Copies of a chunk of logits, in float32, that exist at once while the loss is computed.
+# While the loss is computed: memory in units of one chunk of logits in float32.
 LOSS_COPIES = {True: 1.4, False: 8.7}  # compiled, eager
-# Copies of the largest stack of matrices that one of Muon's updates needs.
+# During Muon's update: memory in units of the largest stack of matrices.
 MUON_COPIES = {True: 2.6, False: 6.3}
 
 
@@ -95,7 +95,7 @@ def _num_keys(config: GPTConfig, context: int) -> int:
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """How a model is trained, as far as memory depends on it."""
+    """How a model is trained: everything that its memory depends on."""
 
     rows: int  # per micro-batch and rank
     accumulation: int = 1  # micro-batches per step

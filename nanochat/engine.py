@@ -109,7 +109,7 @@ class Prefill:
     passes (gpt.Cache).
 
     All prompts start at position 0 and advance together. Prompts that end within a chunk are padded on the right, where
-    causal attention hides the padding from their tokens. After the chunk they are complete and are removed.
+    causal attention hides the padding from their tokens. After the chunk these prompts are complete and are removed.
     """
 
     def __init__(self, prompts: Sequence[tuple[int, ...]], model: GPT):

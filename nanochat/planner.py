@@ -54,7 +54,7 @@ class Target:
     name: str
     device: str  # cuda | mps | cpu
     count: int
-    memory: float  # bytes that a rank may take
+    memory: float  # bytes that a rank may use
     dtype: torch.dtype  # that training computes in
     rate_of: Callable[[GPTConfig], float]  # FLOP/s of a rank while it trains this model
     rate_source: str  # where rate_of comes from, for the table
@@ -109,7 +109,7 @@ def local_target(device: torch.device, world_size: int, dtype: torch.dtype, fp8:
 
 
 def find_target(for_: str, device_name: str, fp8: bool = False) -> Target:
-    """The target of the flags --for and --device: a named machine, or all GPUs of this one, or its CPU."""
+    """The target of the flags --for and --device: a named machine, all GPUs of this one, or its CPU."""
     if for_:
         return named_target(for_, fp8)
     device = hardware.pick_device(device_name)
@@ -218,7 +218,7 @@ def check_memory(memory: Memory, target: Target, remedy: str) -> None:
 
 
 def depth_for(flags: RecipeFlags, vocab_size: int, target: Target, seconds: float, fp8: bool) -> int:
-    """The largest depth that the target trains in this time and that fits its memory. UserError if there is none."""
+    """The largest depth that fits into the target's memory and trains in this time. UserError if there is none."""
     best = 0
     for depth in range(1, MAX_DEPTH + 1):
         recipe = derive(replace(flags, depth=depth), vocab_size)
@@ -228,7 +228,7 @@ def depth_for(flags: RecipeFlags, vocab_size: int, target: Target, seconds: floa
             break
         best = depth
     if not best:
-        raise UserError(f"{duration(seconds)} on {target.name} is too little even for --depth 1: allow more")
+        raise UserError(f"{duration(seconds)} on {target.name} is too short even for --depth 1: allow more")
     return best
 
 

@@ -84,7 +84,7 @@ class Summary:
 
 def make_shards(sources: Sequence[Source], out: Path, options: Options) -> Summary:
     """
-    Write the documents of all sources to shards in the folder `out`, replacing those of an earlier conversion.
+    Writes the documents of all sources to shards in the folder `out`, replacing those of an earlier conversion.
 
     Raises UserError if another process writes to the folder, if it holds other files, if the disk is too small, if a
     source cannot be read, and if there are fewer than two distinct documents.
@@ -148,7 +148,7 @@ class Buckets:
         self._buffered = 0
 
     def documents(self, summary: Summary) -> Iterator[bytes]:
-        """Yield distinct documents in the order of their hashes; delete each bucket once it is read."""
+        """Yields distinct documents in the order of their hashes; deletes each bucket once it is read."""
         self.flush()
         for number in range(NUM_BUCKETS):
             path = self._path(number)
@@ -200,7 +200,7 @@ def _fill_buckets(
 
 
 def _usable_pieces(text: str | None, source: str, options: Options, summary: Summary) -> Iterator[bytes]:
-    """Yield the document as UTF-8 bytes, in several pieces if it is long; count what is skipped."""
+    """Yields the document as UTF-8 bytes, in several pieces if it is long; counts what is skipped."""
     if not isinstance(text, str):
         return summary.skip(NO_TEXT, source)
     try:
@@ -220,7 +220,7 @@ def _usable_pieces(text: str | None, source: str, options: Options, summary: Sum
 
 def split_text(text: str, max_chars: int) -> Iterator[str]:
     """
-    Yield consecutive pieces of at most max_chars characters. A piece ends after the last paragraph that ends in its
+    Yields consecutive pieces of at most max_chars characters. A piece ends after the last paragraph that ends in its
     second half. If there is none, it ends after a line there, else after a word.
 
     >>> list(split_text("one two\\nthree four", 10))
@@ -243,7 +243,7 @@ def split_text(text: str, max_chars: int) -> Iterator[str]:
 
 
 def _write_shards(folder: Path, buckets: Buckets, summary: Summary) -> None:
-    """Write the documents with the lowest hashes to the validation shard and the others to training shards."""
+    """Writes the documents with the lowest hashes to the validation shard and the others to training shards."""
     documents = buckets.documents(summary)
     preview = list(itertools.islice(documents, NUM_PREVIEW))
     summary.preview = [data.decode() for data in preview]
@@ -272,7 +272,7 @@ def _write_shards(folder: Path, buckets: Buckets, summary: Summary) -> None:
 
 
 def _write_shard(path: Path, documents: Iterable[bytes], max_bytes: float) -> tuple[int, int]:
-    """Write documents until the shard has max_bytes of text; return the number of documents and of bytes."""
+    """Writes documents until the shard has max_bytes of text; returns the number of documents and of bytes."""
     rows: list[bytes] = []
     count = size = group_start = 0
     with pq.ParquetWriter(path, pa.schema({"text": pa.string()}), compression="zstd") as writer:
@@ -300,7 +300,7 @@ def _write_row_group(writer: pq.ParquetWriter, rows: list[bytes]) -> None:
 
 
 def require_own_folder(out: Path) -> None:
-    """Raise UserError if the folder holds anything that was not written by an earlier conversion."""
+    """Raises UserError if the folder holds anything that was not written by an earlier conversion."""
     if out.is_file() or out.is_mount():
         raise UserError(f"{out} is a file or a mounted disk: choose a folder, which may be on that disk, with --out")
     if not out.exists():
@@ -310,7 +310,7 @@ def require_own_folder(out: Path) -> None:
         is_marker = path.name == MARKER and sizes
         if not is_marker and sizes.get(path.name) != path.stat().st_size:
             raise UserError(
-                f"{out} holds {path.name}, which make_shards has not written and which would be deleted: "
+                f"{out} holds {path.name}, which make_shards did not write and would delete: "
                 "choose an empty or new folder with --out"
             )
 
@@ -324,7 +324,7 @@ def _read_marker(path: Path) -> dict[str, int]:
 
 
 def require_space(out: Path, num_bytes: int) -> None:
-    """Raise UserError if the text does not fit on the disk. Shards replace the buckets one by one."""
+    """Raises UserError if the text does not fit on the disk. Shards replace the buckets one by one."""
     free = shutil.disk_usage(out.parent).free
     if free < num_bytes:
         raise UserError(

@@ -66,7 +66,7 @@ class FileSource:
         return self.path.stat().st_size * (COMPRESSION_RATIO if is_compressed else 1)
 
     def documents(self) -> Iterator[str | None]:
-        """Yield all documents. Raises UserError if the file is damaged or lacks the text field."""
+        """Yields all documents. Raises UserError if the file is damaged or lacks the text field."""
         try:
             if self.kind == ".parquet":
                 yield from self._read_parquet()
@@ -92,7 +92,7 @@ class FileSource:
                 row = _parse_object(line)
                 if number == 0:
                     if row is None:
-                        raise UserError(f"{self.path}: the first line is no JSON object; write one object per line")
+                        raise UserError(f"{self.path}: the first line is not a JSON object; write one object per line")
                     self._require_field(row)
                 yield row.get(self.text_field) if row else None
 
@@ -145,7 +145,7 @@ class HubSource:
         return 0  # unknown
 
     def documents(self) -> Iterator[str | None]:
-        """Yield all documents. Raises UserError if the hub cannot be reached, and if there is no such dataset."""
+        """Yields all documents. Raises UserError if the hub cannot be reached, and if there is no such dataset."""
         import datasets  # takes a second
         from huggingface_hub.errors import HTTPError
 
@@ -172,7 +172,7 @@ Source = FileSource | HubSource
 
 def find_sources(names: Sequence[str], text_field: str, exclude: Path) -> tuple[list[Source], Counter[str]]:
     """
-    Return the sources of these names (files, folders, hub:…), sorted, and by extension how many files in the folders
+    Returns the sources of these names (files, folders, hub:…), sorted, and by extension how many files in the folders
     are ignored because they hold no text. Files below the folder `exclude` are left out.
 
     Raises UserError if a name does not exist or is not a known kind of file, and if there is nothing to read. Reads the

@@ -108,7 +108,7 @@ def _evaluate(node: ast.expr, source: str, depth: int) -> Fraction:
 
 def format_number(value: Fraction) -> str:
     """
-    Write a number in decimal notation, exactly if EXACT_DIGITS significant digits suffice, else rounded.
+    Writes a number in decimal notation, exactly if EXACT_DIGITS significant digits suffice, else rounded.
 
     >>> format_number(Fraction(24)), format_number(Fraction(5, 2)), format_number(Fraction(22, 7))
     ('24', '2.5', '3.14285714286')

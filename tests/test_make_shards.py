@@ -362,7 +362,7 @@ def test_rows_without_text_are_counted(source, out, capsys):
             b'{"content": "x", "url": "y"}\n',
             "has no field 'text', choose one with --text-field: 'content', 'url'",
         ),
-        ("a.jsonl", b'[\n{"text": "x"}]', "a.jsonl: the first line is no JSON object; write one object per line"),
+        ("a.jsonl", b'[\n{"text": "x"}]', "a.jsonl: the first line is not a JSON object; write one object per line"),
         ("a.csv", b"content,url\nx,y\n", "has no field 'text', choose one with --text-field: 'content', 'url'"),
         ("a.jsonl.gz", b"not gzip", "a.jsonl.gz cannot be read (zlib inflate failed"),
         ("a.jsonl.zst", b"not zstandard", "a.jsonl.zst cannot be read (ZSTD decompress failed"),
@@ -436,7 +436,7 @@ def test_folder_with_other_files_is_refused(source, out, name, has_shards):
     write_shard(out / name, ["precious"])
     before = contents(out)
     message = error_of(source, out=out)
-    assert "which make_shards has not written" in message and "choose an empty or new folder with --out" in message
+    assert "which make_shards did not write" in message and "choose an empty or new folder with --out" in message
     assert contents(out) == before
 
 

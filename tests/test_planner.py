@@ -132,7 +132,7 @@ def test_hours_or_budget_choose_the_depth(base_dir, capsys, limit):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--for", "8xH100", "--budget", "0.001"], "too little even for --depth 1"),
+        (["--for", "8xH100", "--budget", "0.001"], "too short even for --depth 1"),
         (["--for", "8xH100", "--budget", "5", "--hours", "1"], "give only one"),
         (["--device", "cpu", "--budget", "5"], "use --hours, or name a machine"),
         (["--for", "8xH10", "--budget", "5"], "cards: "),
