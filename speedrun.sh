@@ -2,7 +2,7 @@
 # The full pipeline: environment, tokenizer, pretraining, fine-tuning, evaluation, and a few questions to the new model.
 #
 #   bash speedrun.sh                                      # sized to this machine
-#   bash speedrun.sh --plan                               # print what it would do, for how long; nothing is downloaded
+#   bash speedrun.sh --plan                               # print what it would do, for how long; no data is loaded
 #   bash speedrun.sh --plan --for 8xH100                  # the same for another machine
 #   NANOCHAT_SPEEDRUN=tiny bash speedrun.sh               # all stages at toy size, in one or two minutes on two cores
 #   NANOCHAT_DATA_DIR=~/texts bash speedrun.sh            # pretrain on your text: .txt, .md, .jsonl, … or parquet shards

@@ -32,7 +32,7 @@ class Card(NamedTuple):
         return self.capability >= (8, 9)
 
 
-# find_card takes the first match: a driver name that contains another one must come before it.
+# find_card takes the first match: GB200 comes before B200, because it contains that name.
 CARDS = (
     Card("GB200", "GB200", 184.0, 2.5e15, 8.0e12, 6.5, (10, 0)),
     Card("B200", "B200", 178.0, 2.25e15, 8.0e12, 5.5, (10, 0)),

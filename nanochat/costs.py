@@ -28,7 +28,7 @@ LAYER_BYTES = 39.0
 LAYER_BYTES_FP8 = 28.8
 LAYER_BYTES_BANDED = 41.0  # the kernel "banded" keeps its masks too
 EDGE_BYTES = 10.0
-# On a CPU, bytes per token, layer and channel: with one pass per step, and with several, which leave holes in the heap.
+# On a CPU, bytes per token, layer and channel: one pass per step; several passes per step, which fragment the heap.
 # Measured at depths 4 to 8, 2,048 to 16,384 tokens a pass. CPU_PROCESS is what the process takes besides. Eager code
 # needs more memory than compiled code, and every run on a CPU starts without torch.compile, so this is the peak.
 CPU_LAYER_BYTES = {torch.float32: (132.0, 204.0), torch.bfloat16: (93.0, 93.0), torch.float16: (93.0, 93.0)}
@@ -178,8 +178,8 @@ def _loss_bytes(config: GPTConfig, setup: TrainingSetup) -> float:
 
 def largest_batch(config: GPTConfig, setup: TrainingSetup, total_batch_size: int, capacity: float) -> int:
     """
-    The most rows per micro-batch that fit into `capacity` bytes and divide the number of rows of a rank and step. If
-    that number is even, only powers of two are tried. 0 if not even one row fits.
+    The most rows per micro-batch that fit into `capacity` bytes and divide the rows that each rank trains on per step.
+    If these are even in number, only powers of two are tried. 0 if not even one row fits.
     """
     if total_batch_size % (config.sequence_len * setup.world_size):
         return 1  # not a whole number of rows: recipe.accumulation_steps raises the error

@@ -57,7 +57,8 @@ class GPTConfig:
     # (compare token shift in RWKV, arXiv 2305.13048).
     smear: bool = True
     # The residual stream (the vector per token that the layers add to) after the middle layer, times a learned number,
-    # is subtracted before lm_head. So the first half can store something for later layers that is not predicted itself.
+    # is subtracted before lm_head. So the first half can pass information to later layers without adding it to the
+    # prediction.
     backout: bool = True
     # Before each layer, x = resid_lambda * x + x0_lambda * x0, where x0 is the embedding: the layer chooses how much it
     # reads of the token itself.
@@ -320,9 +321,9 @@ class GPT(nn.Module):
         Initial values, drawn from torch's global generator of the model's device.
 
         Most matrices are uniform (no outliers) with standard deviation 1/sqrt(C), so that activations keep their size;
-        c_fc has 0.4 of that. Matrices that write into the residual stream are zero: every layer starts as the identity,
-        and the gradient reaches all layers unchanged (compare Fixup, arXiv 1901.09321). lm_head is almost zero: a new
-        model gives all tokens almost the same probability.
+        c_fc has 0.4 of that. Matrices that write into the residual stream are zero: every block starts as the identity,
+        and the gradient reaches all of them, changed only by the residual scalars (compare Fixup, arXiv 1901.09321).
+        lm_head is almost zero: a new model gives all tokens almost the same probability.
         """
         # Only for new models: torch's default values are drawn first and replaced below. Drawing them advances the
         # random generator, so that a seed gives the same weights as in earlier versions.

@@ -121,8 +121,8 @@ def _find_directory(name: str) -> Path:
 
 def furthest_behind(weights: Sequence[float], amounts: Sequence[int]) -> int:
     """
-    Returns the index of the source that is furthest behind its weight; on a tie, the first one. A source should have
-    its weight times the total (with the next unit included); it is behind by what it lacks of that.
+    Returns the index of the source that is furthest behind its weight; on a tie, the first one. A source is
+    behind by: its weight times the total (the next unit counted), minus its amount.
 
     >>> amounts = [0, 0]
     >>> for _ in range(5):

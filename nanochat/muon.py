@@ -50,14 +50,14 @@ POLAR_COEFFICIENTS = (
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters that share learning rate and weight decay (made in nanochat/recipe.py)."""
+    """Parameters that share learning rate and weight decay. recipe.param_groups makes the groups."""
 
     name: str
     prefixes: tuple[str, ...]  # of the parameters' names
     lr: float
     weight_decay: float
     betas: tuple[float, float] | None = None  # of AdamW; None = this group is Muon's
-    skips_first_step: bool = False  # of pretraining: see recipe.pretrain_schedule
+    skips_first_step: bool = False  # its learning rate is 0 in the first one of pretraining (recipe.py)
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ FRAGMENTATION = 0.03  # share of a GPU's memory that the allocator cannot use
 CPU_TOKENS = 2**13  # most tokens per pass on a CPU: larger passes take more memory and are no faster
 TRIAL_TOKENS = 2048  # tokens per micro-batch of a trial (see measured_rate)
 TRIAL_SECONDS = 20.0  # a trial that would take longer is replaced by an assumption
-# Training speed as a share of the speed of matrix products, where no trial is made. From a CPU at depth 4, without
-# torch.compile.
+# Where no trial is made: training speed as a share of the speed of matrix products. Measured on a CPU at depth 4,
+# without torch.compile.
 ASSUMED_SHARE = 0.5
 MAX_DEPTH = 200
 
@@ -84,7 +84,7 @@ def named_target(name: str, fp8: bool) -> Target:
         memory=usable_gpu_memory(card.gib * GIB),
         dtype=card.dtype,
         rate_of=lambda config: expected_mfu(config, fp8) * card.flops,
-        rate_source=f"the share of {card.flops / 1e12:g} TFLOP/s that public runs on 8xH100 reached (2025, 2026)",
+        rate_source=f"{card.flops / 1e12:g} TFLOP/s x the share that public runs on 8xH100 reached (2025, 2026)",
         peak=card.flops,
         dollars_per_hour=count * card.dollars_per_hour,
     )
@@ -104,7 +104,7 @@ def local_target(device: torch.device, world_size: int, dtype: torch.dtype, fp8:
         memory=local_memory(device, world_size),
         dtype=dtype,
         rate_of=functools.cache(lambda config: measured_rate(config, device, dtype) / sharing),
-        rate_source="trial steps on this machine, without torch.compile",
+        rate_source="trial passes without torch.compile, or half the speed of matrix products for large models",
     )
 
 
@@ -187,7 +187,10 @@ def training_setup(
 
 
 def check_fits(config: GPTConfig, setup: TrainingSetup, target: Target, flags: RecipeFlags | None = None) -> None:
-    """UserError if the run does not fit into memory; names rows that would. With flags (pretraining), also a depth."""
+    """
+    UserError if the run does not fit into memory. The message names a number of rows that would fit or, if even one row
+    does not and the flags of pretraining are given, a depth.
+    """
 
     def fits(config: GPTConfig, rows: int) -> bool:
         return training_memory(config, replace(setup, rows=rows)).peak <= target.memory
@@ -241,7 +244,8 @@ def training_rows(
     """Rows (what, value, explanation) of the plan of a training run; num_steps and flops are 0 if unknown."""
     memory = training_memory(config, setup)
     tokens_per_step = setup.rows * config.sequence_len * setup.world_size * setup.accumulation
-    batch = f"{setup.world_size} ranks x {setup.rows} rows x {config.sequence_len} tokens x {setup.accumulation} passes"
+    batch = f"{setup.world_size} GPUs x " if target.device == "cuda" else ""
+    batch += f"{count_rows(setup.rows)} x {config.sequence_len} tokens, {setup.accumulation} times"
     counts = param_counts(config)
     groups = ", ".join(f"{name} {human(count)}" for name, count in counts.items() if name != "total" and count)
     rows = [
@@ -251,7 +255,7 @@ def training_rows(
     ]
     if num_steps:
         seconds = target.seconds(config, flops)
-        rate = f"{human(target.rate_of(config))}FLOP/s per rank"
+        rate = f"{human(target.rate_of(config))} FLOP/s per rank"
         if target.peak:
             rate += f", {target.rate_of(config) / target.peak:.0%} MFU"
         rate += f": {target.rate_source}"

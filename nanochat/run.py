@@ -65,7 +65,7 @@ class Run:
     train_model: Any  # the model that training starts with: compiled if that is decided by then
     eval_model: Any  # the model for validation: compiled on CUDA only
     optimizer: MuonAdamW
-    compiled: bool | None  # whether train_model and, on CUDA, the optimizer are; None = not decided yet
+    compiled: bool | None  # whether the model is, and on CUDA the optimizer too; None = not decided yet
     state: TrainState
     data_states: Sequence[dict[str, Any]]  # of all ranks that saved the resumed checkpoint; empty for a new run
     metadata: dict[str, Any]  # saved with each checkpoint
@@ -234,9 +234,9 @@ class Run:
         self, wanted: int, total_batch_size: int, *, compile: bool, fp8: bool = False, flops: float = 0.0
     ) -> int:
         """
-        Returns the rows per pass and rank, and prints the memory that they are expected to take. `wanted` = -1: as many
-        as fit into memory, but no more than the checkpoint that the run continues or starts from was trained with.
-        Otherwise `wanted`. UserError if the rows do not fit.
+        Returns the rows per pass and rank, and prints the memory that they are expected to take. If `wanted` is -1,
+        they are as many as fit, but not more than in the run that saved the checkpoint that this one starts from.
+        UserError if they do not fit.
         """
         target = local_target(self.dist.device, self.dist.world_size, self.dtype, fp8)
         compiled = compile and hardware.can_compile(self.dist.device)

@@ -1,5 +1,5 @@
 """
-Convert documents to pretraining shards: shuffled, without duplicates, with a validation shard, in bounded memory.
+Convert documents to pretraining shards: shuffled, without duplicates, with a validation shard, in little memory.
 
 One idea does most of the work: documents are sorted by a 128-bit hash of their text, with the seed as its key. This
 order is a shuffle: it depends only on the texts and the seed, not on the order of the sources. Equal documents get
@@ -220,8 +220,8 @@ def _usable_pieces(text: str | None, source: str, options: Options, summary: Sum
 
 def split_text(text: str, max_chars: int) -> Iterator[str]:
     """
-    Yields consecutive pieces of at most max_chars characters. A piece ends after the last paragraph that ends in its
-    second half. If there is none, it ends after a line there, else after a word.
+    Yields consecutive pieces of at most max_chars characters. A piece ends in the second half of max_chars: after
+    the last paragraph there, else the last line, else the last word, else at max_chars.
 
     >>> list(split_text("one two\\nthree four", 10))
     ['one two\\n', 'three four']

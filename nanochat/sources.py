@@ -1,14 +1,15 @@
 """
 Documents from text files and from datasets of the Hugging Face Hub, to be converted to shards (shards.py).
 
-    .txt, .md    the file is one document
+    .txt, .md    the file is one document (several, if it is longer than a million characters)
     .jsonl       one JSON object per line; its text field is the document
     .csv         the text column of each row; fields may contain quoted line breaks
     .parquet     the text column of each row
     folder       all such files in it and below, without hidden ones
-    hub:owner/name[:config][:split]    a dataset of the hub, streamed; the split is "train" by default
+    hub:owner/name[:config[:split]]    a dataset of the hub, streamed; the split is "train" by default, and the config
+                                       may be empty, as in hub:owner/name::test
 
-Files of the first four kinds may be compressed, as .gz or .zst. No source is read into memory as a whole.
+All files but .parquet may be compressed, as .gz or .zst. No source is read into memory as a whole.
 
 A source yields a string per document, or None for a row without text (no such field, null, not a JSON object). Bytes
 that are not UTF-8 become lone surrogates (Python's "surrogateescape"), so that the caller can recognise such documents.
@@ -137,7 +138,7 @@ class FileSource:
 
 @dataclass(frozen=True)
 class HubSource:
-    name: str  # hub:owner/name[:config][:split]
+    name: str  # hub:owner/name[:config[:split]]
     text_field: str
     kind: str = "hub"
 

@@ -4,7 +4,7 @@
 #   bash runs/cpu.sh ~/books                 # a folder of .txt, .md, .jsonl, .csv or parquet, or one such file
 #   VOCAB_SIZE=2048 bash runs/cpu.sh ~/notes # less than 8 MB of text
 #
-# It needs 2 GB of memory and no network. It takes about 15 minutes on two cores of a Xeon with AMX (measured with 69 MB
+# It needs 2 GB of memory, and a network only for .venv. It takes about 15 minutes on two cores of a Xeon with AMX (measured with 69 MB
 # of books and speedrun.sh, which fine-tunes on public datasets instead). To calculate the time on your machine:
 #   python -m scripts.base_train --plan --depth 4 --head-dim 64 --max-seq-len 512 --total-batch-size 8192 --num-iterations 500
 #

@@ -21,9 +21,9 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 depth=${DEPTH:-12}
-case "$depth" in  # training gets about 34 M tokens from a shard
+case "$depth" in  # training gets about 34.5 M tokens from a shard
   12) shards=40 ;;
-  16) shards=80 ;;
+  16) shards=84 ;;
   *) shards=170 ;;
 esac
 

@@ -2,10 +2,11 @@
 # Pretraining on several nodes: run the same command on every node, with its own NODE_RANK. Slurm does that for you with
 # runs/slurm.sh.
 #
-#   NODES=2 NODE_RANK=0 MASTER=10.0.0.1 bash runs/nodes.sh --depth 26
+#   NODES=2 NODE_RANK=0 MASTER=10.0.0.1 bash runs/nodes.sh --depth 26 --save-every 250 --keep-last 2
 #
-# All nodes need the same shards and tokenizer. The simplest way is a NANOCHAT_BASE_DIR on a shared file system. If a
-# node fails, start the command again with --resume and a lower NODES on the other nodes.
+# All nodes need the same shards (330 of the public ones for depth 26, which trains on 11 B tokens) and tokenizer. The
+# simplest way is a NANOCHAT_BASE_DIR on a shared file system. If a node fails, start the command again with --resume and
+# a lower NODES on the other nodes.
 #
 # Depth 26 takes 2.3 hours on two nodes of 8 H100s, 1.2 hours on four (calculated, without the time that a slow network
 # between the nodes would add):

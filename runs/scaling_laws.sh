@@ -5,11 +5,12 @@
 #   BUDGETS="1e14 3e14" DEPTHS="2 4 6" OPTIONS="--head-dim 64 --max-seq-len 512" bash runs/scaling_laws.sh
 #   python -m scripts.scaling_laws                                 # the table so far
 #
-# It needs shards and a tokenizer:
+# It needs shards and a tokenizer. 170 shards hold 5.8 B tokens: half of the models train on more, and read the text
+# several times. 3,000 shards (300 GB) are enough for all but the smallest ones with the largest budget.
 #   python -m nanochat.dataset -n 170
 #   python -m scripts.tok_train
 #
-# The 28 models of the full grid take 25 hours and 600 dollars on 8xH100, 17 of the hours for 3e19 FLOPs (calculated).
+# The 28 models of the full grid take 26 hours and 615 dollars on 8xH100, 17 of the hours for 3e19 FLOPs (calculated).
 # To calculate it for one model:
 #   python -m scripts.base_train --plan --for 8xH100 --depth 20 --target-flops 3e19
 # shellcheck disable=SC1091,SC2086,SC2154  # OPTIONS is a list of words; setup.sh sets launch

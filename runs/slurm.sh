@@ -4,7 +4,7 @@
 #   sbatch runs/slurm.sh --depth 26                           # from the repository's folder, on a shared file system
 #   sbatch --nodes=4 --time=02:00:00 runs/slurm.sh --depth 26
 #
-# As for runs/nodes.sh, all nodes need the same shards and tokenizer, and a NANOCHAT_BASE_DIR that they share. The time
+# As for runs/nodes.sh, all nodes need the same shards (330 for depth 26) and tokenizer, and a NANOCHAT_BASE_DIR that they share. The time
 # limit is that of depth 26 on two nodes of 8 H100s (2.3 hours, calculated) with a reserve. A job that was stopped or
 # requeued resumes from its last checkpoint. Add the options of your cluster, such as --account, to the command.
 #SBATCH --job-name=nanochat

@@ -34,7 +34,7 @@ class Flags(RunFlags, recipe.RecipeFlags):
     attention: str = flag("auto", f"auto (the fastest) or a kernel of attention.py: {', '.join(attention.LOADERS)}")
     fp8: bool = flag(False, "train the large matrices in FP8 (GPUs from Ada and Hopper on); evaluation is not affected")
     seed: int = flag(42, "seed of initial weights and samples")
-    hours: float = flag(0.0, "choose the largest --depth that this machine, or --for's, trains in this time; 0 = off")
+    hours: float = flag(0.0, "choose the largest --depth that this machine (or that of --for) trains in this time")
     budget: float = flag(0.0, "choose the largest --depth that costs at most this many dollars; 0 = off")
 
 

@@ -35,14 +35,14 @@ from scripts import base_train
 # MAX_HOURS for it; other GPUs train the deepest model that they finish in this time.
 PUBLIC_DEPTH, PUBLIC_RATIO = 24, 8
 MAX_HOURS = 5.0  # of pretraining; heuristic: an RTX 4090 then trains depth 12
-FP8_DEPTH = 20  # smaller models gain nothing from FP8
+FP8_DEPTH = 20  # smaller models gain little from FP8 (heuristic)
 DEPTH_OF_UNKNOWN_CARD = {1: 12, 2: 16, 4: 20}  # by number of GPUs; more train the public recipe
 VOCAB_SIZE = 32768
-# Tokens that training sees of a public shard, which has about 52 M: packing crops a third of them. So 172 shards are
+# Tokens that training sees of a public shard, which has about 52 M: packing crops a third of them. So 170 shards are
 # enough for the 5.84 B tokens of the public recipe.
-TOKENS_PER_SHARD = 34e6
-# (bytes of text, vocabulary): the first pair whose bytes the text has determines the vocabulary (heuristic: 69 MB were
-# enough for 8,192, 46 KB allow 2,600).
+TOKENS_PER_SHARD = 34.5e6
+# (bytes of text, vocabulary): the vocabulary is that of the first pair with at most as many bytes as the text.
+# Heuristic: 69 MB were enough for 8,192, 46 KB allow 2,600.
 VOCAB_BY_BYTES = ((250e6, 32768), (8e6, 8192), (100e3, 2048), (0, 1024))
 
 # Tokens of fine-tuning, for the plan. The primer's were counted. The public datasets' are an estimate: 460,000
@@ -157,7 +157,9 @@ def choose_text(settings: Settings, facts: Facts, base: Path) -> Text:
     if not settings.mode and facts.device == "cuda" and facts.online:
         return Text("public", "the public shards (there is a GPU and a network)", "")
     folder = str(base / "primer")
-    reason = "NANOCHAT_SPEEDRUN=tiny" if settings.mode else "no GPU or no network, and NANOCHAT_DATA_DIR is not set"
+    reason = (
+        "NANOCHAT_SPEEDRUN=tiny" if settings.mode else "no CUDA GPU or no network, and NANOCHAT_DATA_DIR is not set"
+    )
     make = ["python", "-m", "scripts.primer", "--data-dir", folder]
     return Text("primer", f"the embedded corpus ({reason})", folder, make)
 

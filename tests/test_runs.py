@@ -89,7 +89,7 @@ def test_cpu_recipe_converts_the_text_and_trains(run, tmp_path):
     assert found["make_shards"].out == str(tmp_path / "base/text")
 
 
-@pytest.mark.parametrize("depth, shards", [("12", 40), ("16", 80), ("20", 170)])
+@pytest.mark.parametrize("depth, shards", [("12", 40), ("16", 84), ("20", 170)])
 def test_gpu24_recipe_downloads_enough_shards_for_its_depth(run, depth, shards):
     found = dict(stages(run("gpu24.sh", DEPTH=depth)))
     assert found["nanochat.dataset"].num_files == shards
