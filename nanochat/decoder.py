@@ -12,6 +12,7 @@ size, V vocabulary, k candidates of top-k sampling.
 """
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -25,6 +26,7 @@ from nanochat.loss import softcap
 
 MIN_GRAPH_KEYS = 256  # a captured step reads this many keys or a higher power of two; heuristic, not tuned
 MAX_GRAPHS = 64  # captured graphs that are kept, one per BatchSampling and shape; heuristic, not tuned
+CAPTURE_LOCK = threading.Lock()  # a process can capture one graph at a time, and a server has a thread per engine
 
 
 @dataclass(frozen=True)
@@ -315,6 +317,9 @@ class Decoder:
         # On CUDA each step is a captured graph; static shapes keep the number of graphs small. These are two flags, so
         # that tests can use the shapes without the graphs.
         self.use_static_shapes = self.use_graphs = device.type == "cuda"
+        if self.use_graphs:
+            # torch's default stream for captures belongs to the device that was used first in the process.
+            self.capture_stream = torch.cuda.Stream(device)
         self.graphs: dict[tuple[int, int, BatchSampling], torch.cuda.CUDAGraph] = {}
 
     def refresh_weights(self) -> None:
@@ -426,21 +431,26 @@ class Decoder:
         """Runs the step as a CUDA graph, captured at the first call with these arguments."""
         key = (batch, num_keys, sampling)
         if key not in self.graphs:
-            self._warm_up(batch, num_keys, sampling)
             if len(self.graphs) == MAX_GRAPHS:
                 self.graphs.clear()
-            pool = next((graph.pool() for graph in self.graphs.values()), None)  # all graphs share one memory pool
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self._step(batch, num_keys, 0, sampling)
-            self.graphs[key] = graph
+            with CAPTURE_LOCK, torch.cuda.device(self.model.device):
+                self._warm_up(batch, num_keys, sampling)
+                self.graphs[key] = self._capture(batch, num_keys, sampling)
         self.graphs[key].replay()
+
+    def _capture(self, batch: int, num_keys: int, sampling: BatchSampling) -> torch.cuda.CUDAGraph:
+        pool = next((graph.pool() for graph in self.graphs.values()), None)  # all graphs share one memory pool
+        graph = torch.cuda.CUDAGraph()
+        # By default a capture fails when another thread allocates memory or waits for its own work at the same time.
+        with torch.cuda.graph(graph, pool=pool, stream=self.capture_stream, capture_error_mode="thread_local"):
+            self._step(batch, num_keys, 0, sampling)
+        return graph
 
     def _warm_up(self, batch: int, num_keys: int, sampling: BatchSampling) -> None:
         """Runs the step before it is captured, as libraries initialize at their first call, and undoes its effects."""
         state = (self.tokens_R, self.positions_R, self.previous_RC)
         saved = [tensor.clone() for tensor in state]
-        stream = torch.cuda.Stream()
+        stream = self.capture_stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):

@@ -9,6 +9,7 @@ give the same object. Sizes are keyword arguments; a test names only those that 
     save_checkpoint(tiny_gpt(initial=True), "sft", "d2", tokenizer=golden_tokenizer)
 """
 
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.train import TrainState
 
 CPU = torch.device("cpu")
+HAS_KERNELS = "NULLGPU" not in os.environ  # False on the null GPU, where kernels do nothing and numbers are garbage
 GOLDEN_VOCAB_SIZE = 1024  # of the golden tokenizer (conftest.py)
 RANDOM_STD = 0.3  # large enough that logits differ clearly between tokens
 

@@ -6,14 +6,17 @@ The scheduler: order, bounds and sharing of the queue, and two engines behind on
 
 import asyncio
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 from factories import tiny_gpt
 
 from nanochat.common import UserError
 from nanochat.engine import Engine, Request
 from nanochat.serve.scheduler import FairQueue, Generation, QueueFull, ServedModel, Service, Unavailable
+from scripts.chat_web import make_engine
 
 
 def generation(client):
@@ -101,15 +104,17 @@ def test_fair_queue_shares_the_load_among_engines():
     assert len(queue.take(0, 3)) == 1 and queue.capacity == 104
 
 
+async def collect(handle):
+    """The tokens of a response, and the indices of the engines that generated them."""
+    events = [event async for batch in handle.batches() for event in batch]
+    handle.close()
+    return [event.token for event in events if event.token is not None], {event.engine_index for event in events}
+
+
 def test_service_with_two_engines_generates_what_one_engine_does(golden_tokenizer):
     model = tiny_gpt(n_layer=1, initial=True)
     requests = [Request([1 + i, 2], 10, seed=i) for i in range(20)]
     expected = [completion.tokens for completion in Engine(model, golden_tokenizer).generate(requests)]
-
-    async def collect(handle):
-        events = [event async for batch in handle.batches() for event in batch]
-        handle.close()
-        return [event.token for event in events if event.token is not None], {event.engine_index for event in events}
 
     async def main():
         service.start()
@@ -135,3 +140,40 @@ def test_service_with_two_engines_generates_what_one_engine_does(golden_tokenize
     stats = service.stats()
     assert stats["tokens"] == sum(map(len, expected)) == sum(device["tokens"] for device in stats["devices"])
     assert not any("engine" in thread.name for thread in threading.enumerate())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_models, num_devices", [(1, 2), (2, 1), (2, 2)])
+def test_engines_of_one_process_capture_their_graphs_at_the_same_time(num_models, num_devices, golden_tokenizer):
+    """All engines start together, and each request after that may need another graph."""
+    if torch.cuda.device_count() < num_devices:
+        pytest.skip(f"needs {num_devices} GPUs")
+
+    def make(model):
+        engine = make_engine(model, golden_tokenizer, max_slots=4)
+        engine.stop_tokens = set()
+        return engine
+
+    async def main():
+        service.start()
+        while any(thread.state == "loading" for thread in service.threads):
+            await asyncio.sleep(0.01)
+        assert [thread.state for thread in service.threads] == ["ready"] * num_models * num_devices
+        handles = [
+            service.submit(service.models[f"m{i % num_models}"], [request], "client")
+            for i, request in enumerate(requests)
+        ]
+        results = await asyncio.gather(*map(collect, handles))
+        service.close()
+        return results
+
+    requests = [Request([1 + i, 2], 5 + i % 7, top_k=(0, 5, 50)[i % 3], seed=i) for i in range(40)]
+    models = []
+    for i in range(num_models):
+        makers = [partial(make, tiny_gpt(seed=i, device=f"cuda:{index}")) for index in range(num_devices)]
+        models.append(ServedModel(f"m{i}", golden_tokenizer, tiny_gpt().config, makers, queue_size=100))
+    service = Service(models)
+    results = asyncio.run(main())
+    assert [len(tokens) for tokens, _ in results] == [request.max_tokens for request in requests]
+    assert service.outcomes["length"] == len(requests)
+    assert set().union(*(devices for _, devices in results)) == set(range(num_devices))
