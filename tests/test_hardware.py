@@ -4,6 +4,7 @@ Devices and dtypes, the table of GPUs, compiling, and the settings of a training
     python -m pytest tests/test_hardware.py
 """
 
+import os
 import subprocess
 import sys
 
@@ -40,6 +41,37 @@ def test_each_local_rank_gets_its_own_gpu(monkeypatch):
     assert hardware.pick_device("auto", 1) == torch.device("cuda", 1)
     with pytest.raises(UserError, match="nproc_per_node=2"):
         hardware.pick_device("cuda", 2)
+
+
+def test_pick_device_configures_cuda_for_every_program(monkeypatch):
+    """Not only for training: prompts of a chat have many lengths, too."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # restored after the test
+        monkeypatch.delenv(name)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    hardware.pick_device("cpu")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")  # set by the user
+    hardware.pick_device("cpu")
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+
+
+@pytest.mark.gpu
+def test_pick_device_sets_the_allocator_before_it_starts():
+    code = """
+import torch
+from nanochat.hardware import pick_device
+pick_device("cuda")
+torch.cuda.init()
+print(torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"])
+"""
+    variables = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout
+    assert output.split() == ["True"]
 
 
 def test_dtype_follows_the_device_unless_the_environment_sets_it(monkeypatch):
