@@ -76,8 +76,12 @@ def init(device_name: str = "auto") -> Iterator[Dist]:
     dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound_device)
     try:
         yield Dist(device, dist.get_rank(), world_size)
-    finally:
+    except SystemExit:  # train.Stopped, which all ranks raise together
         dist.destroy_process_group()
+        raise
+    # Not after an error of one rank: NCCL would wait for the operations that the other ranks still take part in. Ending
+    # the process aborts them, and torchrun then ends the other ranks.
+    dist.destroy_process_group()
 
 
 def warn0(message: str) -> None:

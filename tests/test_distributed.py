@@ -4,6 +4,7 @@ Distributed training: two processes over gloo train like one with twice the accu
     python -m pytest tests/test_distributed.py
 """
 
+import contextlib
 import os
 import socket
 
@@ -163,3 +164,18 @@ def test_init_with_unknown_device_raises_before_joining_a_group(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="--device"), distributed.init("tpu"):
         pass
+
+
+@pytest.mark.parametrize("error, is_left", [(UserError, True), (SystemExit, False), (None, False)])
+def test_init_does_not_destroy_the_group_after_an_error(monkeypatch, error, is_left):
+    """Destroying it could wait for ranks that wait for this one. All ranks raise SystemExit (Stopped) together."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    try:
+        with contextlib.suppress(UserError, SystemExit), distributed.init("cpu"):
+            if error:
+                raise error
+        assert torch.distributed.is_initialized() == is_left
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
