@@ -144,7 +144,7 @@ class Trainer:
 
         # The only host-device synchronization of a step (float16 has one more). It comes before the optimizer,
         # so that a loss that is not finite never reaches the weights.
-        numbers = torch.stack([loss, square_norm, torch.tensor(float(stopping), device=loss.device)])
+        numbers = torch.stack([loss, square_norm, torch.full_like(loss, float(stopping))])
         loss_value, square_norm_value, num_stopping = self.dist.sum(numbers).tolist()
         grad_norm = math.sqrt(square_norm_value)
         for name, value in (("loss", loss_value), ("gradient norm", grad_norm)):

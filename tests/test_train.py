@@ -9,16 +9,18 @@ import copy
 import math
 import os
 import signal
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from factories import tiny_gpt, tiny_optimizer
 
 from nanochat.common import UserError
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.muon import StepSchedule, build_optimizer
+from nanochat.muon import StepSchedule, adamw_update, build_optimizer
 from nanochat.recipe import param_groups
 from nanochat.train import Hook, Step, Stopped, Trainer, TrainState, token_loss
 
@@ -321,6 +323,42 @@ def test_sft_and_rl_losses_work_in_the_same_loop():
     rl = replace(step, micro_batches=[(x, y, torch.tensor([1.0, -1.0, 0.5, -0.5]))])
     run(model, optimizer, [rl], loss_fn=policy_gradient)
     assert not torch.equal(before, weights(model))
+
+
+class ZeroSums(Dist):
+    """Waits for the numbers to add, as the loop does, but returns zeros: on the null GPU the numbers are garbage."""
+
+    def sum(self, tensor):
+        return torch.tensor([0.0 for _ in tensor.tolist()])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_step_waits_for_the_gpu_once(compile):
+    """More would leave the GPU idle while the host prepares the next kernels."""
+    device = torch.device("cuda", 0)
+    model = tiny_gpt(device=device)
+    optimizer = tiny_optimizer(model)
+    if compile:
+        optimizer.compiles = True  # its kernels get tensors; compiling them takes minutes and changes no copy
+        optimizer.adamw_kernel = adamw_update
+    ids_BT = torch.randint(V, (B, T), device=device)
+    num_waits = []
+
+    def data():
+        for _ in range(4):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                yield Step([(ids_BT, ids_BT, B * T)] * 3, 0.0, B * T, {})
+            num_waits.append(sum("synchronizing CUDA operation" in str(warning.message) for warning in caught))
+
+    trainer = Trainer(model, optimizer, TrainState(), ZeroSums(device), log=lambda state, metrics: None)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        trainer.fit(data(), token_loss, decay, [])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert num_waits == [1] * 4
 
 
 def test_loss_falls_on_repeated_data():
