@@ -13,15 +13,16 @@ size, V vocabulary, k candidates of top-k sampling.
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from nanochat.gpt import GPT, NORM_EPS, SMEAR_CHANNELS, VE_GATE_SCALE, Block, norm
+from nanochat.gpt import GPT, NORM_EPS, SMEAR_CHANNELS, VE_GATE_SCALE, Block, GPTConfig, norm
 from nanochat.loss import softcap
 
 MIN_GRAPH_KEYS = 256  # a captured step reads this many keys or a higher power of two; heuristic, not tuned
@@ -32,13 +33,19 @@ CAPTURE_LOCK = threading.Lock()  # a process can capture one graph at a time, an
 @dataclass(frozen=True)
 class Prefix:
     """
-    The model's state after a sequence of tokens: per layer, the keys and values (K, n, D) of its last n tokens, as many
-    as the layer's window covers.
+    The model's state after a sequence of tokens: the keys and values of its last n tokens, as many as the window
+    covers, of all L layers with that window: (2, L, n, K, D).
     """
 
     tokens: tuple[int, ...]
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
+    caches: dict[int, torch.Tensor]  # by window
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a tensor from the host to a device, on CUDA without waiting for the copy."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 # ---- logits → probabilities → sample ----
@@ -270,6 +277,14 @@ class RingContext(NamedTuple):
     mask: torch.Tensor | None  # (B * K, num_keys, 1), added to the scores; None: every key is visible
 
 
+class SlotStart(NamedTuple):
+    """What a slot starts with, after its prefix."""
+
+    token: int  # read by the next step
+    params: SamplingParams
+    uniforms: torch.Tensor  # a random number in [0, 1) for each token to sample
+
+
 class StepContext(NamedTuple):
     """What all layers of one decode step share."""
 
@@ -312,6 +327,7 @@ class Decoder:
         self.gains = torch.tensor(gains, device=device, dtype=self.dtype)[:, None]
         self.norm_eps = torch.tensor(NORM_EPS, device=device, dtype=self.dtype)
 
+        self.layers_by_window = layers_by_window(config)
         self.num_slots = 0  # so far; `reserve` adds more
         self.length = 0  # of a slot, in tokens
         # On CUDA each step is a captured graph; static shapes keep the number of graphs small. These are two flags, so
@@ -343,9 +359,14 @@ class Decoder:
         old_tensors = self.slot_tensors() if self.num_slots else []
 
         self.rings = [min(window + 1, length) for window in config.windows]  # by layer; + 1 for the token itself
-        shapes = [(num_slots * config.n_kv_head, ring, config.head_dim) for ring in self.rings]
-        self.keys = [torch.zeros(shape, device=device, dtype=self.dtype) for shape in shapes]
-        self.values = [torch.zeros(shape, device=device, dtype=self.dtype) for shape in shapes]
+        # Layers with one window share a tensor, (2, L, R, K, ring, D), so that a slot is filled with few copies.
+        self.caches: dict[int, torch.Tensor] = {}
+        self.keys, self.values = [torch.empty(0)] * config.n_layer, [torch.empty(0)] * config.n_layer
+        for window, layers in self.layers_by_window.items():
+            shape = (2, len(layers), num_slots, config.n_kv_head, min(window + 1, length), config.head_dim)
+            self.caches[window] = torch.zeros(shape, device=device, dtype=self.dtype)
+            for layer, (keys, values) in zip(layers, self.caches[window].unbind(1), strict=True):
+                self.keys[layer], self.values[layer] = keys.flatten(0, 1), values.flatten(0, 1)
         self.previous_RC = torch.zeros((num_slots, config.n_embd), device=device, dtype=self.dtype)  # for smear
         self.tokens_R = torch.zeros(num_slots, device=device, dtype=torch.long)  # the next step reads these
         self.positions_R = torch.zeros(num_slots, device=device, dtype=torch.long)  # their positions
@@ -367,38 +388,39 @@ class Decoder:
 
     def slot_tensors(self) -> list[torch.Tensor]:
         """Everything that belongs to a slot; the first dimension of each tensor is R."""
-        caches = [cache.unflatten(0, (self.num_slots, -1)) for cache in (*self.keys, *self.values)]
+        caches = [cache.movedim(2, 0) for cache in self.caches.values()]
         sampling = [self.temperature_R, self.top_k_R, self.top_p_R, self.uniform_RT]
         return [*caches, self.previous_RC, self.tokens_R, self.positions_R, *sampling]
 
-    def fill(self, slot: int, prefix: Prefix, token: int, params: SamplingParams, uniforms: torch.Tensor) -> None:
-        """
-        Puts a sequence into a slot: `prefix`, then `token`, which the next step reads. uniforms: a random number in
-        [0, 1) for each token to sample.
-        """
-        position, num_kv = len(prefix.tokens), self.model.config.n_kv_head
-        if position > 0:
-            heads = slice(slot * num_kv, (slot + 1) * num_kv)
-            for layer, ring in enumerate(self.rings):
-                keys, values = prefix.keys[layer][:, -ring:], prefix.values[layer][:, -ring:]
-                indices = self.range[position - keys.size(1) : position] % ring
-                self.keys[layer][heads, indices] = keys.to(self.dtype)
-                self.values[layer][heads, indices] = values.to(self.dtype)
-            last_token = torch.tensor(prefix.tokens[-1:], device=self.model.device, dtype=torch.long)
-            self.previous_RC[slot] = self._embed(last_token)[0]
-        else:
-            self.previous_RC[slot] = 0
-        self.tokens_R[slot] = token
-        self.positions_R[slot] = position
-        self.temperature_R[slot] = params.temperature
-        self.top_k_R[slot] = params.top_k or self.model.config.vocab_size
-        self.top_p_R[slot] = params.top_p
-        self.uniform_RT[slot, position : position + len(uniforms)] = uniforms
+    def fill(self, first_slot: int, prefix: Prefix, starts: Sequence[SlotStart]) -> None:
+        """Puts sequences that share a prefix into consecutive slots. On CUDA the host waits for nothing."""
+        device, position = self.model.device, len(prefix.tokens)
+        slots = slice(first_slot, first_slot + len(starts))
+        vocab_size = self.model.config.vocab_size
+        integers = [[start.token, position, start.params.top_k or vocab_size] for start in starts]
+        tokens_B, positions_B, top_k_B = upload(torch.tensor(integers).T, device)
+        self.tokens_R[slots], self.positions_R[slots], self.top_k_R[slots] = tokens_B, positions_B, top_k_B
+        numbers = torch.tensor([[start.params.temperature, start.params.top_p] for start in starts])
+        self.temperature_R[slots], self.top_p_R[slots] = upload(numbers.T, device)
+        uniforms_BT = pad_sequence([start.uniforms for start in starts], batch_first=True)
+        self.uniform_RT[slots, position : position + uniforms_BT.size(1)] = upload(uniforms_BT, device)
+        if position == 0:
+            self.previous_RC[slots] = 0
+            return
+        self.previous_RC[slots] = self._embed(upload(torch.tensor(prefix.tokens[-1:]), device))
+        for window, cache in self.caches.items():
+            ring = cache.size(4)
+            states = prefix.caches[window][:, :, -ring:].transpose(2, 3).unsqueeze(2)  # (2, L, 1, K, n, D)
+            start = (position - states.size(4)) % ring
+            split = min(ring - start, states.size(4))  # the states behind it go to the start of the ring
+            cache[:, :, slots, :, start : start + split] = states[..., :split, :]
+            if split < states.size(4):
+                cache[:, :, slots, :, : states.size(4) - split] = states[..., split:, :]
 
     def force(self, tokens: dict[int, int]) -> None:
         """Replaces the tokens just sampled, by slot."""
-        slots = torch.tensor(list(tokens), device=self.model.device)
-        self.tokens_R[slots] = torch.tensor(list(tokens.values()), device=self.model.device)
+        slots_B, tokens_B = upload(torch.tensor(list(tokens.items())).T, self.model.device)
+        self.tokens_R[slots_B] = tokens_B
 
     def move(self, source: int, target: int) -> None:
         """Copies the contents of one slot to another."""
@@ -564,6 +586,14 @@ class Decoder:
         scores = torch.bmm(keys, q) if ring.mask is None else torch.baddbmm(ring.mask, keys, q)
         y = torch.bmm(scores.softmax(dim=1).transpose(1, 2), values)
         return self.layers[i].attn_out(y.view(B, -1))
+
+
+def layers_by_window(config: GPTConfig) -> dict[int, list[int]]:
+    """The indices of the layers that have the same window."""
+    layers: dict[int, list[int]] = {}
+    for layer, window in enumerate(config.windows):
+        layers.setdefault(window, []).append(layer)
+    return layers
 
 
 def _next_power_of_two(number: int) -> int:

@@ -18,7 +18,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.attention import attend, attend_cached, band_mask
 from nanochat.common import UserError
-from nanochat.decoder import BatchSampling, Decoder, Prefix, SamplingParams
+from nanochat.decoder import BatchSampling, Decoder, Prefix, SamplingParams, SlotStart, layers_by_window, upload
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import ToolUse
@@ -127,7 +127,7 @@ class Prefill:
         chunks = [torch.tensor(prompt[self.start : stop]) for prompt in self.prompts]
         self.positions_BT = torch.arange(self.start, stop, device=self.model.device)[None]
         self.masks: dict[int, torch.Tensor] = {}  # by window
-        self.model.hidden(pad_sequence(chunks, batch_first=True).to(self.model.device), self)
+        self.model.hidden(upload(pad_sequence(chunks, batch_first=True), self.model.device), self)
         self.start = stop
         prefixes = [self._prefix(b) for b, prompt in enumerate(self.prompts) if len(prompt) <= stop]
         self._keep([b for b, prompt in enumerate(self.prompts) if len(prompt) > stop])
@@ -154,21 +154,25 @@ class Prefill:
     def _keep(self, rows: list[int]) -> None:
         """Keeps these prompts only, and of each layer's keys and values those that its window still reaches."""
         self.prompts = [self.prompts[b] for b in rows]
-        self.previous_B1C = self.previous_B1C[rows]
+        if not rows:
+            self.keys, self.values = {}, {}
+            return
+        rows_B = upload(torch.tensor(rows), self.model.device)
+        self.previous_B1C = self.previous_B1C.index_select(0, rows_B)
         for layer in self.keys:
             window = self.model.config.windows[layer]
-            self.keys[layer] = self.keys[layer][rows, -window:]
-            self.values[layer] = self.values[layer][rows, -window:]
+            self.keys[layer] = self.keys[layer][:, -window:].index_select(0, rows_B)
+            self.values[layer] = self.values[layer][:, -window:].index_select(0, rows_B)
 
     def _prefix(self, b: int) -> Prefix:
         length = len(self.prompts[b])
-        keys, values = [], []
-        for layer, window in enumerate(self.model.config.windows):
-            first_key = self.start - self.keys[layer].size(1)  # position of the first cached key
+        caches = {}
+        for window, layers in layers_by_window(self.model.config).items():
+            first_key = self.start - self.keys[layers[0]].size(1)  # position of the first cached key
             visible = slice(max(0, length - window - first_key), length - first_key)
-            keys.append(self.keys[layer][b, visible].transpose(0, 1).clone())
-            values.append(self.values[layer][b, visible].transpose(0, 1).clone())
-        return Prefix(self.prompts[b], keys, values)
+            states = [cache[layer][b, visible] for cache in (self.keys, self.values) for layer in layers]
+            caches[window] = torch.stack(states).unflatten(0, (2, -1))
+        return Prefix(self.prompts[b], caches)
 
 
 # ---- requests ----
@@ -272,7 +276,7 @@ class Engine:
         self.active: list[ActiveRequest] = []  # in slots 0, 1, …
         self.prefill = Prefill([], model)  # the prompts being read
         # Read already, kept for waiting requests. The empty one is that of prompts with a single token.
-        self.prefixes: dict[tuple[int, ...], Prefix] = {(): Prefix((), [], [])}
+        self.prefixes: dict[tuple[int, ...], Prefix] = {(): Prefix((), {})}
         self.prefix_refcounts: Counter[tuple[int, ...]] = Counter()  # waiting requests per prefix
         self.num_requests = 0  # so far
 
@@ -380,19 +384,33 @@ class Engine:
         return prompts
 
     def _fill_slots(self) -> None:
-        """Moves requests whose prompts have been read into free slots, first come, first served."""
+        """
+        Moves requests whose prompts have been read into free slots, first come, first served; those that share a
+        prompt, such as the samples of reinforcement learning, together.
+        """
         while self.waiting and len(self.active) < self.max_slots and self.waiting[0].prefix in self.prefixes:
-            entry = self.waiting[0]  # stays in the queue until its slot is filled, so that cancel() still finds it
-            self._reserve(entry)
-            uniforms = random_uniforms(entry.request.seed, entry.limit)
-            prefix, last_token = self.prefixes[entry.prefix], entry.request.prompt[-1]
-            self.decoder.fill(len(self.active), prefix, last_token, entry.params, uniforms)
-            self.active.append(self.waiting.popleft())
-            self._release_prefix(entry.prefix)
+            # They stay in the queue until their slots are filled, so that cancel() still finds them.
+            entries = self._next_with_one_prefix()
+            prefix = entries[0].prefix
+            self._reserve(entries)
+            starts = []
+            for entry in entries:
+                uniforms = random_uniforms(entry.request.seed, entry.limit)
+                starts.append(SlotStart(entry.request.prompt[-1], entry.params, uniforms))
+            self.decoder.fill(len(self.active), self.prefixes[prefix], starts)
+            for _ in entries:
+                self.active.append(self.waiting.popleft())
+                self._release_prefix(prefix)
 
-    def _reserve(self, entry: ActiveRequest) -> None:
-        """Grows the decoder: enough slots for the waiting requests, each long enough for this one."""
-        num_read = len(entry.request.prompt) + entry.limit - 1
+    def _next_with_one_prefix(self) -> list[ActiveRequest]:
+        """The next waiting requests up to one with another prefix, at most one per free slot."""
+        prefix = self.waiting[0].prefix
+        next_entries = islice(self.waiting, self.max_slots - len(self.active))
+        return list(takewhile(lambda entry: entry.prefix == prefix, next_entries))
+
+    def _reserve(self, entries: list[ActiveRequest]) -> None:
+        """Grows the decoder: enough slots for the waiting requests, each long enough for these."""
+        num_read = max(len(entry.request.prompt) + entry.limit - 1 for entry in entries)
         length = -(-num_read // self.length_multiple) * self.length_multiple  # rounded up
         num_slots = min(self.max_slots, len(self.active) + len(self.waiting))
         self.decoder.reserve(num_slots, min(length, self.model.config.sequence_len))

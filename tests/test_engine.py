@@ -772,3 +772,40 @@ def test_sample_prompts_prints_prompts_that_fit(golden_tokenizer, capsys):
     fitting = [text for text, length in lengths.items() if length <= context]
     assert len(fitting) >= 3
     assert [line.split(" → ")[0].strip() for line in lines] == [repr(text) for text in fitting]
+
+
+def test_requests_that_share_a_prompt_fill_their_slots_together(modern, golden_tokenizer, monkeypatch):
+    engine = make_engine(modern, golden_tokenizer, max_slots=6)
+    fill, filled = engine.decoder.fill, []
+
+    def note(slot, prefix, starts):
+        filled.append((slot, len(starts)))
+        fill(slot, prefix, starts)
+
+    monkeypatch.setattr(engine.decoder, "fill", note)
+    lengths = [140, 140, 140, 9, 9, 140]
+    requests = [Request(prompt_of(length), 5 + i, seed=i, logprobs=True) for i, length in enumerate(lengths)]
+    for request, completion in zip(requests, engine.generate(requests), strict=True):
+        check_against_one_pass(modern, request, completion)
+    assert filled == [(0, 3), (3, 2), (5, 1)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 9, 140, 256])
+def test_filling_and_moving_slots_does_not_wait_for_the_gpu(length, golden_tokenizer):
+    model = make_model(device="cuda")
+    engine = make_engine(model, golden_tokenizer, max_slots=4)
+    engine.prefill_chunk = 50
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.inference_mode():
+            for i in range(4):
+                engine.add(Request(prompt_of(length), 3, seed=i))
+                engine.add(Request(prompt_of(max(1, length // 2)), 3, seed=i))
+            while not engine.active:
+                engine._read_prompts()
+                engine._fill_slots()
+            engine._free_slot(0)
+            engine.decoder.force({0: 1, 1: 2})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
