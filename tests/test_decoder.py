@@ -19,6 +19,7 @@ from test_engine import (
     prompt_of,
     slow_probs,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat.decoder import BatchSampling, PackedLinear, RowSampling, SamplingParams, sample
 from nanochat.engine import Engine, Request, sampling_params
@@ -298,6 +299,32 @@ def test_step_graph_equals_eager_step(family, int8, golden_tokenizer):
             check_against_one_pass(captured.model, request, completion)
     assert captured.decoder.graphs and not eager.decoder.graphs
     assert {batch for batch, *_ in captured.decoder.graphs} == {5, 4, 2, 1}  # the number of slots, else powers of two
+
+
+class SoftmaxInputs(TorchDispatchMode):
+    """Records the dtype of whatever is passed through a softmax."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.softmax, torch.ops.aten._softmax):
+            self.dtypes.append(args[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("static_shapes", [True, False])
+def test_attention_in_bfloat16_keeps_its_scores_in_float32(static_shapes, golden_tokenizer):
+    model = make_model(device="cuda", dtype=torch.bfloat16, n_layer=2)
+    engine = make_engine(model, golden_tokenizer)
+    engine.decoder.use_graphs, engine.decoder.use_static_shapes = False, static_shapes
+    engine.add(greedy(prompt_of(1), 5))
+    with SoftmaxInputs() as softmax:
+        for _ in range(3):
+            engine.step()
+    assert softmax.dtypes == [torch.float32] * 6
 
 
 @pytest.mark.gpu
