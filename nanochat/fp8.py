@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 
 from nanochat.common import UserError
+from nanochat.distributed import warn0
 from nanochat.gpt import GPT, GPTConfig, Linear
 from nanochat.muon import MuonAdamW
 
@@ -28,8 +29,11 @@ MIN_AMAX = 1e-30  # keeps the scale of an all-zero tensor above 0; gradients are
 MIN_CAPABILITY = (8, 9)  # Ada; Hopper has 9.0
 
 
-def check_support(config: GPTConfig, rows: int, device: torch.device) -> None:
-    """UserError unless this device can train the model in FP8 with this many rows (tokens) per micro-batch."""
+def check_support(config: GPTConfig, rows: int, device: torch.device, *, compile: bool) -> None:
+    """
+    UserError unless this device can train the model in FP8 with this many rows (tokens) per micro-batch. Warns if that
+    will be slow, because the model is not compiled.
+    """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UserError(
@@ -44,6 +48,11 @@ def check_support(config: GPTConfig, rows: int, device: torch.device) -> None:
     if rows % MULTIPLE:
         raise UserError(
             f"--fp8 needs --device-batch-size x --max-seq-len to be a multiple of {MULTIPLE}, not {rows}: change either"
+        )
+    if not compile:
+        warn0(
+            "--fp8 without torch.compile is about 4 times as slow as bfloat16, because every cast is a kernel of its "
+            "own: leave out --fp8, or compile"
         )
 
 

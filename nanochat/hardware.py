@@ -7,6 +7,7 @@ makes the same ones.
 """
 
 import ctypes
+import importlib.util
 import math
 import os
 import platform
@@ -93,10 +94,26 @@ def pick_evaluation_dtype(device: torch.device, trained_in: str) -> torch.dtype:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works: it needs a C++ compiler on a CPU, and compute capability 7.0 (Triton) on CUDA."""
+    """Whether torch.compile works here."""
+    return not compile_obstacle(device)
+
+
+def compile_obstacle(device: torch.device) -> str:
+    """
+    What keeps torch.compile from working; empty if it works. It needs a C++ compiler on a CPU, and on CUDA compute
+    capability 7.0, Triton, and a C compiler, which builds the code that launches Triton's kernels.
+    """
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (7, 0)
-    return device.type == "cpu" and any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return "the GPU is older than compute capability 7.0"
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if not os.environ.get("CC") and not any(shutil.which(name) for name in ("gcc", "clang", "cc")):
+            return "there is no C compiler: install gcc"
+        return ""
+    if device.type != "cpu":
+        return f"torch.compile is not used on {device.type}"
+    return "" if any(shutil.which(name) for name in ("g++", "clang++", "c++")) else "there is no C++ compiler"
 
 
 def seconds_compiled(eager_seconds: float, num_layers: int) -> float:
@@ -261,7 +278,9 @@ def copy_bandwidth(device: torch.device) -> float:
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the fastest of several products of large square matrices."""
     size = 8192 if device.type == "cuda" else 1024
-    a = torch.ones(size, size, device=device, dtype=dtype)
+    # Random numbers: a GPU computes equal ones with less power, so at a higher clock than real data allow.
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(size, size, generator=generator, device=device, dtype=dtype)
     (seconds,) = _best_seconds([lambda: a @ a], device)
     return 2 * size**3 / seconds
 

@@ -33,7 +33,7 @@ from nanochat.checkpoint_manager import (
 from nanochat.cli import Restart, flag
 from nanochat.common import UserError, duration, seed_everything
 from nanochat.costs import flops_per_token, training_memory
-from nanochat.distributed import Dist
+from nanochat.distributed import Dist, warn0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.muon import MuonAdamW, ParamGroup, build_optimizer
 from nanochat.planner import check_fits, count_rows, gib, local_target, training_setup
@@ -305,7 +305,12 @@ class Run:
         Whether to compile the model. None = decided after a few steps, for a new run on a CPU. A resumed run keeps its
         decision, and on a GPU compiling always saves time.
         """
-        if not allowed or not hardware.can_compile(self.dist.device):
+        if not allowed:
+            return False
+        if not hardware.can_compile(self.dist.device):
+            if self.dist.device.type == "cuda":
+                reason = hardware.compile_obstacle(self.dist.device)
+                warn0(f"training is slower than it could be, as torch.compile does not work: {reason}")
             return False
         if self.resumed:
             return self.resumed.meta.get("compiled", True)

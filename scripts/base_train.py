@@ -66,7 +66,8 @@ def pretrain(flags: Flags, dist: Dist) -> None:
         T = flags.max_seq_len
         accumulation = recipe.accumulation_steps(plan.total_batch_size, B, T, dist.world_size)
         if flags.fp8:
-            fp8.check_support(plan.model, B * T, dist.device)
+            compiles = flags.compile and hardware.can_compile(dist.device)
+            fp8.check_support(plan.model, B * T, dist.device, compile=compiles)
 
         # Build.
         if dist.is_main:

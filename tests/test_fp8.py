@@ -252,12 +252,22 @@ def test_unsupported_training_is_a_user_error_with_the_reason(monkeypatch, capab
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
     config = GPTConfig(n_head=1, n_kv_head=1, n_embd=width)
     with pytest.raises(UserError, match=part) as caught:
-        fp8.check_support(config, rows, torch.device("cuda", 0))
+        fp8.check_support(config, rows, torch.device("cuda", 0), compile=True)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    fp8.check_support(CONFIG, 64, torch.device("cuda", 0))
+    fp8.check_support(CONFIG, 64, torch.device("cuda", 0), compile=True)
 
 
 def test_cpu_is_a_user_error():
     with pytest.raises(UserError, match="the device is cpu: leave out --fp8"):
-        fp8.check_support(CONFIG, 64, CPU)
+        fp8.check_support(CONFIG, 64, CPU, compile=True)
+
+
+def test_fp8_without_compiling_warns_in_one_line(monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    fp8.check_support(CONFIG, 64, torch.device("cuda", 0), compile=True)
+    assert not capsys.readouterr().err
+    fp8.check_support(CONFIG, 64, torch.device("cuda", 0), compile=False)
+    message = capsys.readouterr().err
+    assert "--fp8 without torch.compile" in message and message.count("\n") == 1

@@ -168,6 +168,38 @@ def test_compiling_needs_a_compiler(monkeypatch):
     assert not hardware.can_compile(torch.device("mps"))
 
 
+def test_compiling_on_cuda_needs_triton_and_a_c_compiler(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
+    assert hardware.can_compile(cuda)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "no C compiler" in hardware.compile_obstacle(cuda)
+    monkeypatch.setenv("CC", "tcc")
+    assert hardware.can_compile(cuda)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "triton is not installed" in hardware.compile_obstacle(cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert not hardware.can_compile(cuda) and "older" in hardware.compile_obstacle(cuda)
+
+
+def test_matmul_rate_multiplies_random_numbers_and_leaves_the_global_generator_alone(monkeypatch):
+    products = []
+
+    def run_once(functions, device):
+        products.append(functions[0]())
+        return [1.0]
+
+    monkeypatch.setattr(hardware, "_best_seconds", run_once)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    assert hardware.matmul_rate(CPU, torch.float32) == 2 * 1024**3
+    assert products[0].std() > 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_chosen_cpu_matmul_is_exact():
     before = torch.get_float32_matmul_precision()
     try:
