@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from nanochat.distributed import warn0
 from nanochat.gpt import GPT, NORM_EPS, SMEAR_CHANNELS, VE_GATE_SCALE, Block, GPTConfig, norm
 from nanochat.loss import softcap
 
@@ -103,8 +104,9 @@ def sample(
     logits divided by the temperature, limited to the top_k most likely tokens, and then to the fewest of these whose
     probabilities add up to top_p. Greedy rows get the log-probability under the full softmax at temperature 1.
 
-    A row's token does not depend on the other rows. torch.topk orders equal logits differently for different k, so each
-    row uses a k that follows from its own top_k (see BatchSampling), whatever else is in the batch.
+    A row's token depends on its own logits only, not on the other rows. torch.topk orders equal logits differently for
+    different k, so each row uses a k that follows from its own top_k (see BatchSampling), whatever else is in the
+    batch.
     """
     is_sampled_B = rows.temperature_B > 0
     temperature_B1 = torch.where(is_sampled_B, rows.temperature_B, 1.0)[:, None]
@@ -231,6 +233,8 @@ def choose_layout(model: GPT, num_slots: int, int8: bool) -> str:
     weight = model.lm_head.weight
     is_training = weight.dtype == model.dtype and weight.requires_grad
     if int8:
+        if model.device.type == "cuda":
+            warn0("8-bit weights are slower than bfloat16 on a GPU: each step writes them out in 16 bits")
         return "int8"
     if model.device.type != "cpu" or is_training:
         return "plain"

@@ -3,8 +3,9 @@ Generation with a KV cache: one engine for the terminal, the server, the evaluat
 
 Requests join and leave between any two steps (continuous batching). Prompts are read in chunks, several at a time, and
 a prompt that several requests share is read once. The result is copied into a slot of the decoder (decoder.py), where
-every step adds a token to all active slots. A completion does not depend on the other requests: each request has its
-own sampling parameters, random numbers and tools.
+every step adds a token to all active slots. Each request has its own sampling parameters, random numbers and tools. In
+float32 on a CPU, a completion does not depend on the other requests. In 16 bits or on a GPU it may: kernels of matrix
+products differ with the size of the batch, and so do the last bits of logits, which decide between close tokens.
 
     engine = Engine(model, tokenizer)
     completions = engine.generate([Request(prompt), …])        # all at once
@@ -51,7 +52,7 @@ class Request:
     temperature: float = 1.0  # 0 = greedy
     top_k: int = 0  # sample among the k most likely tokens; 0 = all
     top_p: float = 1.0  # sample among the fewest tokens whose probabilities add up to this; 1 = all
-    seed: int = 0  # the same seed gives the same completion, whatever else is in the batch
+    seed: int = 0  # of the random numbers; in float32 on a CPU the completion depends on nothing else in the batch
     logprobs: bool = False  # return the log-probabilities of the tokens
 
     def validate(self, config: GPTConfig) -> None:
@@ -261,7 +262,7 @@ class Engine:
     def __init__(self, model: GPT, tokenizer: Tokenizer, max_slots: int = 32, int8: bool = False):
         """
         int8: decode with weights of 8 bits and one scale per output channel (W8A16). Prompts are still read with the
-        model's own weights.
+        model's own weights. Saves time on a CPU only: on CUDA there is a warning.
         """
         if max_slots < 1:
             raise UserError(f"an engine needs at least 1 slot, not {max_slots}")

@@ -315,6 +315,14 @@ class SoftmaxInputs(TorchDispatchMode):
 
 
 @pytest.mark.gpu
+def test_int8_on_a_gpu_warns_that_it_is_slower(golden_tokenizer, capsys):
+    engine_on_cuda(golden_tokenizer)
+    assert not capsys.readouterr().err
+    engine_on_cuda(golden_tokenizer, int8=True)
+    assert "slower than bfloat16" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("static_shapes", [True, False])
 def test_attention_in_bfloat16_keeps_its_scores_in_float32(static_shapes, golden_tokenizer):
     model = make_model(device="cuda", dtype=torch.bfloat16, n_layer=2)
