@@ -9,7 +9,9 @@ import os
 import random
 import shutil
 import signal
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -334,6 +336,42 @@ def test_bpb_of_mixture_weighs_tokens_and_equals_that_of_a_single_source(golden_
     ]
     batches = [loaders[0].next_batch() for _ in range(24)] + [loaders[1].next_batch() for _ in range(8)]
     assert found["bpb"] == pytest.approx(evaluate_bpb(model, batches, golden_tokenizer.token_bytes(), Dist(CPU)))
+
+
+class Rank(Dist):
+    """One of several ranks that are threads of this process."""
+
+    parts: list[torch.Tensor]
+    barrier_of_all: threading.Barrier
+
+    def sum(self, tensor):
+        self.parts.append(tensor)
+        self.barrier_of_all.wait(20)
+        return torch.stack(self.parts).sum(0)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_bpb_of_the_same_text_does_not_depend_on_the_number_of_ranks(
+    golden_tokenizer, tmp_path, monkeypatch, world_size
+):
+    model = tiny_gpt(sequence_len=32)
+    generator = random.Random(1)
+    files = [
+        write_shard(tmp_path / f"{i}.parquet", [random_text(generator, 5, 50) for _ in range(400)]) for i in range(4)
+    ]
+
+    def evaluate(dist):
+        sources = [("words", 1.0, files)]
+        return evaluate_bpb_of_sources(
+            model, golden_tokenizer, sources, batch_size=2, num_tokens=11 * 64, dist=dist, same_text=True
+        )
+
+    monkeypatch.setattr(Rank, "parts", [], raising=False)
+    monkeypatch.setattr(Rank, "barrier_of_all", threading.Barrier(world_size), raising=False)
+    with ThreadPoolExecutor(world_size) as pool:
+        found = list(pool.map(evaluate, [Rank(CPU, rank, world_size) for rank in range(world_size)]))
+    for result in found:
+        assert result["bpb"] == pytest.approx(evaluate(Dist(CPU))["bpb"], rel=1e-6)
 
 
 # ---- texts for the tokenizer ----

@@ -37,18 +37,24 @@ def evaluate_bpb_of_sources(
     batch_size: int,
     num_tokens: int,  # over all sources and ranks
     dist: Dist,
+    same_text: bool = False,
 ) -> dict[str, float]:
     """
     Returns bits per byte of text that takes its tokens from the sources in the proportions of their weights, as "bpb".
     With several sources it also returns those of each source, as "bpb/<name>".
+
+    same_text: any number of ranks evaluates the text that one rank does, and differs from it by rounding only. To that
+    end each rank tokenizes and packs all of it. That is too slow during training, where the ranks read different texts.
     """
     T = model.config.sequence_len
-    num_batches = max(1, num_tokens // (batch_size * T * dist.world_size))
+    rank, world_size = (dist.rank, dist.world_size) if same_text else (0, 1)
+    reader = Dist(dist.device) if same_text else dist
+    num_batches = max(1, num_tokens // (batch_size * T * reader.world_size))
     bpb = {}
     mean_nats = mean_bytes = 0.0  # per token of the mixture
     for name, weight, shards in sources:
-        loader = PretrainLoader(tokenizer, RowGroups(shards), batch_size=batch_size, sequence_len=T, dist=dist)
-        batches = islice(loader.batches(), max(1, round(weight * num_batches)))
+        loader = PretrainLoader(tokenizer, RowGroups(shards), batch_size=batch_size, sequence_len=T, dist=reader)
+        batches = islice(loader.batches(), rank, max(1, round(weight * num_batches)), world_size)
         nats, num_bytes, num_targets = _sums(model, batches, tokenizer.token_bytes(), dist)
         bpb[f"bpb/{name}"] = _bits_per_byte(nats, num_bytes)
         mean_nats += weight * nats / num_targets
