@@ -11,7 +11,7 @@ import types
 
 import pytest
 import torch
-from factories import tiny_gpt
+from factories import NEEDS_NUMBERS, tiny_gpt
 
 from nanochat import attention
 from nanochat.attention import (
@@ -329,8 +329,8 @@ def test_model_trains_with_the_kernel_that_was_set():
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
 
 
+@NEEDS_NUMBERS
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("name", ["fa3", "fa4", "flash", "flex", "banded", "sdpa"])
 def test_installed_kernel_works_compiled_on_a_gpu(name):
     device = torch.device("cuda")

@@ -8,7 +8,7 @@ CUDA graphs. That the decoder's logits equal the model's is tested in tests/test
 import pytest
 import torch
 import torch.nn.functional as F
-from factories import FAMILY, GOLDEN_VOCAB_SIZE
+from factories import FAMILY, GOLDEN_VOCAB_SIZE, NEEDS_NUMBERS
 from test_engine import (
     CONTEXT,
     assert_same,
@@ -287,6 +287,7 @@ def engine_on_cuda(tokenizer, family="modern", int8=False):
     return make_engine(make_model(family, device="cuda"), tokenizer, max_slots=8, int8=int8)
 
 
+@NEEDS_NUMBERS
 @pytest.mark.gpu
 @pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("family", FAMILY)
@@ -335,6 +336,7 @@ def test_attention_in_bfloat16_keeps_its_scores_in_float32(static_shapes, golden
     assert softmax.dtypes == [torch.float32] * 6
 
 
+@NEEDS_NUMBERS
 @pytest.mark.gpu
 def test_step_capturing_a_graph_has_no_side_effects(golden_tokenizer):
     once, always = engine_on_cuda(golden_tokenizer), engine_on_cuda(golden_tokenizer)
@@ -351,6 +353,7 @@ def test_step_capturing_a_graph_has_no_side_effects(golden_tokenizer):
     assert not always.is_busy
 
 
+@NEEDS_NUMBERS
 @pytest.mark.gpu
 def test_reserve_growing_slots_drops_graphs(golden_tokenizer):
     engine = engine_on_cuda(golden_tokenizer)
@@ -369,6 +372,7 @@ def test_reserve_growing_slots_drops_graphs(golden_tokenizer):
     check_against_one_pass(engine.model, long, completions[second])
 
 
+@NEEDS_NUMBERS
 @pytest.mark.gpu
 def test_refresh_weights_graphs_read_the_new_weights(golden_tokenizer):
     for int8 in (False, True):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from factories import NEEDS_NUMBERS
 
 from nanochat import fp8
 from nanochat.common import UserError
@@ -23,7 +24,7 @@ from nanochat.recipe import param_groups
 
 CPU = torch.device("cpu")
 HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= fp8.MIN_CAPABILITY
-NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="no GPU with FP8")]
+NEEDS_GPU = [pytest.mark.gpu, NEEDS_NUMBERS, pytest.mark.skipif(not HAS_GPU, reason="no GPU with FP8")]
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
 CONFIG = GPTConfig(sequence_len=32, vocab_size=96, n_layer=2, n_head=2, n_kv_head=1, n_embd=128)
 
