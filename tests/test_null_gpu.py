@@ -1,0 +1,341 @@
+"""
+The CUDA path on the null GPU: what does not depend on numbers. Syncs, kernel launches, captured graphs, memory, every
+stage with --device cuda. Kernels compute nothing there and the host reads zeros, but torch's checks of devices, dtypes
+and shapes are the real ones.
+
+    bash dev/null_gpu/run.sh        # see dev/README.md; elsewhere these tests are skipped
+"""
+
+import asyncio
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import test_stages
+import torch
+from factories import save_checkpoint, tiny_gpt, tiny_optimizer
+
+from nanochat import attention, cards, fp8, recipe
+from nanochat.costs import GIB, TrainingSetup, training_memory
+from nanochat.dataloader import prefetch
+from nanochat.distributed import Dist
+from nanochat.engine import Engine, Request
+from nanochat.gpt import GPT
+from nanochat.muon import build_optimizer
+from nanochat.serve.scheduler import ServedModel, Service
+from nanochat.train import Step, Trainer, TrainState, token_loss
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "dev/null_gpu"))
+import counts  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not counts.IS_LOADED, reason="needs dev/null_gpu/run.sh")]
+DEVICE = torch.device("cuda", 0)
+VOCAB = 1024
+NO_SPECIAL_TOKENS = SimpleNamespace(bos=-1, special=lambda text: -1)  # no token ends a completion
+
+
+@pytest.fixture(autouse=True)
+def numbers_are_ignored(monkeypatch):
+    counts.ignore_numbers(monkeypatch.setattr)
+    counts.reset()
+
+
+def toy_flags(depth, **changes):
+    sizes = {"depth": depth, "aspect_ratio": 64, "head_dim": 32, "max_seq_len": 256}
+    return recipe.RecipeFlags(**sizes | changes)
+
+
+def make_model(flags, kernel="flash", vocab_size=VOCAB, device=DEVICE):
+    model = GPT.create(recipe.model_config(flags, vocab_size), device, torch.bfloat16)
+    model.use_attention(attention.LOADERS[kernel]())
+    return model
+
+
+def broken_rules(found):
+    """What happened during stream captures that CUDA does not allow."""
+    return [name for name in found["call"] if name.split()[0].isupper()] + list(found["escaped"])
+
+
+# ---- training ----
+
+
+def launches(run):
+    """Kernels that `run` launches, at its second call, and how often the host waited."""
+    run()
+    counts.reset()
+    run()
+    found = counts.read()
+    return found["launch"].total(), found["sync"].total()
+
+
+def training_functions(model, train_model, compile=False):
+    optimizer = build_optimizer(model, recipe.param_groups(model.config), compile=compile)
+    x_BT = torch.zeros(2, model.config.sequence_len, dtype=torch.long, device=DEVICE)
+
+    def micro_batch():
+        token_loss(train_model, (x_BT, x_BT, x_BT.numel())).backward()
+
+    def update():
+        micro_batch()
+        optimizer.reduce_gradients()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return micro_batch, update
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_micro_batch_launches_few_kernels_and_never_waits(depth):
+    model = make_model(toy_flags(depth))
+    micro_batch, update = training_functions(model, model)
+    update()
+    num_launches, num_syncs = launches(micro_batch)
+    assert num_syncs == 0
+    assert num_launches <= 110 + 125 * depth  # eager: 339 at 2 layers, 581 at 4
+
+
+@pytest.mark.slow
+def test_compiled_training_is_one_graph_with_few_kernels():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = make_model(toy_flags(2))
+    micro_batch, update = training_functions(model, torch.compile(model, dynamic=False, fullgraph=True), compile=True)
+    update()
+    update()
+    num_launches, num_syncs = launches(micro_batch)
+    assert num_syncs == 0
+    assert num_launches <= 30 + 60 * 2  # 144
+    num_launches, num_syncs = launches(update)
+    assert num_syncs == 0
+    assert num_launches <= 150 + 175  # a micro-batch, then the optimizer's 165
+    num_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    update()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == num_graphs
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("is_prefetched", [False, True], ids=["", "prefetched"])
+def test_training_step_waits_for_the_device_once(is_prefetched):
+    flags, num_steps = toy_flags(2), 5
+    model = make_model(flags)
+    x_BT = torch.zeros(2, flags.max_seq_len, dtype=torch.long)
+    syncs = []
+
+    def steps():
+        for i in range(num_steps):
+            yield Step([(x_BT, x_BT, x_BT.numel())] * 2, i / num_steps, 2 * x_BT.numel(), {})
+
+    def to_device():
+        for step in steps():
+            micro_batches = [(x.to(DEVICE), y.to(DEVICE), n) for x, y, n in step.micro_batches]
+            counts.reset()
+            yield Step(micro_batches, step.progress, step.num_tokens, {})
+
+    def after_step(step, seconds):
+        syncs.append(dict(counts.read()["sync"]))
+        counts.reset()
+
+    optimizer = build_optimizer(model, recipe.param_groups(model.config))
+    trainer = Trainer(model, optimizer, TrainState(), Dist(DEVICE), log=lambda *_: None, after_step=after_step)
+    batches = prefetch(steps(), DEVICE) if is_prefetched else to_device()
+    trainer.fit(batches, token_loss, partial(recipe.pretrain_schedule, flags, num_steps), [])
+    assert [sum(step.values()) for step in syncs[1:]] == [1] * (num_steps - 1), syncs
+
+
+@pytest.mark.parametrize("kernel", ["flash", "banded", "sdpa", "flex"])
+@pytest.mark.parametrize("use_fp8", [False, True], ids=["bfloat16", "fp8"])
+def test_every_kernel_trains(kernel, use_fp8):
+    model = make_model(toy_flags(2), kernel)
+    optimizer = tiny_optimizer(model)
+    if use_fp8:
+        assert fp8.use_fp8(model, optimizer, compile=False)
+    x_BT = torch.zeros(2, model.config.sequence_len, dtype=torch.long, device=DEVICE)
+    for _ in range(2):
+        model(x_BT, x_BT).backward()
+        optimizer.step()
+        assert all(p.grad is not None and p.grad.device == p.device for p in model.parameters())
+        optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("depth, rows", [(12, 32), (12, 16), (20, 16)])
+def test_peak_memory_is_as_predicted(depth, rows):
+    flags = recipe.RecipeFlags(depth=depth)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = make_model(flags, vocab_size=32768)
+    optimizer = build_optimizer(model, recipe.param_groups(model.config))
+    x_BT = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=DEVICE)
+    for _ in range(2):
+        for _ in range(2):
+            token_loss(model, (x_BT, x_BT, x_BT.numel())).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    measured = torch.cuda.max_memory_allocated() - before
+    predicted = training_memory(model.config, TrainingSetup(rows, accumulation=2, compiled=False)).peak
+    assert predicted / GIB == pytest.approx(measured / GIB, rel=0.05)
+
+
+# ---- generation ----
+
+
+def requests_of_every_kind(max_tokens=20):
+    kinds = [{}, {"temperature": 0.0, "logprobs": True}, {"top_k": 5}, {"top_k": 20, "top_p": 0.5, "logprobs": True}]
+    return [Request([*range(1, 2 + 30 * i)], max_tokens, seed=i, **kind) for i, kind in enumerate(kinds)]
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_decode_step_is_one_graph_of_few_kernels(depth):
+    model = make_model(toy_flags(depth)).requires_grad_(False)
+    model.cast_weights()
+    engine = Engine(model, NO_SPECIAL_TOKENS, max_slots=4)
+    for seed in range(4):
+        engine.add(Request([1, 2, 3], max_tokens=20, top_k=50, seed=seed))
+    engine.step()
+    captured = counts.read()
+    assert captured["call"]["captures"] == 1 and not broken_rules(captured)
+    assert captured["captured"].total() <= 62 + 28 * depth  # 114 kernels at 2 layers, 169 at 4
+    for _ in range(3):
+        counts.reset()
+        engine.step()
+        found = counts.read()
+        assert found["call"]["graph launches"] == 1 and found["launch"].total() == 0
+        assert found["sync"].total() == 1  # the tokens are read
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["bfloat16", "int8"])
+def test_engine_serves_requests_of_every_kind(int8):
+    model = make_model(toy_flags(2)).requires_grad_(False)
+    engine = Engine(model, NO_SPECIAL_TOKENS, max_slots=2, int8=int8)
+    engine.prefill_chunk = 16
+    completions = engine.generate(requests_of_every_kind())
+    assert [len(completion.tokens) for completion in completions] == [20] * 4
+    assert [len(completion.logprobs) for completion in completions] == [0, 20, 0, 20]
+    model.train()
+    engine.refresh_weights()
+    engine.add(Request([1] * 40, max_tokens=200))  # the slots grow
+    engine.step()
+    with torch.inference_mode():
+        engine.decoder.force({0: 7})
+    engine.cancel(engine.num_requests - 1)
+    assert not engine.is_busy and not broken_rules(counts.read())
+
+
+def serve(models, num_requests=20):
+    """Number of tokens of the response to each request; every model gets `num_requests` from as many clients."""
+
+    async def ask(service, model, client):
+        handle = service.submit(model, [Request([1, 2, 3, client], max_tokens=4 + client, seed=client)], str(client))
+        try:
+            return sum([sum(event.token is not None for event in events) async for events in handle.batches()])
+        finally:
+            handle.close()
+
+    async def run():
+        service = Service(models)
+        service.start()
+        while service.status == "loading":
+            await asyncio.sleep(0.01)
+        assert service.status == "ok"
+        counts_of_tokens = await asyncio.gather(*(ask(service, m, i) for m in models for i in range(num_requests)))
+        service.close()
+        return counts_of_tokens
+
+    return asyncio.run(asyncio.wait_for(run(), 60))
+
+
+@pytest.mark.parametrize("num_devices, num_models", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_engines_in_several_threads_capture_and_answer(golden_tokenizer, num_devices, num_models):
+    from scripts.chat_web import make_engine
+
+    if torch.cuda.device_count() < num_devices:
+        pytest.skip("NULLGPU_DEVICES=1")
+    models = []
+    for i in range(num_models):
+        engines = []
+        for device in range(num_devices):
+            model = tiny_gpt(dtype=torch.bfloat16, device=f"cuda:{device}").requires_grad_(False)
+            engines.append(partial(make_engine, model, golden_tokenizer, 4))
+        models.append(ServedModel(f"model {i}", golden_tokenizer, model.config, engines, queue_size=64))
+    assert serve(models) == [4 + i for i in range(20)] * num_models
+    assert not broken_rules(counts.read())
+
+
+# ---- stages ----
+
+
+@pytest.fixture
+def run(base_dir, monkeypatch, capsys):
+    """Runs a stage script on the GPU and returns what it prints."""
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(base_dir / "primer"))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(base_dir / "nothing"))
+    test_stages.primer.main([])
+    test_stages.tok_train.main(["--vocab-size", str(test_stages.VOCAB), "--max-chars", "300000"])
+
+    def run_script(script, argv):
+        script.main([*argv, "--device", "cuda"])
+        return capsys.readouterr().out
+
+    return run_script
+
+
+@pytest.mark.slow
+def test_every_stage_runs_on_a_gpu(run):
+    scripts, base, sft, rl = test_stages, test_stages.BASE, test_stages.SFT, test_stages.RL
+    assert "attention flash" in run(scripts.base_train, [*base, "--num-iterations", "4"])
+    assert "resuming after step 4" in run(scripts.base_train, [*base, "--resume"])
+    run(scripts.base_eval, ["--eval", "bpb,sample", "--split-tokens", "2048", "--device-batch-size", "4"])
+    run(scripts.mid_train, sft)
+    run(scripts.chat_sft, [*sft, "-i", "mid"])
+    run(scripts.chat_rl, rl)
+    run(
+        scripts.chat_rl,
+        [*rl, "--model-tag", "ppo", "--updates-per-batch", "2", "--clip-ratio", "0.2", "--kl-coef", "1"],
+    )
+    run(scripts.chat_eval, ["-a", "QuizFree,QuizChoice,Sums", "-x", "4", "-m", "8", "-b", "3"])
+    run(scripts.chat_eval, ["-i", "rl", "-a", "SpellingBee", "-x", "3", "-m", "8", "-t", "1", "-n", "4"])
+    run(scripts.chat_cli, ["-p", "Why is the sky blue?", "-m", "12"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--fp8"], ["--attention", "banded"], ["--portable"]], ids=lambda o: o[0][2:])
+def test_base_train_runs_with_the_option(run, options):
+    wide = ["--aspect-ratio", "64", "--sample-every", "-1"]
+    run(test_stages.base_train, [*test_stages.BASE, *wide, *options, "--num-iterations", "2"])
+
+
+@pytest.mark.slow
+def test_checkpoint_of_a_cpu_is_served_on_a_gpu(base_dir, golden_tokenizer, capsys):
+    save_checkpoint(tiny_gpt(), "sft", tokenizer=golden_tokenizer)
+    test_stages.chat_cli.main(["-p", "hello", "-m", "8", "--device", "cuda"])
+
+
+# ---- other cards ----
+
+PROGRAM = """
+import torch
+from nanochat import attention, hardware
+device = torch.device("cuda", 0)
+card = hardware.gpu_card(device)
+print(card.name if card else None, hardware.pick_dtype(device), hardware.can_compile(device), sep=",")
+"""
+CARDS = [  # as the driver names them, compute capability, GiB → the table's name, dtype, torch.compile
+    ("Tesla T4,7.5,14.6", "T4,torch.float32,True"),
+    ("NVIDIA GeForce RTX 3090,8.6,23.6", "RTX3090,torch.bfloat16,True"),
+    ("NVIDIA GeForce RTX 4090,8.9,23.5", "RTX4090,torch.bfloat16,True"),
+    ("NVIDIA A100-SXM4-80GB,8.0,79.2", "A100-80,torch.bfloat16,True"),
+    ("Some Other Card,6.1,8.0", "None,torch.float32,False"),
+]
+
+
+@pytest.mark.parametrize("card, expected", CARDS, ids=[card.split(",")[0] for card, _ in CARDS])
+def test_card_decides_dtype_and_compilation(card, expected):
+    environment = os.environ | {"NULLGPU_CARD": card}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == expected, done.stderr
+    assert expected.startswith("None") or cards.find_card(card.split(",")[0]).name == expected.split(",")[0]
