@@ -1,5 +1,6 @@
 // libcuda (the driver) of the null GPU: what Triton and torch call directly. Kernels are counted by their names.
 #include <cuda.h>
+#include <sys/mman.h>
 #include <cstring>
 #include <string>
 #include <dlfcn.h>
@@ -9,6 +10,9 @@
 extern "C" int nullgpu_attribute(int);
 extern "C" int nullgpu_num_devices();
 extern "C" void nullgpu_launch(const char*, void*);
+extern "C" int nullgpu_use(int device, long bytes);
+extern "C" void nullgpu_map(void* address, size_t size, int device);
+extern "C" void nullgpu_unmap(void* address, size_t size);
 struct Fn {
   std::string name;
 };
@@ -121,3 +125,46 @@ API CUresult cuLinkAddData_v2(CUlinkState, CUjitInputType, void*, size_t, const 
   return CUDA_SUCCESS;
 }
 API CUresult cuLinkComplete(CUlinkState, void**, size_t*) { return CUDA_SUCCESS; }
+
+// ---- virtual memory, for torch's expandable segments ----
+
+struct Memory {
+  size_t size;
+  int device;
+};
+API CUresult cuMemGetAllocationGranularity(size_t* size, const CUmemAllocationProp*, CUmemAllocationGranularity_flags) {
+  *size = 2 << 20;
+  return CUDA_SUCCESS;
+}
+API CUresult cuMemAddressReserve(CUdeviceptr* address, size_t size, size_t, CUdeviceptr, unsigned long long) {
+  void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  *address = (CUdeviceptr)p;
+  return p == MAP_FAILED ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
+}
+API CUresult cuMemAddressFree(CUdeviceptr address, size_t size) {
+  munmap((void*)address, size);
+  return CUDA_SUCCESS;
+}
+API CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t size, const CUmemAllocationProp* properties,
+                         unsigned long long) {
+  int device = properties->location.id;
+  if (!nullgpu_use(device, size)) return CUDA_ERROR_OUT_OF_MEMORY;
+  *handle = (CUmemGenericAllocationHandle) new Memory{size, device};
+  return CUDA_SUCCESS;
+}
+API CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
+  Memory* memory = (Memory*)handle;
+  nullgpu_use(memory->device, -(long)memory->size);
+  delete memory;
+  return CUDA_SUCCESS;
+}
+API CUresult cuMemMap(CUdeviceptr address, size_t size, size_t, CUmemGenericAllocationHandle handle,
+                      unsigned long long) {
+  nullgpu_map((void*)address, size, ((Memory*)handle)->device);
+  return CUDA_SUCCESS;
+}
+API CUresult cuMemUnmap(CUdeviceptr address, size_t size) {
+  nullgpu_unmap((void*)address, size);
+  return CUDA_SUCCESS;
+}
+API CUresult cuMemSetAccess(CUdeviceptr, size_t, const CUmemAccessDesc*, size_t) { return CUDA_SUCCESS; }

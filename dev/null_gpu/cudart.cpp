@@ -403,6 +403,23 @@ API cudaError_t cudaFree(void* p) {
   allocs.erase(i);
   return cudaSuccess;
 }
+// For cuda.cpp: takes (or with negative bytes gives back) memory of a device, false if there is not enough left; notes
+// to which device addresses belong.
+API int nullgpu_use(int device, long bytes) {
+  L l(M);
+  if (bytes > 0 && used[device] + bytes > total_memory()) return false;
+  used[device] += bytes;
+  if (used[device] > peak[device]) peak[device] = used[device];
+  return true;
+}
+API void nullgpu_map(void* address, size_t size, int device) {
+  L l(M);
+  allocs[address] = {size, device};
+}
+API void nullgpu_unmap(void* address, size_t size) {
+  L l(M);
+  allocs.erase(allocs.lower_bound(address), allocs.lower_bound((char*)address + size));
+}
 API cudaError_t cudaMallocAsync(void** p, size_t n, cudaStream_t) { return cudaMalloc(p, n); }
 API cudaError_t cudaFreeAsync(void* p, cudaStream_t) { return cudaFree(p); }
 API cudaError_t cudaHostAlloc(void** p, size_t n, unsigned) {
