@@ -28,7 +28,7 @@ P
 if [ -n "$missing" ]; then
   echo "missing: $missing. Where there is a network: python3 -m pip download --no-deps --only-binary=:all:" \
     "--python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 -d wheels $missing;" \
-    "here: $python -m pip install --no-index --no-deps --target site wheels/*.whl && PYTHONPATH=site bash $0" >&2
+    "here: $python -m pip install --no-index --no-deps --target site wheels/*.whl && PYTHONPATH=\$PWD/site bash $0" >&2
 fi
 case " $missing " in *" torch "* | *" numpy "*) exit 1 ;; esac
 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" exec "$python" dev/gpu_check.py "$@"
