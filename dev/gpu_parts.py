@@ -29,10 +29,10 @@ import torch
 
 from nanochat import attention, fp8, hardware, primer, recipe
 from nanochat.common import seed_everything
-from nanochat.costs import GIB, TrainingSetup, training_memory
+from nanochat.costs import GIB, TrainingSetup, flops_per_token, training_memory
 from nanochat.distributed import Dist
 from nanochat.engine import Engine, Prefill, Request
-from nanochat.gpt import GPT, GPTConfig, Linear, flops_per_token
+from nanochat.gpt import GPT, GPTConfig, Linear
 from nanochat.muon import build_optimizer
 from nanochat.serve.scheduler import ServedModel, Service
 from nanochat.tokenizer import Tokenizer
@@ -88,6 +88,10 @@ class Check:
     @property
     def dtype(self) -> torch.dtype:
         return hardware.pick_dtype(self.device)
+
+    @property
+    def has_fp8(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.get_device_capability() >= fp8.MIN_CAPABILITY
 
     def flags(self, depth: int, **changes: Any) -> recipe.RecipeFlags:
         """The recipe of a depth; in a dry run that of a model with a sixth of the layers."""
@@ -181,7 +185,7 @@ def attention_kernels(check: Check) -> None:
             broken.add(name)
         else:
             check.record(f"{name}, {config.n_layer} layers, {num_rows} rows", total, "ms", estimates.get(name, ""))
-    needed = {"flash", "banded"} if check.device.type == "cuda" else {"banded"}
+    needed = {"flash", "banded"} if check.dtype == torch.bfloat16 else {"banded"}
     check.require(not needed & broken, f"{', '.join(sorted(broken))} does not work")
 
 
@@ -272,17 +276,19 @@ def loss_curves(check: Check) -> None:
     plan = recipe.derive(flags, tokenizer.vocab_size)
     size = num_rows * (T + 1)
     ids = torch.tensor(tokenizer.encode("\n\n".join(primer.generate_documents()[: 150 * num_steps])))
-    batches = [
-        batch.view(num_rows, -1) for batch in ids.repeat(1 + num_steps * size // len(ids)).split(size)[:num_steps]
-    ]
+    ids = ids.repeat(1 + num_steps * size // len(ids))[: num_steps * size]
+    batches = list(ids.view(num_steps, num_rows, T + 1))
     variants = {"banded, eager": ("banded", False, False)}
     if check.device.type == "cuda":
-        variants |= {"flash, compiled": ("flash", True, False), "flash, FP8, compiled": ("flash", True, True)}
+        kernel, _ = attention.choose("auto", plan.model.attention_shape, check.device, check.dtype)
+        variants[f"{kernel}, compiled"] = (kernel, True, False)
+        if check.has_fp8:
+            variants[f"{kernel}, FP8, compiled"] = (kernel, True, True)
     else:
-        variants |= {"banded, compiled": ("banded", True, False)}
+        variants["banded, compiled"] = ("banded", True, False)
     reference: list[float] = []
-    for name, (kernel, compiled, use_fp8) in variants.items():
-        training = Training(check, plan.model, plan.groups, kernel=kernel, compiled=compiled, use_fp8=use_fp8)
+    for name, (kernel_name, compiled, use_fp8) in variants.items():
+        training = Training(check, plan.model, plan.groups, kernel=kernel_name, compiled=compiled, use_fp8=use_fp8)
         losses = training.losses(flags, batches)
         check.record(f"{name}: first and last loss", f"{losses[0]:.4f}, {losses[-1]:.4f}")
         reference = reference or losses
@@ -356,8 +362,8 @@ def profile(check: Check, depth: int, micro_batch: Callable[[], None]) -> None:
 
 def fp8_layers(check: Check) -> None:
     """The matrices of depth 24 in FP8 and in bfloat16, compiled, forward and backward."""
-    if check.device.type != "cuda":
-        check.record("FP8", "needs a GPU")
+    if not check.has_fp8:
+        check.record("FP8", "not on this device")
         return
     config = check.config(24)
     C, M = config.n_embd, 256 if check.dry else TRAINING[24].rows * config.sequence_len

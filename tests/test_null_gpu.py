@@ -162,7 +162,7 @@ def test_every_kernel_trains(kernel, use_fp8):
         optimizer.zero_grad(set_to_none=True)
 
 
-@pytest.mark.parametrize("depth, rows", [(12, 32), (12, 16), (20, 16)])
+@pytest.mark.parametrize("depth, rows", [(12, 32), (12, 16), (20, 16), (22, 8), (24, 8)])
 def test_peak_memory_is_as_predicted(depth, rows):
     flags = recipe.RecipeFlags(depth=depth)
     torch.cuda.empty_cache()
