@@ -17,7 +17,7 @@ fail() { echo "error: $1" >&2; exit 1; }
 
 make_environment() {
   local python version
-  command -v g++ >/dev/null && command -v nm >/dev/null || fail "g++ and nm are needed: apt-get install g++ binutils"
+  [ "$(command -v g++ nm | wc -l)" = 2 ] || fail "g++ and nm are needed: apt-get install g++ binutils"
   python=$(command -v "${PYTHON:-python3.12}") || fail "Python 3.12 is needed: install it, or set PYTHON"
   version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || fail "$python does not run: set PYTHON"
   [ "$version" = 3.12 ] || fail "Python 3.12 is needed, $python is $version: set PYTHON"
