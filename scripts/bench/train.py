@@ -158,8 +158,11 @@ def nanochat_side(
         run.dtype = hardware.DTYPES[flags.dtype]
     groups = recipe.param_groups(config, recipe.Hyperparameters(total_batch_size=flags.total_batch_size))
     run.build(groups, {}, compile=flags.compile, attention=flags.attention)
+    model = run.train_model
+    if flags.compile and not run.compiled and hardware.can_compile(device):  # a run on a CPU decides only after steps
+        model = torch.compile(run.model, dynamic=False)
 
-    return Side(run.model, prefetch(steps, device), run.optimizer, partial(token_loss, run.train_model))
+    return Side(run.model, prefetch(steps, device), run.optimizer, partial(token_loss, model))
 
 
 def plain_side(
