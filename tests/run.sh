@@ -2,7 +2,7 @@
 # Everything that must pass before a change is merged: lint, types, Rust and Python tests.
 #
 #   bash tests/run.sh
-#   bash tests/run.sh -m "not slow"     # arguments go to pytest; this leaves out the slow tests (under a minute)
+#   bash tests/run.sh -m "not slow"     # arguments go to pytest; this leaves out the slow tests (one or two minutes)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../runs/setup.sh"
 ruff check .
