@@ -29,7 +29,7 @@ import torch
 
 from nanochat import attention, fp8, hardware, primer, recipe
 from nanochat.common import seed_everything
-from nanochat.costs import GIB, TrainingSetup, flops_per_token, training_memory
+from nanochat.costs import GIB, TrainingSetup, decode_bytes, flops_per_token, training_memory
 from nanochat.distributed import Dist
 from nanochat.engine import Engine, Prefill, Request
 from nanochat.gpt import GPT, GPTConfig, Linear
@@ -429,7 +429,10 @@ def decode_speed(check: Check, depth: int, model: GPT, num_slots: int) -> None:
         if len(engine.active) == num_slots:
             steps.append(seconds)
     step = statistics.median(steps[1:])
-    floor = infer.bytes_per_step(model, num_slots, prompt_tokens + new_tokens // 2, False) / BANDWIDTH
+    context = prompt_tokens + new_tokens // 2
+    itemsize = model.dtype.itemsize
+    num_bytes = decode_bytes(model.config, num_slots, context, weight_bytes=itemsize, cache_dtype=model.dtype)
+    floor = num_bytes / BANDWIDTH
     is_estimated = depth == 24 and num_slots == 1  # 693 kernels, 3 µs each
     what = f"d{depth}, {num_slots} slots: "
     check.record(what + "decode step", 1e3 * step, "ms", 2.0 if is_estimated else f"floor {1e3 * floor:.2g}")

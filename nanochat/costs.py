@@ -85,6 +85,14 @@ def kv_bytes_read(config: GPTConfig, context: int, dtype: torch.dtype) -> int:
     return _num_keys(config, context) * 2 * config.kv_width * dtype.itemsize
 
 
+def decode_bytes(config: GPTConfig, rows: int, context: int, *, weight_bytes: int, cache_dtype: torch.dtype) -> int:
+    """
+    Bytes that a decode step of several sequences reads: all weights, of that many bytes each, and the KV cache of every
+    sequence after `context` tokens.
+    """
+    return weight_bytes * matmul_weights(config) + rows * kv_bytes_read(config, context, cache_dtype)
+
+
 def _num_keys(config: GPTConfig, context: int) -> int:
     """Keys that one token after `context` tokens sees, its own included, summed over the layers."""
     return sum(min(window, context) + 1 for window in config.windows)

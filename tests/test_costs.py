@@ -7,7 +7,16 @@ The model of memory and time, against measured peaks.
 import pytest
 import torch
 
-from nanochat.costs import GIB, TrainingSetup, cache_bytes, expected_mfu, largest_batch, training_memory
+from nanochat.costs import (
+    GIB,
+    TrainingSetup,
+    cache_bytes,
+    decode_bytes,
+    expected_mfu,
+    largest_batch,
+    matmul_weights,
+    training_memory,
+)
 from nanochat.recipe import RecipeFlags, derive, model_config
 
 VOCAB = 32768
@@ -86,3 +95,11 @@ def test_time_of_public_runs_is_predicted_within_15_percent(ratio, hours):
     recipe = derive(RecipeFlags(depth=24, target_param_data_ratio=ratio), VOCAB)
     rate = 8 * 989e12 * expected_mfu(recipe.model, fp8=True)
     assert recipe.flops / rate / 3600 == pytest.approx(hours, rel=0.15)
+
+
+def test_decode_step_reads_the_weights_once_and_the_cache_of_each_row():
+    config, context = config_of(4), 100
+    layers, keys_and_values = 4, 2
+    row = layers * (context + 1) * keys_and_values * config.kv_width * 4
+    expected = 2 * matmul_weights(config) + 3 * row
+    assert decode_bytes(config, 3, context, weight_bytes=2, cache_dtype=torch.float32) == expected

@@ -1,31 +1,39 @@
 """
-Generation: the engine against straightforward code for the same model and sampling parameters (plain.py).
+Generation: the engine compared with two straightforward ways to decode the same model (plain.py), one of them that of
+Karpathy's nanochat, both in float32 and in bfloat16.
 
     python -m scripts.bench infer --depth 4 --head-dim 64 --vocab-size 8192
     python -m scripts.bench infer -i sft --batch-sizes 1,64,256 --int8               # a trained model
 
-The last two columns compare the decode steps with this machine's memory bandwidth and speed of matrix products, which
-are measured first. `ratios`: for each data type and batch size, the engine's tokens/s divided by those of the
-straightforward code in float32 (on a GPU in the engine's dtype).
+All sides complete the same prompt with the same sampling parameters, each in a separate process. Tokens/s include the
+time for the prompt. The engine runs with its default settings. The last two rows of the table compare its decode steps
+with this machine's memory bandwidth and speed of matrix products, which are measured first. `ratios`: tokens/s of the
+engine divided by those of a baseline in its faster dtype; "nanochat 8" is with 8 requests at a time.
 """
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from nanochat import checkpoint_manager, hardware
 from nanochat.cli import command, flag, require_positive
-from nanochat.common import UserError, human
-from nanochat.costs import decode_flops, kv_bytes_read, matmul_weights
+from nanochat.common import UserError
+from nanochat.costs import decode_bytes, decode_flops
 from nanochat.engine import Engine, Request
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.recipe import RecipeFlags, model_config
 from nanochat.tokenizer import Tokenizer, default_dir
-from scripts.bench.harness import alternate, print_table, report, timed
-from scripts.bench.plain import PlainCache, sample_next
+from scripts.bench.harness import Worker, alternate, print_table, report, timed
+from scripts.bench.plain import generate_like_nanochat, generate_static
+
+NO_SPECIAL_TOKENS: Any = SimpleNamespace(bos=-1, special=lambda text: -1)  # a tokenizer: no token ends a completion
+FIRST_TOKENS = "first tokens"
+Generate = Callable[[Request, int], object]  # a request and how many at a time; ends with the tokens on the host
 
 
 @dataclass(frozen=True)
@@ -46,41 +54,55 @@ class Flags:
     device: str = flag("auto", "cuda | mps | cpu | auto")
 
 
+class Side(NamedTuple):
+    """A way to generate: what makes it, from a model of that dtype."""
+
+    make: Callable[[GPT], Generate]
+    dtype: torch.dtype
+
+
 @command
 def main(flags: Flags) -> dict[str, float]:
     """Returns the ratios."""
     batch_sizes = parse_batch_sizes(flags.batch_sizes)
     require_positive(flags, "prompt_tokens", "max_tokens", "rounds")
     device = hardware.pick_device(flags.device)
-    dtypes = [torch.float32, torch.bfloat16] if device.type == "cpu" else [hardware.pick_dtype(device)]
-    bandwidth = hardware.copy_bandwidth(device)
+    dtype = hardware.pick_dtype(device)
+    bandwidth, matmul_rate = hardware.copy_bandwidth(device), hardware.matmul_rate(device, dtype)
+    sides = make_sides(device, flags.int8)
+    workers = {name: Worker(work, side, flags) for name, side in sides.items()}
+    configs: list[GPTConfig] = [worker.receive() for worker in workers.values()]
+    seconds = measure(workers, flags, batch_sizes)
+    for worker in workers.values():
+        worker.connection.send(None)
+
+    speeds = {name: {B: B * flags.max_tokens / seconds[name][B] for B in batch_sizes} for name in sides}
+    ratios: dict[str, float] = {}
+    columns: dict[str, dict[str, str]] = {}
     context = flags.prompt_tokens + flags.max_tokens // 2  # tokens that a step reads, on average
+    cache_dtype = torch.float32 if device.type == "cpu" else dtype
+    for B in batch_sizes:
+        column = columns[str(B)] = {name: f"{speed[B]:,.0f}" for name, speed in speeds.items()}
+        engine = speeds["engine"][B]
+        for baseline in ("nanochat", "static"):
+            fastest = max(speed[B] for name, speed in speeds.items() if name.startswith(baseline))
+            ratios[f"{baseline} {B}"] = engine / fastest
+            column[f"engine over {baseline}"] = f"{engine / fastest:.2f} x"
+        num_bytes = decode_bytes(configs[0], B, context, weight_bytes=dtype.itemsize, cache_dtype=cache_dtype)
+        column["engine: first tokens"] = f"{1e3 * seconds[FIRST_TOKENS][B]:.1f} ms"
+        column["engine: bandwidth used"] = f"{num_bytes * engine / B / bandwidth:.0%}"
+        column["engine: FLOP/s used"] = f"{decode_flops(configs[0], context) * engine / matmul_rate:.1%}"
+    print_table("tokens/s by requests at a time", transposed(columns))
+    print(f"{hardware.describe(device)}: copies {bandwidth / 1e9:.1f} GB/s, products {matmul_rate / 1e9:,.0f} GFLOP/s")
+    return report("infer", ratios, tokens_per_second=speeds, seconds_to_first_tokens=seconds[FIRST_TOKENS])
 
-    results: dict[str, dict[str, float]] = {}
-    baselines: dict[int, float] = {}  # tokens/s by batch size, in the first dtype
-    for dtype in dtypes:
-        model = load(flags, device, dtype)
-        matmul_rate = hardware.matmul_rate(device, dtype)
-        variants = {str(dtype).removeprefix("torch."): False}  # name → 8-bit weights
-        if flags.int8 and dtype == dtypes[-1]:
-            variants["int8"] = True
-        for name, int8 in variants.items():
-            for B in batch_sizes:
-                result = measure(model, B, flags, int8)
-                speed = result["tokens_per_second"]
-                result["bandwidth"] = bytes_per_step(model, B, context, int8) * speed / B / bandwidth
-                result["flops"] = decode_flops(model.config, context) * speed / matmul_rate
-                result["ratio"] = speed / baselines.setdefault(B, result["plain"])
-                results[f"{name} {B}"] = result
 
-    print_table("engine and plain code, by weights and requests at a time", table_rows(results))
-    memory = hardware.peak_memory(device)
-    print(
-        f"{hardware.describe(device)}: copies {bandwidth / 1e9:.1f} GB/s; peak memory {human(memory)}B; plain: the "
-        f"straightforward code in the same dtype; ratio: against it in {dtypes[0]}"
-    )
-    ratios = {name: result["ratio"] for name, result in results.items()}
-    return report("infer", ratios, results=results, peak_memory=memory)
+def transposed(columns: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    rows: dict[str, dict[str, str]] = {}
+    for column, cells in columns.items():
+        for row, cell in cells.items():
+            rows.setdefault(row, {})[column] = cell
+    return rows
 
 
 def parse_batch_sizes(text: str) -> list[int]:
@@ -105,59 +127,73 @@ def load(flags: Flags, device: torch.device, dtype: torch.dtype) -> GPT:
     return model.requires_grad_(False)
 
 
-def measure(model: GPT, B: int, flags: Flags, int8: bool) -> dict[str, float]:
-    """Tokens/s of the engine and of the plain code, prompts included, and the engine's seconds to a first token."""
-    no_special_tokens: Any = SimpleNamespace(bos=-1, special=lambda text: -1)  # no token ends a completion
-    engine = Engine(model, no_special_tokens, B, int8)
+# ---- the sides ----
+
+
+def make_sides(device: torch.device, int8: bool) -> dict[str, Side]:
+    """The engine as the stages use it, and the baselines in each dtype."""
+    default = hardware.pick_dtype(device)
+    dtypes = [torch.float32, torch.bfloat16] if device.type == "cpu" else [default]
+    sides = {"engine": Side(engine_side, default)}
+    if int8:
+        sides["engine, 8-bit weights"] = Side(int8_side, dtypes[-1])
+    for name, make in (("nanochat", nanochat_side), ("static", static_side)):
+        sides |= {f"{name}, {str(dtype).removeprefix('torch.')}": Side(make, dtype) for dtype in dtypes}
+    return sides
+
+
+def engine_side(model: GPT, **options: Any) -> Generate:
+    engines: dict[int, Engine] = {}  # by number of slots
+
+    def generate(request: Request, B: int) -> object:
+        if B not in engines:
+            engines[B] = Engine(model, NO_SPECIAL_TOKENS, B, **options)
+        return engines[B].generate([replace(request, seed=seed) for seed in range(B)])
+
+    return generate
+
+
+def int8_side(model: GPT) -> Generate:
+    return engine_side(model, int8=True)
+
+
+def nanochat_side(model: GPT) -> Generate:
+    return lambda request, B: generate_like_nanochat(model, NO_SPECIAL_TOKENS, request, B)
+
+
+def static_side(model: GPT) -> Generate:
+    return lambda request, B: generate_static(model, request, B)
+
+
+# ---- measuring ----
+
+
+def measure(workers: dict[str, Worker], flags: Flags, batch_sizes: list[int]) -> dict[str, dict[int, float]]:
+    """
+    Seconds of each side by batch size, prompts included, medians of alternating runs; and those of the engine until
+    every request has its first token.
+    """
+    seconds: dict[str, dict[int, float]] = {}
+    for B in batch_sizes:
+        runs = {name: partial(worker.request, (B, flags.max_tokens)) for name, worker in workers.items()}
+        runs[FIRST_TOKENS] = partial(workers["engine"].request, (B, 1))
+        for name, turns in alternate(runs, flags.rounds).items():
+            seconds.setdefault(name, {})[B] = statistics.median(turns)
+    return seconds
+
+
+def work(connection: Any, side: Side, flags: Flags) -> None:
+    """The process of a side. Sends the model's configuration; answers (requests, tokens of each) with seconds."""
+    device = hardware.pick_device(flags.device)
+    model = load(flags, device, side.dtype)
+    generate = side.make(model)
+    torch.manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (flags.prompt_tokens,)).tolist()
     request = Request(prompt, flags.max_tokens, flags.temperature, flags.top_k)
-    requests = [replace(request, seed=seed) for seed in range(B)]
-    first_token = replace(request, max_tokens=1)
-    runs = {  # each ends with the tokens on the host
-        "engine": lambda: timed(lambda: engine.generate(requests)),
-        "plain": lambda: timed(lambda: plain_generate(model, prompt, B, flags)),
-        "first_token": lambda: timed(lambda: engine.generate([first_token])),
-    }
-    seconds = {name: statistics.median(turns) for name, turns in alternate(runs, flags.rounds).items()}
-    num_tokens = B * flags.max_tokens
-    return {
-        "tokens_per_second": num_tokens / seconds["engine"],
-        "plain": num_tokens / seconds["plain"],
-        "first_token": seconds["first_token"],
-    }
-
-
-@torch.inference_mode()
-def plain_generate(model: GPT, prompt: list[int], B: int, flags: Flags) -> list[list[int]]:
-    """Generates token by token with straightforward code; returns the tokens of each step, on the host."""
-    cache = PlainCache(model, B, len(prompt) + flags.max_tokens)
-    ids_BT = torch.tensor([prompt] * B, device=model.device)
-    steps = []
-    for _ in range(flags.max_tokens):
-        ids_BT = sample_next(cache.read(ids_BT), flags.temperature, flags.top_k)
-        steps.append(ids_BT.flatten().tolist())
-    return steps
-
-
-def bytes_per_step(model: GPT, B: int, context: int, int8: bool) -> float:
-    """Bytes that a decode step of the engine reads: all weights, and the KV cache of B sequences."""
-    cache_dtype = torch.float32 if model.device.type == "cpu" else model.dtype
-    weight_bytes = matmul_weights(model.config) * (1 if int8 else model.dtype.itemsize)
-    return weight_bytes + B * kv_bytes_read(model.config, context, cache_dtype)
-
-
-def table_rows(results: dict[str, dict[str, float]]) -> dict[str, dict[str, str]]:
-    rows = {}
-    for name, result in results.items():
-        rows[name] = {
-            "tokens/s": f"{result['tokens_per_second']:,.0f}",
-            "plain": f"{result['plain']:,.0f}",
-            "ratio": f"{result['ratio']:.2f}",
-            "first token": f"{result['first_token'] * 1e3:.1f} ms",
-            "bandwidth used": f"{result['bandwidth']:.0%}",
-            "FLOP/s used": f"{result['flops']:.1%}",
-        }
-    return rows
+    connection.send(model.config)
+    while message := connection.recv():
+        B, max_tokens = message
+        connection.send(timed(partial(generate, replace(request, max_tokens=max_tokens), B)))
 
 
 if __name__ == "__main__":

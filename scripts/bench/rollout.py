@@ -6,15 +6,14 @@ question at a time and one completion at a time.
     python -m scripts.bench rollout --fresh-depth 4             # random weights: completions of maximum length
     NANOCHAT_DTYPE=bfloat16 python -m scripts.bench rollout
 
-The sides named plain use straightforward code (plain.py): a prompt is read once for all its completions, and every row
-is decoded until the last one has ended. `ratios`: rollouts/s of all questions at once, divided by those of each other
-side.
+The sides named plain work as the engine of Karpathy's nanochat does (plain.py): a prompt is read once for all its
+completions, and every row is decoded until the last one has ended. `ratios`: rollouts/s of all questions at once,
+divided by those of each other side.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,14 +21,13 @@ import torch
 from nanochat import checkpoint_manager, hardware, rollout
 from nanochat.cli import command, flag, require_positive
 from nanochat.distributed import Dist
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
 from nanochat.recipe import RecipeFlags, model_config
 from nanochat.rollout import Question, RolloutConfig
 from nanochat.tokenizer import Tokenizer, default_dir
-from nanochat.tools import ToolUse
 from scripts.bench.harness import alternate, medians, print_table, report
-from scripts.bench.plain import PlainCache, sample_next
+from scripts.bench.plain import generate_like_nanochat
 from tasks.quiz import HardSums
 
 ALL_AT_ONCE = "all at once"
@@ -108,8 +106,8 @@ def make_sides(
     def sample_plain(group_size: int) -> list[int]:
         lengths = []
         for question in questions:
-            group_config = replace(config, num_samples=group_size)
-            lengths += plain_rollouts(model, question.prompt, group_config, tokenizer)
+            request = Request(question.prompt, config.max_tokens, config.temperature, config.top_k)
+            lengths += [len(tokens) for tokens in generate_like_nanochat(model, tokenizer, request, group_size)]
         return lengths
 
     return {
@@ -118,35 +116,6 @@ def make_sides(
         "one question at a time, plain": lambda: sample_plain(flags.num_samples),
         "one completion at a time, plain": lambda: sample_plain(1),  # one per question is enough to measure
     }
-
-
-@torch.inference_mode()
-def plain_rollouts(model: GPT, prompt: list[int], config: RolloutConfig, tokenizer: Tokenizer) -> list[int]:
-    """Samples a group of completions with straightforward code; returns the length of each, end token included."""
-    num_rows = config.num_samples
-    stop_tokens = {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
-    tools = [ToolUse(tokenizer) for _ in range(num_rows)]
-    forced = [deque[int]() for _ in range(num_rows)]
-    lengths = [0] * num_rows
-    has_ended = [False] * num_rows
-
-    cache = PlainCache(model, 1, len(prompt) + config.max_tokens)
-    logits_BV = cache.read(torch.tensor([prompt], device=model.device)).repeat(num_rows, 1)
-    cache.repeat(num_rows)
-    for _ in range(config.max_tokens):
-        tokens = sample_next(logits_BV, config.temperature, config.top_k).flatten().tolist()
-        for row in range(num_rows):
-            if forced[row]:
-                tokens[row] = forced[row].popleft()
-            else:
-                has_ended[row] = has_ended[row] or tokens[row] in stop_tokens
-                forced[row].extend(tools[row].observe(tokens[row]))
-            if not has_ended[row]:
-                lengths[row] += 1
-        if all(has_ended):
-            break
-        logits_BV = cache.read(torch.tensor(tokens, device=model.device)[:, None])
-    return [length + ended for length, ended in zip(lengths, has_ended, strict=True)]
 
 
 if __name__ == "__main__":
