@@ -1,0 +1,5 @@
+"""The export formats by the names that --to takes. Importing them needs no optional package."""
+
+from nanochat.export import hf
+
+FORMATS = {"hf": hf.FORMAT}

@@ -1,0 +1,170 @@
+"""
+Export to Hugging Face: a folder that AutoModelForCausalLM and AutoTokenizer of transformers load.
+
+transformers has a class for the classic vintage, NanoChatForCausalLM. All other models come with a modelling file in
+the folder (hf_files/), which users allow with trust_remote_code=True. Both use the same parameter names. The folder is
+written without transformers: its formats are JSON and safetensors.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from nanochat.common import UserError
+from nanochat.export.common import Format, Source
+from nanochat.export.hf_tokenizer import write_tokenizer
+from nanochat.gpt import ADDITIONS, NORM_EPS, GPTConfig
+
+SHARD_BYTES = 5_000_000_000  # transformers splits files of weights at this size, too
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 50, "max_new_tokens": 512}  # as chat_cli and chat_web
+
+# Our parameter names → theirs, in that order of replacement.
+RENAMED = (
+    ("transformer.wte.", "model.embed_tokens."),
+    ("transformer.h.", "model.layers."),
+    (".attn.c_q.", ".self_attn.q_proj."),
+    (".attn.c_k.", ".self_attn.k_proj."),
+    (".attn.c_v.", ".self_attn.v_proj."),
+    (".attn.c_proj.", ".self_attn.o_proj."),
+    (".attn.ve_gate.", ".self_attn.value_gate."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+)
+TABLES = ("transformer.wte.", "lm_head.", "value_embeds.")  # have a row for each token of the padded vocabulary
+BELONG_TO_MODEL = ("value_embeds.", "resid_lambdas", "x0_lambdas", "smear_", "backout_")  # "model." is put before these
+
+
+def hf_name(name: str) -> str:
+    """The name of a parameter in a Hugging Face folder."""
+    for ours, theirs in RENAMED:
+        name = name.replace(ours, theirs)
+    return f"model.{name}" if name.startswith(BELONG_TO_MODEL) else name
+
+
+def our_name(name: str) -> str:
+    """The inverse of hf_name."""
+    if name.removeprefix("model.").startswith(BELONG_TO_MODEL):
+        return name.removeprefix("model.")
+    for ours, theirs in RENAMED:
+        name = name.replace(theirs, ours)
+    return name
+
+
+def is_classic(config: GPTConfig) -> bool:
+    """Whether NanoChatForCausalLM of transformers computes what this model computes."""
+    has_additions = any(getattr(config, name) for name in ADDITIONS)
+    has_full_windows = all(window == config.sequence_len for window in config.windows)
+    return not has_additions and has_full_windows and config.qk_gain == 1.0
+
+
+def check(source: Source) -> None:
+    """Every model can be exported, as long as its sizes are even: rotary positions turn pairs of channels."""
+    if not is_classic(source.config):
+        raise UserError("--to hf writes classic models: this one has features that transformers does not implement")
+
+
+def num_bytes(source: Source) -> int:
+    """Size of the weights and of the tokenizer's files."""
+    size = DTYPES[source.dtype].itemsize
+    return size * sum(weight.numel() for weight in source.weights.values()) + 200 * source.config.vocab_size
+
+
+def write(source: Source, folder: Path) -> None:
+    """Writes the folder."""
+    folder.mkdir()
+    end_token = "<|bos|>" if source.stage == "base" else "<|assistant_end|>"  # a base model generates documents
+    write_tokenizer(source.tokenizer, folder, sequence_len=source.config.sequence_len, end_token=end_token)
+    write_json(folder / "config.json", model_config(source, end_token))
+    write_json(folder / "generation_config.json", generation_config(source, end_token))
+    write_weights(source, folder)
+
+
+def model_config(source: Source, end_token: str) -> dict[str, Any]:
+    """
+    The content of config.json. Every size is given, because defaults of NanoChatConfig differ from ours: an MLP of 8192
+    channels, an epsilon of 1e-6 (logits differ by 2e-5), and a padding token.
+    """
+    config = source.config
+    return {
+        "architectures": ["NanoChatForCausalLM"],
+        "model_type": "nanochat",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": 4 * config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.sequence_len,
+        "hidden_act": "relu2",
+        "rms_norm_eps": NORM_EPS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+        "final_logit_softcapping": config.logit_softcap or None,
+        "bos_token_id": source.tokenizer.bos,
+        "eos_token_id": source.tokenizer.special(end_token),
+        "pad_token_id": None,  # a number would make that token's embedding constant in training
+        "tie_word_embeddings": False,
+        "dtype": source.dtype,
+        "nanochat": {"tokenizer": source.tokenizer.fingerprint, "stage": source.stage, "step": source.checkpoint.step},
+    }
+
+
+def generation_config(source: Source, end_token: str) -> dict[str, Any]:
+    """The content of generation_config.json: stop tokens and sampling as in our engine and chat."""
+    bos = source.tokenizer.bos
+    end_ids = sorted({bos, source.tokenizer.special(end_token)})
+    return SAMPLING | {"bos_token_id": bos, "eos_token_id": end_ids, "pad_token_id": bos}
+
+
+def write_weights(source: Source, folder: Path) -> None:
+    """
+    Writes model.safetensors or, above SHARD_BYTES, several files and an index. Converts the weights file by file, so
+    that the converted ones never take more memory than one file.
+    """
+    groups = list(split_into_shards(source))
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for i, group in enumerate(groups):
+        file_name = "model.safetensors" if len(groups) == 1 else f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
+        tensors = {hf_name(name): converted(source, name).contiguous() for name in source.track(group, file_name)}
+        save_file(tensors, folder / file_name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file_name)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def split_into_shards(source: Source) -> Iterator[list[str]]:
+    """The parameter names, in groups of at most SHARD_BYTES (a single larger tensor is a group)."""
+    group: list[str] = []
+    size = 0
+    for name, weight in source.weights.items():
+        bytes_of_weight = weight.numel() * DTYPES[source.dtype].itemsize
+        if group and size + bytes_of_weight > SHARD_BYTES:
+            yield group
+            group = []
+            size = 0
+        group.append(name)
+        size += bytes_of_weight
+    yield group
+
+
+def converted(source: Source, name: str) -> torch.Tensor:
+    """A parameter without the padding of the vocabulary, in the exported dtype."""
+    weight = source.weights[name]
+    if name.startswith(TABLES):
+        weight = source.unpad(weight)
+    return weight.to(DTYPES[source.dtype])
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+FORMAT = Format(dtypes=tuple(DTYPES), check=check, num_bytes=num_bytes, write=write)

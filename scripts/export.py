@@ -1,0 +1,58 @@
+"""
+Export a trained model for other programs.
+
+    python -m scripts.export -i sft --to hf --out my-model                      # the newest fine-tuned model
+    python -m scripts.export -i sft -g d12 -s 500 --to hf --dtype bfloat16 --out my-model
+
+--to hf: a folder that transformers loads, for chat, fine-tuning with TRL and PEFT, and serving in vLLM.
+"""
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from nanochat import checkpoint_manager
+from nanochat.cli import command, flag
+from nanochat.common import UserError
+from nanochat.export.common import Source, describe_size, export
+from nanochat.export.formats import FORMATS
+from nanochat.tokenizer import Tokenizer, default_dir
+
+
+@dataclass(frozen=True)
+class Flags:
+    source: str = flag("sft", "stage of the model", short="-i", choices=("base", "mid", "sft", "rl"))
+    model_tag: str = flag("", "name of the checkpoints; default: the one written last", short="-g")
+    step: int = flag(-1, "step of the checkpoint; -1 = the newest", short="-s")
+    to: str = flag("hf", "format", choices=tuple(FORMATS))
+    out: str = flag("", "file or folder to write; it must not exist, or be an empty folder")
+    dtype: str = flag("", "dtype of the weights; default: the first that the format offers")
+
+
+@command
+def main(flags: Flags) -> None:
+    if not flags.out:
+        raise UserError("--out is missing: name the file or folder to write")
+    target_format = FORMATS[flags.to]
+    dtype = flags.dtype or target_format.dtypes[0]
+    if dtype not in target_format.dtypes:
+        raise UserError(f"--dtype {dtype}: --to {flags.to} offers {', '.join(target_format.dtypes)}")
+    checkpoint = checkpoint_manager.find(flags.source, flags.model_tag, flags.step)
+    tokenizer = Tokenizer.load(default_dir())
+    checkpoint.check_tokenizer(tokenizer)
+    out = Path(flags.out).expanduser()
+    export(Source(checkpoint, tokenizer, flags.source, dtype, show_progress), target_format, out)
+    print(f"exported {checkpoint.path} to {out} ({describe_size(out)})")
+
+
+def show_progress(items: Sequence[str], description: str) -> Iterable[str]:
+    """Counts the items on a progress line on stderr, if that is a terminal."""
+    return track(items, description, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+
+
+if __name__ == "__main__":
+    main()
