@@ -65,6 +65,8 @@ class Format:
     check: Callable[[Source], None]  # UserError, which names the obstacles, if the format cannot express the model
     num_bytes: Callable[[Source], int]  # upper bound for the size of the result
     write: Callable[[Source, Path], None]  # creates a file or a folder at a path that does not exist
+    # Text files to write next to `out`, by path.
+    companions: Callable[[Source, Path], dict[Path, str]] = lambda source, out: {}
 
 
 def export(source: Source, target_format: Format, out: Path) -> None:
@@ -74,11 +76,17 @@ def export(source: Source, target_format: Format, out: Path) -> None:
     """
     check_target(out)
     target_format.check(source)
+    companions = target_format.companions(source, out)
+    for file in companions:
+        check_target(file)
     check_disk(out, target_format.num_bytes(source))
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
     with atomic_path(out) as temporary:
         target_format.write(source, temporary)
+    for file, text in companions.items():
+        with atomic_path(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def check_target(out: Path) -> None:

@@ -1,5 +1,5 @@
 """The export formats by the names that --to takes. Importing them needs no optional package."""
 
-from nanochat.export import hf
+from nanochat.export import gguf, hf
 
-FORMATS = {"hf": hf.FORMAT}
+FORMATS = {"hf": hf.FORMAT, "gguf": gguf.FORMAT}

@@ -1,0 +1,188 @@
+"""
+GGUF export: the file computes what the model computes, in a plain reimplementation of llama.cpp's `apertus` and, if it
+is installed, in llama.cpp itself.
+
+    python -m pytest tests/test_export_gguf.py
+    pip install llama-cpp-python --no-binary llama-cpp-python    # compiles llama.cpp: 10 minutes on two cores
+"""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from factories import GOLDEN_VOCAB_SIZE, save_checkpoint, tiny_config, tiny_gpt
+
+from nanochat.conversation import render_for_completion
+from nanochat.export import gguf as gguf_format
+from nanochat.gpt import PORTABLE
+from nanochat.tokenizer import PORTABLE_SPLIT_PATTERN, SPECIAL_TOKENS, Tokenizer
+from scripts import export
+
+gguf = pytest.importorskip("gguf")
+
+SIZES = {"n_layer": 3, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "rope_base": 5000.0, "qk_gain": 1.3}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(golden_tokenizer) -> Tokenizer:
+    ranks = {token: i for i, token in enumerate(golden_tokenizer.tokens)}
+    return Tokenizer(PORTABLE_SPLIT_PATTERN, ranks)
+
+
+@pytest.fixture
+def model(base_dir, tokenizer):
+    """A portable model with random weights, saved as "tiny" of the stage sft."""
+    model = tiny_gpt(**PORTABLE | SIZES).eval()
+    save_checkpoint(model, "sft", tokenizer=tokenizer)
+    return model
+
+
+def export_to(path, dtype, *argv):
+    export.main(["--to", "gguf", "--dtype", dtype, "--out", str(path), *argv])
+    return path
+
+
+# ---- the file, read by the package gguf ----
+
+
+class Apertus:
+    """The architecture `apertus` as llama.cpp computes it (src/models/apertus.cpp), from the tensors of a file."""
+
+    def __init__(self, path):
+        reader = gguf.GGUFReader(path)
+        self.fields = {name: field.contents() for name, field in reader.fields.items()}
+        self.tensors = {}
+        for tensor in reader.tensors:
+            self.tensors[tensor.name] = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+
+    def __getitem__(self, name):
+        return self.fields[f"apertus.{name}"]
+
+    def norm(self, x, name):
+        return F.rms_norm(x, x.shape[-1:], self.tensors[f"{name}.weight"], self["attention.layer_norm_rms_epsilon"])
+
+    def linear(self, x, name):
+        return x @ self.tensors[f"{name}.weight"].T
+
+    def rotate(self, x_THD):
+        """Rotation of type NEOX: by plus the angle, of channel j and channel j + D/2."""
+        T, _, D = x_THD.shape
+        angles = torch.arange(T)[:, None] * self["rope.freq_base"] ** (-torch.arange(0, D, 2) / D)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        x1, x2 = x_THD.chunk(2, dim=-1)
+        return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+
+    def xielu(self, x, layer):
+        alpha_p, alpha_n, beta, eps = (
+            self.fields[f"xielu.{name}"][layer] for name in ("alpha_p", "alpha_n", "beta", "eps")
+        )
+        positive = np.log1p(np.exp(alpha_p)) * x * x + beta * x
+        negative = (torch.expm1(x.clamp_max(eps)) - x) * (beta + np.log1p(np.exp(alpha_n))) + beta * x
+        return torch.where(x > 0, positive, negative)
+
+    def logits(self, idx_T):
+        x = self.tensors["token_embd.weight"][idx_T]
+        D = self["attention.key_length"]
+        for i in range(self["block_count"]):
+            y = self.norm(x, f"blk.{i}.attn_norm")
+            q, k, v = (self.linear(y, f"blk.{i}.attn_{name}").unflatten(-1, (-1, D)) for name in "qkv")
+            q = self.rotate(self.norm(q, f"blk.{i}.attn_q_norm"))
+            k = self.rotate(self.norm(k, f"blk.{i}.attn_k_norm"))
+            q, k, v = (heads.transpose(0, 1) for heads in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            x = x + self.linear(y.transpose(0, 1).flatten(1), f"blk.{i}.attn_output")
+            y = self.xielu(self.linear(self.norm(x, f"blk.{i}.ffn_norm"), f"blk.{i}.ffn_up"), i)
+            x = x + self.linear(y, f"blk.{i}.ffn_down")
+        return self.linear(self.norm(x, "output_norm"), "output")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("f32", 1e-5), ("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 5e-2)])
+def test_exported_tensors_compute_the_logits_of_the_model(model, tmp_path, dtype, tolerance):
+    apertus = Apertus(export_to(tmp_path / "model.gguf", dtype))
+    idx_T = torch.randint(GOLDEN_VOCAB_SIZE, (48,))
+    with torch.no_grad():
+        expected_TV = model(idx_T[None])[0]
+        actual_TV = apertus.logits(idx_T)
+    assert actual_TV.shape == expected_TV.shape
+    assert (actual_TV - expected_TV).abs().max() < tolerance * expected_TV.abs().max()
+    assert apertus["context_length"] == model.config.sequence_len
+
+
+def test_exported_tokenizer_has_all_tokens_and_the_chat_template(model, tokenizer, tmp_path):
+    fields = Apertus(export_to(tmp_path / "model.gguf", "f16")).fields
+    tokens = fields["tokenizer.ggml.tokens"]
+    assert tuple(tokens[-len(SPECIAL_TOKENS) :]) == SPECIAL_TOKENS and len(tokens) == tokenizer.vocab_size
+    assert tokens[tokenizer.encode(" the")[0]] == "Ġthe"
+    assert len(fields["tokenizer.ggml.merges"]) == len(tokenizer.tokens) - 256
+    ends = [fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.eot_token_id"]]
+    assert set(ends) == {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
+    prompt = render_template(fields["tokenizer.chat_template"], CONVERSATION)
+    assert prompt == "".join(
+        tokenizer.decode_bytes([i]).decode() for i in render_for_completion(CONVERSATION, tokenizer)
+    )
+
+
+CONVERSATION = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is 12 + 30?"},
+        {"role": "assistant", "content": "42."},
+        {"role": "user", "content": "And in words?"},
+    ]
+}
+
+
+def render_template(template, conversation):
+    jinja2 = pytest.importorskip("jinja2")
+    return jinja2.Environment().from_string(template).render(**conversation, add_generation_prompt=True)
+
+
+def test_modelfile_names_the_file_and_has_a_template(model, tmp_path):
+    export_to(tmp_path / "chat/small.gguf", "q8_0")
+    text = (tmp_path / "chat/Modelfile").read_text()
+    assert text.startswith("FROM ./small.gguf\n") and "PARAMETER num_ctx 64\n" in text
+    assert 'PARAMETER stop "<|assistant_end|>"' in text and "{{ .Content }}<|user_end|>" in text
+
+
+def test_base_model_is_exported_without_chat_template(base_dir, tokenizer, tmp_path):
+    save_checkpoint(tiny_gpt(**PORTABLE | SIZES), "base", tokenizer=tokenizer)
+    fields = Apertus(export_to(tmp_path / "model.gguf", "f16", "-i", "base")).fields
+    assert "tokenizer.chat_template" not in fields
+    assert 'TEMPLATE """{{ .Prompt }}"""' in (tmp_path / "Modelfile").read_text()
+
+
+# ---- what cannot be exported ----
+
+
+def test_obstacles_name_every_feature_in_the_way(golden_tokenizer, tokenizer):
+    full = list(gguf_format.find_obstacles(tiny_config(sequence_len=1024), golden_tokenizer))
+    assert full == [
+        "value embeds",
+        "smear",
+        "backout",
+        "residual scalars",
+        "sliding windows (SSSL)",
+        "the logit softcap (15)",
+        "the tokenizer's split pattern",
+    ]
+    assert list(gguf_format.find_obstacles(tiny_config(**PORTABLE), tokenizer)) == []
+
+
+def test_model_that_cannot_be_expressed_is_one_line_and_writes_nothing(base_dir, golden_tokenizer, tmp_path):
+    save_checkpoint(tiny_gpt(), "sft", tokenizer=golden_tokenizer)
+    with pytest.raises(SystemExit, match=r"because of value embeds, smear.*base_train --portable") as stopped:
+        export_to(tmp_path / "new/model.gguf", "f16")
+    assert "\n" not in str(stopped.value) and not (tmp_path / "new").exists()
+
+
+def test_q8_0_of_uneven_width_names_f16(base_dir, tokenizer, tmp_path):
+    save_checkpoint(tiny_gpt(**PORTABLE, n_embd=48), "sft", tokenizer=tokenizer)
+    with pytest.raises(SystemExit, match="multiple of 32, this model has 48: use --dtype f16"):
+        export_to(tmp_path / "model.gguf", "q8_0")
+
+
+def test_existing_modelfile_is_refused_and_unchanged(model, tmp_path):
+    (tmp_path / "Modelfile").write_text("mine")
+    with pytest.raises(SystemExit, match="Modelfile exists"):
+        export_to(tmp_path / "model.gguf", "f16")
+    assert (tmp_path / "Modelfile").read_text() == "mine" and not (tmp_path / "model.gguf").exists()
