@@ -374,7 +374,7 @@ def fp8_layers(check: Check) -> None:
         grad = torch.randn(M, N, device=check.device, dtype=torch.bfloat16)
         plain = Linear(K, N).to(check.device)
         layer8 = fp8.Fp8Linear(plain)
-        fp8._cast_weight(plain.weight.detach(), layer8.weight_NK, layer8.weight_KN, layer8.scale)
+        fp8._cast_weights(layer8.weights, *layer8.fp8.buffers())
         product_ms = 6e3 * M * N * K / MATMUL_RATE
         cast_ms = 7e3 * M * (N + K) / BANDWIDTH  # maximum, cast and transposed copy of the input and of the gradient
         results = []

@@ -13,12 +13,15 @@ optimizer step, so they are cast after the step and not in every micro-batch. In
 Shapes: M rows (tokens), K input features, N output features.
 """
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn as nn
 
 from nanochat.common import UserError
 from nanochat.distributed import warn0
-from nanochat.gpt import GPT, GPTConfig, Linear
+from nanochat.gpt import GPT, Block, GPTConfig, JointLinear, Linear
 from nanochat.muon import MuonAdamW
 
 FORWARD = torch.float8_e4m3fn
@@ -56,74 +59,109 @@ def check_support(config: GPTConfig, rows: int, device: torch.device, *, compile
         )
 
 
-def use_fp8(model: GPT, optimizer: MuonAdamW, compile: bool) -> list["Fp8Linear"]:
+def use_fp8(model: GPT, optimizer: MuonAdamW, compile: bool) -> list["Fp8Linear | Fp8JointLinear"]:
     """
-    Replaces the large linear layers of the blocks by FP8 layers and returns these. The optimizer casts their weights
-    after every step. Parameters stay the same objects under the same names, so checkpoints do not change.
+    Replaces the large linear layers of the blocks by FP8 layers and returns these; queries, keys and values are one
+    layer. The optimizer casts their weights after every step. Parameters stay the same objects under the same names, so
+    checkpoints do not change.
 
     Call it when the weights have their values, and before the model is compiled.
     """
-    layers = []
-    for parent in list(model.transformer.h.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Linear) and _is_large(child):
-                layer = Fp8Linear(child)
+    layers: list[Fp8Linear | Fp8JointLinear] = []
+    for block in cast(Iterable[Block], model.transformer.h):
+        attn, mlp = block.attn, block.mlp
+        if _is_large(*attn.c_qkv.linears):
+            attn.c_qkv = Fp8JointLinear(attn.c_qkv)
+            layers.append(attn.c_qkv)
+        for parent, name in ((attn, "c_proj"), (mlp, "c_fc"), (mlp, "c_proj")):
+            linear = getattr(parent, name)
+            if _is_large(linear):
+                layer = Fp8Linear(linear)
                 setattr(parent, name, layer)
                 layers.append(layer)
-    cast_weight = torch.compile(_cast_weight, dynamic=False) if compile else _cast_weight
+    cast_weights = torch.compile(_cast_weights, dynamic=False) if compile else _cast_weights
 
-    def cast_weights(*_: object) -> None:
+    def cast_all(*_: object) -> None:
         for layer in layers:
-            cast_weight(layer.weight.detach(), layer.weight_NK, layer.weight_KN, layer.scale)
+            cast_weights([weight.detach() for weight in layer.weights], *layer.fp8.buffers())
 
-    cast_weights()
-    optimizer.register_step_post_hook(cast_weights)
+    cast_all()
+    optimizer.register_step_post_hook(cast_all)
     return layers
 
 
-def _is_large(linear: Linear) -> bool:
-    return all(n >= MIN_FEATURES and n % MULTIPLE == 0 for n in linear.weight.shape)
+def _is_large(*linears: Linear) -> bool:
+    sizes = linears[0].in_features, sum(linear.out_features for linear in linears)
+    return all(size >= MIN_FEATURES and size % MULTIPLE == 0 for size in sizes)
 
 
-class Fp8Linear(Linear):
+class Fp8Weight(nn.Module):
     """
-    A linear layer that shares the weight of another one and keeps FP8 copies of it in both layouts: one for the forward
-    and one for the backward pass. Code that changes the weight must update the copies (_cast_weight).
+    FP8 copies of a layer's weight, (N, K), in both layouts: one for the forward and one for the backward pass. Code
+    that changes the weight must update them (_cast_weights).
     """
 
     weight_NK: torch.Tensor
     weight_KN: torch.Tensor
     scale: torch.Tensor
 
-    def __init__(self, linear: nn.Linear):
-        with torch.device("meta"):  # no memory and no random numbers for a weight that is replaced
-            super().__init__(linear.in_features, linear.out_features)
-        self.weight = linear.weight
-        N, K = linear.weight.shape
-        device = linear.weight.device
+    def __init__(self, N: int, K: int, device: torch.device):
+        super().__init__()
         self.register_buffer("weight_NK", torch.empty(N, K, dtype=FORWARD, device=device), persistent=False)
         self.register_buffer("weight_KN", torch.empty(K, N, dtype=FORWARD, device=device), persistent=False)
         self.register_buffer("scale", torch.empty((), device=device), persistent=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return super().forward(x)
+    def forward(self, x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+        """x (…, K) → (…, N). The weights themselves, joined by rows to (N, K), only receive gradients."""
         x_MK = x.reshape(-1, x.size(-1))
-        y_MN = _Fp8Product.apply(x_MK, self.weight, self.weight_NK, self.weight_KN, self.scale)
+        y_MN = _Fp8Product.apply(x_MK, self.weight_NK, self.weight_KN, self.scale, *weights)
         return y_MN.view(*x.shape[:-1], -1)
+
+
+class Fp8Linear(Linear):
+    """A linear layer that shares the weight of another one. In eval mode it is an ordinary one."""
+
+    def __init__(self, linear: Linear):
+        with torch.device("meta"):  # no memory and no random numbers for a weight that is replaced
+            super().__init__(linear.in_features, linear.out_features)
+        self.weight = linear.weight
+        self.fp8 = Fp8Weight(linear.out_features, linear.in_features, self.weight.device)
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        return [self.weight]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fp8(x, self.weights) if self.training else super().forward(x)
+
+
+class Fp8JointLinear(JointLinear):
+    """
+    Several layers as one FP8 product. One scale serves all weights, as those of queries, keys and values are about as
+    large as each other; their gradients may differ by powers of two, which e5m2 has 30 of.
+    """
+
+    def __init__(self, joint: JointLinear):
+        super().__init__(*joint.linears)
+        num_outputs = sum(linear.out_features for linear in joint.linears)
+        self.fp8 = Fp8Weight(num_outputs, joint.linears[0].in_features, joint.weights[0].device)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.split(self.fp8(x, self.weights)) if self.training else super().forward(x)
 
 
 class _Fp8Product(torch.autograd.Function):
     """
-    x W^T from the FP8 copies of the weight. The weight itself is an argument only so that it receives a gradient.
-    Partial sums are kept short ("fast accumulation") in the forward pass only, as in torchao.
+    x W^T from the FP8 copies of the weight. Partial sums are kept short ("fast accumulation") in the forward pass only,
+    as in torchao.
     """
 
     @staticmethod
-    def forward(ctx, x_MK, weight, weight_NK, weight_KN, weight_scale):
+    def forward(ctx, x_MK, weight_NK, weight_KN, weight_scale, *weights):
         x8_MK, x_scale = quantize(x_MK, FORWARD)
         ctx.save_for_backward(x8_MK, x_scale, weight_KN, weight_scale)
-        ctx.weight_dtype = weight.dtype
+        ctx.weight_dtype = weights[0].dtype
+        ctx.num_rows = [weight.size(0) for weight in weights]
         return scaled_product(x8_MK, weight_NK.T, x_scale, weight_scale, dtype=x_MK.dtype, fast=True)
 
     @staticmethod
@@ -133,7 +171,7 @@ class _Fp8Product(torch.autograd.Function):
         grad_x_MK = scaled_product(g8_MN, weight_KN.T, g_scale, weight_scale, dtype=grad_MN.dtype)
         g8_NM, x8_KM = g8_MN.T.contiguous(), x8_MK.T.contiguous()
         grad_weight_NK = scaled_product(g8_NM, x8_KM.T, g_scale, x_scale, dtype=ctx.weight_dtype)
-        return grad_x_MK, grad_weight_NK, None, None, None
+        return grad_x_MK, None, None, None, *grad_weight_NK.split(ctx.num_rows)
 
 
 def scaled_product(a, b, scale_a, scale_b, *, dtype: torch.dtype, fast: bool = False) -> torch.Tensor:
@@ -151,9 +189,11 @@ def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
 
 
 @torch.no_grad()
-def _cast_weight(weight: torch.Tensor, weight_NK: torch.Tensor, weight_KN: torch.Tensor, scale: torch.Tensor) -> None:
-    """Updates the FP8 copies of a layer from its weight."""
-    quantized_NK, new_scale = quantize(weight, FORWARD)
+def _cast_weights(
+    weights: list[torch.Tensor], weight_NK: torch.Tensor, weight_KN: torch.Tensor, scale: torch.Tensor
+) -> None:
+    """Updates the FP8 copies of a layer from its weights."""
+    quantized_NK, new_scale = quantize(torch.cat(weights), FORWARD)
     weight_NK.copy_(quantized_NK)
     weight_KN.copy_(quantized_NK.T)
     scale.copy_(new_scale)

@@ -17,8 +17,8 @@ from factories import NEEDS_NUMBERS
 
 from nanochat import fp8
 from nanochat.common import UserError
-from nanochat.fp8 import Fp8Linear, quantize, use_fp8
-from nanochat.gpt import GPT, GPTConfig, Linear
+from nanochat.fp8 import Fp8JointLinear, Fp8Linear, quantize, use_fp8
+from nanochat.gpt import GPT, GPTConfig, JointLinear, Linear
 from nanochat.muon import build_optimizer
 from nanochat.recipe import param_groups
 
@@ -48,8 +48,12 @@ def dequantized(x, dtype):
 
 def make_layer(features_in, features_out, device):
     layer = Fp8Linear(Linear(features_in, features_out).to(device))
-    fp8._cast_weight(layer.weight, layer.weight_NK, layer.weight_KN, layer.scale)
+    cast_weights(layer)
     return layer
+
+
+def cast_weights(layer):
+    fp8._cast_weights(layer.weights, *layer.fp8.buffers())
 
 
 def make(dtype=torch.float32, with_fp8=True, seed=0):
@@ -131,10 +135,33 @@ def test_layer_equals_float32_arithmetic_on_quantized_tensors(device, dtype, tol
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_joint_layer_equals_one_layer_with_all_weights_and_quantizes_once(device, monkeypatch):
+    quantized = []
+    monkeypatch.setattr(fp8, "quantize", lambda x, dtype: quantized.append(dtype) or quantize(x, dtype))
+    linears = [Linear(128, n).to(device) for n in (128, 32, 64)]
+    joint = Fp8JointLinear(JointLinear(*linears))
+    single = make_layer(128, 224, device)
+    with torch.no_grad():
+        single.weight.copy_(torch.cat(joint.weights))
+    cast_weights(joint)
+    cast_weights(single)
+    x, grad = torch.randn(2, 16, 128, device=device, requires_grad=True), torch.randn(2, 16, 224, device=device)
+    quantized.clear()
+    outputs = joint(x)
+    grad_x, *grad_weights = torch.autograd.grad(outputs, [x, *joint.weights], joint.split(grad))
+    assert quantized == [fp8.FORWARD, fp8.BACKWARD]
+    expected = single(x)
+    expected_grad_x, expected_grad_weight = torch.autograd.grad(expected, [x, single.weight], grad)
+    assert [y.size(-1) for y in outputs] == [128, 32, 64] and torch.equal(torch.cat(outputs, dim=-1), expected)
+    assert torch.equal(grad_x, expected_grad_x) and torch.equal(torch.cat(grad_weights), expected_grad_weight)
+    assert [g.shape for g in grad_weights] == [linear.weight.shape for linear in linears]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_layer_with_zero_weights_has_finite_gradients(device):
     layer = make_layer(128, 128, device)
     torch.nn.init.zeros_(layer.weight)
-    fp8._cast_weight(layer.weight, layer.weight_NK, layer.weight_KN, layer.scale)
+    cast_weights(layer)
     x = torch.randn(16, 128, device=device, requires_grad=True)
     y = layer(x)
     grad_x, grad_weight = torch.autograd.grad(y, [x, layer.weight], torch.ones_like(y))
@@ -148,9 +175,8 @@ def test_layer_with_zero_weights_has_finite_gradients(device):
 def test_use_fp8_replaces_large_layers_and_keeps_parameters():
     plain, _, _ = make(with_fp8=False)
     model, optimizer, layers = make()
-    kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, Linear)}
-    blocks = {name for name, kind in kinds.items() if kind is Fp8Linear}
-    large = ("attn.c_q", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # c_k and c_v have 64 outputs here
+    blocks = {name for name, module in model.named_modules() if isinstance(module, Fp8Linear | Fp8JointLinear)}
+    large = ("attn.c_qkv", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert blocks == {f"transformer.h.{i}.{name}" for i in (0, 1) for name in large}
     assert len(layers) == 8
     assert list(model.state_dict()) == list(plain.state_dict())
@@ -161,8 +187,8 @@ def test_use_fp8_replaces_large_layers_and_keeps_parameters():
 
 def test_weights_are_cast_once_per_optimizer_step(monkeypatch):
     casts = []
-    cast_weight = fp8._cast_weight
-    monkeypatch.setattr(fp8, "_cast_weight", lambda *tensors: casts.append(1) or cast_weight(*tensors))
+    cast_weights = fp8._cast_weights
+    monkeypatch.setattr(fp8, "_cast_weights", lambda *tensors: casts.append(1) or cast_weights(*tensors))
     model, optimizer, layers = make()
     assert len(casts) == len(layers)
     for _ in range(3):
@@ -171,9 +197,9 @@ def test_weights_are_cast_once_per_optimizer_step(monkeypatch):
     optimizer.step()
     assert len(casts) == 2 * len(layers)
     for layer in layers:
-        copy_NK = layer.weight_NK.float() * layer.scale
-        torch.testing.assert_close(copy_NK, dequantized(layer.weight.detach(), torch.float8_e4m3fn))
-        assert torch.equal(layer.weight_KN.float().T, layer.weight_NK.float())
+        copy_NK = layer.fp8.weight_NK.float() * layer.fp8.scale
+        torch.testing.assert_close(copy_NK, dequantized(torch.cat(layer.weights).detach(), torch.float8_e4m3fn))
+        assert torch.equal(layer.fp8.weight_KN.float().T, layer.fp8.weight_NK.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

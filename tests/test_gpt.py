@@ -16,7 +16,7 @@ from test_attention import naive_attention, naive_window
 
 from nanochat import costs
 from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, JointLinear, Linear
 from nanochat.muon import MuonAdamW, build_optimizer
 from nanochat.recipe import param_groups
 
@@ -158,6 +158,19 @@ def test_targets_of_minus_one_are_ignored():
     assert (losses_BT[y < 0] == 0).all()
     torch.testing.assert_close(model(x, y), kept)
     torch.testing.assert_close(model(x, y, reduction="sum"), kept * (y >= 0).sum())
+
+
+def test_joint_layer_equals_its_layers_and_owns_no_parameters():
+    torch.manual_seed(0)
+    linears = [Linear(16, n) for n in (16, 8, 4)]
+    joint = JointLinear(*linears)
+    x, grads = torch.randn(2, 5, 16, requires_grad=True), [torch.randn(2, 5, n) for n in (16, 8, 4)]
+    results = []
+    for outputs in (joint(x), joint.multiply(x)):
+        results.append([*outputs, *torch.autograd.grad(outputs, [x, *joint.weights], grads)])
+    for separate, together in zip(*results, strict=True):
+        torch.testing.assert_close(together, separate)
+    assert not joint.state_dict()
 
 
 # ---- initial values ----
