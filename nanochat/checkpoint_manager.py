@@ -38,7 +38,7 @@ from nanochat.distributed import Dist, warn0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.logging import report_dir
 from nanochat.muon import MuonAdamW
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import FILE_NAME, Tokenizer, default_dir, kept_file
 from nanochat.train import TrainState
 
 FORMAT = 1
@@ -110,17 +110,28 @@ class Checkpoint:
             raise UserError(f"{self.path}: the weights do not fit the model configuration: {problem}") from error
         return model
 
+    def load_tokenizer(self) -> Tokenizer:
+        """
+        The tokenizer that the model was trained with: the default one, or one that is kept beside it. UserError if it
+        is missing.
+        """
+        fingerprint = self.meta.get("tokenizer")  # older checkpoints do not name it
+        tokenizer = Tokenizer.find(default_dir(), fingerprint) if fingerprint else None
+        if tokenizer is None:
+            tokenizer = Tokenizer.load(default_dir())
+            self.check_tokenizer(tokenizer)
+        return tokenizer
+
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """UserError unless the model was trained with this tokenizer."""
         fingerprint = self.meta.get("tokenizer")
         same_size = tokenizer.vocab_size == self.config.vocab_size
         if same_size and fingerprint in (None, tokenizer.fingerprint):
             return
-        backup = base_dir() / "tokenizer" / f"tokenizer.{fingerprint}.json"
-        remedy = f"rename {backup} to tokenizer.json" if backup.exists() else f"put its own into {backup.parent}"
+        file = kept_file(default_dir(), fingerprint) if fingerprint else default_dir() / FILE_NAME
         raise UserError(
             f"{self.path} was trained with another tokenizer (vocabulary {self.config.vocab_size}, here "
-            f"{tokenizer.vocab_size}): {remedy}, or train a new model"
+            f"{tokenizer.vocab_size}): put its own into {file}, or train a new model"
         )
 
     def check_resumable(self, tokenizer: Tokenizer, config: GPTConfig, dtype: torch.dtype) -> None:
@@ -241,14 +252,14 @@ def find_by_path(path: str) -> Checkpoint:
 
 
 def load_model(
-    stage: str, tag: str, step: int, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype
-) -> tuple[GPT, Checkpoint]:
-    """A model for evaluation or chat, in eval mode and checked against the tokenizer; arguments as in find."""
+    stage: str, tag: str, step: int, device: torch.device, dtype: torch.dtype
+) -> tuple[GPT, Tokenizer, Checkpoint]:
+    """A model for evaluation or chat, in eval mode, its tokenizer, and the checkpoint; arguments as in find."""
     checkpoint = find(stage, tag, step)
-    checkpoint.check_tokenizer(tokenizer)
+    tokenizer = checkpoint.load_tokenizer()
     model = checkpoint.build_model(device, dtype).eval()
     model.cast_weights()
-    return model, checkpoint
+    return model, tokenizer, checkpoint
 
 
 # ---- writing ----

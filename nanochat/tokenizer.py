@@ -62,7 +62,10 @@ MAX_BLOCK = 400_000  # characters
 
 
 def default_dir() -> Path:
-    """The folder of the tokenizer that all stages use."""
+    """
+    The folder of the tokenizers: tokenizer.json, which new base models use, and tokenizer.<fingerprint>.json of models
+    that were trained with another one.
+    """
     return base_dir() / "tokenizer"
 
 
@@ -180,9 +183,32 @@ class Tokenizer:
         with contextlib.suppress(OSError, ValueError):  # there is none, or none that can be read
             existing = self._from_json(target.read_bytes()).fingerprint
             if existing != self.fingerprint:
-                target.rename(target.with_name(f"tokenizer.{existing}.json"))
+                target.rename(kept_file(target.parent, existing))
         with atomic_path(target) as path:
-            path.write_text(json.dumps({"format": FORMAT, "version": VERSION, **self._to_data()}))
+            path.write_text(self._to_json())
+
+    def add_to(self, directory: Path) -> None:
+        """
+        Writes the tokenizer into the folder and leaves the one there as it is: as tokenizer.json if there is none,
+        otherwise, unless it is the same, as tokenizer.<fingerprint>.json.
+        """
+        default = Path(directory) / FILE_NAME
+        if not default.exists() and not default.with_name(PICKLE_NAME).exists():
+            self.save(directory)
+        elif self.find(directory, self.fingerprint) is None:
+            with atomic_path(kept_file(directory, self.fingerprint)) as path:
+                path.write_text(self._to_json())
+
+    @classmethod
+    def find(cls, directory: Path, fingerprint: str) -> "Tokenizer | None":
+        """The tokenizer of the folder that has this fingerprint, whether it is tokenizer.json or kept beside it."""
+        candidates = [kept_file(directory, fingerprint), Path(directory) / FILE_NAME, Path(directory) / PICKLE_NAME]
+        for path in candidates:
+            if path.exists():
+                tokenizer = cls._read(path)
+                if tokenizer.fingerprint == fingerprint:
+                    return tokenizer
+        return None
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
@@ -195,6 +221,11 @@ class Tokenizer:
             path = Path(directory) / PICKLE_NAME
         if not path.exists():
             raise UserError(f"no tokenizer in {directory}: train one with `python -m scripts.tok_train`")
+        return cls._read(path)
+
+    @classmethod
+    def _read(cls, path: Path) -> "Tokenizer":
+        """The tokenizer in a file. UserError if it is damaged."""
         try:
             if path.name == PICKLE_NAME:
                 return cls._from_pickle(path.read_bytes())
@@ -204,6 +235,9 @@ class Tokenizer:
                 f"{path} is not a usable tokenizer ({error}): restore the file, or train a new one with "
                 "`python -m scripts.tok_train`"
             ) from error
+
+    def _to_json(self) -> str:
+        return json.dumps({"format": FORMAT, "version": VERSION, **self._to_data()})
 
     def _to_data(self) -> dict[str, Any]:
         return {
@@ -234,6 +268,11 @@ class Tokenizer:
         if special_tokens != {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}:
             raise ValueError(f"its special tokens are not {', '.join(SPECIAL_TOKENS)} right after the others")
         return cls(pattern, ranks)
+
+
+def kept_file(directory: Path, fingerprint: str) -> Path:
+    """The file of a tokenizer that is not the default one of its folder."""
+    return Path(directory) / f"tokenizer.{fingerprint}.json"
 
 
 def fast_encoder(pattern: str, tokens: list[bytes]) -> Any:

@@ -23,7 +23,7 @@ from nanochat.eval.metrics import TaskScore, core_metric
 from nanochat.gpt import GPT
 from nanochat.logging import progress, save_numbers
 from nanochat.recipe import load_hyperparameters
-from nanochat.tokenizer import Tokenizer, default_dir
+from nanochat.tokenizer import Tokenizer
 
 EVALUATIONS = ("core", "bpb", "sample")
 NUM_SAMPLES, SAMPLE_TOKENS = 4, 128  # of the samples without a prompt
@@ -49,15 +49,14 @@ def main(flags: Flags) -> dict[str, float]:
     check(flags)
     evaluations = flags.eval.split(",")
     with distributed.init(flags.device) as dist:
-        # Tokenizer and data come first, so that a mistake in the flags is reported before the model is loaded.
-        tokenizer = Tokenizer.load(default_dir())
+        # Data comes first, so that a mistake in the flags is reported before the model is loaded.
         if "bpb" in evaluations:
             sources = mixture.find_sources(flags.data_dir)
         tasks = load_core_tasks(flags, dist) if "core" in evaluations else []
         trained = checkpoint_manager.find(flags.source, flags.model_tag, flags.step)
         dtype = hardware.pick_evaluation_dtype(dist.device, trained.meta.get("dtype", ""))
-        model, checkpoint = checkpoint_manager.load_model(
-            flags.source, flags.model_tag, flags.step, tokenizer, dist.device, dtype
+        model, tokenizer, checkpoint = checkpoint_manager.load_model(
+            flags.source, flags.model_tag, flags.step, dist.device, dtype
         )
         hardware.tune_process(dist.device)
         dist.print0(f"{checkpoint.path}, {hardware.describe(dist.device)}, {dtype}")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from nanochat import attention, distributed, fp8, hardware, mixture, planner, recipe
+from nanochat.checkpoint_manager import CheckpointReader
 from nanochat.cli import command, flag
 from nanochat.common import UserError, duration
 from nanochat.costs import param_counts
@@ -51,12 +52,12 @@ def main(flags: Flags) -> None:
 def pretrain(flags: Flags, dist: Dist) -> None:
     """Trains the model of the flags to the end of its run."""
     # Check: errors are found before anything expensive starts.
-    tokenizer = Tokenizer.load(default_dir())
+    tag = flags.model_tag or f"d{flags.depth}"
+    tokenizer = pick_tokenizer(tag, flags.resume)
     sources = mixture.find_sources(flags.data_dir)
     if flags.portable and tokenizer.pattern != PORTABLE_SPLIT_PATTERN:
         distributed.warn0("the tokenizer is not portable: train one with tok_train --portable")
     plan = recipe.derive(flags, tokenizer.vocab_size)
-    tag = flags.model_tag or f"d{flags.depth}"
     with Run.open("base", tag, plan.model, flags, tokenizer=tokenizer, dist=dist) as run:
         if run.resumed:
             mixture.check_resumable(sources, run.resumed.meta["data_states"])
@@ -108,6 +109,14 @@ def pretrain(flags: Flags, dist: Dist) -> None:
         schedule = partial(recipe.pretrain_schedule, flags, plan.num_iterations)
         run.train(steps, token_loss, schedule, hooks)
         run.finish(parameters=param_counts(plan.model)["total"], flops=plan.flops)
+
+
+def pick_tokenizer(tag: str, resume: bool) -> Tokenizer:
+    """The default tokenizer; for a run that is resumed, the one that it was started with."""
+    reader = CheckpointReader("base", tag)
+    if resume and reader.steps():
+        return reader.load().load_tokenizer()
+    return Tokenizer.load(default_dir())
 
 
 # ---- the plan ----

@@ -25,7 +25,6 @@ from nanochat.chat.terminal import LineEditor, can_redraw, interruptible, make_c
 from nanochat.cli import command, flag
 from nanochat.common import UserError, base_dir
 from nanochat.engine import Engine, Request
-from nanochat.tokenizer import Tokenizer, default_dir
 
 HELP = """\
 /retry            generate another response to the last message, with another seed
@@ -62,9 +61,8 @@ def main(flags: Flags) -> None:
 
     device = hardware.pick_device(flags.device)
     dtype = hardware.pick_dtype(device)
-    tokenizer = Tokenizer.load(default_dir())
-    model, checkpoint = checkpoint_manager.load_model(
-        flags.source, flags.model_tag, flags.step, tokenizer, device, dtype
+    model, tokenizer, checkpoint = checkpoint_manager.load_model(
+        flags.source, flags.model_tag, flags.step, device, dtype
     )
     template = Request([], flags.max_tokens, flags.temperature, flags.top_k, seed=flags.seed)
     session = ChatSession(Engine(model, tokenizer, max_slots=1), template)

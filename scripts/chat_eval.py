@@ -24,7 +24,6 @@ from nanochat.engine import Engine, Request
 from nanochat.eval.chat import CHATCORE, ChatScore, Sampling, evaluate_task
 from nanochat.eval.metrics import core_metric
 from nanochat.logging import report_dir, save_numbers
-from nanochat.tokenizer import Tokenizer, default_dir
 from tasks.arc import ARC
 from tasks.common import Task, limited
 from tasks.gsm8k import GSM8K
@@ -70,11 +69,10 @@ def main(flags: Flags) -> dict[str, ChatScore]:
     names = flags.task_name.split(",") if flags.task_name else list(TASKS)
     pass_k = [int(k) for k in flags.pass_k.split(",")] if flags.pass_k else []
     with distributed.init(flags.device) as dist:
-        tokenizer = Tokenizer.load(default_dir())
         trained = checkpoint_manager.find(flags.source, flags.model_tag, flags.step)
         dtype = hardware.pick_evaluation_dtype(dist.device, trained.meta.get("dtype", ""))
-        model, checkpoint = checkpoint_manager.load_model(
-            flags.source, flags.model_tag, flags.step, tokenizer, dist.device, dtype
+        model, tokenizer, checkpoint = checkpoint_manager.load_model(
+            flags.source, flags.model_tag, flags.step, dist.device, dtype
         )
         tasks = {name: limited(TASKS[name](), flags.max_problems) for name in names}
         hardware.tune_process(dist.device)

@@ -26,7 +26,7 @@ from nanochat.planner import Target
 from nanochat.recipe import load_hyperparameters, param_groups, rl_schedule
 from nanochat.rollout import PolicyLoss, Question, Rollout, RolloutConfig, RolloutPlan
 from nanochat.run import Run, RunFlags
-from nanochat.tokenizer import Tokenizer, default_dir
+from nanochat.tokenizer import Tokenizer
 from nanochat.train import Hook, TrainState
 from tasks.common import Task, limited
 from tasks.gsm8k import GSM8K
@@ -76,9 +76,8 @@ def main(flags: Flags) -> None:
         print_plan(flags)
         return
     with distributed.init(flags.device) as dist:
-        tokenizer = Tokenizer.load(default_dir())
         source, tag = find_source(flags)
-        with Run.open("rl", tag, source, flags, tokenizer=tokenizer, dist=dist) as run:
+        with Run.open("rl", tag, source, flags, tokenizer=source.load_tokenizer(), dist=dist) as run:
             train_on_rollouts(flags, run, source)
 
 

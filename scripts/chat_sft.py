@@ -24,7 +24,7 @@ from nanochat.distributed import Dist
 from nanochat.eval.bpb import evaluate_bpb
 from nanochat.logging import print_table
 from nanochat.run import Run, RunFlags
-from nanochat.tokenizer import Tokenizer, default_dir
+from nanochat.tokenizer import Tokenizer
 from nanochat.train import Hook, TrainState, token_loss
 from tasks.common import Task, TaskMixture, limited
 from tasks.customjson import CustomJSON
@@ -81,8 +81,8 @@ def finetune(stage: str, source_stage: str, flags: FinetuneFlags) -> None:
 
 def finetune_on(dist: Dist, stage: str, source_stage: str, flags: FinetuneFlags) -> None:
     # Check.
-    tokenizer = Tokenizer.load(default_dir())
     source = checkpoint_manager.find(source_stage, flags.base_tag, flags.base_step)
+    tokenizer = source.load_tokenizer()
     tag = flags.model_tag or source.tag
     with Run.open(stage, tag, source, flags, tokenizer=tokenizer, dist=dist) as run:
         inherited = inherited_hyperparameters(flags, run.resumed or source)

@@ -3,6 +3,7 @@ Serves a chat model: a page for the browser and an API for OpenAI's clients.
 
     python -m scripts.chat_web                                          # the newest SFT model at http://127.0.0.1:8000
     python -m scripts.chat_web -i sft,rl -t 0.8                         # two models to choose from
+    python -m scripts.chat_web -i sft/d12,sft/d20                       # two models of one stage
     NANOCHAT_API_KEY=… python -m scripts.chat_web --host 0.0.0.0        # listen on all interfaces
 
 The first Ctrl-C lets running completions finish, the second one stops at once.
@@ -32,15 +33,17 @@ from nanochat.logging import print_table
 from nanochat.serve.api import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K
 from nanochat.serve.app import Connection, create_app
 from nanochat.serve.scheduler import ResponseHandle, ServedModel, Service
-from nanochat.tokenizer import Tokenizer, default_dir
+from nanochat.tokenizer import Tokenizer
 
 READ_SECONDS = 60  # a client that reads nothing for this long is disconnected; heuristic, not tuned
 
 
 @dataclass(frozen=True)
 class Flags:
-    source: str = flag("sft", f"stage of the model: {', '.join(STAGES)}; several: sft,rl", short="-i")
-    model_tag: str = flag("", "name of the checkpoints; default: the one saved last", short="-g")
+    source: str = flag("sft", f"stage of the model: {', '.join(STAGES)}; several: sft,rl or sft/TAG,rl", short="-i")
+    model_tag: str = flag(
+        "", "name of the checkpoints, for stages without /TAG; default: the one saved last", short="-g"
+    )
     step: int = flag(-1, "step of the checkpoint; -1 = the newest", short="-s")
     temperature: float = flag(0.6, "sampling temperature of requests that set none; 0 = greedy", short="-t")
     top_k: int = flag(50, "sample from the k most likely tokens, for requests that set none; 0 = all", short="-k")
@@ -92,8 +95,8 @@ def print_plan(flags: Flags) -> None:
     """Prints the memory that each model needs on each device when the context of all rows is full."""
     target = planner.find_target(flags.for_, flags.device)
     dtype = target.dtype if flags.for_ else hardware.pick_dtype(hardware.pick_device(flags.device))
-    for stage in flags.source.split(","):
-        checkpoint = checkpoint_manager.find(stage, flags.model_tag, flags.step)
+    for stage, tag in sources(flags).values():
+        checkpoint = checkpoint_manager.find(stage, tag, flags.step)
         config = checkpoint.config
         memory = generation_memory(config, flags.num_rows, config.sequence_len, dtype, target.device)
         rows = [("machine", target.name, f"each device has {planner.gib(target.memory)} to use, for all models")]
@@ -117,9 +120,17 @@ def check(flags: Flags, api_key: str, origins: list[str]) -> None:
         raise UserError("the API key may have only ASCII letters, digits and punctuation: browsers send no others")
     if not all(origin == "*" or ("://" in origin and origin.count("/") == 2) for origin in origins):
         raise UserError(f"--cors-origin {flags.cors_origin}: write sites as https://chat.example, without a path, or *")
-    stages = flags.source.split(",")
-    if len(set(stages)) < len(stages):
-        raise UserError(f"-i {flags.source}: name each stage only once")
+    if len(sources(flags)) < len(flags.source.split(",")):
+        raise UserError(f"-i {flags.source}: name each model only once")
+
+
+def sources(flags: Flags) -> dict[str, tuple[str, str]]:
+    """Public name → stage and tag of each model. The public name is the stage, with /TAG if it was given."""
+    models = {}
+    for name in flags.source.split(","):
+        stage, _, tag = name.partition("/")
+        models[name] = (stage, tag or flags.model_tag)
+    return models
 
 
 def is_loopback(host: str) -> bool:
@@ -154,22 +165,20 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def load_models(flags: Flags, devices: list[torch.device]) -> list[ServedModel]:
-    """Loads each stage's model onto each device. Raises UserError for a checkpoint that cannot be loaded."""
-    tokenizer = Tokenizer.load(default_dir())
-    stages = flags.source.split(",")
-    for stage in stages:
-        checkpoint_manager.find(stage, flags.model_tag, flags.step)  # report a missing one before loading any
+    """Loads each model onto each device. Raises UserError for a checkpoint that cannot be loaded."""
+    for stage, tag in sources(flags).values():
+        checkpoint_manager.find(stage, tag, flags.step)  # report a missing one before loading any
     models = []
-    for stage in stages:
+    for name, (stage, tag) in sources(flags).items():
         engine_makers = []
         for device in devices:
-            model, checkpoint = checkpoint_manager.load_model(
-                stage, flags.model_tag, flags.step, tokenizer, device, hardware.pick_dtype(device)
+            model, tokenizer, checkpoint = checkpoint_manager.load_model(
+                stage, tag, flags.step, device, hardware.pick_dtype(device)
             )
             engine_makers.append(partial(make_engine, model, tokenizer, flags.num_rows))
-        print(f"{stage}: {checkpoint.path}", flush=True)
+        print(f"{name}: {checkpoint.path}", flush=True)
         created = checkpoint.path.stat().st_mtime
-        models.append(ServedModel(stage, tokenizer, model.config, engine_makers, flags.queue, created))
+        models.append(ServedModel(name, tokenizer, model.config, engine_makers, flags.queue, created))
     return models
 
 

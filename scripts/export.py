@@ -22,7 +22,6 @@ from nanochat.cli import command, flag
 from nanochat.common import UserError
 from nanochat.export.common import Source, describe_size, export
 from nanochat.export.formats import FORMATS
-from nanochat.tokenizer import Tokenizer, default_dir
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,7 @@ def main(flags: Flags) -> None:
     if dtype not in target_format.dtypes:
         raise UserError(f"--dtype {dtype}: --to {flags.to} offers {', '.join(target_format.dtypes)}")
     checkpoint = checkpoint_manager.find(flags.source, flags.model_tag, flags.step)
-    tokenizer = Tokenizer.load(default_dir())
-    checkpoint.check_tokenizer(tokenizer)
+    tokenizer = checkpoint.load_tokenizer()
     out = Path(flags.out).expanduser()
     export(Source(checkpoint, tokenizer, flags.source, dtype, show_progress), target_format, out)
     print(f"exported {checkpoint.path} to {out} ({describe_size(out)})")

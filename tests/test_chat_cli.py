@@ -23,7 +23,6 @@ from pathlib import Path
 
 import pyte
 import pytest
-from conftest import GOLDEN
 from rich.cells import cell_len
 from rich.console import Console
 from scripted_chat import ScriptedEngine
@@ -314,8 +313,7 @@ def test_pipes_conversation_is_plain_text(tmp_path):
 def scripted_main(monkeypatch, tokenizer):
     """Replaces the model of chat_cli.main; returns the engine."""
     engine = ScriptedEngine([[0, TOOL_CALL]], tokenizer)
-    monkeypatch.setattr(chat_cli, "default_dir", lambda: GOLDEN / "tokenizer")
-    monkeypatch.setattr(chat_cli.checkpoint_manager, "load_model", lambda *_: (None, None))
+    monkeypatch.setattr(chat_cli.checkpoint_manager, "load_model", lambda *_: (None, None, None))
     monkeypatch.setattr(chat_cli, "Engine", lambda *_, **__: engine)
     return engine
 

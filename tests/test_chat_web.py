@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+import torch
 import uvicorn
 from conftest import GOLDEN
 from factories import save_checkpoint, tiny_engine, tiny_gpt, wait_until
@@ -734,7 +735,7 @@ def test_program_stops_at_once_on_second_signal_and_logs_text_on_request(base_fo
         (["--port", "70000"], "--port"),
         (["--port", "TAKEN"], "cannot listen on .* choose another --host or --port"),
         (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1 port .* choose another --host or --port"),
-        (["-i", "sft,sft"], "name each stage only once"),
+        (["-i", "sft,sft"], "name each model only once"),
         (["--api-key", "schlüssel"], "only ASCII letters"),
         (["--cors-origin", "https://a.example,b.example"], "write sites as https://chat.example"),
         (["--cors-origin", "https://a.example/"], "without a path"),
@@ -752,6 +753,17 @@ def test_program_reports_invalid_flags_in_one_line(base_folder, monkeypatch, fla
         with pytest.raises(SystemExit, match=complaint) as exit:
             chat_web.main(["--device", "cpu", *([] if "--port" in flags else ["--port", "0"]), *flags])
     assert str(exit.value).startswith("error: ") and "\n" not in str(exit.value)
+
+
+def test_models_with_different_tokenizers_are_served_side_by_side(base_folder, tmp_path, monkeypatch, golden_tokenizer):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    other = Tokenizer.train(["so it is said " * 50], vocab_size=267)
+    save_checkpoint(tiny_gpt(), "sft", "first", tokenizer=golden_tokenizer)
+    save_checkpoint(tiny_gpt(vocab_size=267), "sft", "second", tokenizer=other)
+    flags = chat_web.Flags(source="sft/second,sft/first")
+    second, first = chat_web.load_models(flags, [torch.device("cpu")])
+    assert (second.name, second.tokenizer.vocab_size) == ("sft/second", 267)
+    assert (first.name, first.tokenizer.fingerprint) == ("sft/first", golden_tokenizer.fingerprint)
 
 
 @pytest.mark.parametrize("host, is_open", [("127.0.0.1", False), ("0.0.0.0", True)])

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import golden
+from conftest import GOLDEN, golden
+from factories import save_checkpoint, tiny_gpt
 from safetensors.torch import load_file, save_file
 
 from nanochat import checkpoint_manager
@@ -44,6 +45,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.legacy import VINTAGES
 from nanochat.muon import build_optimizer
 from nanochat.recipe import param_groups
+from nanochat.tokenizer import Tokenizer
 from nanochat.train import TrainState
 
 CPU = torch.device("cpu")
@@ -117,12 +119,13 @@ def same(a, b):
 def legacy(base_dir, vintage):
     folder = golden(f"checkpoint/{vintage}")
     shutil.copytree(folder, base_dir / "base_checkpoints" / vintage)
+    Tokenizer.load(GOLDEN / "tokenizer").save(base_dir / "tokenizer")
     return folder
 
 
 def test_modern_checkpoint_matches_golden_bits_per_byte(base_dir, golden_tokenizer):
     expected = json.loads((legacy(base_dir, "modern") / "expected.json").read_text())
-    model, checkpoint = load_model("base", "modern", -1, golden_tokenizer, CPU, torch.float32)
+    model, _, checkpoint = load_model("base", "modern", -1, CPU, torch.float32)
     assert (checkpoint.step, checkpoint.tag) == (expected["step"], "modern")
     assert model.config.value_embeds and model.config.qk_gain == 1.2
     assert not model.training
@@ -141,7 +144,7 @@ def test_classic_checkpoint_matches_golden_logits(base_dir, golden_tokenizer):
     expected = torch.load(folder / "expected.pt", weights_only=True)
     meta_file = min(folder.glob("meta_*.json"))
     config = json.loads(meta_file.read_text())["model_config"]
-    model, _ = load_model("base", "", -1, golden_tokenizer, CPU, torch.float32)
+    model, _, _ = load_model("base", "", -1, CPU, torch.float32)
     assert not model.config.value_embeds and model.config.qk_gain == 1.0
     assert model.config.windows == [config["sequence_len"]] * config["n_layer"]
     with torch.no_grad():
@@ -602,8 +605,26 @@ def test_other_tokenizer_raises(base_dir, golden_tokenizer):
     with pytest.raises(UserError, match="another tokenizer"):
         golden_sized(base_dir, golden_tokenizer, "0123456789abcdef").check_tokenizer(golden_tokenizer)
     save(1, "d2")
+    golden_tokenizer.save(base_dir / "tokenizer")
     with pytest.raises(UserError, match="another tokenizer .*vocabulary 50, here 1024"):
-        load_model("base", "d2", -1, golden_tokenizer, CPU, torch.float32)
+        load_model("base", "d2", -1, CPU, torch.float32)
+
+
+def test_models_with_different_tokenizers_load_from_one_base_folder(base_dir, golden_tokenizer):
+    other = Tokenizer.train(["so it is said " * 50], vocab_size=267)
+    save_checkpoint(tiny_gpt(), tag="first", tokenizer=golden_tokenizer)
+    save_checkpoint(tiny_gpt(vocab_size=267), tag="second", tokenizer=other)  # takes the place of the first tokenizer
+    for tag, tokenizer in (("first", golden_tokenizer), ("second", other)):
+        _, loaded, _ = load_model("base", tag, -1, CPU, torch.float32)
+        assert loaded.fingerprint == tokenizer.fingerprint
+
+
+def test_missing_tokenizer_is_named_by_its_fingerprint(base_dir, golden_tokenizer):
+    save_checkpoint(tiny_gpt(), tokenizer=golden_tokenizer)
+    (base_dir / "tokenizer/tokenizer.json").unlink()
+    Tokenizer.train(["so it is said " * 50], vocab_size=267).save(base_dir / "tokenizer")
+    with pytest.raises(UserError, match=rf"tokenizer\.{golden_tokenizer.fingerprint}\.json"):
+        find("base").load_tokenizer()
 
 
 def test_resuming_another_model_raises(base_dir, golden_tokenizer):

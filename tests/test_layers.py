@@ -48,6 +48,7 @@ MODULES = {
     path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
     for layer in MAY_IMPORT
     for path in sorted((ROOT / layer).rglob("*.py"))
+    if path.parent.name != "hf_files"  # modules of exported models: transformers imports them, this package does not
 }
 
 

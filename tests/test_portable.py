@@ -37,7 +37,7 @@ def test_portable_model_trains_resumes_loads_and_generates(tmp_path, monkeypatch
 
     tokenizer = Tokenizer.load(default_dir())
     assert tokenizer.pattern == PORTABLE_SPLIT_PATTERN
-    model, _ = load_model("base", "d3", -1, tokenizer, torch.device("cpu"), torch.float32)
+    model, _, _ = load_model("base", "d3", -1, torch.device("cpu"), torch.float32)
     assert {field: getattr(model.config, field) for field in gpt.PORTABLE} == gpt.PORTABLE
     assert model.config.windows == [64] * 3
     assert sum(p.numel() for p in model.parameters()) == costs.param_counts(model.config)["total"]
@@ -54,5 +54,5 @@ def test_portable_model_trains_resumes_loads_and_generates(tmp_path, monkeypatch
 
 
 def load_weights():
-    model, _ = load_model("base", "d3", -1, Tokenizer.load(default_dir()), torch.device("cpu"), torch.float32)
+    model, _, _ = load_model("base", "d3", -1, torch.device("cpu"), torch.float32)
     return {name: weight.clone() for name, weight in model.state_dict().items()}

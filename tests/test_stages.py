@@ -483,7 +483,9 @@ def broken_tokenizer(workspace):
     (workspace / "tokenizer/tokenizer.json").write_text("{")
 
 
-def other_tokenizer(workspace):
+def lost_tokenizer(workspace):
+    """Another tokenizer is in place, and that of the models is gone."""
+    shutil.rmtree(workspace / "tokenizer")
     Tokenizer.load(GOLDEN / "tokenizer").save(workspace / "tokenizer")
 
 
@@ -521,12 +523,12 @@ WRONG = [  # what was done, script, flags, words of the error
     (no_tokenizer, tok_eval, [], "scripts.tok_train"),
     (no_tokenizer, show_conversation, [], "scripts.tok_train"),
     (broken_tokenizer, base_train, BASE, "restore the file, or train a new one"),
-    (other_tokenizer, base_train, [*BASE, "--resume"], "another tokenizer (vocabulary 600, here 1024)"),
-    (other_tokenizer, base_eval, CPU, "another tokenizer"),
-    (other_tokenizer, mid_train, SFT, "another tokenizer"),
-    (other_tokenizer, chat_sft, [*SFT, "-i", "mid"], "another tokenizer"),
-    (other_tokenizer, chat_eval, CPU, "another tokenizer"),
-    (other_tokenizer, chat_cli, CPU, "another tokenizer"),
+    (lost_tokenizer, base_train, [*BASE, "--resume"], "another tokenizer (vocabulary 600, here 1024)"),
+    (lost_tokenizer, base_eval, CPU, "another tokenizer"),
+    (lost_tokenizer, mid_train, SFT, "another tokenizer"),
+    (lost_tokenizer, chat_sft, [*SFT, "-i", "mid"], "another tokenizer"),
+    (lost_tokenizer, chat_eval, CPU, "another tokenizer"),
+    (lost_tokenizer, chat_cli, CPU, "another tokenizer"),
     (no_checkpoints, base_eval, CPU, "scripts.base_train"),
     (no_checkpoints, mid_train, SFT, "scripts.base_train"),
     (no_checkpoints, chat_sft, SFT, "scripts.base_train"),
@@ -581,7 +583,7 @@ WRONG = [  # what was done, script, flags, words of the error
     (nothing, chat_sft, [*SFT, "--identity-epochs", "0", "--primer-epochs", "0"], "--smoltalk-epochs 1"),
     (nothing, chat_sft, [*SFT, "--identity-file", "nowhere.jsonl"], "nowhere.jsonl"),
     (no_tokenizer, chat_rl, RL, "scripts.tok_train"),
-    (other_tokenizer, chat_rl, RL, "another tokenizer"),
+    (lost_tokenizer, chat_rl, RL, "another tokenizer"),
     (no_checkpoints, chat_rl, RL, "scripts.chat_sft"),
     (nothing, chat_rl, [*RL, "-i", "rl"], "scripts.chat_rl"),
     (nothing, chat_rl, [*RL, "--base-tag", "d9"], "there are d2"),

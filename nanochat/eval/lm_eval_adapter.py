@@ -30,7 +30,6 @@ from nanochat.engine import Engine, Request
 from nanochat.eval.chat import truncate_prompt
 from nanochat.eval.core import ITEMS_AT_A_TIME, score_items
 from nanochat.eval.core_tasks import ScoredPrompt, truncate_left
-from nanochat.tokenizer import Tokenizer, default_dir
 
 AUTO_BATCH_SIZE = 32  # with --batch_size auto; heuristic, not tuned
 
@@ -52,8 +51,7 @@ class NanochatLM(TemplateLM):
         super().__init__()
         torch_device = hardware.pick_device(device)
         dtype = hardware.pick_dtype(torch_device)
-        self.tokens = Tokenizer.load(default_dir())
-        self.model, _ = checkpoint_manager.load_model(source, str(model_tag), step, self.tokens, torch_device, dtype)
+        self.model, self.tokens, _ = checkpoint_manager.load_model(source, str(model_tag), step, torch_device, dtype)
         hardware.tune_process(torch_device)
         if str(batch_size).startswith("auto"):
             num_rows = min(AUTO_BATCH_SIZE, max_batch_size or AUTO_BATCH_SIZE)

@@ -7,6 +7,8 @@ written without transformers: its formats are JSON and safetensors.
 """
 
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,45 +16,54 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from nanochat.common import UserError
 from nanochat.export.common import Format, Source
 from nanochat.export.hf_tokenizer import write_tokenizer
 from nanochat.gpt import ADDITIONS, NORM_EPS, GPTConfig
 
 SHARD_BYTES = 5_000_000_000  # transformers splits files of weights at this size, too
+HF_FILES = Path(__file__).with_name("hf_files")
+MODEL_FILES = (HF_FILES / "configuration_nanochat.py", HF_FILES / "modeling_nanochat.py")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 50, "max_new_tokens": 512}  # as chat_cli and chat_web
 
-# Our parameter names → theirs, in that order of replacement.
-RENAMED = (
-    ("transformer.wte.", "model.embed_tokens."),
-    ("transformer.h.", "model.layers."),
-    (".attn.c_q.", ".self_attn.q_proj."),
-    (".attn.c_k.", ".self_attn.k_proj."),
-    (".attn.c_v.", ".self_attn.v_proj."),
-    (".attn.c_proj.", ".self_attn.o_proj."),
-    (".attn.ve_gate.", ".self_attn.value_gate."),
-    (".mlp.c_fc.", ".mlp.fc1."),
-    (".mlp.c_proj.", ".mlp.fc2."),
-)
+# Our parameter names → those of transformers; {} is the number of a layer.
+NAMES = {
+    "transformer.wte.weight": "model.embed_tokens.weight",
+    "transformer.h.{}.attn.c_q.weight": "model.layers.{}.self_attn.q_proj.weight",
+    "transformer.h.{}.attn.c_k.weight": "model.layers.{}.self_attn.k_proj.weight",
+    "transformer.h.{}.attn.c_v.weight": "model.layers.{}.self_attn.v_proj.weight",
+    "transformer.h.{}.attn.c_proj.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "transformer.h.{}.attn.ve_gate.weight": "model.layers.{}.self_attn.value_gate.weight",
+    "value_embeds.{}.weight": "model.layers.{}.self_attn.value_embed.weight",
+    "transformer.h.{}.mlp.c_fc.weight": "model.layers.{}.mlp.fc1.weight",
+    "transformer.h.{}.mlp.c_proj.weight": "model.layers.{}.mlp.fc2.weight",
+    "resid_lambdas": "model.resid_lambdas",
+    "x0_lambdas": "model.x0_lambdas",
+    "smear_gate.weight": "model.smear_gate.weight",
+    "smear_lambda": "model.smear_lambda",
+    "backout_lambda": "model.backout_lambda",
+    "lm_head.weight": "lm_head.weight",
+}
 TABLES = ("transformer.wte.", "lm_head.", "value_embeds.")  # have a row for each token of the padded vocabulary
-BELONG_TO_MODEL = ("value_embeds.", "resid_lambdas", "x0_lambdas", "smear_", "backout_")  # "model." is put before these
 
 
 def hf_name(name: str) -> str:
-    """The name of a parameter in a Hugging Face folder."""
-    for ours, theirs in RENAMED:
-        name = name.replace(ours, theirs)
-    return f"model.{name}" if name.startswith(BELONG_TO_MODEL) else name
+    """The name of one of our parameters in a Hugging Face folder."""
+    layer = re.search(r"(?<=\.)\d+(?=\.)", name)
+    if layer is None:
+        return NAMES[name]
+    return NAMES[name.replace(layer[0], "{}", 1)].format(layer[0])
 
 
-def our_name(name: str) -> str:
-    """The inverse of hf_name."""
-    if name.removeprefix("model.").startswith(BELONG_TO_MODEL):
-        return name.removeprefix("model.")
-    for ours, theirs in RENAMED:
-        name = name.replace(theirs, ours)
-    return name
+def our_name(name: str) -> str | None:
+    """The inverse of hf_name; None if no parameter of ours has this name."""
+    layer = re.search(r"(?<=layers\.)\d+", name)
+    number = layer[0] if layer else ""
+    pattern = name.replace(f"layers.{number}.", "layers.{}.", 1)
+    for ours, theirs in NAMES.items():
+        if theirs == pattern:
+            return ours.format(number)
+    return None
 
 
 def is_classic(config: GPTConfig) -> bool:
@@ -63,9 +74,7 @@ def is_classic(config: GPTConfig) -> bool:
 
 
 def check(source: Source) -> None:
-    """Every model can be exported, as long as its sizes are even: rotary positions turn pairs of channels."""
-    if not is_classic(source.config):
-        raise UserError("--to hf writes classic models: this one has features that transformers does not implement")
+    """Every model can be exported."""
 
 
 def num_bytes(source: Source) -> int:
@@ -81,36 +90,76 @@ def write(source: Source, folder: Path) -> None:
     write_tokenizer(source.tokenizer, folder, sequence_len=source.config.sequence_len, end_token=end_token)
     write_json(folder / "config.json", model_config(source, end_token))
     write_json(folder / "generation_config.json", generation_config(source, end_token))
+    if not is_classic(source.config):
+        for file in MODEL_FILES:
+            shutil.copy(file, folder)
     write_weights(source, folder)
 
 
 def model_config(source: Source, end_token: str) -> dict[str, Any]:
-    """
-    The content of config.json. Every size is given, because defaults of NanoChatConfig differ from ours: an MLP of 8192
-    channels, an epsilon of 1e-6 (logits differ by 2e-5), and a padding token.
-    """
-    config = source.config
-    return {
-        "architectures": ["NanoChatForCausalLM"],
-        "model_type": "nanochat",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.n_embd,
-        "intermediate_size": 4 * config.n_embd,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_kv_head,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.sequence_len,
-        "hidden_act": "relu2",
-        "rms_norm_eps": NORM_EPS,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
-        "final_logit_softcapping": config.logit_softcap or None,
+    """The content of config.json."""
+    common = {
         "bos_token_id": source.tokenizer.bos,
         "eos_token_id": source.tokenizer.special(end_token),
         "pad_token_id": None,  # a number would make that token's embedding constant in training
         "tie_word_embeddings": False,
         "dtype": source.dtype,
         "nanochat": {"tokenizer": source.tokenizer.fingerprint, "stage": source.stage, "step": source.checkpoint.step},
+    }
+    kind = classic_config if is_classic(source.config) else modern_config
+    return sizes(source.config) | kind(source.config) | common
+
+
+def sizes(config: GPTConfig) -> dict[str, Any]:
+    """
+    The sizes, by their names in transformers. Every one is given, because the defaults of NanoChatConfig differ from
+    ours: an MLP of 8192 channels, and an epsilon of 1e-6 (logits differ by 2e-5).
+    """
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": 4 * config.n_embd,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.sequence_len,
+        "rms_norm_eps": NORM_EPS,
+        "final_logit_softcapping": config.logit_softcap or None,
+    }
+
+
+def classic_config(config: GPTConfig) -> dict[str, Any]:
+    """What the configuration of transformers' own class has besides the sizes."""
+    return {
+        "architectures": ["NanoChatForCausalLM"],
+        "model_type": "nanochat",
+        "num_hidden_layers": config.n_layer,
+        "hidden_act": "relu2",
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+    }
+
+
+def modern_config(config: GPTConfig) -> dict[str, Any]:
+    """What the configuration of the class in hf_files/ has besides the sizes."""
+    is_sliding = [window < config.sequence_len for window in config.windows]
+    layer_types = ["sliding_attention" if sliding else "full_attention" for sliding in is_sliding]
+    if config.smear:
+        layer_types.append("full_attention")  # of PreviousToken
+    return {
+        "architectures": ["NanoChatForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_nanochat.NanoChatConfig",
+            "AutoModel": "modeling_nanochat.NanoChatModel",
+            "AutoModelForCausalLM": "modeling_nanochat.NanoChatForCausalLM",
+        },
+        "model_type": "nanochat_modern",
+        "num_hidden_layers": len(layer_types),
+        "layer_types": layer_types,
+        # Ours does not count the query's own position. Without sliding layers there is no window.
+        "sliding_window": min(config.windows) + 1 if any(is_sliding) else None,
+        "rope_theta": config.rope_base,
+        "qk_gain": config.qk_gain,
+        **{name: getattr(config, name) for name in ADDITIONS},
     }
 
 
@@ -160,6 +209,8 @@ def converted(source: Source, name: str) -> torch.Tensor:
     weight = source.weights[name]
     if name.startswith(TABLES):
         weight = source.unpad(weight)
+    if name.endswith("_lambdas") or name.endswith("_lambda"):
+        return weight  # a few numbers that scale everything: in float32, as the model computes with them
     return weight.to(DTYPES[source.dtype])
 
 

@@ -24,7 +24,7 @@ from nanochat.cli import command, flag
 from nanochat.eval.core import grade_items
 from nanochat.eval.core_tasks import CoreTask, load_tasks, resolve_bundle, tokenize_items
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.tokenizer import Tokenizer, default_dir
+from nanochat.tokenizer import Tokenizer
 from scripts.bench.harness import print_table, report, run_in_process
 
 SHARED, ONE_AT_A_TIME = "shared prefixes", "one at a time"
@@ -45,10 +45,9 @@ def main(flags: Flags) -> dict[str, float]:
     """Returns the ratios."""
     bundle = resolve_bundle(flags.eval_bundle)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer_dir = default_dir()
+        tokenizer_dir = Path(folder)  # of the random model; a trained one has its own
         if not flags.model_tag:
             shards, _ = dataset.split_shards(dataset.resolve_data_dir(flags.data_dir))
-            tokenizer_dir = Path(folder)
             Tokenizer.train(dataset.iterate_texts(shards), CONFIG.vocab_size).save(tokenizer_dir)
         # The fast side runs before and after the slow one: that takes minutes, in which the machine's load may change.
         order = (SHARED, ONE_AT_A_TIME, SHARED)
@@ -76,8 +75,7 @@ def measure(side: str, flags: Flags, bundle: Path, tokenizer_dir: Path) -> dict[
     device = hardware.pick_device(flags.device)
     tasks = load_tasks(bundle, flags.max_per_task)
     items = [(task, index) for task in tasks for index in range(len(task))]
-    tokenizer = Tokenizer.load(tokenizer_dir)
-    model = load_model(flags.model_tag, tokenizer, device)
+    model, tokenizer = load_model(flags.model_tag, tokenizer_dir, device)
     start = time.perf_counter()
     if side == SHARED:
         hardware.tune_process(device)
@@ -92,17 +90,17 @@ def measure(side: str, flags: Flags, bundle: Path, tokenizer_dir: Path) -> dict[
     }
 
 
-def load_model(model_tag: str, tokenizer: Tokenizer, device: torch.device) -> GPT:
+def load_model(model_tag: str, tokenizer_dir: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
     dtype = hardware.pick_dtype(device)
     if model_tag:
-        model, _ = checkpoint_manager.load_model("base", model_tag, -1, tokenizer, device, dtype)
-        return model
+        model, tokenizer, _ = checkpoint_manager.load_model("base", model_tag, -1, device, dtype)
+        return model, tokenizer
     torch.manual_seed(0)
     model = GPT(CONFIG, device, dtype)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)  # with the initial weights of training, layers would change nothing
     model.cast_weights()
-    return model.eval()
+    return model.eval(), Tokenizer.load(tokenizer_dir)
 
 
 @torch.inference_mode()

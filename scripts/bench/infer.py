@@ -27,7 +27,6 @@ from nanochat.costs import decode_bytes, decode_flops
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.recipe import RecipeFlags, model_config
-from nanochat.tokenizer import Tokenizer, default_dir
 from scripts.bench.harness import Worker, alternate, print_table, report, timed
 from scripts.bench.plain import generate_like_nanochat, generate_static
 
@@ -118,8 +117,7 @@ def parse_batch_sizes(text: str) -> list[int]:
 def load(flags: Flags, device: torch.device, dtype: torch.dtype) -> GPT:
     """The model, ready for inference."""
     if flags.source:
-        tokenizer = Tokenizer.load(default_dir())
-        return checkpoint_manager.load_model(flags.source, flags.model_tag, -1, tokenizer, device, dtype)[0]
+        return checkpoint_manager.load_model(flags.source, flags.model_tag, -1, device, dtype)[0]
     shape = RecipeFlags(depth=flags.depth, head_dim=flags.head_dim, max_seq_len=flags.max_seq_len)
     torch.manual_seed(0)
     model = GPT.create(model_config(shape, flags.vocab_size), device, dtype)

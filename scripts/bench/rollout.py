@@ -53,8 +53,7 @@ def main(flags: Flags) -> dict[str, float]:
     """Returns the ratios."""
     require_positive(flags, "examples_per_step", "num_samples", "rollout_batch_size", "rounds")
     device = hardware.pick_device(flags.device)
-    tokenizer = Tokenizer.load(default_dir())
-    model = load(flags, tokenizer, device)
+    model, tokenizer = load(flags, device)
     hardware.tune_process(device)
     max_prompt_tokens = model.config.sequence_len - flags.max_new_tokens
     questions, _ = rollout.load_questions(HardSums("train"), tokenizer, max_prompt_tokens, flags.examples_per_step)
@@ -75,12 +74,14 @@ def main(flags: Flags) -> dict[str, float]:
     return report("rollout", ratios, rollouts_per_second=speeds)
 
 
-def load(flags: Flags, tokenizer: Tokenizer, device: torch.device) -> GPT:
+def load(flags: Flags, device: torch.device) -> tuple[GPT, Tokenizer]:
     dtype = hardware.pick_dtype(device)
     if flags.fresh_depth:
+        tokenizer = Tokenizer.load(default_dir())
         shape = RecipeFlags(depth=flags.fresh_depth, head_dim=64, max_seq_len=512)
-        return GPT.create(model_config(shape, tokenizer.vocab_size), device, dtype)
-    return checkpoint_manager.find(flags.source, flags.model_tag).build_model(device, dtype)
+        return GPT.create(model_config(shape, tokenizer.vocab_size), device, dtype), tokenizer
+    checkpoint = checkpoint_manager.find(flags.source, flags.model_tag)
+    return checkpoint.build_model(device, dtype), checkpoint.load_tokenizer()
 
 
 def measure(sample: Callable[[], list[int]]) -> dict[str, float]:
