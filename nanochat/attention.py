@@ -22,6 +22,10 @@ import torch.nn.functional as F
 from nanochat.common import UserError
 from nanochat.kernels import Kernel, band_mask, cpu, flash, flex
 
+# Packages of FlashAttention by the GPU's major compute capability: Hopper, data-center Blackwell. "auto" does not even
+# try them on other GPUs, as a kernel that crashes leaves CUDA unusable for the rest of the process. The RTX 50 series
+# (12) is Blackwell too, but lacks the instructions that version 4 is written for.
+FLASH_PACKAGES = {9: ("fa3", "fa4"), 10: ("fa4",)}
 MAX_ERROR = 0.02  # of a kernel, relative in the norm; bfloat16 kernels differ from float32 by 0.002 to 0.006
 
 
@@ -131,7 +135,8 @@ def choose(
 def _candidates(device: torch.device, dtype: torch.dtype) -> Sequence[str]:
     """The kernels for a device, fastest first."""
     if device.type == "cuda":
-        return "fa3", "fa4", "flash", "flex", "banded"
+        generation, _ = torch.cuda.get_device_capability(device)
+        return *FLASH_PACKAGES.get(generation, ()), "flash", "flex", "banded"
     # "blocks" is fast if oneDNN does the products: in bfloat16, and in float32 if hardware.pick_matmul_precision found
     # oneDNN to be faster.
     fast_dtypes = [torch.bfloat16]

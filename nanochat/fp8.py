@@ -37,6 +37,8 @@ def check_support(config: GPTConfig, rows: int, device: torch.device, *, compile
     UserError unless this device can train the model in FP8 with this many rows (tokens) per micro-batch. Warns if that
     will be slow, because the model is not compiled.
     """
+    if torch.version.hip:
+        raise UserError("--fp8 needs an NVIDIA GPU, this is torch for AMD: leave out --fp8")
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UserError(

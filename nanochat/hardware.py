@@ -147,6 +147,14 @@ def describe(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}"
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has finished all work: a GPU only queues it, so clocks are read after this."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes: of torch on the GPU, or of the process on other devices."""
     if device.type == "cuda":
@@ -302,8 +310,7 @@ def _best_seconds(functions: Sequence[Callable[[], object]], device: torch.devic
         for i, function in enumerate(functions):
             function_start = time.perf_counter()
             function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             best[i] = min(best[i], time.perf_counter() - function_start)
         num_rounds += 1
     return best

@@ -151,8 +151,7 @@ def measured_rate(config: GPTConfig, device: torch.device, dtype: torch.dtype) -
     for _ in range(3):
         start = time.perf_counter()
         model(tokens, tokens).backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        hardware.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return flops / min(seconds)  # the fastest: other programs can only slow a pass down
 
@@ -177,6 +176,7 @@ def training_setup(
         dtype=target.dtype,
         compiled=compiled and is_gpu,
         fp8=fp8,
+        attention="flash" if target.dtype == torch.bfloat16 else "banded",  # FlashAttention needs 16 bits
         device=target.device,
     )
     if rows == -1:

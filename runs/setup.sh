@@ -33,10 +33,11 @@ setup() {
   fi
 }
 
-install_flash_attention() {  # install_flash_attention PYTHON: FlashAttention-4, if all GPUs are Hopper or newer
-  local capability
-  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -V | head -n 1 || true)
-  if [ "${capability%.*}" -ge 9 ] 2>/dev/null; then
+install_flash_attention() {  # install_flash_attention PYTHON: FlashAttention-4, if all GPUs are Hopper or Blackwell
+  local capabilities
+  capabilities=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null || true)
+  # 9.x and 10.x: the RTX 50 series (12.x) lacks the instructions that it is written for
+  if [ -n "$capabilities" ] && ! grep -qvE '^ *(9|10)\.' <<<"$capabilities"; then
     "$1" -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[gpu]' ||
       echo "flash-attn-4 could not be installed, see above: torch's FlashAttention-2 trains 5 to 7 % slower"
   fi

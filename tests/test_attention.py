@@ -286,6 +286,15 @@ def test_auto_takes_blocks_on_a_cpu_where_onednn_multiplies(monkeypatch):
     assert choose_here(dtype=torch.float16)[::2] == ("banded", [])
 
 
+@pytest.mark.parametrize(
+    "capability, packages", [((9, 0), ("fa3", "fa4")), ((10, 3), ("fa4",)), ((12, 0), ()), ((8, 0), ()), ((7, 5), ())]
+)
+def test_auto_tries_packages_only_on_the_gpus_that_they_are_made_for(monkeypatch, capability, packages):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    candidates = attention._candidates(torch.device("cuda", 0), torch.bfloat16)
+    assert candidates == (*packages, "flash", "flex", "banded")
+
+
 def test_auto_skips_kernels_that_do_not_work_and_logs_why(monkeypatch, stand_in):
     monkeypatch.setattr(attention, "_candidates", lambda device, dtype: ("fa3", "fa4", "banded"))
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # not installed: skipped without a line

@@ -290,6 +290,14 @@ def test_cpu_is_a_user_error():
         fp8.check_support(CONFIG, 64, CPU, compile=True)
 
 
+def test_amd_gpu_is_a_user_error(monkeypatch):
+    # Its compute capability would pass: torch reports 9.4 for an MI300, whose 8-bit numbers have another format.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pytest.raises(UserError, match="torch for AMD: leave out --fp8"):
+        fp8.check_support(CONFIG, 64, torch.device("cuda", 0), compile=True)
+
+
 def test_fp8_without_compiling_warns_in_one_line(monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

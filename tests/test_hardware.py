@@ -185,6 +185,15 @@ def test_compiling_on_cuda_needs_triton_and_a_c_compiler(monkeypatch):
     assert not hardware.can_compile(cuda) and "older" in hardware.compile_obstacle(cuda)
 
 
+@pytest.mark.parametrize("kind, module", [("cuda", torch.cuda), ("mps", torch.mps)])
+def test_times_of_a_gpu_include_the_work_that_it_queued(monkeypatch, kind, module):
+    calls = []
+    monkeypatch.setattr(module, "synchronize", lambda: calls.append("synchronize"))
+    hardware._best_seconds([lambda: calls.append("run")], torch.device(kind))
+    assert calls[:4] == ["run", "synchronize"] * 2
+    hardware.synchronize(CPU)
+
+
 def test_matmul_rate_multiplies_random_numbers_and_leaves_the_global_generator_alone(monkeypatch):
     products = []
 

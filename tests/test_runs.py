@@ -183,9 +183,10 @@ def test_table_without_runs_names_the_script(base_dir):
 
 
 @pytest.mark.parametrize(
-    "capabilities, installs", [("9.0", True), ("12.0\\n9.0", True), ("9.0\\n8.0", False), ("", False)]
+    "capabilities, installs",
+    [("9.0", True), ("9.0\\n10.0\\n", True), ("9.0\\n8.0", False), ("12.0", False), ("9.0\\n12.0", False), ("", False)],
 )
-def test_flash_attention_is_installed_for_hopper_and_newer(run, tmp_path, capabilities, installs):
+def test_flash_attention_is_installed_for_hopper_and_blackwell(run, tmp_path, capabilities, installs):
     nvidia_smi = tmp_path / "venv/bin/nvidia-smi"
     nvidia_smi.write_text(f"#!/bin/sh\nprintf '{capabilities}'\n")
     nvidia_smi.chmod(0o755)

@@ -41,6 +41,29 @@ static const Card& card() {
   }();
   return c;
 }
+// KiB of shared memory of a multiprocessor, by compute capability (CUDA C++ Programming Guide, technical
+// specifications). A block can have 1 KiB less from Ampere on.
+static int shared_memory() {
+  switch (10 * card().major + card().minor) {
+    case 75:
+      return 64;
+    case 70:
+      return 96;
+    case 80:
+    case 87:
+      return 164;
+    case 86:
+    case 89:
+    case 120:
+      return 100;
+    default:
+      return card().major < 7 ? 64 : 228;
+  }
+}
+static int shared_memory_of_block() {
+  int block = card().major < 7 ? 48 : card().major < 8 ? shared_memory() : shared_memory() - 1;
+  return block * 1024;
+}
 static size_t total_memory() { return (size_t)(card().gib * (1ull << 30)) / 65536 * 65536; }
 static thread_local int dev = 0;
 static thread_local cudaError_t last = cudaSuccess;
@@ -253,9 +276,9 @@ API int nullgpu_attribute(int a) {
     case cudaDevAttrComputeCapabilityMinor:
       return card().minor;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      return 233472;
+      return shared_memory() * 1024;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      return 232448;
+      return shared_memory_of_block();
     case cudaDevAttrMaxBlocksPerMultiprocessor:
       return 32;
     case cudaDevAttrUnifiedAddressing:
@@ -298,9 +321,9 @@ API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int d) {
   p->memoryBusWidth = 5120;
   p->l2CacheSize = 52428800;
   p->maxThreadsPerMultiProcessor = 2048;
-  p->sharedMemPerMultiprocessor = 233472;
+  p->sharedMemPerMultiprocessor = shared_memory() * 1024;
   p->regsPerMultiprocessor = 65536;
-  p->sharedMemPerBlockOptin = 232448;
+  p->sharedMemPerBlockOptin = shared_memory_of_block();
   p->cooperativeLaunch = 1;
   p->maxBlocksPerMultiProcessor = 32;
   p->reservedSharedMemPerBlock = 1024;

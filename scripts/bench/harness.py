@@ -27,6 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from nanochat import hardware
 from nanochat.common import UserError
 
 T = TypeVar("T")
@@ -70,8 +71,7 @@ class Stopwatch:
         self.last = time.perf_counter()
 
     def __call__(self, part: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        hardware.synchronize(self.device)
         now = time.perf_counter()
         self.seconds[part] += now - self.last
         self.last = now
