@@ -4,7 +4,7 @@ Crash-safe checkpoints: writing, finding and loading them.
 Each stage and tag has a folder, with one folder per saved step:
 
     base_checkpoints/d12/step_001000/
-        model.safetensors        weights, float32
+        model.safetensors        weights, float32; with LoRA the adapters alone
         optimizer.safetensors    whole tensors by parameter name, whatever the number of ranks
         data.safetensors         each rank's data position, packing buffer and random generators
         state.json               format version, model configuration, loop state, flags, tokenizer fingerprint
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanochat import legacy
+from nanochat import legacy, lora
 from nanochat.common import UserError, atomic_path, base_dir, exclusive_lock
 from nanochat.distributed import Dist, warn0
 from nanochat.gpt import GPT, GPTConfig
@@ -94,10 +94,37 @@ class Checkpoint:
         return self.path.parent.name
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Parameter name → tensor on the CPU."""
+        """Parameter name → tensor on the CPU. Adapters (lora.py) are merged into the weights of their base model."""
         if self.path.suffix == ".pt":
             return legacy.read_weights(self.path)
+        if "lora" in self.meta:
+            rank, base = self.meta["lora"]["rank"], self.lora_base().weights()
+            return lora.merge(base, self.saved_weights(), rank, self.config.vocab_size)
+        return self.saved_weights()
+
+    def saved_weights(self) -> dict[str, torch.Tensor]:
+        """The content of model.safetensors: the weights, or the adapters alone if the model was trained with LoRA."""
         return load_file(self.path / "model.safetensors")
+
+    @property
+    def weights_crc32(self) -> int:
+        """Checksum of the file with the weights."""
+        if self.path.suffix == ".pt":
+            return _crc32(self.path)
+        return json.loads((self.path / "manifest.json").read_text())["model.safetensors"]["crc32"]
+
+    def lora_base(self) -> "Checkpoint":
+        """The checkpoint that the adapters were trained on. UserError if it is missing or has changed."""
+        name = self.meta["base"]
+        problem = f"{self.path} contains adapters (LoRA) only, and their base model {name}"
+        remedy = "restore that checkpoint, or rename its folder back if a new run has taken its name"
+        try:
+            base = find_by_path(name)
+        except UserError as error:
+            raise UserError(f"{problem} is missing ({error}): {remedy}") from error
+        if base.weights_crc32 != self.meta["lora"]["base_crc32"]:
+            raise UserError(f"{problem} has other weights now: {remedy}")
+        return base
 
     def build_model(self, device: torch.device, dtype: torch.dtype) -> GPT:
         """Returns the model on the device. UserError names the parameters that do not match the configuration."""
@@ -367,7 +394,8 @@ class CheckpointWriter:
             "train_state": state.to_dict(),
             "data_states": [numbers for numbers, _ in of_all_ranks],
         }
-        weights = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in model.named_parameters()}
+        parameters = lora.adapters(model) if "lora" in meta else dict(model.named_parameters())
+        weights = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in parameters.items()}
         data: dict[str, torch.Tensor] = {}
         for rank, (_, tensors) in enumerate(of_all_ranks):
             data |= {f"{rank}.{key}": tensor.clone() for key, tensor in tensors.items()}

@@ -74,10 +74,10 @@ def build_optimizer(
     model: GPT, groups: Iterable[ParamGroup], *, rank: int = 0, world_size: int = 1, compile: bool = False
 ) -> "MuonAdamW":
     """
-    Sorts a model's parameters into the groups. A Muon group is split by shape, as matrices of one shape are stacked and
-    updated together.
+    Sorts a model's trainable parameters into the groups. A Muon group is split by shape, as matrices of one shape are
+    stacked and updated together.
     """
-    named = dict(model.named_parameters())
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     param_groups: list[dict[str, Any]] = []
     for group in groups:
         names = [name for name in named if name.startswith(group.prefixes)]

@@ -259,6 +259,12 @@ def param_groups(
     return tuple(group for group in groups if is_present.get(group.name, True))
 
 
+def lora_groups(hyperparameters: Hyperparameters, lora_lr: float) -> tuple[ParamGroup, ...]:
+    """The only parameter group of fine-tuning with LoRA. lora_lr: learning rate at batch 2^19."""
+    lr = lora_lr * hyperparameters.batch_lr_scale
+    return (ParamGroup("lora", ("transformer.h.", "lm_head."), lr, 0.0, (0.9, 0.95)),)
+
+
 def load_hyperparameters(meta: dict[str, Any]) -> Hyperparameters:
     """
     The hyperparameters of the run that saved a checkpoint with this meta data; the defaults where it lacks them.
@@ -383,5 +389,6 @@ def explain_groups(
         "x0": f"scalar_lr {base.scalar_lr:g} x {by_batch}",
         "smear_backout": f"{share}0.2, whatever the batch",
         "muon": f"matrix_lr {base.matrix_lr:g} x {by_batch}",
+        "lora": "lora_lr x sqrt(B / 2^19)",
     }
     return [(f"lr of {group.name}", f"{group.lr:.4g}", how[group.name]) for group in groups]

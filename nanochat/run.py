@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from nanochat import attention, hardware, logging
+from nanochat import attention, hardware, logging, lora
 from nanochat.checkpoint_manager import (
     NO_CHECKPOINT,
     STAGES,
@@ -70,6 +70,7 @@ class Run:
     data_states: Sequence[dict[str, Any]]  # of all ranks that saved the resumed checkpoint; empty for a new run
     metadata: dict[str, Any]  # saved with each checkpoint
     logger: logging.Logger
+    lora_rank = 0  # of the adapters that are trained instead of the model (use_lora); 0 = the model is trained
     rows = 0  # per pass and rank
     predicted_memory = 0.0  # bytes per rank at the peak; 0 = not predicted
     predicted_seconds = 0.0  # from the start of training to its end; 0 = not predicted
@@ -129,6 +130,19 @@ class Run:
             return self.resumed.meta["base"]  # the metadata of every stage but "base" has this key
         return str(self.parent.path) if self.parent else ""
 
+    def use_lora(self, rank: int) -> None:
+        """
+        Trains adapters of this rank instead of the model (lora.py); 0 = the model. Call it before fit_rows. UserError
+        if the model cannot have adapters of this rank, or the resumed run has others.
+        """
+        if rank:
+            lora.check_rank(rank, self.config)
+        if self.resumed:
+            saved = self.resumed.meta.get("lora", {"rank": 0})["rank"]
+            if saved != rank:
+                raise UserError(f"the run was started with --lora-rank {saved}: use that, or another --model-tag")
+        self.lora_rank = rank
+
     def build(
         self,
         groups: Iterable[ParamGroup],
@@ -159,10 +173,14 @@ class Run:
             "dtype": str(self.dtype),
             "compiled": self.compiled,
         }
+        if self.lora_rank:
+            self.metadata["lora"] = {"rank": self.lora_rank, "base_crc32": self._lora_base().weights_crc32}
 
     def inherit_momentum(self) -> None:
         """Gives a new run the optimizer state of its source, if the source has one. A resumed run keeps its own."""
-        if self.parent and not self.resumed and not self.parent.restore_optimizer(self.optimizer):
+        if not self.parent or self.resumed or self.lora_rank:
+            return
+        if "lora" in self.parent.meta or not self.parent.restore_optimizer(self.optimizer):
             self.dist.print0(f"{self.parent.path} has no optimizer state: momentum starts from zero")
 
     def open_log(self, num_steps: int = 0) -> logging.Logger:
@@ -290,7 +308,13 @@ class Run:
     def _build_model(self, attention_name: str) -> GPT:
         device = self.dist.device
         checkpoint = self.resumed or self.parent
-        if checkpoint:
+        if self.lora_rank:
+            model = self._lora_base().build_model(device, self.dtype)
+            lora.use_lora(model, self.lora_rank)
+            if self.resumed:
+                lora.load_adapters(model, self.resumed.saved_weights())
+            self.dist.print0(f"LoRA of rank {self.lora_rank}: {lora.describe(model)}")
+        elif checkpoint:
             model = checkpoint.build_model(device, self.dtype)
         else:
             model = GPT.create(self.config, device, self.dtype)
@@ -299,6 +323,12 @@ class Run:
         model.use_attention(kernel)
         self.dist.print0(f"computing in {self.dtype}, attention {name}")
         return model
+
+    def _lora_base(self) -> Checkpoint:
+        """The checkpoint that the adapters are trained on."""
+        base = self.resumed.lora_base() if self.resumed else self.parent
+        assert base is not None
+        return base
 
     def _compiles_from_the_start(self, allowed: bool) -> bool | None:
         """

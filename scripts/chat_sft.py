@@ -6,6 +6,7 @@ Fine-tune a base model on conversations (SFT).
         --simplespelling-epochs 0 --spellingbee-epochs 0 --primer-epochs 2            # the primer's conversations only
     python -m scripts.chat_sft --identity-file mine.jsonl                             # with conversations of your own
     python -m scripts.chat_sft -i mid                                                 # from a model of mid_train
+    python -m scripts.chat_sft --lora-rank 16                                         # LoRA, for a small GPU
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft
 
 Batch sizes, learning rates and the optimizer's state are taken from the run that trained the source model.
@@ -53,6 +54,10 @@ class FinetuneFlags(RunFlags):
     device_batch_size: int = flag(-1, "sequences per GPU and pass; auto = as in the source's run", auto=True)
     total_batch_size: int = flag(-1, "tokens per optimizer step over all GPUs; -1 = as in the source's run")
     init_lr_frac: float = flag(0.8, "initial learning rates, as a share of pretraining's")
+    lora_rank: int = flag(
+        0, "train adapters of this rank instead of the model, for small GPUs (lora.py); 0 = the model"
+    )
+    lora_lr: float = flag(0.01, "with --lora-rank: initial learning rate of the adapters, at batch 2^19")
     load_optimizer: bool = flag(True, "start with the optimizer's state from the end of the source's run")
     eval_every: int = flag(200, "steps between validations; 0 = only at the end, -1 = never")
     eval_examples: int = flag(1000, "held-out conversations to validate on")
@@ -85,6 +90,7 @@ def finetune_on(dist: Dist, stage: str, source_stage: str, flags: FinetuneFlags)
     tokenizer = source.load_tokenizer()
     tag = flags.model_tag or source.tag
     with Run.open(stage, tag, source, flags, tokenizer=tokenizer, dist=dist) as run:
+        run.use_lora(flags.lora_rank)
         inherited = inherited_hyperparameters(flags, run.resumed or source)
         B = run.fit_rows(flags.device_batch_size, inherited.total_batch_size, compile=flags.compile)
         T = source.config.sequence_len
@@ -93,6 +99,8 @@ def finetune_on(dist: Dist, stage: str, source_stage: str, flags: FinetuneFlags)
 
         # Build.
         groups = recipe.param_groups(source.config, inherited, weight_decay=0.0, lr_frac=flags.init_lr_frac)
+        if flags.lora_rank:
+            groups = recipe.lora_groups(inherited, flags.lora_lr)
         settings = asdict(inherited) | {"device_batch_size": B}
         run.build(groups, {"base": run.parent_checkpoint, "settings": settings}, compile=flags.compile)
         if flags.load_optimizer:

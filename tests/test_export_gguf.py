@@ -6,13 +6,18 @@ is installed, in llama.cpp itself.
     pip install llama-cpp-python --no-binary llama-cpp-python    # compiles llama.cpp: 10 minutes on two cores
 """
 
+import itertools
+import random
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from factories import GOLDEN_VOCAB_SIZE, save_checkpoint, tiny_config, tiny_gpt
+from factories import GOLDEN_VOCAB_SIZE, save_checkpoint, tiny_config, tiny_engine, tiny_gpt
 
 from nanochat.conversation import render_for_completion
+from nanochat.engine import Request
 from nanochat.export import gguf as gguf_format
 from nanochat.gpt import PORTABLE
 from nanochat.tokenizer import PORTABLE_SPLIT_PATTERN, SPECIAL_TOKENS, Tokenizer
@@ -20,6 +25,7 @@ from scripts import export
 
 gguf = pytest.importorskip("gguf")
 
+KNOWN_CHARACTERS = [chr(i) for i in range(0x20000) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
 SIZES = {"n_layer": 3, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "rope_base": 5000.0, "qk_gain": 1.3}
 
 
@@ -186,3 +192,79 @@ def test_existing_modelfile_is_refused_and_unchanged(model, tmp_path):
     with pytest.raises(SystemExit, match="Modelfile exists"):
         export_to(tmp_path / "model.gguf", "f16")
     assert (tmp_path / "Modelfile").read_text() == "mine" and not (tmp_path / "model.gguf").exists()
+
+
+# ---- llama.cpp itself ----
+
+
+@pytest.fixture
+def load_llama():
+    """A function that loads a file in llama.cpp. Skips the test if llama-cpp-python is not installed."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+
+    def load(path):
+        full_precision = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}  # keys and values
+        return llama_cpp.Llama(str(path), n_ctx=0, n_threads=1, logits_all=True, verbose=False, **full_precision)
+
+    return load
+
+
+@pytest.mark.slow
+def test_greedy_tokens_of_llama_cpp_are_those_of_the_engine(base_dir, tokenizer, tmp_path, load_llama):
+    model = tiny_gpt(**PORTABLE | SIZES, sequence_len=128).eval()
+    save_checkpoint(model, "sft", tokenizer=tokenizer)
+    llama = load_llama(export_to(tmp_path / "model.gguf", "f32"))
+    prompts = torch.randint(GOLDEN_VOCAB_SIZE, (20, 24)).tolist()
+    requests = [Request(prompt, max_tokens=64, temperature=0.0) for prompt in prompts]
+    expected = [completion.tokens for completion in tiny_engine(model, tokenizer).generate(requests)]
+    actual = [greedy(llama, prompt, 64) for prompt in prompts]
+    assert all(len(tokens) == 64 for tokens in expected)
+    assert actual == expected
+
+
+def greedy(llama, prompt, max_tokens):
+    llama.reset()
+    return list(itertools.islice(llama.generate(prompt, temp=0.0, repeat_penalty=1.0), max_tokens))
+
+
+@pytest.mark.slow
+def test_logits_of_llama_cpp_are_those_of_the_model(model, tmp_path, load_llama):
+    idx_T = torch.randint(GOLDEN_VOCAB_SIZE, (48,))
+    with torch.no_grad():
+        expected_TV = model(idx_T[None])[0]
+    for dtype, tolerance in (("f32", 1e-5), ("f16", 1e-2), ("bf16", 5e-2), ("q8_0", 1e-1)):
+        llama = load_llama(export_to(tmp_path / dtype / "model.gguf", dtype))
+        llama.eval(idx_T.tolist())
+        actual_TV = torch.from_numpy(llama.scores[: len(idx_T)])
+        error = (actual_TV - expected_TV).abs().max() / expected_TV.abs().max()
+        assert error < tolerance, (dtype, error)
+
+
+@pytest.mark.slow
+def test_large_activations_do_not_overflow_in_f16(base_dir, tokenizer, tmp_path, load_llama):
+    model = tiny_gpt(**PORTABLE | SIZES).eval()
+    with torch.no_grad():
+        for block in model.transformer.h:  # the same function, with activations up to 10^6
+            block.mlp.c_fc.weight *= 2.0**7
+            block.mlp.c_proj.weight /= 2.0**14
+        expected_V = model(torch.arange(32)[None])[0, -1]
+    save_checkpoint(model, "sft", tokenizer=tokenizer)
+    llama = load_llama(export_to(tmp_path / "model.gguf", "f16"))
+    llama.eval(list(range(32)))
+    assert (torch.from_numpy(llama.scores[31]) - expected_V).abs().max() < 1e-2 * expected_V.abs().max()
+
+
+@pytest.mark.slow
+def test_tokenizer_of_llama_cpp_gives_the_same_ids(model, tokenizer, tmp_path, load_llama):
+    llama = load_llama(export_to(tmp_path / "model.gguf", "f16"))
+    rng = random.Random(0)
+    texts = [random_unicode(rng) for _ in range(5000)]
+    for text in texts:
+        ids = llama.tokenize(text.encode(), add_bos=False, special=False)
+        assert ids == tokenizer.encode(text), repr(text)
+
+
+def random_unicode(rng):
+    """Up to 40 characters: words, digits, spaces and any character that this Python's Unicode (14 or later) knows."""
+    alphabets = ["abc the THE é", "0123456789½²", " \t\n\r\u00a0\u3000", "'sS'll.,!?-_()", KNOWN_CHARACTERS]
+    return "".join(rng.choice(rng.choice(alphabets)) for _ in range(rng.randint(1, 40)))
