@@ -101,14 +101,14 @@ def sft(base_dir, tmp_path, golden_tokenizer, monkeypatch):
     return run
 
 
-def test_checkpoint_has_adapters_only_and_loads_merged(sft, golden_tokenizer):
+def test_checkpoint_has_adapters_only_and_loads_merged(sft):
     checkpoint = sft("--lora-rank", "4")
     saved = checkpoint.saved_weights()
     assert all(".parametrizations." in name for name in saved)
     base = checkpoint_manager.find("base", "tiny")
     size = (checkpoint.path / "model.safetensors").stat().st_size
     assert size < 0.25 * (base.path / "model.safetensors").stat().st_size
-    model, _ = checkpoint_manager.load_model("sft", "tiny", -1, golden_tokenizer, CPU, torch.float32)
+    model, _, _ = checkpoint_manager.load_model("sft", "tiny", -1, CPU, torch.float32)
     adapted = base.build_model(CPU, torch.float32).eval()
     lora.use_lora(adapted, RANK)
     lora.load_adapters(adapted, saved)
