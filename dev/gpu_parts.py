@@ -33,6 +33,7 @@ from nanochat.costs import GIB, TrainingSetup, decode_bytes, flops_per_token, tr
 from nanochat.distributed import Dist
 from nanochat.engine import Engine, Prefill, Request
 from nanochat.gpt import GPT, GPTConfig, Linear
+from nanochat.kernels import mlp
 from nanochat.muon import build_optimizer
 from nanochat.serve.scheduler import ServedModel, Service
 from nanochat.tokenizer import Tokenizer
@@ -389,6 +390,30 @@ def fp8_layers(check: Check) -> None:
         check.require(max(errors) < 0.1, f"FP8 differs from bfloat16 by {max(errors):.2g}")
 
 
+def fused_mlp(check: Check) -> None:
+    """The MLP with relu² inside its products against the plain formula, compiled, forward and backward."""
+    try:
+        from nanochat.kernels import relu2
+    except ImportError:
+        check.record("fused MLP", "Triton is not installed")
+        return
+    if check.device.type != "cuda" or torch.cuda.get_device_capability() < mlp.MIN_CAPABILITY:
+        check.record("fused MLP", "not on this device")
+        return
+    for depth in (12, 24):
+        C = 128 if check.dry else check.config(depth).n_embd
+        M = 256 if check.dry else TRAINING[depth].rows * check.config(depth).sequence_len
+        if not IS_NULL_GPU:
+            mlp.probe(relu2.mlp, C, check.device, torch.bfloat16)
+        inputs, grad = mlp.random_inputs(C, M, check.device, torch.bfloat16)
+        product_ms = 48e3 * M * C**2 / MATMUL_RATE
+        pass_ms = 8e3 * M * C / BANDWIDTH  # reads or writes (M, 4 C) once
+        for name, kernel, passes in (("plain", mlp.plain, 7), ("fused", relu2.mlp, 1)):
+            run = check.compile(kernel)
+            ms = check.median_ms(lambda: mlp.output_and_gradients(run, inputs, grad))  # noqa: B023
+            check.record(f"MLP of depth {depth}, {M} tokens, {name}", ms, "ms", product_ms + passes * pass_ms)
+
+
 def depth_12(check: Check) -> None:
     training_speed(check, 12)
 
@@ -544,10 +569,11 @@ PARTS: list[tuple[Callable[[Check], None], int]] = [  # in order of value, each 
     (attention_kernels, 50),
     (gpu_tests, 40),
     (loss_curves, 60),
-    (depth_12, 110),
+    (depth_12, 90),
     (fp8_layers, 25),
     (engine_speed, 45),
     (two_models, 20),
     (stages, 70),
     (depth_24, 45),
+    (fused_mlp, 20),
 ]

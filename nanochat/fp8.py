@@ -72,6 +72,7 @@ def use_fp8(model: GPT, optimizer: MuonAdamW, compile: bool) -> list["Fp8Linear 
     layers: list[Fp8Linear | Fp8JointLinear] = []
     for block in cast(Iterable[Block], model.transformer.h):
         attn, mlp = block.attn, block.mlp
+        mlp.fused = None  # multiplies in bfloat16
         if _is_large(*attn.c_qkv.linears):
             attn.c_qkv = Fp8JointLinear(attn.c_qkv)
             layers.append(attn.c_qkv)

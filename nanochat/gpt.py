@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from nanochat.attention import AttentionShape, Kernel, attend
 from nanochat.common import UserError
+from nanochat.kernels.mlp import MlpKernel
 from nanochat.loss import cross_entropy, softcap
 
 NORM_EPS = 1.1920929e-07  # float32's epsilon, whatever the dtype
@@ -269,8 +270,11 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.fused: MlpKernel | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fused is not None and torch.is_grad_enabled():
+            return self.fused(x, self.c_fc.weight.to(x.dtype), self.c_proj.weight.to(x.dtype))
         return self.c_proj(F.relu(self.c_fc(x)).square())
 
 
@@ -353,6 +357,11 @@ class GPT(nn.Module):
         """Sets the kernel for whole sequences (attention.choose). The default kernel runs on every device."""
         for block in cast(Iterable[Block], self.transformer.h):
             block.attn.attend = kernel
+
+    def use_mlp(self, kernel: MlpKernel | None) -> None:
+        """Sets the kernel of the MLPs for training (kernels/mlp.py); None = the plain formula."""
+        for block in cast(Iterable[Block], self.transformer.h):
+            block.mlp.fused = kernel
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -262,7 +262,7 @@ def pick_matmul_precision(device: torch.device, resumed_precision: str = "") -> 
         torch.set_float32_matmul_precision(precision)
         return a @ b
 
-    highest_seconds, medium_seconds = _best_seconds([lambda: multiply("highest"), lambda: multiply("medium")], a.device)
+    highest_seconds, medium_seconds = best_seconds([lambda: multiply("highest"), lambda: multiply("medium")], a.device)
     error = (multiply("medium").double() - exact).abs().max() / exact.abs().max()
     return "medium" if error <= 1e-5 and medium_seconds <= highest_seconds else "highest"
 
@@ -271,7 +271,7 @@ def bf16_faster_on_cpu() -> bool:
     """Whether this CPU multiplies bfloat16 at least 1.5 times as fast as float32 (with AVX-512 BF16 or AMX it does)."""
     a, b = _probe_matrices()
     a16, b16 = a.bfloat16(), b.bfloat16()
-    bf16_seconds, float32_seconds = _best_seconds([lambda: a16 @ b16, lambda: a @ b], a.device)
+    bf16_seconds, float32_seconds = best_seconds([lambda: a16 @ b16, lambda: a @ b], a.device)
     return bf16_seconds * 1.5 < float32_seconds
 
 
@@ -279,7 +279,7 @@ def copy_bandwidth(device: torch.device) -> float:
     """Memory bandwidth in bytes/s, reads plus writes, of the fastest of several copies much larger than the caches."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
-    (seconds,) = _best_seconds([lambda: target.copy_(source)], device)
+    (seconds,) = best_seconds([lambda: target.copy_(source)], device)
     return 2 * source.nbytes / seconds
 
 
@@ -289,7 +289,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     # Random numbers: a GPU computes equal ones with less power, so at a higher clock than real data allow.
     generator = torch.Generator(device).manual_seed(0)
     a = torch.randn(size, size, generator=generator, device=device, dtype=dtype)
-    (seconds,) = _best_seconds([lambda: a @ a], device)
+    (seconds,) = best_seconds([lambda: a @ a], device)
     return 2 * size**3 / seconds
 
 
@@ -298,7 +298,7 @@ def _probe_matrices() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(1024, 512, generator=generator), torch.randn(512, 512, generator=generator)
 
 
-def _best_seconds(functions: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+def best_seconds(functions: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
     """
     The shortest time of each function. They alternate for at least 0.2 s, so that other load on the machine slows down
     all of them.

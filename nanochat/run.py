@@ -35,6 +35,7 @@ from nanochat.common import UserError, duration, seed_everything
 from nanochat.costs import flops_per_token, training_memory
 from nanochat.distributed import Dist, warn0
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kernels import mlp
 from nanochat.muon import MuonAdamW, ParamGroup, build_optimizer
 from nanochat.planner import check_fits, count_rows, gib, local_target, training_setup
 from nanochat.recipe import RecipeFlags, Schedule, load_hyperparameters
@@ -159,6 +160,7 @@ class Run:
         seed_everything(seed)
         self.model = self._build_model(attention)
         self.compiled = self._compiles_from_the_start(compile)
+        mlp_name = self._choose_mlp()
         self.optimizer = build_optimizer(
             self.model, groups, rank=self.dist.rank, world_size=self.dist.world_size, compile=bool(self.compiled)
         )
@@ -172,6 +174,7 @@ class Run:
             "matmul_precision": precision,
             "dtype": str(self.dtype),
             "compiled": self.compiled,
+            "mlp": mlp_name,
         }
         if self.lora_rank:
             self.metadata["lora"] = {"rank": self.lora_rank, "base_crc32": self._lora_base().weights_crc32}
@@ -329,6 +332,25 @@ class Run:
         base = self.resumed.lora_base() if self.resumed else self.parent
         assert base is not None
         return base
+
+    def _choose_mlp(self) -> str:
+        """
+        Lets the model use the fused MLP where that is faster, and returns "fused" or "plain". A resumed run keeps its
+        choice, because it was measured.
+        """
+        kernel = None
+        if not getattr(self.flags, "fp8", False) and (not self.resumed or self.resumed.meta.get("mlp") == "fused"):
+            num_tokens = max(1, self.rows) * self.config.sequence_len
+            kernel = mlp.choose(
+                self.config.n_embd,
+                num_tokens,
+                self.dist.device,
+                self.dtype,
+                compile=bool(self.compiled),
+                log=self.dist.print0,
+            )
+        self.model.use_mlp(kernel)
+        return "fused" if kernel else "plain"
 
     def _compiles_from_the_start(self, allowed: bool) -> bool | None:
         """

@@ -34,6 +34,8 @@ sys.path[:0] = [str(ROOT / "dev/null_gpu"), str(ROOT / "dev")]
 import counts  # noqa: E402
 import gpu_choices  # noqa: E402
 
+relu2 = pytest.importorskip("nanochat.kernels.relu2", exc_type=ImportError)  # Triton comes with torch for CUDA
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not counts.IS_LOADED, reason="needs dev/null_gpu/run.sh")]
 DEVICE = torch.device("cuda", 0)
 VOCAB = 1024
@@ -100,11 +102,31 @@ def test_micro_batch_launches_few_kernels_and_never_waits(depth):
     assert num_launches <= 110 + 117 * depth  # eager; 24 at 4 layers are saved by one product for q, k and v
 
 
+def test_fused_mlp_keeps_less_and_launches_less():
+    results = []
+    for kernel in (None, relu2.mlp):
+        model = make_model(toy_flags(4))
+        model.use_mlp(kernel)
+        micro_batch, _ = training_functions(model, model)
+        num_launches, num_syncs = launches(micro_batch)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        micro_batch()
+        results.append((num_launches, torch.cuda.max_memory_allocated() - before))
+        assert num_syncs == 0
+        model.zero_grad()
+    (plain_launches, plain_bytes), (fused_launches, fused_bytes) = results
+    assert fused_launches <= plain_launches - 5 * 4  # 566 - 546: relu, square and their derivatives in each layer
+    assert fused_bytes < plain_bytes
+
+
 @pytest.mark.slow
-def test_compiled_training_is_one_graph_with_few_kernels():
+@pytest.mark.parametrize("mlp_kernel", [None, relu2.mlp], ids=["plain", "fused"])
+def test_compiled_training_is_one_graph_with_few_kernels(mlp_kernel):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = make_model(toy_flags(2))
+    model.use_mlp(mlp_kernel)
     micro_batch, update = training_functions(model, torch.compile(model, dynamic=False, fullgraph=True), compile=True)
     update()
     update()
