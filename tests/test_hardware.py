@@ -189,7 +189,7 @@ def test_compiling_on_cuda_needs_triton_and_a_c_compiler(monkeypatch):
 def test_times_of_a_gpu_include_the_work_that_it_queued(monkeypatch, kind, module):
     calls = []
     monkeypatch.setattr(module, "synchronize", lambda: calls.append("synchronize"))
-    hardware._best_seconds([lambda: calls.append("run")], torch.device(kind))
+    hardware.best_seconds([lambda: calls.append("run")], torch.device(kind))
     assert calls[:4] == ["run", "synchronize"] * 2
     hardware.synchronize(CPU)
 
