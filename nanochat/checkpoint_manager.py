@@ -43,7 +43,7 @@ from nanochat.train import TrainState
 
 FORMAT = 1
 NO_CHECKPOINT = "no checkpoint"  # CheckpointWriter.last_saved before the first one
-FILES = ("model.safetensors", "optimizer.safetensors", "data.safetensors", "state.json")
+REQUIRED = {"model.safetensors", "state.json"}  # files of every checkpoint; an imported one has no others
 STAGES = {  # stage → its folder, and the script that fills it
     "base": ("base_checkpoints", "base_train"),
     "mid": ("mid_checkpoints", "mid_train"),
@@ -163,7 +163,7 @@ class Checkpoint:
 
     def check_resumable(self, tokenizer: Tokenizer, config: GPTConfig, dtype: torch.dtype) -> None:
         """UserError unless a run with this tokenizer, model and compute dtype can continue from here."""
-        if self.path.suffix == ".pt":
+        if not (self.path / "data.safetensors").exists():  # a .pt file, or imported
             raise UserError(f"{self.path} has weights only: it can be used for fine-tuning or chat, not resumed")
         self.check_tokenizer(tokenizer)
         if self.config != config:
@@ -246,8 +246,10 @@ class CheckpointReader:
                 model_file, meta = legacy.read_checkpoint(self.path, step)
                 return Checkpoint(model_file, step, meta)
             manifest = json.loads((path / "manifest.json").read_text())
-            for name in FILES:
-                file, expected = path / name, manifest[name]
+            if not REQUIRED <= manifest.keys():
+                return f"{path / 'manifest.json'} is incomplete"
+            for name, expected in manifest.items():
+                file = path / name
                 if file.stat().st_size != expected["bytes"] or _crc32(file) != expected["crc32"]:
                     return f"{file} is corrupt"
             meta = json.loads((path / "state.json").read_text())
@@ -423,14 +425,7 @@ class CheckpointWriter:
         for leftover in self.path.glob(".step_*.tmp"):  # of a save that was killed
             shutil.rmtree(leftover)
         folder = provisional(self.path) if self.replaces_earlier else self.path
-        with atomic_path(step_dir(folder, step)) as temporary:
-            temporary.mkdir()
-            for name, tensors in files.items():
-                save_file(tensors, temporary / f"{name}.safetensors")
-            (temporary / "state.json").write_text(json.dumps(meta, indent=1))
-            written = sorted(temporary.iterdir())
-            manifest = {file.name: {"bytes": file.stat().st_size, "crc32": _crc32(file)} for file in written}
-            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        _write_step(step_dir(folder, step), files, meta)
         if self.replaces_earlier:
             aside = set_aside(self.stage, self.tag)
             print(f"the earlier run of the tag {self.tag!r} is now {aside.name!r}", flush=True)
@@ -440,6 +435,32 @@ class CheckpointWriter:
             saved = [other for other in CheckpointReader(self.stage, self.tag).steps() if other <= step]
             for old in saved[: -self.keep_last]:
                 shutil.rmtree(step_dir(self.path, old), ignore_errors=True)
+
+
+def save_weights(
+    stage: str, tag: str, step: int, config: GPTConfig, weights: dict[str, torch.Tensor], meta: dict[str, Any]
+) -> Path:
+    """
+    Writes a checkpoint without the state of a run, for a model that was trained elsewhere, and returns its folder. meta
+    has at least the tokenizer's fingerprint. UserError if a run uses the tag.
+    """
+    folder = step_dir(tag_dir(stage, tag), step)
+    with run_lock(stage, tag, Dist(torch.device("cpu"))):
+        meta = meta | {"format": FORMAT, "step": step, "model_config": asdict(config)}
+        _write_step(folder, {"model": weights}, meta)
+    return folder
+
+
+def _write_step(folder: Path, files: dict[str, dict[str, torch.Tensor]], meta: dict[str, Any]) -> None:
+    """Writes the folder of a step: the tensors of each safetensors file, state.json and the manifest."""
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        for name, tensors in files.items():
+            save_file(tensors, temporary / f"{name}.safetensors")
+        (temporary / "state.json").write_text(json.dumps(meta, indent=1))
+        written = sorted(temporary.iterdir())
+        manifest = {file.name: {"bytes": file.stat().st_size, "crc32": _crc32(file)} for file in written}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
 def _crc32(path: Path) -> int:

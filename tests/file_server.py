@@ -41,6 +41,19 @@ class FileServer(ThreadingHTTPServer):
                     listing = [_tree_entry(folder, child) for child in path.iterdir()]
                     self.files[f"/api/datasets/{repo}/tree/{revision}{name}"] = json.dumps(listing).encode()
 
+    def add_model(self, repo: str, folder: Path) -> None:
+        """Serves the files of a folder as a model of the hub."""
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        names = [path.relative_to(folder).as_posix() for path in files]
+        info = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+        for revision in ("main", COMMIT):
+            self.files[f"/api/models/{repo}/revision/{revision}"] = json.dumps(info).encode()
+            self.files[f"/api/models/{repo}/tree/{revision}"] = json.dumps(
+                [_tree_entry(folder, path) for path in files]
+            ).encode()
+            for name, path in zip(names, files, strict=True):
+                self.files[f"/{repo}/resolve/{revision}/{name}"] = path.read_bytes()
+
     def gets(self, path: str) -> list[tuple[str, int]]:
         """(Range, status) of the GETs of a path so far."""
         return [(span, status) for method, name, span, status in self.log if (method, name) == ("GET", path)]
@@ -73,7 +86,8 @@ class Handler(BaseHTTPRequestHandler):
             server.unavailable[request] -= 1
             return self.start(503, 0, {})
         if path not in server.files:
-            return self.start(404, 0, {"X-Error-Code": "EntryNotFound"})
+            code = "RepoNotFound" if path.startswith("/api/") else "EntryNotFound"
+            return self.start(404, 0, {"X-Error-Code": code})
         content = server.files[path]
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
         if self.command == "HEAD":

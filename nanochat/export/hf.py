@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from nanochat.export.common import Format, Source
 from nanochat.export.hf_tokenizer import write_tokenizer
 from nanochat.gpt import ADDITIONS, NORM_EPS, GPTConfig
+from nanochat.recipe import load_hyperparameters
 
 SHARD_BYTES = 5_000_000_000  # transformers splits files of weights at this size, too
 HF_FILES = Path(__file__).with_name("hf_files")
@@ -104,7 +106,12 @@ def model_config(source: Source, end_token: str) -> dict[str, Any]:
         "pad_token_id": None,  # a number would make that token's embedding constant in training
         "tie_word_embeddings": False,
         "dtype": source.dtype,
-        "nanochat": {"tokenizer": source.tokenizer.fingerprint, "stage": source.stage, "step": source.checkpoint.step},
+        "nanochat": {  # for the import
+            "tokenizer": source.tokenizer.fingerprint,
+            "stage": source.stage,
+            "step": source.checkpoint.step,
+            "settings": asdict(load_hyperparameters(source.checkpoint.meta)),
+        },
     }
     kind = classic_config if is_classic(source.config) else modern_config
     return sizes(source.config) | kind(source.config) | common
@@ -157,6 +164,7 @@ def modern_config(config: GPTConfig) -> dict[str, Any]:
         "layer_types": layer_types,
         # Ours does not count the query's own position. Without sliding layers there is no window.
         "sliding_window": min(config.windows) + 1 if any(is_sliding) else None,
+        "window_pattern": config.window_pattern,
         "rope_theta": config.rope_base,
         "qk_gain": config.qk_gain,
         **{name: getattr(config, name) for name in ADDITIONS},
