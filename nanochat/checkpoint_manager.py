@@ -163,7 +163,7 @@ class Checkpoint:
 
     def check_resumable(self, tokenizer: Tokenizer, config: GPTConfig, dtype: torch.dtype) -> None:
         """UserError unless a run with this tokenizer, model and compute dtype can continue from here."""
-        if not (self.path / "data.safetensors").exists():  # a .pt file, or imported
+        if self.path.suffix == ".pt" or "imported_from" in self.meta:
             raise UserError(f"{self.path} has weights only: it can be used for fine-tuning or chat, not resumed")
         self.check_tokenizer(tokenizer)
         if self.config != config:
