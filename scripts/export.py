@@ -4,9 +4,11 @@ Export a trained model for other programs.
     python -m scripts.export -i sft --to hf --out my-model                      # the newest fine-tuned model
     python -m scripts.export -i sft -g d12 -s 500 --to hf --dtype bfloat16 --out my-model
     python -m scripts.export -i sft --to gguf --dtype q8_0 --out my-model/model.gguf
+    python -m scripts.export -i sft --to html --out chat.html
 
 --to hf: a folder that transformers loads, for chat, fine-tuning with TRL and PEFT, and serving in vLLM.
 --to gguf: a file for llama.cpp and ollama, and an ollama Modelfile; only for models of base_train --portable.
+--to html: a page with the model in 8 bits, which chats with it in any browser, offline and without a server.
 """
 
 import sys
