@@ -121,7 +121,7 @@ def open_page(browser, tmp_path):
         page = context.new_page()
         page.set_default_timeout(TIMEOUT_MS)
         page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("request", lambda request: urls.append(request.url))
+        page.on("requestfinished", lambda request: urls.append(request.url))
         page.goto(f"{path.as_uri()}?backend={backend}")
         page.evaluate("localModel.loaded.then(() => null)")
         return page

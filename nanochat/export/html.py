@@ -58,8 +58,9 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def parameters(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, float32 tensor) of each parameter, tables without the padding of the vocabulary."""
     for name, weight in source.weights.items():
-        has_row_per_token = name.startswith(("transformer.wte.", "lm_head.", "value_embeds."))
-        yield name, source.unpad(weight) if has_row_per_token else weight
+        if name.startswith(("transformer.wte.", "lm_head.", "value_embeds.")):
+            weight = source.unpad(weight)
+        yield name, weight
 
 
 def layout(source: Source) -> tuple[dict[str, dict[str, int]], int]:
