@@ -7,6 +7,7 @@ is installed, in llama.cpp itself.
 """
 
 import itertools
+import json
 import random
 import unicodedata
 
@@ -14,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from factories import GOLDEN_VOCAB_SIZE, save_checkpoint, tiny_config, tiny_engine, tiny_gpt
+from factories import GOLDEN_VOCAB_SIZE, conversation, save_checkpoint, tiny_config, tiny_engine, tiny_gpt
 
 from nanochat.conversation import render_for_completion
 from nanochat.engine import Request
 from nanochat.export import gguf as gguf_format
 from nanochat.gpt import PORTABLE
 from nanochat.tokenizer import PORTABLE_SPLIT_PATTERN, SPECIAL_TOKENS, Tokenizer
-from scripts import export
+from scripts import base_train, chat_sft, export, primer, tok_train
 
 gguf = pytest.importorskip("gguf")
 
@@ -268,3 +269,24 @@ def random_unicode(rng):
     """Up to 40 characters: words, digits, spaces and any character that this Python's Unicode (14 or later) knows."""
     alphabets = ["abc the THE é", "0123456789½²", " \t\n\r\u00a0\u3000", "'sS'll.,!?-_()", KNOWN_CHARACTERS]
     return "".join(rng.choice(rng.choice(alphabets)) for _ in range(rng.randint(1, 40)))
+
+
+@pytest.mark.slow
+def test_trained_portable_model_answers_in_llama_cpp(base_dir, tmp_path, monkeypatch, load_llama):
+    """The primer's text, a small portable model, fine-tuning on one question: all stages by their command lines."""
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(tmp_path / "primer"))
+    primer.main(["--data-dir", str(tmp_path / "primer")])
+    tok_train.main(["--portable", "--vocab-size", "600", "--max-chars", "300000"])
+    machine = ["--device", "cpu", "--no-compile", "--eval-every", "-1", "--total-batch-size", "1024"]
+    sizes = ["--depth", "2", "--head-dim", "64", "--max-seq-len", "128", "--num-iterations", "20"]
+    base_train.main(["--portable", *sizes, *machine, "--sample-every", "-1"])
+    messages = conversation("What is the capital of France?", "The capital of France is Paris.")["messages"]
+    (tmp_path / "capital.jsonl").write_text(f"{json.dumps(messages)}\n" * 100)
+    off = [f"--{name}-epochs=0" for name in ("smoltalk", "mmlu", "gsm8k", "simplespelling", "spellingbee")]
+    own = ["--identity-file", str(tmp_path / "capital.jsonl"), "--identity-epochs", "50"]
+    chat_sft.main([*off, *own, *machine, "--num-iterations", "30"])
+
+    llama = load_llama(export_to(tmp_path / "model.gguf", "f16"))
+    reply = llama.create_chat_completion([messages[0]], temperature=0.0, max_tokens=32)
+    assert reply["choices"][0]["message"]["content"] == "The capital of France is Paris."
+    assert reply["choices"][0]["finish_reason"] == "stop"
