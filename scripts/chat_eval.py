@@ -140,6 +140,7 @@ def summary(flags: Flags, checkpoint: Checkpoint, scores: dict[str, ChatScore]) 
     numbers: dict[str, Any] = {"model": str(checkpoint.path)}
     for name, score in scores.items():
         numbers[f"{name}{suffix}"] = score.accuracy
+        numbers[f"{name}{suffix}, interval"] = "{:.4f} to {:.4f}".format(*score.interval)
         for k, value in score.pass_at.items():
             numbers[f"{name}{suffix}, pass@{k}"] = value
     if scores.keys() >= CHATCORE.keys():

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from nanochat.engine import Request
 from nanochat.legacy import VINTAGES
+from nanochat.logging import save_numbers
 from scripts import export
 
 transformers = pytest.importorskip("transformers")
@@ -103,6 +104,31 @@ def test_bfloat16_export_is_half_as_large_and_keeps_scalars_in_float32(tmp_path,
     full = {name for name, weight in weights.items() if weight.dtype == torch.float32}
     assert full == {"model.resid_lambdas", "model.x0_lambdas", "model.smear_lambda", "model.backout_lambda"}
     assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "bfloat16"
+
+
+# ---- the model card ----
+
+
+def test_model_card_has_training_scores_and_parameters_of_the_checkpoint(base_dir, tmp_path, golden_tokenizer):
+    settings = {"settings": {"total_batch_size": 1000, "matrix_lr": 0.02}}
+    parent = save_checkpoint(tiny_gpt(), "base", step=30, tokenizer=golden_tokenizer, meta=settings) / "step_000030"
+    folder = save_checkpoint(tiny_gpt(), "sft", step=5, meta=settings | {"base": str(parent)}) / "step_000005"
+    save_numbers("chat_eval_sft", {"model": str(folder), "GSM8K": 0.25, "GSM8K, interval": "0.2000 to 0.3000"})
+    save_numbers("base_eval", {"model": "another model", "CORE": 0.9})
+    export.main(["--out", str(tmp_path / "hf")])
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "| pretraining | 30 | 30K | unknown | matrix_lr 0.02 |" in card
+    assert "| fine-tuning | 5 | 5K | unknown | matrix_lr 0.02 |" in card
+    assert "| GSM8K | 0.2500 |" in card and "| GSM8K, interval | 0.2000 to 0.3000 |" in card
+    assert "CORE |" not in card and "trust_remote_code=True" in card and "| total | " in card
+
+
+def test_code_of_the_model_card_runs(exported, monkeypatch, capsys):
+    card = (exported[1] / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(exported[1])
+    exec(code, {})  # noqa: S102
+    assert capsys.readouterr().out
 
 
 # ---- the tokenizer ----

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from nanochat.export.common import Format, Source
 from nanochat.export.hf_tokenizer import write_tokenizer
+from nanochat.export.model_card import model_card
 from nanochat.gpt import ADDITIONS, NORM_EPS, GPTConfig
 from nanochat.recipe import load_hyperparameters
 
@@ -95,6 +96,8 @@ def write(source: Source, folder: Path) -> None:
     if not is_classic(source.config):
         for file in MODEL_FILES:
             shutil.copy(file, folder)
+    card = model_card(source, needs_code=not is_classic(source.config))
+    (folder / "README.md").write_text(card, encoding="utf-8")
     write_weights(source, folder)
 
 
