@@ -6,7 +6,7 @@ limits, licence, and code to run. Scores are those that base_eval and chat_eval 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,6 @@ def limits(source: Source) -> str:
     return "\n".join(lines)
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     """A table in Markdown."""
     return ["| " + " | ".join(row) + " |" for row in (header, tuple("---" for _ in header), *rows)]
