@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint_manager import Checkpoint
-from nanochat.common import human
+from nanochat.common import duration, human
 from nanochat.costs import param_counts
 from nanochat.export.common import Source
 from nanochat.gpt import ADDITIONS, GPTConfig
@@ -127,10 +127,10 @@ def training(source: Source) -> str:
         state, settings = meta.get("train_state", {}), meta.get("settings", {})
         step, batch = meta.get("step", 0), settings.get("total_batch_size", 0)
         tokens = human(step * batch) if batch else "unknown"
-        hours = f"{state['seconds'] / 3600:.2f}" if state.get("seconds") else "unknown"
+        time = duration(state["seconds"]) if state.get("seconds") else "unknown"
         rates = ", ".join(f"{name} {value:g}" for name, value in settings.items() if name.endswith("_lr"))
-        rows.append((STAGE_NAMES[stage], f"{step:,}", tokens, hours, rates or "unknown"))
-    text = ["## Training", "", *table(("stage", "steps", "tokens", "hours", "learning rates"), rows)]
+        rows.append((STAGE_NAMES[stage], f"{step:,}", tokens, time, rates or "unknown"))
+    text = ["## Training", "", *table(("stage", "steps", "tokens", "time", "learning rates"), rows)]
     imported = [meta["imported_from"] for _, meta in stages if "imported_from" in meta]
     if imported:
         text += ["", f"Imported from {imported[0]}, where it was trained."]
