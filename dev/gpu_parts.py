@@ -493,7 +493,9 @@ def two_models(check: Check) -> None:
         request = Request([tokenizer.bos, *range(client + 1)], max_tokens=8 + client, seed=client)
         handle = service.submit(model, [request], client=f"client {client}")
         try:
-            return sum([sum(event.token is not None for event in events) async for events in handle.batches()])
+            async for _ in handle.updates():
+                pass
+            return len(handle.generations[0].tokens)
         finally:
             handle.close()
 

@@ -213,7 +213,6 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.service = service
         self.shutdown_seconds = shutdown_seconds
-        self.shutdown_task: asyncio.Task[None] | None = None  # held, as the loop keeps only weak references to tasks
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self.loop = asyncio.get_running_loop()
@@ -224,13 +223,11 @@ class Server(uvicorn.Server):
             self.service.deadline = 0
         else:
             self.service.is_stopping = True
-            self.loop.call_soon_threadsafe(self._start_shutdown)
-
-    def _start_shutdown(self) -> None:
-        print("stopping after the running completions; press Ctrl-C again to stop at once", flush=True)
-        self.shutdown_task = self.loop.create_task(self._shut_down())
+            # Kept, because the loop has only a weak reference to the task.
+            self.shutdown_task = asyncio.run_coroutine_threadsafe(self._shut_down(), self.loop)
 
     async def _shut_down(self) -> None:
+        print("stopping after the running completions; press Ctrl-C again to stop at once", flush=True)
         await self.service.stop(self.shutdown_seconds)
         self.should_exit = True
 

@@ -330,7 +330,9 @@ def serve(models, num_requests=20):
     async def ask(service, model, client):
         handle = service.submit(model, [Request([1, 2, 3, client], max_tokens=4 + client, seed=client)], str(client))
         try:
-            return sum([sum(event.token is not None for event in events) async for events in handle.batches()])
+            async for _ in handle.updates():
+                pass
+            return len(handle.generations[0].tokens)
         finally:
             handle.close()
 

@@ -20,7 +20,7 @@ from scripts.chat_web import make_engine
 
 
 def generation(client):
-    return Generation(Request([1]), SimpleNamespace(client=client), 0)
+    return Generation(Request([1]), SimpleNamespace(client=client))
 
 
 def fill(queue, clients):
@@ -44,9 +44,9 @@ def clients_in_order(clients, slots):
     queue = queue_of(100, slots)
     fill(queue, clients)
     running, order = [], ""
-    while queue.num_waiting:
+    while queue.waiting:
         taken = queue.take(0, len(running))
-        order += "".join(each.handle.client for each in taken)
+        order += "".join(each.client for each in taken)
         running += taken
         queue.release(running.pop(0))
     return order
@@ -73,10 +73,10 @@ def test_fair_queue_when_full_evicts_the_newest_of_the_heaviest_client():
     with pytest.raises(QueueFull, match="all 1 slots and 4 queue entries are taken"):
         queue.put([generation("a")])
     assert queue.put([generation("b")]) == [heavy[-1]]
-    assert queue.num_waiting == 5
+    assert len(queue.waiting) == 5
     with pytest.raises(QueueFull):
         queue.put([generation("b"), generation("b"), generation("b")])  # would have more than the other
-    assert queue.num_waiting == 5
+    assert len(queue.waiting) == 5
     with pytest.raises(QueueFull):
         FairQueue(0).put([generation("a")])
 
@@ -105,10 +105,12 @@ def test_fair_queue_shares_the_load_among_engines():
 
 
 async def collect(handle):
-    """The tokens of a response, and the indices of the engines that generated them."""
-    events = [event async for batch in handle.batches() for event in batch]
+    """The tokens of a response with one generation, and the index of the engine that generated them."""
+    async for _ in handle.updates():
+        pass
     handle.close()
-    return [event.token for event in events if event.token is not None], {event.engine_index for event in events}
+    (generation,) = handle.generations
+    return generation.tokens, generation.engine_index
 
 
 def test_service_with_two_engines_generates_what_one_engine_does(golden_tokenizer):
@@ -135,8 +137,7 @@ def test_service_with_two_engines_generates_what_one_engine_does(golden_tokenize
     service = Service([ServedModel("m", golden_tokenizer, model.config, make_engines=make_engines, queue_size=100)])
     results = asyncio.run(main())
     assert [tokens for tokens, _ in results] == expected
-    assert all(len(devices) == 1 for _, devices in results)
-    assert {0, 1} == set().union(*(devices for _, devices in results))
+    assert {index for _, index in results} == {0, 1}
     stats = service.stats()
     assert stats["tokens"] == sum(map(len, expected)) == sum(device["tokens"] for device in stats["devices"])
     assert not any("engine" in thread.name for thread in threading.enumerate())
@@ -176,4 +177,4 @@ def test_engines_of_one_process_capture_their_graphs_at_the_same_time(num_models
     results = asyncio.run(main())
     assert [len(tokens) for tokens, _ in results] == [request.max_tokens for request in requests]
     assert service.outcomes["length"] == len(requests)
-    assert set().union(*(devices for _, devices in results)) == set(range(num_devices))
+    assert {index for _, index in results} == set(range(num_devices))

@@ -7,7 +7,7 @@ The chat API: request bodies become engine requests, and token events become res
     GET  /v1/models
 
 Data flow, top to bottom in this file: body (validated by pydantic) → prompt token ids → engine.Request → Service.submit
-→ TokenEvents → JSON or server-sent events. Prompts and responses are never logged here.
+→ tokens of the generations → JSON or server-sent events. Prompts and responses are never logged here.
 """
 
 import json
@@ -15,7 +15,7 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -31,7 +31,7 @@ from nanochat import engine
 from nanochat.common import UserError
 from nanochat.conversation import PartReader, render_to_fit
 from nanochat.serve import scheduler
-from nanochat.serve.scheduler import ResponseHandle, ServedModel, Service, TokenEvent
+from nanochat.serve.scheduler import Generation, ResponseHandle, ServedModel, Service
 from nanochat.tokenizer import Tokenizer
 
 MAX_MESSAGES = 500
@@ -45,6 +45,11 @@ MAX_STOP_CHARACTERS = 200  # heuristic, not tuned
 MAX_COMPLETIONS = 16  # per call: n times the number of prompts; heuristic, not tuned
 RETRY_SECONDS = 5  # value of Retry-After; heuristic, not tuned
 NO_STORE = {"Cache-Control": "no-store"}
+HTTP_MESSAGES = {  # of errors that Starlette and FastAPI raise, by status
+    400: "the body is not valid JSON",
+    404: "not found: there is nothing at this path",
+    405: "method not allowed at this path",
+}
 Headers = Mapping[str, str] | None
 # If a field allows several types, the path of a pydantic error contains the name of a type ("str", "list[int]"). This
 # matches such names, so that messages can leave them out.
@@ -94,11 +99,6 @@ class SamplingOptions(BaseModel):
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
 
-    def engine_request(self, defaults: engine.Request) -> engine.Request:
-        """Returns `defaults`, changed by the parameters of the body. Without a seed in the body, the seed is random."""
-        given = self.model_dump(include={"temperature", "top_k", "top_p", "max_tokens", "seed"}, exclude_none=True)
-        return replace(defaults, **{"seed": secrets.randbits(32), **given})
-
 
 class NativeBody(SamplingOptions):
     """Body of the page's endpoint. Rejects unknown fields, which are most likely misspelt."""
@@ -147,32 +147,48 @@ class ChatBody(OpenAIBody):
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)  # the newer name of max_tokens
     logprobs: bool | None = None
 
-    def engine_request(self, defaults: engine.Request) -> engine.Request:
-        request = super().engine_request(defaults)
-        max_tokens = self.max_completion_tokens or request.max_tokens
-        return replace(request, max_tokens=max_tokens, logprobs=bool(self.logprobs))
-
 
 class CompletionBody(OpenAIBody):
     prompt: str | TokenIds | Annotated[list[str], FIRST_ERROR] | Annotated[list[TokenIds], FIRST_ERROR]
     logprobs: Literal[0] | None = None  # number of alternatives per token: only the token itself is supported
 
-    def engine_request(self, defaults: engine.Request) -> engine.Request:
-        return replace(super().engine_request(defaults), logprobs=self.logprobs is not None)
 
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        is_many = isinstance(self.prompt, list) and any(isinstance(item, str | list) for item in self.prompt)
-        return self.prompt if is_many else [self.prompt]  # type: ignore[list-item, return-value]
+Body = NativeBody | ChatBody | CompletionBody
 
 
-# ---- bodies to token ids and engine requests ----
+# ---- bodies to engine requests ----
+
+
+def engine_requests(body: Body, model: ServedModel, defaults: engine.Request) -> tuple[list[engine.Request], int]:
+    """
+    Returns n requests per prompt, with consecutive seeds so that their completions differ, and how many messages were
+    dropped from the prompt. Parameters that the body omits are those of `defaults`, except the seed, which is random.
+    Raises ApiError or UserError for a body that is not valid.
+    """
+    given = body.model_dump(include={"temperature", "top_k", "top_p", "max_tokens", "seed"}, exclude_none=True)
+    given = {"seed": secrets.randbits(32)} | given
+    n = 1
+    num_dropped = 0
+    if isinstance(body, OpenAIBody):
+        n = body.n or 1
+        given["logprobs"] = body.logprobs is not None and body.logprobs is not False  # CompletionBody: 0 means yes
+    if isinstance(body, ChatBody) and body.max_completion_tokens:
+        given["max_tokens"] = body.max_completion_tokens
+    template = replace(defaults, **given)
+    if isinstance(body, CompletionBody):
+        prompts = completion_prompts(body.prompt, model.tokenizer)
+    else:
+        prompt, num_dropped = chat_prompt(body.messages, model, template.max_tokens)
+        prompts = [prompt]
+    if n * len(prompts) > MAX_COMPLETIONS:
+        raise ApiError(400, f"{n} x {len(prompts)} completions: {MAX_COMPLETIONS} are allowed per call", "n")
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+    return [replace(template, prompt=p, seed=template.seed + i) for i, p in enumerate(repeated)], num_dropped
 
 
 def chat_prompt(messages: Sequence[Message], model: ServedModel, max_tokens: int) -> tuple[list[int], int]:
     """
-    Returns the prompt's token ids and how many of the oldest messages were dropped to fit the context. Raises ApiError
-    or UserError for messages that are not valid.
+    Returns the prompt's token ids and how many of the oldest messages were dropped to fit the context.
 
     OpenAI's variants are mapped to nanochat's conversations: the role "developer" becomes "system", and lists of text
     parts become strings, except the assistant's, whose parts may be tool calls.
@@ -194,24 +210,17 @@ def chat_prompt(messages: Sequence[Message], model: ServedModel, max_tokens: int
     return render_to_fit({"messages": conversation}, model.tokenizer, model.config.sequence_len, max_tokens)
 
 
-def completion_prompts(prompts: Sequence[str | list[int]], tokenizer: Tokenizer) -> list[list[int]]:
-    """Returns the token ids of prompts that are text or token ids."""
-    _check_total(sum(len(prompt) for prompt in prompts if isinstance(prompt, str)), "prompt")
-    return [[tokenizer.bos, *tokenizer.encode(p)] if isinstance(p, str) else p for p in prompts]
+def completion_prompts(prompt: Any, tokenizer: Tokenizer) -> list[list[int]]:
+    """Returns the token ids of one or several prompts that are text or token ids."""
+    is_many = isinstance(prompt, list) and any(isinstance(item, str | list) for item in prompt)
+    prompts = prompt if is_many else [prompt]
+    _check_total(sum(len(each) for each in prompts if isinstance(each, str)), "prompt")
+    return [[tokenizer.bos, *tokenizer.encode(each)] if isinstance(each, str) else each for each in prompts]
 
 
 def _check_total(num_characters: int, field: str) -> None:
     if num_characters > MAX_TOTAL_CHARACTERS:
         raise ApiError(400, f"{num_characters} characters in the {field}: {MAX_TOTAL_CHARACTERS} are allowed", field)
-
-
-def expand(template: engine.Request, prompts: Sequence[list[int]], n: int | None) -> list[engine.Request]:
-    """Returns n requests per prompt, with consecutive seeds so that their completions differ."""
-    n = n or 1
-    if n * len(prompts) > MAX_COMPLETIONS:
-        raise ApiError(400, f"{n} x {len(prompts)} completions: {MAX_COMPLETIONS} are allowed per call", "n")
-    repeated = [prompt for prompt in prompts for _ in range(n)]
-    return [replace(template, prompt=prompt, seed=template.seed + i) for i, prompt in enumerate(repeated)]
 
 
 # ---- endpoints ----
@@ -248,28 +257,23 @@ class ChatApi:
         app.add_api_route("/v1/models/{name}", self.model, methods=["GET"])
 
     async def native(self, body: NativeBody, request: Request, stack: HandleStack) -> Response:
-        handle, num_dropped = self._submit_chat(body, 1, request, stack)
-        return await event_stream(native_events(handle, num_dropped))
+        handle, num_dropped = self._submit(body, request, stack)
+        return await event_stream(handle, native_events(handle, num_dropped))
 
     async def chat_completions(self, body: ChatBody, request: Request, stack: HandleStack) -> Response:
-        handle, num_dropped = self._submit_chat(body, body.n, request, stack)
+        handle, num_dropped = self._submit(body, request, stack)
         return await ResponseBuilder(body, handle).response({"X-Dropped-Messages": str(num_dropped)})
 
-    def _submit_chat(
-        self, body: NativeBody | ChatBody, n: int | None, request: Request, stack: ExitStack
-    ) -> tuple[ResponseHandle, int]:
-        """Returns the handle, and the number of messages that were dropped from the prompt."""
-        model = self._find_model(body.model)
-        template = body.engine_request(self.defaults)
-        prompt, num_dropped = chat_prompt(body.messages, model, template.max_tokens)
-        return self._submit(model, expand(template, [prompt], n), request, stack), num_dropped
-
     async def completions(self, body: CompletionBody, request: Request, stack: HandleStack) -> Response:
-        model = self._find_model(body.model)
-        prompts = completion_prompts(body.prompts, model.tokenizer)
-        requests = expand(body.engine_request(self.defaults), prompts, body.n)
-        handle = self._submit(model, requests, request, stack)
+        handle, _ = self._submit(body, request, stack)
         return await ResponseBuilder(body, handle).response({})
+
+    def _submit(self, body: Body, request: Request, stack: ExitStack) -> tuple[ResponseHandle, int]:
+        """Returns the handle, which `stack` closes, and how many messages were dropped from the prompt."""
+        model = self._find_model(body.model)
+        requests, num_dropped = engine_requests(body, model, self.defaults)
+        client = request.client.host if request.client else ""  # the fair queue counts requests per address
+        return stack.enter_context(closing(self.service.submit(model, requests, client))), num_dropped
 
     async def models(self) -> Response:
         return json_response({"object": "list", "data": [describe(model) for model in self.service.models.values()]})
@@ -286,12 +290,6 @@ class ChatApi:
             raise ApiError(404, message, "model", code="model_not_found")
         return models[name]
 
-    def _submit(
-        self, model: ServedModel, requests: list[engine.Request], request: Request, stack: ExitStack
-    ) -> ResponseHandle:
-        client = request.client.host if request.client else ""  # the fair queue counts requests per address
-        return stack.enter_context(closing(self.service.submit(model, requests, client)))
-
 
 def describe(model: ServedModel) -> dict[str, Any]:
     head = {"id": model.name, "object": "model", "created": int(model.created), "owned_by": "nanochat"}
@@ -306,19 +304,20 @@ async def native_events(handle: ResponseHandle, num_dropped: int) -> AsyncIterat
     Yields the events of a single completion, one or more at a time: {"token", "gpu"} and, within tool calls, "part";
     at the end the finish reason, the numbers of tokens and the number of messages that were dropped from the prompt.
     """
+    (generation,) = handle.generations
     reader = PartReader(handle.model.tokenizer)
-    async for events in handle.batches():
+    num_read = 0
+    async for _ in handle.updates():
         chunk = b""
-        for event in events:
-            if event.token is None:
-                request, tokens = event.generation.request, event.generation.tokens
-                counts = {"prompt_tokens": len(request.prompt), "dropped": num_dropped, "tokens": len(tokens)}
-                chunk += sse({"done": True, "finish_reason": event.finish} | counts)
-                continue
-            kind, text = reader.read(event.token)
+        for token in generation.tokens[num_read:]:
+            kind, text = reader.read(token)
             if text:
                 part = {} if kind == "text" else {"part": kind}
-                chunk += sse({"token": text, "gpu": event.engine_index} | part)
+                chunk += sse({"token": text, "gpu": generation.engine_index} | part)
+        num_read = len(generation.tokens)
+        if generation.finish:
+            counts = {"prompt_tokens": len(generation.request.prompt), "dropped": num_dropped, "tokens": num_read}
+            chunk += sse({"done": True, "finish_reason": generation.finish} | counts)
         if chunk:
             yield chunk
 
@@ -329,33 +328,39 @@ async def native_events(handle: ResponseHandle, num_dropped: int) -> AsyncIterat
 class CompletionText:
     """The text of one completion: whole characters only, without tool calls, cut before the first stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
+    def __init__(self, generation: Generation, tokenizer: Tokenizer, stops: Sequence[str]):
+        self.generation = generation
         self.tokenizer = tokenizer
         self.stops = stops
         self.reader = PartReader(tokenizer)
+        self.num_tokens = 0  # read so far
         self.text = ""
         self.num_sent = 0  # characters
-        self.num_tokens = 0
         self.finish = ""
         # Log-probabilities of the tokens that are not sent yet, each with the position in the text where it starts.
         self.unsent_logprobs: list[tuple[int, dict[str, Any]]] = []
 
-    def add(self, event: TokenEvent) -> None:
-        """Adds a token, or the end; ignores what comes after a stop string."""
+    def update(self) -> None:
+        """Reads the new tokens of the generation, and stops it at a stop string."""
+        generation = self.generation
+        while self.num_tokens < len(generation.tokens) and not self.finish:
+            logprob = generation.logprobs[self.num_tokens] if generation.logprobs else 0.0
+            self._add(generation.tokens[self.num_tokens], logprob)
+            self.num_tokens += 1
         if self.finish:
-            return
-        if event.token is None:
-            self.finish = "length" if event.finish == "context" else event.finish
-            return
-        self.num_tokens += 1
-        kind, text = self.reader.read(event.token)
-        is_special = event.token >= self.tokenizer.bos  # special tokens have the highest ids, bos is the first of them
+            generation.stop(self.finish)
+        else:
+            self.finish = "length" if generation.finish == "context" else generation.finish
+
+    def _add(self, token: int, logprob: float) -> None:
+        kind, text = self.reader.read(token)
+        is_special = token >= self.tokenizer.bos  # special tokens have the highest ids, bos is the first of them
         if kind != "text" or is_special:
             return
         start = len(self.text)
-        token_bytes = self.tokenizer.decode_bytes([event.token])
-        token = {"token": token_bytes.decode(errors="replace"), "logprob": event.logprob, "bytes": list(token_bytes)}
-        self.unsent_logprobs.append((start, token | {"top_logprobs": []}))
+        token_bytes = self.tokenizer.decode_bytes([token])
+        entry = {"token": token_bytes.decode(errors="replace"), "logprob": logprob, "bytes": list(token_bytes)}
+        self.unsent_logprobs.append((start, entry | {"top_logprobs": []}))
         self.text += text
         # A stop string that has just become complete ends within the new text.
         positions = [self.text.find(stop, max(0, start - len(stop) + 1)) for stop in self.stops]
@@ -393,7 +398,9 @@ class ResponseBuilder:
         self.body = body
         self.handle = handle
         self.is_chat = isinstance(body, ChatBody)
-        self.texts = [CompletionText(handle.model.tokenizer, body.stops) for _ in handle.generations]
+        self.texts = [
+            CompletionText(generation, handle.model.tokenizer, body.stops) for generation in handle.generations
+        ]
         self.head = {
             "id": ("chatcmpl-" if self.is_chat else "cmpl-") + uuid.uuid4().hex,
             "object": "chat.completion" if self.is_chat else "text_completion",
@@ -403,9 +410,10 @@ class ResponseBuilder:
 
     async def response(self, headers: dict[str, str]) -> Response:
         if self.body.stream:
-            return await event_stream(self._events(), headers)
-        async for events in self.handle.batches():
-            self._add(events)
+            return await event_stream(self.handle, self._events(), headers)
+        async for _ in self.handle.updates():
+            for completion in self.texts:
+                completion.update()
         choices = []
         for i, completion in enumerate(self.texts):
             text, logprobs = completion.take()
@@ -421,27 +429,21 @@ class ResponseBuilder:
         if self.is_chat:
             head["object"] = "chat.completion.chunk"
             choices = [self._choice(i, "delta", {"role": "assistant", "content": ""}) for i in range(len(self.texts))]
-        async for events in self.handle.batches():
-            self._add(events)
-            for i in dict.fromkeys(event.generation.index for event in events):
-                completion = self.texts[i]
+        unfinished = dict(enumerate(self.texts))
+        async for _ in self.handle.updates():
+            for i, completion in list(unfinished.items()):
+                completion.update()
                 text, logprobs = completion.take()
                 if text:
                     choices.append(self._choice(i, "delta", {"content": text}, logprobs))
                 if completion.finish:
                     choices.append(self._choice(i, "delta", {}, finish=completion.finish))
+                    del unfinished[i]
             if choices:
                 yield b"".join(sse(head | {"choices": [choice]}) for choice in choices)
                 choices = []
         usage = sse(head | {"choices": [], "usage": self._usage()}) if includes_usage else b""
         yield usage + b"data: [DONE]\n\n"
-
-    def _add(self, events: list[TokenEvent]) -> None:
-        for event in events:
-            i = event.generation.index
-            self.texts[i].add(event)
-            if self.texts[i].finish:
-                self.handle.stop(i, self.texts[i].finish)  # there are no more events after this batch
 
     def _choice(
         self, i: int, field: str, message: dict[str, Any], logprobs: Any = None, finish: str | None = None
@@ -465,8 +467,7 @@ class ResponseBuilder:
 
     def _usage(self) -> dict[str, int]:
         n = self.body.n or 1  # completions per prompt; a prompt counts once
-        prompts = [generation.request.prompt for generation in self.handle.generations[::n]]
-        num_read = sum(map(len, prompts))
+        num_read = sum(len(generation.request.prompt) for generation in self.handle.generations[::n])
         num_generated = sum(completion.num_tokens for completion in self.texts)
         return {"prompt_tokens": num_read, "completion_tokens": num_generated, "total_tokens": num_read + num_generated}
 
@@ -489,24 +490,23 @@ def sse(data: Any) -> bytes:
     return b"data: " + to_json(data) + b"\n\n"
 
 
-async def event_stream(chunks: AsyncIterator[bytes], headers: Headers = None) -> Response:
+async def event_stream(handle: ResponseHandle, chunks: AsyncIterator[bytes], headers: Headers = None) -> Response:
     """
-    Waits for the first chunk, so that a failure before it becomes a response with its own HTTP status. A later failure
+    Waits for the first token, so that a failure before it becomes a response with its own HTTP status. A later failure
     is sent as an event.
     """
-    first = await anext(chunks)
-
-    async def all_chunks() -> AsyncIterator[bytes]:
-        yield first
-        try:
-            async for chunk in chunks:
-                yield chunk
-        except (scheduler.GenerationFailed, scheduler.Unavailable) as error:
-            yield sse({"error": str(error)})
-
+    await handle.started()
     # X-Accel-Buffering: nginx must not collect the events before it passes them on.
     all_headers = NO_STORE | {"X-Accel-Buffering": "no"} | dict(headers or {})
-    return StreamingResponse(all_chunks(), headers=all_headers, media_type="text/event-stream")
+    return StreamingResponse(_with_failure(chunks), headers=all_headers, media_type="text/event-stream")
+
+
+async def _with_failure(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in chunks:
+            yield chunk
+    except scheduler.FAILURES as error:
+        yield sse({"error": str(error)})
 
 
 class ApiError(HTTPException):
@@ -529,34 +529,33 @@ class ApiError(HTTPException):
 def add_error_handlers(app: FastAPI) -> None:
     """Sends every exception as an ApiError."""
 
-    def handle(kind: type[Exception], to_api_error: Callable[[Any], ApiError]) -> None:
-        async def handler(request: Request, error: Exception) -> Response:
-            return to_api_error(error).response()
+    async def handler(request: Request, error: Exception) -> Response:
+        return to_api_error(error).response()
 
+    for kind in (HTTPException, RequestValidationError, UserError, *scheduler.FAILURES, Exception):
         app.add_exception_handler(kind, handler)
 
-    handle(ApiError, lambda error: error)
-    handle(UserError, lambda error: ApiError(400, str(error)))
-    handle(RequestValidationError, _from_validation_error)
-    handle(scheduler.QueueFull, lambda error: _retry_later(429, error, "queue_full"))
-    handle(scheduler.Unavailable, lambda error: _retry_later(503, error, "not_ready"))
-    handle(scheduler.GenerationFailed, lambda error: ApiError(500, str(error)))
-    handle(HTTPException, _from_http_exception)
-    handle(Exception, lambda error: ApiError(500, "internal error: see the server's log"))
 
-
-def _retry_later(status: int, error: Exception, code: str) -> ApiError:
-    headers = {"Retry-After": str(RETRY_SECONDS)}
-    return ApiError(status, f"{error}; try again in {RETRY_SECONDS} s", code=code, headers=headers)
-
-
-def _from_http_exception(error: HTTPException) -> ApiError:
-    messages = {
-        400: "the body is not valid JSON",
-        404: "not found: there is nothing at this path",
-        405: "method not allowed at this path",
-    }
-    return ApiError(error.status_code, messages.get(error.status_code, error.detail), headers=error.headers)
+def to_api_error(error: Exception) -> ApiError:
+    """Returns the error that a client gets for an exception."""
+    retry = {"Retry-After": str(RETRY_SECONDS)}
+    match error:
+        case ApiError():
+            return error
+        case UserError():
+            return ApiError(400, str(error))
+        case RequestValidationError():
+            return _from_validation_error(error)
+        case scheduler.QueueFull():
+            return ApiError(429, f"{error}; try again in {RETRY_SECONDS} s", code="queue_full", headers=retry)
+        case scheduler.Unavailable():
+            return ApiError(503, f"{error}; try again in {RETRY_SECONDS} s", code="not_ready", headers=retry)
+        case scheduler.GenerationFailed():
+            return ApiError(500, str(error))
+        case HTTPException():
+            message = HTTP_MESSAGES.get(error.status_code, error.detail)
+            return ApiError(error.status_code, message, headers=error.headers)
+    return ApiError(500, "internal error: see the server's log")
 
 
 def _from_validation_error(error: RequestValidationError) -> ApiError:

@@ -4,13 +4,14 @@ Request scheduler: a bounded fair queue per model and one thread per engine. It 
     service = Service([ServedModel("sft", tokenizer, config, make_engines=[make_engine], queue_size=128)])
     service.start()                                        # needs a running event loop
     handle = service.submit(service.models["sft"], [Request(prompt)], client="10.0.0.7")
-    async for events in handle.batches(): …
+    async for _ in handle.updates():
+        print(handle.generations[0].tokens)
     handle.close()                                         # always: frees the slots and queue entries
 
 `submit` validates the requests and puts one Generation per request into the model's FairQueue. An EngineThread takes
 generations from the queue, adds them to its engine and steps it (continuous batching: they join and leave between any
-two steps). After each step it passes the TokenEvents to the event loop in a single call, and the loop hands them to the
-ResponseHandles.
+two steps). After each step it passes the new tokens to the event loop in a single call, which appends them to the
+generations and wakes the readers of `updates`.
 
 Threads: FairQueue is shared and has a lock, EngineThread.run is the engine's thread, and everything else runs in the
 thread of the event loop.
@@ -27,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanochat.common import UserError
-from nanochat.engine import Engine, Event, Request
+from nanochat.engine import Engine, Request
 from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import Tokenizer
 
@@ -42,6 +43,8 @@ OUTCOMES = ("stop", "length", "context", "cancelled", "failed", "refused")
 class Unavailable(Exception):
     """The model takes no requests: it is loading, shutting down, or its engines have failed for good."""
 
+    outcome = "refused"
+
 
 class QueueFull(Unavailable):
     """There is no room in the queue."""
@@ -50,6 +53,11 @@ class QueueFull(Unavailable):
 class GenerationFailed(Exception):
     """The engine failed during this request, or the server shut down before its end."""
 
+    outcome = "failed"
+
+
+FAILURES = (Unavailable, GenerationFailed)  # the exceptions that a response can end with
+
 
 @dataclass(eq=False)
 class Generation:
@@ -57,21 +65,26 @@ class Generation:
 
     request: Request
     handle: "ResponseHandle"
-    index: int
-    is_cancelled: bool = False  # read by the engine's thread before each step
     tokens: list[int] = field(default_factory=list)
-    finish: str = ""  # one of OUTCOMES once it has ended
+    logprobs: list[float] = field(default_factory=list)  # of the tokens in nats, if the request asks for them
+    # One of OUTCOMES once it has ended. The engine's thread reads it before each step, to cancel what was stopped.
+    finish: str = ""
+    engine_index: int = -1  # set when an engine takes it
+    num_delivered: int = 0  # tokens that the engine's thread has passed on
+
+    @property
+    def client(self) -> str:
+        return self.handle.client
+
+    def stop(self, finish: str) -> None:
+        """Ends it early. Its queue entry is free at once, its slot after the engine's current step."""
+        if not self.finish:
+            self.finish = finish
+            self.handle.model.queue.remove(self)
 
 
-@dataclass(slots=True)
-class TokenEvent:
-    """One new token of a generation, or its end."""
-
-    generation: Generation
-    token: int | None  # None: the generation has ended
-    engine_index: int
-    logprob: float = 0.0  # of the token in nats, if the request asks for it
-    finish: str = ""  # at the end: the reason, as in engine.Completion
+# The result of a step for one generation: its new tokens, their log-probabilities, and the finish reason at its end.
+Update = tuple[Generation, list[int], list[float], str]
 
 
 class ResponseHandle:
@@ -81,64 +94,56 @@ class ResponseHandle:
         self.service = service
         self.model = model
         self.client = client
-        self.generations = [Generation(request, self, index) for index, request in enumerate(requests)]
-        self.error: Exception | None = None
+        self.generations = [Generation(request, self) for request in requests]
+        self.error: Unavailable | GenerationFailed | None = None
         self.start_time = time.perf_counter()  # seconds
         self.first_token_time = 0.0  # 0 = there is no token yet
-        self._pending: list[TokenEvent] = []
         self._wake = asyncio.Event()
 
-    async def batches(self) -> AsyncIterator[list[TokenEvent]]:
+    async def started(self) -> None:
+        """Waits for the first token. Raises Unavailable or GenerationFailed if the response fails before it."""
+        await self._wake.wait()
+        if self.error:
+            raise self.error
+
+    async def updates(self) -> AsyncIterator[None]:
         """
-        Yields the events since the last batch, in order; a slow reader gets larger batches. If the response fails,
-        yields the events before the failure and then raises Unavailable or GenerationFailed.
+        Yields whenever the generations have new tokens or ends. If the response fails, yields once more, for the tokens
+        before the failure, and then raises Unavailable or GenerationFailed.
         """
-        while self._pending or not all(generation.finish for generation in self.generations):
+        while self._wake.is_set() or not all(generation.finish for generation in self.generations):
             await self._wake.wait()
             self._wake.clear()
-            events, self._pending = self._pending, []
-            if events:
-                yield events
-            if self.error:
-                raise self.error
+            error = self.error
+            yield
+            if error:
+                raise error
 
-    def deliver(self, event: TokenEvent) -> None:
-        """Records an event and wakes the reader."""
-        generation = event.generation
-        if generation.is_cancelled:
+    def deliver(self, generation: Generation, tokens: list[int], logprobs: list[float], finish: str) -> None:
+        """Adds the result of a step and wakes the reader; does nothing if the generation was stopped."""
+        if generation.finish:
             return
-        if event.token is not None:
-            generation.tokens.append(event.token)
-            self.first_token_time = self.first_token_time or time.perf_counter()
-        generation.finish = event.finish
-        self._pending.append(event)
+        generation.tokens += tokens
+        generation.logprobs += logprobs
+        generation.finish = finish
+        if tokens and not self.first_token_time:
+            self.first_token_time = time.perf_counter()
         self._wake.set()
 
-    def fail(self, error: Exception) -> None:
-        """Makes `batches` raise this error."""
+    def fail(self, error: Unavailable | GenerationFailed) -> None:
+        """Makes `started` and `updates` raise this error."""
         self.error = error
         self._wake.set()
 
-    def stop(self, index: int, finish: str) -> None:
-        """Stops one generation early. Its queue entry is free at once, its slot after the engine's current step."""
-        generation = self.generations[index]
-        if not generation.finish:
-            generation.finish = finish
-            generation.is_cancelled = True
-            self.model.queue.remove(generation)
-
     def close(self) -> None:
         """Cancels unfinished generations and records all outcomes; idempotent."""
-        if self.error is None:
-            finish = "cancelled"
-        else:
-            finish = "refused" if isinstance(self.error, Unavailable) else "failed"
+        finish = self.error.outcome if self.error else "cancelled"
         for generation in self.generations:
-            self.stop(generation.index, finish)
+            generation.stop(finish)
         self.service.record(self)
 
 
-def fail_all(generations: Iterable[Generation], error: Exception) -> None:
+def fail_all(generations: Iterable[Generation], error: Unavailable | GenerationFailed) -> None:
     for generation in generations:
         generation.handle.fail(error)
 
@@ -153,14 +158,14 @@ class FairQueue:
     def __init__(self, size: int):
         self.size = size  # generations that may wait
         self.condition = threading.Condition()
-        self.waiting: dict[str, deque[Generation]] = {}  # by client, in the order of their last service or of joining
-        self.running: Counter[str] = Counter()  # generations with the engines, by client
+        self.waiting: list[Generation] = []  # by arrival, except that the ones of the client served last are at the end
+        self.running: list[Generation] = []  # with the engines
         self.slots: dict[int, int] = {}  # by index of the engines that are ready
         self.is_closed = False
 
     @property
-    def num_waiting(self) -> int:
-        return sum(map(len, self.waiting.values()))
+    def load(self) -> int:
+        return len(self.waiting) + len(self.running)
 
     @property
     def capacity(self) -> int:
@@ -173,18 +178,17 @@ class FairQueue:
         longest queue and returns them. If that would make the longest queue shorter than the one of the client that
         adds, nothing changes and QueueFull is raised.
         """
-        client = generations[0].handle.client
         with self.condition:
             evicted = []
-            excess = self.num_waiting + self.running.total() + len(generations) - self.capacity
+            excess = self.load + len(generations) - self.capacity
             if excess > 0:
-                longest = max(self.waiting.values(), key=len, default=deque[Generation]())
-                num_own = len(self.waiting.get(client, ())) + len(generations)
-                if len(longest) - excess < num_own:
+                num_waiting = Counter(generation.client for generation in self.waiting)
+                client, longest = max(num_waiting.items(), key=lambda item: item[1], default=("", 0))
+                if longest - excess < num_waiting[generations[0].client] + len(generations):
                     num_slots = sum(self.slots.values())
                     raise QueueFull(f"all {num_slots} slots and {self.size} queue entries are taken")
-                evicted = [longest.pop() for _ in range(excess)]
-            self.waiting.setdefault(client, deque()).extend(generations)
+                evicted = [generation for generation in self.waiting if generation.client == client][-excess:]
+            self.waiting = [generation for generation in self.waiting if generation not in evicted] + generations
             self.condition.notify_all()
         return evicted
 
@@ -195,9 +199,9 @@ class FairQueue:
         """
         with self.condition:
             while True:
-                share = math.ceil((self.num_waiting + self.running.total()) / len(self.slots))
+                share = math.ceil(self.load / len(self.slots))
                 room = min(share, self.slots[engine]) - num_held  # if negative, nothing is taken
-                generations = [self._pop_next() for _ in range(min(room, self.num_waiting))]
+                generations = [self._pop_next() for _ in range(min(room, len(self.waiting)))]
                 if generations or num_held:
                     return generations
                 if self.is_closed:
@@ -205,43 +209,37 @@ class FairQueue:
                 self.condition.wait()
 
     def _pop_next(self) -> Generation:
-        client = min(self.waiting, key=self.running.__getitem__)
-        generations = self.waiting.pop(client)
-        generation = generations.popleft()
-        if generations:
-            self.waiting[client] = generations  # now at the end of the dict: the client served last
-        self.running[client] += 1
+        num_running = Counter(generation.client for generation in self.running)
+        generation = min(self.waiting, key=lambda each: num_running[each.client])
+        self.waiting.remove(generation)
+        self.waiting.sort(key=lambda each: each.client == generation.client)  # stable: the others keep their order
+        self.running.append(generation)
         return generation
 
     def release(self, generation: Generation) -> None:
         """Notes that an engine no longer works on this generation."""
         with self.condition:
-            self.running[generation.handle.client] -= 1
-            self.running += Counter()  # += drops the clients whose count is zero
+            self.running.remove(generation)
 
     def remove(self, generation: Generation) -> None:
         """Removes a generation from the queue; does nothing if it is not waiting."""
-        client = generation.handle.client
         with self.condition:
-            if generation in self.waiting.get(client, ()):
-                self.waiting[client].remove(generation)
-                if not self.waiting[client]:
-                    del self.waiting[client]
+            if generation in self.waiting:
+                self.waiting.remove(generation)
 
     def set_slots(self, engine: int, num_slots: int) -> None:
         """Registers an engine that is ready; with 0 slots it is removed instead."""
         with self.condition:
-            if num_slots:
-                self.slots[engine] = num_slots
-            else:
-                self.slots.pop(engine, None)
+            self.slots[engine] = num_slots
+            if not num_slots:
+                del self.slots[engine]
             self.condition.notify_all()
 
     def clear(self) -> list[Generation]:
         """Empties the queue; returns what was waiting."""
         with self.condition:
-            generations = [generation for waiting in self.waiting.values() for generation in waiting]
-            self.waiting.clear()
+            generations = self.waiting
+            self.waiting = []
         return generations
 
     def close(self) -> None:
@@ -253,7 +251,7 @@ class FairQueue:
 
 class EngineThread(threading.Thread):
     """
-    Owns one engine: moves generations from the queue into it, steps it and reports the tokens. When a step fails, all
+    Owns one engine: moves generations from the queue into it, steps it and passes the tokens on. When a step fails, all
     generations of the engine fail. A new engine replaces it if it passes a health check of one token.
     """
 
@@ -265,10 +263,10 @@ class EngineThread(threading.Thread):
         self.generations: dict[int, Generation] = {}  # by their number in the engine
         self.state = "loading"  # or "ready", "failed"
         self.num_tokens = 0
-        self.tokens_by_second: deque[list[int]] = deque(maxlen=RATE_SECONDS + 1)  # [second, number of tokens]
+        self.tokens_by_second = deque([[0, 0]], maxlen=RATE_SECONDS + 1)  # [second, number of tokens]
 
     def start(self) -> None:
-        """Starts the thread; its events go to the running event loop."""
+        """Starts the thread; its results go to the running event loop."""
         self.loop = asyncio.get_running_loop()
         super().start()
 
@@ -281,11 +279,9 @@ class EngineThread(threading.Thread):
                 traceback.print_exc()
                 self.state = "loading"
                 self.queue.set_slots(self.index, 0)
-                generations = list(self.generations.values())
-                for number in list(self.generations):
-                    self._drop(number)
+                failed = [self._drop(number) for number in list(self.generations)]
                 message = f"the engine failed ({type(error).__name__}): try again, perhaps with a shorter text"
-                self._call_in_loop(fail_all, generations, GenerationFailed(message))
+                self._call_in_loop(fail_all, failed, GenerationFailed(message))
         self.state = "failed"
         if not self.queue.slots:
             unavailable = Unavailable("all engines of this model have failed: restart the server")
@@ -305,46 +301,49 @@ class EngineThread(threading.Thread):
 
     def _serve(self) -> None:
         """Steps the engine until the queue is closed."""
-        while True:
-            new = self.queue.take(self.index, len(self.generations))
-            if new is None:
-                return
+        while (new := self.queue.take(self.index, len(self.generations))) is not None:
             for generation in new:
+                generation.engine_index = self.index
                 self.generations[self.engine.add(generation.request)] = generation
             for number, generation in list(self.generations.items()):
-                if generation.is_cancelled:
+                if generation.finish:
                     self.engine.cancel(number)
                     self._drop(number)
-            if self.generations:
-                events = [self._to_token_event(event) for event in self.engine.step()]
-                if events:
-                    self._call_in_loop(self._deliver, events)
+            if updates := self._step():
+                self._call_in_loop(self._deliver, updates)
 
-    def _to_token_event(self, event: Event) -> TokenEvent:
-        number, token, completion = event
-        generation = self.generations[number]
-        if token is None:
-            self._drop(number)
-            return TokenEvent(generation, None, self.index, finish=completion.finish)
-        logprob = completion.logprobs[-1] if completion.logprobs else 0.0
-        return TokenEvent(generation, token, self.index, logprob=logprob)
+    def _step(self) -> list[Update]:
+        updates: list[Update] = []
+        completions = {number: completion for number, _, completion in self.engine.step()}
+        for number, completion in completions.items():
+            generation = self.generations[number]
+            # Copies, because the engine continues to change its lists.
+            stop = len(completion.tokens)
+            new = slice(generation.num_delivered, stop)
+            updates.append((generation, completion.tokens[new], completion.logprobs[new], completion.finish))
+            generation.num_delivered = stop
+            if completion.finish:
+                self._drop(number)
+        return updates
 
-    def _drop(self, number: int) -> None:
-        self.queue.release(self.generations.pop(number))
-
-    def _deliver(self, events: list[TokenEvent]) -> None:
-        num_tokens = sum(event.token is not None for event in events)
-        self.num_tokens += num_tokens
-        now = int(time.monotonic())
-        if not self.tokens_by_second or self.tokens_by_second[-1][0] < now:
-            self.tokens_by_second.append([now, 0])
-        self.tokens_by_second[-1][1] += num_tokens
-        for event in events:
-            event.generation.handle.deliver(event)
+    def _drop(self, number: int) -> Generation:
+        generation = self.generations.pop(number)
+        self.queue.release(generation)
+        return generation
 
     def _call_in_loop(self, callback: Callable[..., object], *arguments: object) -> None:
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(callback, *arguments)
+
+    def _deliver(self, updates: list[Update]) -> None:
+        num_tokens = sum(len(tokens) for _, tokens, _, _ in updates)
+        self.num_tokens += num_tokens
+        now = int(time.monotonic())
+        if self.tokens_by_second[-1][0] < now:
+            self.tokens_by_second.append([now, 0])
+        self.tokens_by_second[-1][1] += num_tokens
+        for update in updates:
+            update[0].handle.deliver(*update)
 
     def stats(self, uptime: float) -> dict[str, Any]:
         """The load and the tokens so far; tokens/s is the average of the last RATE_SECONDS. uptime: in seconds."""
@@ -470,7 +469,7 @@ class Service:
         return {
             "uptime_seconds": round(uptime, 1),
             "status": self.status,
-            "waiting": sum(model.queue.num_waiting for model in models),
+            "waiting": sum(len(model.queue.waiting) for model in models),
             **{name: sum(device[name] for device in devices) for name in summed},
             "prompt_tokens": self.num_prompt_tokens,
             "answers": dict(self.outcomes),  # completions by outcome
