@@ -1,8 +1,8 @@
 """
 The parts of the GPU check (gpu_check.py runs them): what only a GPU can show, in the order of their value.
 
-Each part is a function of a Check, to which it reports its numbers. A number stands beside its estimate, which was made
-without a GPU for an H100 in bfloat16; where there is none, what the sizes of the model or the data sheet give.
+Each part is a function of a Check, to which it reports its numbers. A number stands beside its estimate for an H100 in
+bfloat16 (estimates.py), or beside what the memory model predicts.
 """
 
 import asyncio
@@ -25,11 +25,13 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import estimates
 import torch
+from estimates import BANDWIDTH
 
 from nanochat import attention, fp8, hardware, primer, recipe
 from nanochat.common import seed_everything
-from nanochat.costs import GIB, TrainingSetup, decode_bytes, flops_per_token, training_memory
+from nanochat.costs import GIB, TrainingSetup, training_memory
 from nanochat.distributed import Dist
 from nanochat.engine import Engine, Prefill, Request
 from nanochat.gpt import GPT, GPTConfig, Linear
@@ -41,26 +43,7 @@ from nanochat.train import Step, Stopped, Trainer, TrainState, token_loss
 from scripts.bench import infer
 
 ROOT = Path(__file__).resolve().parent.parent
-BANDWIDTH = 2.8e12  # bytes/s and FLOP/s that the estimates assume of an H100
-MATMUL_RATE = 570e12
 IS_NULL_GPU = "NULLGPU" in os.environ  # its kernels do nothing, so numbers mean nothing there
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """ms of a micro-batch by kind of kernel. The rest: norms, rotary, relu², loss, tables, casts, gradient sums."""
-
-    rows: int
-    products: float
-    attention: float
-    rest: float
-
-    @property
-    def total(self) -> float:
-        return self.products + self.attention + self.rest
-
-
-TRAINING = {12: Estimate(32, 83, 21, 41), 24: Estimate(16, 231, 43, 76)}  # by depth
 
 
 @dataclass(frozen=True)
@@ -158,18 +141,20 @@ def machine(check: Check) -> None:
     copy_seconds = check.median_ms(lambda: target.copy_(source)) / 1e3
     check.record("copy, reads and writes", 2 * source.nbytes / copy_seconds / 1e12, "TB/s", BANDWIDTH / 1e12)
     product_seconds = check.median_ms(lambda: a @ b, 20) / 1e3
-    check.record(f"product of {size}³", 2 * size**3 / product_seconds / 1e12, "TFLOP/s", MATMUL_RATE / 1e12)
+    check.record(
+        f"product of {size}³", 2 * size**3 / product_seconds / 1e12, "TFLOP/s", estimates.product_rate(size) / 1e12
+    )
 
 
 def attention_kernels(check: Check) -> None:
     """Every kernel at depth 24 and 16 rows: compared with the reference, then timed forward and backward."""
     config = check.config(24)
-    shape, num_rows = config.attention_shape, 1 if check.dry else TRAINING[24].rows
+    shape, num_rows = config.attention_shape, 1 if check.dry else estimates.ROWS[24]
     check.record("--attention auto", attention.choose("auto", shape, check.device, check.dtype)[0])
     size = (num_rows, shape.num_tokens, shape.num_heads, shape.head_dim)
     inputs = [torch.randn(size, device=check.device, dtype=check.dtype, requires_grad=True) for _ in range(3)]
     grad = torch.randn(size, device=check.device, dtype=check.dtype)
-    estimates = {"flash": float(TRAINING[24].attention), "fa3": TRAINING[24].attention / 2}
+    flops = estimates.attention_flops(config, num_rows)
     broken = set()
     for name in ("flash", "banded", "fa3", "fa4", "sdpa", "flex"):  # those that may spoil the process come last
         try:
@@ -185,7 +170,9 @@ def attention_kernels(check: Check) -> None:
             check.record(name, f"does not work: {type(error).__name__} {error}"[:150])
             broken.add(name)
         else:
-            check.record(f"{name}, {config.n_layer} layers, {num_rows} rows", total, "ms", estimates.get(name, ""))
+            rate = estimates.ATTENTION_RATE.get(name)
+            expected = 1e3 * flops / rate if rate else ""
+            check.record(f"{name}, {config.n_layer} layers, {num_rows} rows", total, "ms", expected)
     needed = {"flash", "banded"} if check.dtype == torch.bfloat16 else {"banded"}
     check.require(not needed & broken, f"{', '.join(sorted(broken))} does not work")
 
@@ -305,9 +292,11 @@ def loss_curves(check: Check) -> None:
 
 def training_speed(check: Check, depth: int) -> None:
     """One depth, compiled: ms of a micro-batch and of an optimizer step, MFU, peak memory, ms by kind of kernel."""
-    estimate, config = TRAINING[depth], check.config(depth)
-    num_rows = 2 if check.dry else estimate.rows
+    config = check.config(depth)
+    num_rows = 2 if check.dry else estimates.ROWS[depth]
     kernel, _ = attention.choose("auto", config.attention_shape, check.device, check.dtype)
+    expected = estimates.training_ms(config, num_rows, attention=kernel)
+    expected_ms = sum(expected.values())
     training = Training(check, config, recipe.param_groups(config), kernel=kernel, compiled=True)
     x, y = torch.randint(config.vocab_size, (2, num_rows, config.sequence_len), device=check.device).unbind()
 
@@ -325,23 +314,22 @@ def training_speed(check: Check, depth: int) -> None:
         pass_ms += [check.milliseconds(micro_batch) for _ in range(2)]
         update_ms.append(check.milliseconds(update))
     ms = statistics.median(pass_ms[1:])
-    check.record(f"d{depth}: micro-batch, {num_rows} rows, {kernel}", ms, "ms", float(estimate.total))
+    check.record(f"d{depth}: micro-batch, {num_rows} rows, {kernel}", ms, "ms", expected_ms)
     check.record(f"d{depth}: optimizer", statistics.median(update_ms), "ms")
     card = hardware.gpu_card(check.device)
     if card:
-        flops = flops_per_token(config) * x.numel()
-        mfu, expected = (100 * flops / (value / 1e3) / card.flops for value in (ms, estimate.total))
-        check.record(f"d{depth}: MFU on {card.name}", mfu, "%", expected)
+        mfu, expected_mfu = (100 * estimates.mfu(config, num_rows, value, card) for value in (ms, expected_ms))
+        check.record(f"d{depth}: MFU on {card.name}", mfu, "%", expected_mfu)
     if check.device.type == "cuda":
         setup = TrainingSetup(
             num_rows, accumulation=2, dtype=check.dtype, compiled=training.uses_inductor, attention=kernel
         )
         predicted = training_memory(config, setup).peak / GIB
         check.record(f"d{depth}: peak memory", torch.cuda.max_memory_allocated() / GIB, "GiB", predicted)
-        profile(check, depth, micro_batch)
+        profile(check, depth, micro_batch, expected)
 
 
-def profile(check: Check, depth: int, micro_batch: Callable[[], None]) -> None:
+def profile(check: Check, depth: int, micro_batch: Callable[[], None], expected: dict[str, float]) -> None:
     """ms of a micro-batch on the device by kind of kernel. The longest kernels are printed into the log."""
     if IS_NULL_GPU:  # it has no profiler
         return
@@ -358,9 +346,9 @@ def profile(check: Check, depth: int, micro_batch: Callable[[], None]) -> None:
             kind = "matrix products"
         kinds[kind] += ms
         print(f"{ms:8.2f} ms {event.count:5} x {event.key[:120]}")
-    estimate = TRAINING[depth]
-    for (kind, ms), expected in zip(kinds.items(), (estimate.products, estimate.attention, estimate.rest), strict=True):
-        check.record(f"d{depth}: {kind}", ms, "ms", float(expected))
+    rest = sum(expected.values()) - expected["matrix products"] - expected["attention"]
+    for kind, ms in kinds.items():
+        check.record(f"d{depth}: {kind}", ms, "ms", expected.get(kind, rest))
 
 
 def fp8_layers(check: Check) -> None:
@@ -369,17 +357,20 @@ def fp8_layers(check: Check) -> None:
         check.record("FP8", "not on this device")
         return
     config = check.config(24)
-    C, M = config.n_embd, 256 if check.dry else TRAINING[24].rows * config.sequence_len
+    C, M = config.n_embd, 256 if check.dry else estimates.ROWS[24] * config.sequence_len
     for N, K in ((C, C), (4 * C, C), (C, 4 * C)):
         x = torch.randn(M, K, device=check.device, dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn(M, N, device=check.device, dtype=torch.bfloat16)
         plain = Linear(K, N).to(check.device)
         layer8 = fp8.Fp8Linear(plain)
         fp8._cast_weights(layer8.weights, *layer8.fp8.buffers())
-        product_ms = 6e3 * M * N * K / MATMUL_RATE
+        product_ms = 6e3 * M * N * K / estimates.product_rate(C)
         cast_ms = 7e3 * M * (N + K) / BANDWIDTH  # maximum, cast and transposed copy of the input and of the gradient
         results = []
-        for name, layer, expected in (("bfloat16", plain, product_ms), ("FP8", layer8, product_ms / 2 + cast_ms)):
+        for name, layer, expected in (
+            ("bfloat16", plain, product_ms),
+            ("FP8", layer8, product_ms / estimates.FP8_SPEEDUP + cast_ms),
+        ):
             compiled, parameters = check.compile(layer), (x, plain.weight)
             ms = check.median_ms(lambda: torch.autograd.grad(compiled(x), parameters, grad))  # noqa: B023
             check.record(f"{M} x {K} → {N}, {name}", ms, "ms", expected)
@@ -402,11 +393,11 @@ def fused_mlp(check: Check) -> None:
         return
     for depth in (12, 24):
         C = 128 if check.dry else check.config(depth).n_embd
-        M = 256 if check.dry else TRAINING[depth].rows * check.config(depth).sequence_len
+        M = 256 if check.dry else estimates.ROWS[depth] * check.config(depth).sequence_len
         if not IS_NULL_GPU:
             mlp.probe(relu2.mlp, C, check.device, torch.bfloat16)
         inputs, grad = mlp.random_inputs(C, M, check.device, torch.bfloat16)
-        product_ms = 48e3 * M * C**2 / MATMUL_RATE
+        product_ms = 48e3 * M * C**2 / estimates.product_rate(C)
         pass_ms = 8e3 * M * C / BANDWIDTH  # reads or writes (M, 4 C) once
         for name, kernel, passes in (("plain", mlp.plain, 7), ("fused", relu2.mlp, 1)):
             run = check.compile(kernel)
@@ -454,14 +445,11 @@ def decode_speed(check: Check, depth: int, model: GPT, num_slots: int) -> None:
         if len(engine.active) == num_slots:
             steps.append(seconds)
     step = statistics.median(steps[1:])
-    context = prompt_tokens + new_tokens // 2
-    itemsize = model.dtype.itemsize
-    num_bytes = decode_bytes(model.config, num_slots, context, weight_bytes=itemsize, cache_dtype=model.dtype)
-    floor = num_bytes / BANDWIDTH
-    is_estimated = depth == 24 and num_slots == 1  # 693 kernels, 3 µs each
+    num_kernels = estimates.decode_kernels(model.config.n_layer)
+    expected = estimates.decode_ms(model.config, num_slots, prompt_tokens + new_tokens // 2, num_kernels)
     what = f"d{depth}, {num_slots} slots: "
-    check.record(what + "decode step", 1e3 * step, "ms", 2.0 if is_estimated else f"floor {1e3 * floor:.2g}")
-    check.record(what + "tokens/s", num_slots / step)
+    check.record(what + "decode step", 1e3 * step, "ms", expected)
+    check.record(what + "tokens/s", num_slots / step, "", 1e3 * num_slots / expected)
     check.record(what + "step that fills the slots and captures", 1e3 * steps[0], "ms")
 
 

@@ -31,7 +31,9 @@ from nanochat.train import Step, Trainer, TrainState, token_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "dev/null_gpu"), str(ROOT / "dev")]
+import count_bytes  # noqa: E402
 import counts  # noqa: E402
+import estimates  # noqa: E402
 import gpu_choices  # noqa: E402
 
 relu2 = pytest.importorskip("nanochat.kernels.relu2", exc_type=ImportError)  # Triton comes with torch for CUDA
@@ -140,6 +142,12 @@ def test_compiled_training_is_one_graph_with_few_kernels(mlp_kernel):
     update()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == num_graphs
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_fp8", [False, True], ids=["bfloat16", "fp8"])
+def test_estimates_count_the_bytes_that_compiled_code_moves(use_fp8):
+    assert count_bytes.bytes_moved(use_fp8) == pytest.approx(estimates.MOVED[use_fp8], rel=0.05)
 
 
 @pytest.mark.parametrize("is_prefetched", [False, True], ids=["", "prefetched"])
