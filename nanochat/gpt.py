@@ -171,7 +171,9 @@ def select_columns(x_BT: torch.Tensor, columns_BQ: torch.Tensor | None) -> torch
 class Linear(nn.Linear):
     """
     A linear layer without bias. The weight is stored in float32, because updates of 1e-3 of its size would vanish in
-    bfloat16, and cast to the activations' dtype for the product. So torch.autocast is not needed.
+    bfloat16, and cast to the activations' dtype for the product. So torch.autocast is not needed. Casting once per
+    optimizer step instead of once per micro-batch would save 0.4 % of a micro-batch at depth 24 (6 bytes per weight),
+    and need a copy that everything that changes a weight has to update.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -186,7 +188,8 @@ class JointLinear(nn.Module):
     Several linear layers with the same input. The weights stay parameters of the layers, so checkpoints do not change.
 
     In training on a GPU they are one product. In the backward pass that saves the sum of the gradients by x, and FP8
-    (fp8.py) quantizes x and the gradient once instead of once per layer. On a CPU one product of queries, keys and
+    (fp8.py) quantizes x and the gradient once instead of once per layer: 258 → 230 kernels in a micro-batch at depth 4,
+    compiled, and 311 → 267 in FP8. On a CPU one product of queries, keys and
     values is not faster than three: within 4 % in eager code, 2 to 8 % slower compiled (C 128 to 512). For inference it
     would mean to join the weights in every call.
     """

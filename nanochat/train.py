@@ -162,7 +162,13 @@ class Trainer:
         return {"train/loss": state.smooth_loss, "train/grad_norm": grad_norm} | rates, num_stopping > 0
 
     def _accumulate(self, micro_batches: list[Any], loss_fn: LossFunction) -> torch.Tensor:
-        """Forward and backward pass of each micro-batch; returns the sum of their losses, () on the device."""
+        """
+        Forward and backward pass of each micro-batch; returns the sum of their losses, () on the device.
+
+        Autograd adds up the gradients, one addition per parameter. It moves 12 bytes per parameter: 5.9 of 350 ms of a
+        micro-batch at depth 24 on an H100 (estimated). A single addition of all would move as many, and would need
+        memory for two sets of gradients.
+        """
         total = torch.zeros((), device=self.dist.device)
         for micro_batch in micro_batches:
             loss = loss_fn(self.model, micro_batch)
