@@ -5,18 +5,25 @@ The Hugging Face format: models of each vintage, the tokenizer and the chat temp
 """
 
 import json
+import math
 import os
 import random
+import shutil
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import golden
-from factories import save_checkpoint, tiny_engine, tiny_gpt
+from factories import CPU, save_checkpoint, tiny_engine, tiny_gpt
 from safetensors.torch import load_file
 
+from nanochat.dataloader import PretrainLoader
+from nanochat.dataset import RowGroups, split_shards
+from nanochat.distributed import Dist
 from nanochat.engine import Request
 from nanochat.legacy import VINTAGES
 from nanochat.logging import save_numbers
@@ -96,6 +103,26 @@ def test_exported_model_agrees_in_a_process_without_nanochat(checked):
     wrong = {check: number for check, number in checked.items() if number > 1e-4}
     assert not wrong
     assert len(checked) == 18
+
+
+def test_golden_modern_checkpoint_has_its_bits_per_byte_in_transformers(base_dir, tmp_path, golden_tokenizer):
+    source = golden("checkpoint/modern")
+    expected = json.loads((source / "expected.json").read_text())
+    shutil.copytree(source, base_dir / "base_checkpoints/modern")
+    golden_tokenizer.save(base_dir / "tokenizer")
+    export.main(["-i", "base", "--out", str(tmp_path / "hf")])
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    B, T = expected["device_batch_size"], expected["max_seq_len"]
+    _, val_shards = split_shards(golden("packing/data"))
+    loader = PretrainLoader(golden_tokenizer, RowGroups(val_shards), batch_size=B, sequence_len=T, dist=Dist(CPU))
+    nats = num_bytes = 0.0
+    with torch.no_grad():
+        for inputs, targets in islice(loader.batches(), expected["eval_tokens"] // (B * T)):
+            losses = F.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten(), reduction="none")
+            counted = golden_tokenizer.token_bytes()[targets.flatten()]
+            nats += losses[counted > 0].sum().item()
+            num_bytes += counted.sum().item()
+    assert nats / math.log(2) / num_bytes == pytest.approx(expected["val_bpb"], abs=1e-5)
 
 
 def test_bfloat16_export_is_half_as_large_and_keeps_scalars_in_float32(tmp_path, golden_tokenizer):

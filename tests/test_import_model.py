@@ -111,6 +111,17 @@ def test_resuming_an_imported_model_is_an_error(folder, tokenizer):
         checkpoint.check_resumable(tokenizer, checkpoint.config, torch.float32)
 
 
+def test_tokenizer_that_lists_every_pair_of_a_token_is_the_same(folder, tokenizer):
+    """As the converter of transformers writes it: merges as strings, all pairs that make a token, in order of ids."""
+    data = json.loads((folder / "tokenizer.json").read_text())
+    vocab = data["model"]["vocab"]
+    pairs = [(text[:i], text[i:]) for text in vocab for i in range(1, len(text))]
+    data["model"]["merges"] = [f"{left} {right}" for left, right in pairs if left in vocab and right in vocab]
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    import_model.main([str(folder), "--model-tag", "mine"])
+    assert load("mine")[1].fingerprint == tokenizer.fingerprint
+
+
 def test_sharded_folder_equals_the_single_file(folder, monkeypatch, tmp_path):
     monkeypatch.setattr("nanochat.export.hf.SHARD_BYTES", 50_000)
     export.main(["--out", str(tmp_path / "shards")])

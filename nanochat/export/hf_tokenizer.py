@@ -163,10 +163,24 @@ def _from_json(data: dict[str, Any]) -> Tokenizer:
     tokenizer = Tokenizer(_find_pattern(data["pre_tokenizer"]), ranks)
     if data.get("normalizer"):
         raise ValueError("it normalizes texts")
-    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    if pairs != [tuple(pair) for pair in tokenizer_json(tokenizer)["model"]["merges"]]:
-        raise ValueError("its merges do not follow from the ids of its tokens")
+    check_merges(model["merges"], tokenizer.tokens)
     return tokenizer
+
+
+def check_merges(saved: list[Any], tokens: list[bytes]) -> None:
+    """
+    ValueError unless a tokenizer.json with these merges encodes as our tokenizer with these tokens does: the merges are
+    in the order of the ids of what they make, and complete. Other converters list every pair that makes a token, not
+    only the one that BPE uses.
+    """
+    characters = byte_characters()
+    ids = {"".join(characters[byte] for byte in token): i for i, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in saved]
+    made = [ids[left + right] for left, right in pairs]
+    used = set(merges(tokens))
+    found = {(tokens[ids[left]], tokens[ids[right]]) for left, right in pairs}
+    if made != sorted(made) or not used <= found:
+        raise ValueError("its merges do not follow from the ids of its tokens")
 
 
 def _find_pattern(pre_tokenizer: dict[str, Any]) -> str:
