@@ -153,6 +153,7 @@ def test_golden_classic_checkpoint_imports_with_its_logits(base_dir):
 
 
 def test_repository_of_the_hub_is_downloaded_and_imported(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with running() as server:
         server.add_model("someone/tiny", folder)
