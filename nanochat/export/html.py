@@ -25,6 +25,7 @@ import torch
 
 from nanochat.common import UserError, human
 from nanochat.export.common import Format, Source
+from nanochat.export.hf import TABLES
 from nanochat.gpt import VE_GATE_SCALE, GPTConfig
 from nanochat.tokenizer import NUM_BYTES, SPECIAL_TOKENS, SPLIT_PATTERN
 
@@ -58,7 +59,7 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def parameters(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, float32 tensor) of each parameter, tables without the padding of the vocabulary."""
     for name, weight in source.weights.items():
-        if name.startswith(("transformer.wte.", "lm_head.", "value_embeds.")):
+        if name.startswith(TABLES):
             weight = source.unpad(weight)
         yield name, weight
 
