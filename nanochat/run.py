@@ -238,6 +238,8 @@ class Run:
     def finish(self, **numbers: Any) -> None:
         """Adds the final numbers of the run to the report. Prints predicted next to measured memory and time."""
         predictions = []
+        if self.lora_rank:
+            numbers[f"LoRA of rank {self.lora_rank}"] = lora.describe(self.model)
         if self.predicted_memory:
             peak = hardware.peak_memory(self.dist.device)
             numbers["predicted peak memory"] = gib(self.predicted_memory)

@@ -132,6 +132,8 @@ def test_loss_falls_and_the_run_reports_what_is_trained(sft, base_dir, capsys):
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
     assert losses[-1] < losses[0] - 0.3
     assert re.search(r"LoRA of rank 4: [\d,]+ of [\d,]+ parameters are trained", out)
+    (section,) = (base_dir / "report").glob("chat_sft*")
+    assert "parameters are trained" in section.read_text()
 
 
 def test_resuming_with_another_rank_is_an_error(sft):
