@@ -621,6 +621,15 @@ def test_user_mistake_ends_in_one_line_before_a_model_is_built(broken, monkeypat
     assert words in message
 
 
+def test_models_keep_their_tokenizer_when_another_takes_its_place(broken, capsys):
+    Tokenizer.load(GOLDEN / "tokenizer").save(broken / "tokenizer")
+    base_train.main([*BASE, "--resume"])
+    chat_sft.main([*SFT, "--num-iterations", "1", "--model-tag", "again"])
+    for tag in ("d2", "again"):
+        chat_cli.main([*CPU, "-g", tag, "-p", "hi", "-m", "2"])
+    assert checkpoint_manager.find("sft", "again").config.vocab_size == 600
+
+
 def refusal(script, argv, capsys):
     with pytest.raises(SystemExit) as caught:
         script.main(argv)
