@@ -162,6 +162,7 @@ def test_choose_takes_the_formula_on_old_cards_and_without_triton(on_ampere, mon
     assert choose() == (None, [])
 
 
-def test_timing_measures_forward_and_backward():
-    fused, formula = mlp._milliseconds((mlp.plain, mlp.plain), 64, 128, torch.device("cpu"), False)
+@pytest.mark.parametrize("num_tokens", [128, 256])  # 256: inputs and a weight have equal shapes
+def test_timing_measures_forward_and_backward(num_tokens):
+    fused, formula = mlp._milliseconds((mlp.plain, mlp.plain), 64, num_tokens, torch.device("cpu"), False)
     assert 0 < fused < 1000 and 0 < formula < 1000

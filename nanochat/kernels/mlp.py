@@ -85,8 +85,8 @@ def random_inputs(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """x, W1 and W2, and a gradient of the output; the weights have the sizes of a trained model."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {(num_tokens, C): 1.0, (4 * C, C): C**-0.5, (C, 4 * C): (4 * C) ** -0.5}
-    tensors = [std * torch.randn(shape, generator=generator) for shape, std in shapes.items()]
+    shapes = [(1.0, num_tokens, C), (C**-0.5, 4 * C, C), ((4 * C) ** -0.5, C, 4 * C)]
+    tensors = [std * torch.randn(rows, columns, generator=generator) for std, rows, columns in shapes]
     grad = torch.randn(num_tokens, C, generator=generator)
     return [x.to(device, dtype) for x in tensors], grad.to(device, dtype)
 
