@@ -630,6 +630,43 @@ def test_fair_queue_does_not_starve_light_clients(tiny, golden_tokenizer):
     assert order == ["10.0.0.1"] * 2 + ["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.1", "10.0.0.2", *["10.0.0.1"] * 2]
 
 
+@pytest.mark.slow
+def test_forty_clients_of_all_kinds_leave_no_slot_or_queue_entry_taken(tiny, golden_tokenizer):
+    """Streams, several completions, invalid bodies, and clients that leave, more than there is room for."""
+    model = ServedModel("sft", golden_tokenizer, tiny.config, [lambda: tiny_engine(tiny, golden_tokenizer)], 12)
+    service = Service([model])
+
+    def client(i):
+        headers = {"X-Forwarded-For": f"10.0.0.{i % 7}"}
+        if i % 5 == 0:
+            return ask(url, headers=headers, max_tokens=5 + i)
+        if i % 5 == 1:
+            options = {"n": 1 + i % 4, "stream": True, "stop": ["e", "an"], "max_tokens": 40}
+            return ask(url, path="/v1/chat/completions", headers=headers, **options)
+        if i % 5 == 2:
+            return ask(url, headers=headers, temperature=-1)
+        with connection(url) as sock:
+            sock.sendall(post({"max_tokens": 200}, headers=f"X-Forwarded-For: 10.0.0.{i % 7}\r\n"))
+            if i % 2:
+                sock.recv(100)
+            if i % 3:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+    with serving(service) as url:
+        with ThreadPoolExecutor(40) as pool:
+            responses = [response for response in pool.map(client, range(40)) if response]
+        assert {200, 400} <= {response.status_code for response in responses} <= {200, 400, 429}
+        for response in responses:
+            if response.status_code == 200:
+                last = events(response)[-1]
+                assert last == "[DONE]" or "done" in last or "this request was removed" in last["error"]
+        wait_until(lambda: not service.stats()["running"] + service.stats()["waiting"])
+        wait_until(lambda: not service.handles)
+        assert not model.queue.running and not model.threads[0].engine.is_busy
+        assert service.stats()["answers"]["failed"] == 0
+        assert ask(url).status_code == 200
+
+
 def test_failed_engine_is_replaced_and_its_requests_fail(tiny, golden_tokenizer, capfd):
     with scripted(tiny, golden_tokenizer, [65] * 90, max_slots=2, gated=True) as (url, service, engine):
         with ThreadPoolExecutor(1) as pool:

@@ -11,11 +11,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from factories import tiny_gpt
+from factories import tiny_engine, tiny_gpt
 
 from nanochat.common import UserError
 from nanochat.engine import Engine, Request
-from nanochat.serve.scheduler import FairQueue, Generation, QueueFull, ServedModel, Service, Unavailable
+from nanochat.serve.scheduler import (
+    EngineThread,
+    FairQueue,
+    Generation,
+    GenerationFailed,
+    QueueFull,
+    ResponseHandle,
+    ServedModel,
+    Service,
+    Unavailable,
+)
 from scripts.chat_web import make_engine
 
 
@@ -102,6 +112,46 @@ def test_fair_queue_shares_the_load_among_engines():
     assert len(queue.take(1, 3)) == 1 and queue.take(1, 4) == []  # no more than it has slots
     queue.set_slots(1, 0)  # it has failed
     assert len(queue.take(0, 3)) == 1 and queue.capacity == 104
+
+
+def test_updates_yield_the_tokens_before_a_failure():
+    async def main():
+        handle = ResponseHandle(SimpleNamespace(), SimpleNamespace(queue=queue_of(1, 1)), [Request([1])], client="a")
+        (response,) = handle.generations
+        handle.deliver(response, [5], [-0.5], "")
+        handle.fail(GenerationFailed("the engine failed"))
+        seen = []
+        with pytest.raises(GenerationFailed, match="the engine failed"):
+            async for _ in handle.updates():
+                seen.append(list(response.tokens))
+        response.stop("failed")
+        handle.deliver(response, [6], [-0.5], "length")  # from the step during which it was stopped
+        assert seen == [[5]] and (response.tokens, response.finish) == ([5], "failed")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("with_logprobs", [False, True])
+def test_engine_thread_copies_each_new_token_once(golden_tokenizer, with_logprobs):
+    requests = [Request([1, 2], 9, seed=3, logprobs=with_logprobs), Request([2], 5, logprobs=with_logprobs)]
+    engine = tiny_engine(tiny_gpt(n_layer=1), golden_tokenizer)
+    expected = engine.generate(requests)
+    thread = EngineThread(0, queue_of(9, 2), lambda: engine)
+    thread.engine = engine
+    generations = [Generation(request, SimpleNamespace(client="a")) for request in requests]
+    thread.queue.put(generations)
+    for each in thread.queue.take(0, 0):
+        thread.generations[engine.add(each.request)] = each
+    received = {each: ([], [], []) for each in generations}
+    while thread.generations:
+        for each, *results in thread._step():
+            for have, new in zip(received[each], results, strict=True):
+                have.extend([new] if isinstance(new, str) else new)
+    for each, completion in zip(generations, expected, strict=True):
+        tokens, logprobs, finishes = received[each]
+        assert (tokens, logprobs) == (completion.tokens, completion.logprobs)
+        assert "".join(finishes) == completion.finish == "length"
+    assert not thread.queue.running
 
 
 async def collect(handle):
