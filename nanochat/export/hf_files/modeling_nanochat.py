@@ -26,7 +26,8 @@ SMEAR_CHANNELS = 24  # channels that the smear gate reads
 VALUE_GATE_CHANNELS = 12  # channels that the gate of the value embeddings reads
 VALUE_GATE_SCALE = 3.0  # a value embedding is added with a weight between 0 and this
 POSITION_BITS = 20  # of PreviousToken: more than a million positions
-DIGIT_BITS = 4  # of PreviousToken: small enough that digits are exact in every dtype, FP8 included
+NUM_DIGITS = 8  # of a token id in PreviousToken
+DIGIT_BITS = 4  # bits of such a digit: small enough that digits are exact in every dtype, FP8 included
 # transformers 5.24 renamed the argument and the output of the KV cache.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -101,14 +102,14 @@ class PreviousToken(AttentionLayer):
         """Returns the ids of the previous tokens, (B, T). For the first token of a sequence the result is arbitrary."""
         query_BTD = self.QUERY_SCALE * self.as_signs(position_ids - 1, dtype)
         key_BTD = self.as_signs(position_ids, dtype)
-        place = DIGIT_BITS * torch.arange(self.config.head_dim, device=input_ids.device).clamp(max=8)
-        value_BTD = (input_ids[..., None] >> place & (2**DIGIT_BITS - 1)).to(dtype)
+        shifts = DIGIT_BITS * torch.arange(self.config.head_dim, device=input_ids.device).clamp(max=NUM_DIGITS)
+        value_BTD = (input_ids[..., None] >> shifts & (2**DIGIT_BITS - 1)).to(dtype)
         H, K = self.config.num_attention_heads, self.config.num_key_value_heads
         query = query_BTD[:, None].expand(-1, H, -1, -1)
         key, value = key_BTD[:, None].expand(-1, K, -1, -1), value_BTD[:, None].expand(-1, K, -1, -1)
         output = self.attend(query, key, value, masks, cache, **kwargs)
-        digits = output[..., :8].round().long()
-        return (digits << place[:8]).sum(dim=-1).clamp(0, self.config.vocab_size - 1)
+        digits = output[..., :NUM_DIGITS].round().long()  # of the first head; all heads return the same
+        return (digits << shifts[:NUM_DIGITS]).sum(dim=-1).clamp(0, self.config.vocab_size - 1)
 
     def as_signs(self, position_ids, dtype):
         """The bits of the positions as ±1, followed by zeros, (B, T, D)."""
