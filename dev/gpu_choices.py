@@ -21,7 +21,7 @@ import torch
 from nanochat import attention, fp8, hardware, planner, recipe
 from nanochat.cards import Card, find_machine
 from nanochat.common import UserError
-from nanochat.costs import training_memory
+from nanochat.costs import TrainingSetup, training_memory
 
 CARDS = ("T4", "RTX3090", "RTX4090", "RTX5090", "A100-80", "H100", "H200")  # of cards.py, in the order of the page
 DEPTHS = (4, 8, 12, 16, 20, 24, 28, 32)
@@ -102,7 +102,7 @@ def rows_by_depth(name: str, *, use_fp8: bool) -> list[str]:
     cells = []
     for depth in DEPTHS:
         plan = recipe.derive(recipe.RecipeFlags(depth=depth), VOCAB_SIZE)
-        setup = planner.training_setup(plan.model, target, plan.total_batch_size, fp8=use_fp8)
+        setup = planner.training_setup(plan.model, target, plan.total_batch_size, TrainingSetup(rows=-1, fp8=use_fp8))
         fits = training_memory(plan.model, setup).peak <= target.memory
         cells.append(str(setup.rows) if fits else "–")
     return cells

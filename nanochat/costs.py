@@ -23,18 +23,24 @@ GIB = 2**30
 
 # Bytes per token and channel that the forward pass keeps on a GPU, in 16 bits: LAYER_BYTES in each layer, EDGE_BYTES
 # once (embedding, smear, backout); twice as much in float32. Measured with FlashAttention at depths 4 to 24, compiled
-# and not: within 1 %. FP8 layers keep their inputs in 8 bits.
-LAYER_BYTES = 39.0
-LAYER_BYTES_FP8 = 28.8
-LAYER_BYTES_BANDED = 41.0  # the kernel "banded" keeps its masks too
+# and not: within 1 %. Two of them are due to layers without value embeddings, where v keeps the joint product of q, k
+# and v in memory. FP8 layers keep their inputs in 8 bits.
+LAYER_BYTES = 41.0
+LAYER_BYTES_FP8 = {True: 28.8, False: 37.0}  # compiled, eager
+BANDED_BYTES = 2.0  # in each layer, the masks of the kernel "banded"
 EDGE_BYTES = 10.0
+# With activation checkpointing a layer keeps only its input, which for the first one is among EDGE_BYTES.
+INPUT_BYTES = 2.0
+# What the backward pass of one layer needs besides: gradients of activations.
+BACKWARD_BYTES = {True: 29.0, False: 26.0}  # compiled, eager
+BACKWARD_BYTES_FP8 = {True: 29.0, False: 43.0}  # eager, each cast to 8 bits goes through float32
 # On a CPU, bytes per token, layer and channel: one pass per step; several passes per step, which fragment the heap.
 # Measured at depths 4 to 8, 2,048 to 16,384 tokens a pass. CPU_PROCESS is what the process takes besides. Eager code
 # needs more memory than compiled code, and every run on a CPU starts without torch.compile, so this is the peak.
 CPU_LAYER_BYTES = {torch.float32: (132.0, 204.0), torch.bfloat16: (93.0, 93.0), torch.float16: (93.0, 93.0)}
 CPU_PROCESS = 0.61 * GIB
 # While the loss is computed: memory in units of one chunk of logits in float32.
-LOSS_COPIES = {True: 1.4, False: 8.7}  # compiled, eager
+LOSS_COPIES = {True: 1.4, False: 2.5}  # compiled, eager
 # During Muon's update: memory in units of the largest stack of matrices.
 MUON_COPIES = {True: 2.6, False: 6.3}
 
@@ -75,6 +81,15 @@ def flops_per_token(config: GPTConfig) -> int:
     return 6 * matmul_weights(config) + attention
 
 
+def recomputed_share(config: GPTConfig) -> float:
+    """
+    FLOPs that activation checkpointing adds, as a share of flops_per_token: a second forward pass of the layers. MFU
+    does not count them.
+    """
+    attention = sum(4 * config.n_embd * window for window in config.windows)
+    return (2 * param_counts(config)["transformer_matrices"] + attention) / flops_per_token(config)
+
+
 def decode_flops(config: GPTConfig, context: int) -> int:
     """Forward FLOPs of one more token after `context` tokens."""
     return 2 * matmul_weights(config) + 4 * config.n_embd * _num_keys(config, context)
@@ -113,6 +128,7 @@ class TrainingSetup:
     fp8: bool = False
     attention: str = "flash"
     device: str = "cuda"
+    activation_checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,50 +151,67 @@ class Memory:
 
 
 def training_memory(config: GPTConfig, setup: TrainingSetup) -> Memory:
-    """Memory of one rank: during the backward pass of the last micro-batch, and during the optimizer's update."""
+    """
+    Memory of one rank: at the end of the last micro-batch's forward pass, where the loss is computed; in its backward
+    pass, at the last layer; and during the optimizer's update.
+    """
     counts = param_counts(config)
     matrices = counts["transformer_matrices"]
     others = counts["total"] - matrices  # tables, lm_head and scalars, which AdamW updates
-    tokens = setup.rows * config.sequence_len
     itemsize = setup.dtype.itemsize
     share = 1 / setup.world_size
     largest_stack = 4 * 4 * config.n_embd**2 * config.n_layer * share  # the MLPs' matrices, 4 C x C each, in float32
+    cast_layers = 1 if setup.activation_checkpointing else config.n_layer  # whose weights exist in 16 bits
 
     parts = {
         "process": 0.0 if setup.device == "cuda" else CPU_PROCESS,
         "weights": 4.0 * counts["total"],
         "gradients": 4.0 * counts["total"],
         "optimizer state": (8 * others + 4 * matrices) * share,  # two moments for AdamW, a momentum for Muon
-        "cast weights": float(itemsize * matrices) if itemsize < 4 and not setup.fp8 else 0.0,
+        "cast weights": itemsize * matrices * cast_layers / config.n_layer if itemsize < 4 and not setup.fp8 else 0.0,
         "FP8 weights": 2.0 * matrices if setup.fp8 else 0.0,  # two layouts
-        "activations": tokens * config.n_embd * _activation_bytes(config, setup),
         "loss": _loss_bytes(config, setup),
         "update": 4.0 * matrices + MUON_COPIES[setup.compiled] * largest_stack,
         "communication": 4.0 * matrices + 4 * counts["total"] * share if setup.world_size > 1 else 0.0,
+        **_activations(config, setup),
     }
     always = ("process", "weights", "gradients", "optimizer state", "FP8 weights")
     phases = {
-        "backward pass": (*always, "cast weights", "activations", "loss"),
+        "loss": (*always, "cast weights", "activations", "loss"),
+        "backward pass": (*always, "cast weights", "activations", "layer in backward"),
         "optimizer update": (*always, "update", "communication"),
     }
     return Memory(parts, phases)
 
 
-def _activation_bytes(config: GPTConfig, setup: TrainingSetup) -> float:
-    """Bytes per token and channel that the forward pass keeps for the backward pass."""
+def _activations(config: GPTConfig, setup: TrainingSetup) -> dict[str, float]:
+    """What the forward pass keeps for the backward pass, and what a layer needs in its backward pass besides."""
+    tokens_channels = setup.rows * config.sequence_len * config.n_embd
     if setup.device != "cuda":
-        return CPU_LAYER_BYTES[setup.dtype][setup.accumulation > 1] * config.n_layer
-    by_layer = LAYER_BYTES_BANDED if setup.attention == "banded" else LAYER_BYTES
+        kept = CPU_LAYER_BYTES[setup.dtype][setup.accumulation > 1] * config.n_layer
+        return {"activations": tokens_channels * kept, "layer in backward": 0.0}
+    by_layer, in_backward = LAYER_BYTES, BACKWARD_BYTES[setup.compiled]
     if setup.fp8:
-        by_layer = LAYER_BYTES_FP8
-    return setup.dtype.itemsize / 2 * (by_layer * config.n_layer + EDGE_BYTES)
+        by_layer, in_backward = LAYER_BYTES_FP8[setup.compiled], BACKWARD_BYTES_FP8[setup.compiled]
+    if setup.attention == "banded":
+        by_layer += BANDED_BYTES
+    kept = by_layer * config.n_layer
+    if setup.activation_checkpointing:
+        kept = INPUT_BYTES * (config.n_layer - 1)
+        in_backward += by_layer - INPUT_BYTES
+    unit = setup.dtype.itemsize / 2 * tokens_channels
+    # Compiled code keeps the two tensors of lm_head's gradient, of the forward and of the backward pass, to the end.
+    head = 8.0 * config.padded_vocab_size * config.n_embd if setup.compiled else 0.0
+    return {"activations": unit * (kept + EDGE_BYTES), "layer in backward": unit * in_backward + head}
 
 
 def _loss_bytes(config: GPTConfig, setup: TrainingSetup) -> float:
     tokens = setup.rows * config.sequence_len
-    chunk = 4 * min(tokens, chunk_rows(tokens, config.padded_vocab_size)) * config.padded_vocab_size
+    rows = chunk_rows(tokens, config.padded_vocab_size, compiled=setup.compiled)
+    chunk = 4 * min(tokens, rows) * config.padded_vocab_size
     gradients = setup.dtype.itemsize * tokens * config.n_embd + 4 * config.padded_vocab_size * config.n_embd
-    return LOSS_COPIES[setup.compiled] * chunk + gradients
+    cast_head = setup.dtype.itemsize * config.padded_vocab_size * config.n_embd
+    return LOSS_COPIES[setup.compiled] * chunk + gradients + cast_head
 
 
 # ---- what fits ----

@@ -27,6 +27,7 @@ from nanochat.costs import (
     flops_per_token,
     largest_batch,
     param_counts,
+    recomputed_share,
     training_memory,
 )
 from nanochat.gpt import GPT, GPTConfig
@@ -44,6 +45,7 @@ TRIAL_SECONDS = 20.0  # a trial that would take longer is replaced by an assumpt
 # without torch.compile.
 ASSUMED_SHARE = 0.5
 MAX_DEPTH = 200
+LARGEST_BATCH = TrainingSetup(rows=-1)  # see training_setup
 
 
 # ---- the machine of a plan ----
@@ -58,13 +60,15 @@ class Target:
     count: int
     memory: float  # bytes that a rank may use
     dtype: torch.dtype  # that training computes in
-    rate_of: Callable[[GPTConfig], float]  # FLOP/s of a rank while it trains this model
+    rate_of: Callable[[GPTConfig], float]  # FLOP/s of a rank while it trains this model and recomputes nothing
     rate_source: str  # where rate_of comes from, for the table
     peak: float = 0.0  # FLOP/s of a rank by its data sheet; 0 = unknown
     dollars_per_hour: float = 0.0  # of all ranks together; 0 = unknown
 
-    def seconds(self, config: GPTConfig, flops: float) -> float:
-        """Training time of a run of that many FLOPs."""
+    def seconds(self, config: GPTConfig, flops: float, activation_checkpointing: bool = False) -> float:
+        """Training time of a run of that many FLOPs, not counting those that activation checkpointing adds."""
+        if activation_checkpointing:
+            flops *= 1 + recomputed_share(config)
         return flops / (self.count * self.rate_of(config))
 
     def seconds_for(self, dollars: float) -> float:
@@ -159,26 +163,22 @@ def measured_rate(config: GPTConfig, device: torch.device, dtype: torch.dtype) -
 # ---- what fits ----
 
 
-def training_setup(
-    config: GPTConfig,
-    target: Target,
-    total_batch_size: int,
-    *,
-    rows: int = -1,  # per pass; -1 = as many as fit, at least 1
-    compiled: bool = True,
-    fp8: bool = False,
-) -> TrainingSetup:
-    """How a run on the target is set up. Without CUDA it starts uncompiled, and -1 rows give at most CPU_TOKENS."""
+def training_setup(config: GPTConfig, target: Target, total_batch_size: int, wanted: TrainingSetup) -> TrainingSetup:
+    """
+    How a run on the target is set up. `wanted` gives rows, compiled, fp8 and activation_checkpointing; the rest follows
+    from the target. -1 rows are as many as fit, at least 1. Without CUDA a run starts uncompiled, and -1 rows give at
+    most CPU_TOKENS.
+    """
     is_gpu = target.device == "cuda"
-    setup = TrainingSetup(
-        rows=max(rows, 1),
+    setup = replace(
+        wanted,
         world_size=target.count,
         dtype=target.dtype,
-        compiled=compiled and is_gpu,
-        fp8=fp8,
+        compiled=wanted.compiled and is_gpu,
         attention="flash" if target.dtype == torch.bfloat16 else "banded",  # FlashAttention needs 16 bits
         device=target.device,
     )
+    rows = wanted.rows
     if rows == -1:
         rows = largest_batch(config, setup, total_batch_size, target.memory)
         if not is_gpu:
@@ -190,26 +190,28 @@ def training_setup(
 
 def check_fits(config: GPTConfig, setup: TrainingSetup, target: Target, flags: RecipeFlags | None = None) -> None:
     """
-    UserError if the run does not fit into memory. The message names a number of rows that would fit or, if even one row
-    does not and the flags of pretraining are given, a depth.
+    UserError if the run does not fit into memory. The message names a number of rows that would fit; if even one row
+    does not, activation checkpointing, where that helps, or, if the flags of pretraining are given, a depth.
     """
 
-    def fits(config: GPTConfig, rows: int) -> bool:
-        return training_memory(config, replace(setup, rows=rows)).peak <= target.memory
+    def fits(config: GPTConfig, setup: TrainingSetup) -> bool:
+        return training_memory(config, setup).peak <= target.memory
 
-    if fits(config, setup.rows):
+    if fits(config, setup):
         return
     need = gib(training_memory(config, setup).peak)
     problem = (
         f"training with {count_rows(setup.rows)} per pass takes {need} per rank, {target.name} has {gib(target.memory)}"
     )
     for rows in (2**i for i in reversed(range(setup.rows.bit_length()))):
-        if rows < setup.rows and fits(config, rows):
+        if rows < setup.rows and fits(config, replace(setup, rows=rows)):
             raise UserError(f"{problem}: use --device-batch-size {rows}")
+    if fits(config, replace(setup, rows=1, activation_checkpointing=True)):
+        raise UserError(f"{problem}: use --activation-checkpointing --device-batch-size 1")
     remedy = "use a machine with more memory"
     if flags:
         smaller = [model_config(replace(flags, depth=depth), config.vocab_size) for depth in range(1, flags.depth)]
-        depth = sum(fits(model, 1) for model in smaller)  # memory grows with the depth
+        depth = sum(fits(model, replace(setup, rows=1)) for model in smaller)  # memory grows with the depth
         remedy = f"use --depth {depth} or less" if depth else "use a shorter --max-seq-len"
     raise UserError(f"{problem}: {remedy}")
 
@@ -222,14 +224,19 @@ def check_memory(memory: Memory, target: Target, remedy: str) -> None:
         )
 
 
-def depth_for(flags: RecipeFlags, vocab_size: int, target: Target, seconds: float, fp8: bool) -> int:
-    """The largest depth that fits into the target's memory and trains in this time. UserError if there is none."""
+def depth_for(
+    flags: RecipeFlags, vocab_size: int, target: Target, seconds: float, wanted: TrainingSetup = LARGEST_BATCH
+) -> int:
+    """
+    The largest depth that fits into the target's memory and trains in this time; `wanted` as in training_setup.
+    UserError if there is none.
+    """
     best = 0
     for depth in range(1, MAX_DEPTH + 1):
         recipe = derive(replace(flags, depth=depth), vocab_size)
-        setup = training_setup(recipe.model, target, recipe.total_batch_size, fp8=fp8)
+        setup = training_setup(recipe.model, target, recipe.total_batch_size, wanted)
         fits = training_memory(recipe.model, setup).peak <= target.memory
-        if not fits or target.seconds(recipe.model, recipe.flops) > seconds:
+        if not fits or target.seconds(recipe.model, recipe.flops, wanted.activation_checkpointing) > seconds:
             break
         best = depth
     if not best:
@@ -256,10 +263,11 @@ def training_rows(
         ("batch", f"{tokens_per_step:,} tokens", batch),
     ]
     if num_steps:
-        seconds = target.seconds(config, flops)
-        rate = f"{human(target.rate_of(config))} FLOP/s per rank"
+        seconds = target.seconds(config, flops, setup.activation_checkpointing)
+        model_rate = flops / seconds / target.count  # without what is computed twice, as in MFU
+        rate = f"{human(model_rate)} FLOP/s per rank"
         if target.peak:
-            rate += f", {target.rate_of(config) / target.peak:.0%} MFU"
+            rate += f", {model_rate / target.peak:.0%} MFU"
         rate += f": {target.rate_source}"
         rows += [
             ("training", f"{human(num_steps * tokens_per_step)} tokens", f"{num_steps:,} optimizer steps"),

@@ -32,7 +32,7 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.cli import Restart, flag
 from nanochat.common import UserError, duration, seed_everything
-from nanochat.costs import flops_per_token, training_memory
+from nanochat.costs import TrainingSetup, flops_per_token, training_memory
 from nanochat.distributed import Dist, warn0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels import mlp
@@ -54,6 +54,9 @@ class RunFlags:
     keep_last: int = flag(-1, "checkpoints to keep; -1 = all")
     resume: bool = flag(False, "continue from the newest intact checkpoint of this tag, if there is one")
     device: str = flag("auto", "cuda | mps | cpu | auto")
+    activation_checkpointing: bool = flag(
+        False, "compute each layer again in the backward pass: a fraction of the memory, about a third more time"
+    )
     run: str = flag("", "wandb run name; empty = console and metrics file only")
     plan: bool = flag(False, "print what the run needs (memory, time, cost) and exit, without reading data or weights")
     for_: str = flag("", "with --plan: another machine to plan for, such as 8xH100 or 1xRTX4090")
@@ -263,7 +266,9 @@ class Run:
         """
         target = local_target(self.dist.device, self.dist.world_size, self.dtype, fp8)
         compiled = compile and hardware.can_compile(self.dist.device)
-        setup = training_setup(self.config, target, total_batch_size, rows=wanted, compiled=compiled, fp8=fp8)
+        recomputes = self.flags.activation_checkpointing
+        wanted_setup = TrainingSetup(wanted, compiled=compiled, fp8=fp8, activation_checkpointing=recomputes)
+        setup = training_setup(self.config, target, total_batch_size, wanted_setup)
         checkpoint = self.resumed or self.parent
         if wanted == -1 and checkpoint:
             before = load_hyperparameters(checkpoint.meta).device_batch_size
@@ -276,7 +281,7 @@ class Run:
         expected = f"about {gib(self.predicted_memory)} of {gib(target.memory)} per rank"
         self.dist.print0(f"memory: {expected}, with {count_rows(self.rows)} per pass")
         if target.peak and not self.resumed:  # `flops` are those of the whole run
-            self.predicted_seconds = target.seconds(self.config, flops)
+            self.predicted_seconds = target.seconds(self.config, flops, recomputes)
         return self.rows
 
     def _restart_with_fewer_rows(self) -> NoReturn:
@@ -288,7 +293,10 @@ class Run:
         fewer = self.rows // 2
         problem = f"out of memory in step {self.state.step} with {count_rows(self.rows)} per pass"
         if not fewer:
-            raise UserError(f"{problem}: use a smaller --depth or --max-seq-len, or a machine with more memory")
+            remedy = "a smaller --depth or --max-seq-len, or a machine with more memory"
+            if not self.flags.activation_checkpointing:
+                remedy = f"--activation-checkpointing, {remedy}"
+            raise UserError(f"{problem}: use {remedy}")
         if self.dist.world_size > 1:  # the other ranks wait in a collective operation: only torchrun can restart them
             raise UserError(f"{problem}: start again with --resume --device-batch-size {fewer}")
         has_saved = self.writer.last_saved != NO_CHECKPOINT
@@ -326,6 +334,7 @@ class Run:
         shape = self.config.attention_shape
         name, kernel = attention.choose(attention_name, shape, device, self.dtype, self.dist.print0)
         model.use_attention(kernel)
+        model.activation_checkpointing = self.flags.activation_checkpointing
         self.dist.print0(f"computing in {self.dtype}, attention {name}")
         return model
 

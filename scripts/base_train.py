@@ -14,7 +14,7 @@ from nanochat import attention, distributed, fp8, hardware, mixture, planner, re
 from nanochat.checkpoint_manager import CheckpointReader
 from nanochat.cli import command, flag
 from nanochat.common import UserError, duration
-from nanochat.costs import param_counts
+from nanochat.costs import TrainingSetup, param_counts
 from nanochat.dataloader import prefetch
 from nanochat.distributed import Dist
 from nanochat.engine import Engine, sample_prompts
@@ -132,22 +132,25 @@ def choose_depth(flags: Flags) -> Flags:
         return flags
     target = planner.find_target(flags.for_, flags.device, flags.fp8)
     seconds = 3600 * flags.hours or target.seconds_for(flags.budget)
-    depth = planner.depth_for(flags, planner.planned_vocab_size(), target, seconds, flags.fp8)
+    depth = planner.depth_for(flags, planner.planned_vocab_size(), target, seconds, wanted_setup(flags))
     print(f"--depth {depth} is the largest that {target.name} trains in {duration(seconds)}")
     return replace(flags, depth=depth, hours=0.0, budget=0.0, for_=flags.for_ if flags.plan else "")
+
+
+def wanted_setup(flags: Flags) -> TrainingSetup:
+    """What the flags say about memory, for the planner."""
+    return TrainingSetup(
+        rows=flags.device_batch_size,
+        compiled=flags.compile,
+        fp8=flags.fp8,
+        activation_checkpointing=flags.activation_checkpointing,
+    )
 
 
 def print_plan(flags: Flags) -> None:
     plan = recipe.derive(flags, planner.planned_vocab_size())
     target = planner.find_target(flags.for_, flags.device, flags.fp8)
-    setup = planner.training_setup(
-        plan.model,
-        target,
-        plan.total_batch_size,
-        rows=flags.device_batch_size,
-        compiled=flags.compile,
-        fp8=flags.fp8,
-    )
+    setup = planner.training_setup(plan.model, target, plan.total_batch_size, wanted_setup(flags))
     rows = planner.training_rows(plan.model, setup, target, num_steps=plan.num_iterations, flops=plan.flops)
     print_table(f"Plan of {flags.model_tag or f'd{flags.depth}'}", rows)
     planner.check_fits(plan.model, setup, target, flags)

@@ -18,7 +18,7 @@ from nanochat import checkpoint_manager, distributed, hardware, planner, rollout
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError, human
-from nanochat.costs import Memory, param_counts, rl_memory
+from nanochat.costs import Memory, TrainingSetup, param_counts, rl_memory
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
 from nanochat.logging import append_after, print_table
@@ -41,7 +41,8 @@ TASKS: dict[str, Callable[[str], Task]] = {  # each called with a split; the tas
 }
 
 
-REMEDY = "lower --rollout-batch-size or --device-batch-size"  # if a run does not fit into memory
+# If a run does not fit into memory.
+REMEDY = "lower --rollout-batch-size or --device-batch-size, or use --activation-checkpointing"
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,10 @@ def print_plan(flags: Flags) -> None:
 
 def planned_memory(flags: Flags, config: GPTConfig, target: Target) -> Memory:
     """Memory of a rank if prompts and completions fill the context."""
-    setup = planner.training_setup(config, target, 0, rows=flags.device_batch_size, compiled=False)
+    wanted = TrainingSetup(
+        flags.device_batch_size, compiled=False, activation_checkpointing=flags.activation_checkpointing
+    )
+    setup = planner.training_setup(config, target, 0, wanted)
     return rl_memory(config, setup, flags.rollout_batch_size, config.sequence_len, flags.kl_coef > 0)
 
 

@@ -19,7 +19,7 @@ from nanochat import checkpoint_manager, distributed, hardware, planner, recipe
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError, human
-from nanochat.costs import flops_per_token
+from nanochat.costs import TrainingSetup, flops_per_token
 from nanochat.dataloader import ConversationLoader, prefetch
 from nanochat.distributed import Dist
 from nanochat.eval.bpb import evaluate_bpb
@@ -135,7 +135,8 @@ def print_plan(flags: FinetuneFlags, source: Checkpoint) -> None:
     target = planner.find_target(flags.for_, flags.device)
     hyperparameters = inherited_hyperparameters(flags, source)
     rows = flags.device_batch_size if flags.device_batch_size != -1 else hyperparameters.device_batch_size
-    setup = planner.training_setup(source.config, target, hyperparameters.total_batch_size, rows=rows)
+    wanted = TrainingSetup(rows, compiled=flags.compile, activation_checkpointing=flags.activation_checkpointing)
+    setup = planner.training_setup(source.config, target, hyperparameters.total_batch_size, wanted)
     num_steps = max(flags.num_iterations, 1)
     flops = float(num_steps * hyperparameters.total_batch_size) * flops_per_token(source.config)
     table = planner.training_rows(source.config, setup, target, num_steps=num_steps, flops=flops)

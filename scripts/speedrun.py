@@ -24,7 +24,7 @@ from nanochat import dataset, hardware, mixture, planner
 from nanochat.cards import find_machine
 from nanochat.cli import command, flag, parse
 from nanochat.common import UserError, atomic_path, base_dir, duration
-from nanochat.costs import flops_per_token, training_memory
+from nanochat.costs import TrainingSetup, flops_per_token, training_memory
 from nanochat.logging import print_table
 from nanochat.planner import Target
 from nanochat.recipe import RecipeFlags, derive
@@ -241,12 +241,14 @@ def gpu_size(facts: Facts, vocab_size: int) -> Size:
     fp8 = ["--fp8"] if card.has_fp8 else []
     recipe = derive(parse(RecipeFlags, public), vocab_size)
     target = planner.named_target(machine, card.has_fp8)
-    setup = planner.training_setup(recipe.model, target, recipe.total_batch_size, fp8=card.has_fp8)
+    setup = planner.training_setup(
+        recipe.model, target, recipe.total_batch_size, TrainingSetup(rows=-1, fp8=card.has_fp8)
+    )
     fits = training_memory(recipe.model, setup).peak <= target.memory
     if fits and target.seconds(recipe.model, recipe.flops) <= 3600 * MAX_HOURS:
         return Size(vocab_size, public, fp8, eval_tokens)
     target = planner.named_target(machine, fp8=False)
-    depth = planner.depth_for(RecipeFlags(), vocab_size, target, 3600 * MAX_HOURS, False)
+    depth = planner.depth_for(RecipeFlags(), vocab_size, target, 3600 * MAX_HOURS)
     depth = max(1, depth - depth % 2)  # the width of an odd depth is rounded up to whole heads
     return Size(vocab_size, ["--depth", str(depth)], fp8 if depth >= FP8_DEPTH else [], eval_tokens)
 
@@ -341,7 +343,8 @@ def print_plan(decisions: Decisions) -> None:
     recipe = derive(flags, decisions.vocab_size)
     config = recipe.model
     target = find_target(decisions, flags.fp8)
-    setup = planner.training_setup(config, target, recipe.total_batch_size, compiled=flags.compile, fp8=flags.fp8)
+    wanted = base_train.wanted_setup(flags)
+    setup = planner.training_setup(config, target, recipe.total_batch_size, wanted)
     rows = planner.training_rows(config, setup, target, num_steps=recipe.num_iterations, flops=recipe.flops)
     print_table(
         "Plan of the speedrun",
@@ -355,7 +358,8 @@ def print_plan(decisions: Decisions) -> None:
     print_table("Pretraining", rows)
 
     sft_target = find_target(decisions, fp8=False) if flags.fp8 else target
-    sft_setup = planner.training_setup(config, sft_target, recipe.total_batch_size, compiled=flags.compile)
+    sft_wanted = replace(wanted, fp8=False)
+    sft_setup = planner.training_setup(config, sft_target, recipe.total_batch_size, sft_wanted)
     if sft_setup.rows > setup.rows:  # fine-tuning uses at most the rows of pretraining
         sft_setup = replace(sft_setup, rows=setup.rows, accumulation=setup.accumulation)
     num_steps = max(1, round(decisions.sft_tokens / recipe.total_batch_size))

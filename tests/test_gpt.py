@@ -1,6 +1,6 @@
 """
 The model: golden logits, losses, gradients and costs; plain members of the family and windows against slow references;
-initial values; configurations; precision.
+initial values; configurations; precision; activation checkpointing.
 
     python -m pytest tests/test_gpt.py
 """
@@ -14,7 +14,7 @@ from conftest import golden
 from factories import FAMILY, tiny_config, tiny_gpt
 from test_attention import naive_attention, naive_window
 
-from nanochat import costs
+from nanochat import costs, hardware
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig, JointLinear, Linear
 from nanochat.muon import MuonAdamW, build_optimizer
@@ -320,3 +320,49 @@ def test_small_updates_survive_in_float32_masters():
     for _ in range(1000):
         optimizer.step()
     torch.testing.assert_close(table.data, torch.full_like(table, -0.2), rtol=0, atol=1e-3)
+
+
+# ---- activation checkpointing ----
+
+
+def loss_gradients_and_kept_bytes(model, x_BT, y_BT):
+    """`kept`: bytes that the forward pass keeps for the backward pass, besides parameters."""
+    kept, parameters = {}, {p.data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(x_BT, y_BT)
+    loss.backward()
+    return loss.detach(), [p.grad for p in model.parameters()], sum(kept.values())
+
+
+@pytest.mark.parametrize("member", FAMILY)
+def test_activation_checkpointing_saves_memory_and_changes_no_bit(member):
+    model = tiny(**FAMILY[member], n_layer=6)
+    x_BT = torch.randint(model.config.vocab_size, (4, 33))
+    loss, gradients, kept = loss_gradients_and_kept_bytes(model, x_BT[:, :-1], x_BT[:, 1:])
+    model.zero_grad(set_to_none=True)
+    model.activation_checkpointing = True
+    same_loss, same_gradients, kept_less = loss_gradients_and_kept_bytes(model, x_BT[:, :-1], x_BT[:, 1:])
+    assert torch.equal(loss, same_loss)
+    assert all(map(torch.equal, gradients, same_gradients))
+    assert kept_less < kept / 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hardware.can_compile(torch.device("cpu")), reason="no C++ compiler")
+def test_activation_checkpointing_compiles_as_one_graph():
+    model = tiny(n_layer=2)
+    x_BT = torch.randint(model.config.vocab_size, (2, 33))
+    loss, gradients, _ = loss_gradients_and_kept_bytes(model, x_BT[:, :-1], x_BT[:, 1:])
+    model.zero_grad(set_to_none=True)
+    model.activation_checkpointing = True
+    compiled_loss = torch.compile(model, fullgraph=True, dynamic=False)(x_BT[:, :-1], x_BT[:, 1:])
+    compiled_loss.backward()
+    torch.testing.assert_close(compiled_loss, loss)
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-5)

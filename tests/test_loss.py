@@ -7,6 +7,7 @@ Chunked cross entropy against F.cross_entropy on all logits: losses, gradients, 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import hardware, loss
@@ -114,28 +115,48 @@ def test_targets_of_minus_one_have_no_loss_and_no_gradient():
     assert (grad_VC[V:] == 0).all()
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation returns."""
+class Allocations(TorchDispatchMode):
+    """Records the elements of the largest tensor that any operation returns, and the most bytes that exist at once."""
 
-    elements = 0
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+        self.peak = 0
+        self.sizes = {}  # storage → bytes, of all that operations have returned and that still exist
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
-            self.elements = max(self.elements, result.numel())
+            self.largest = max(self.largest, result.numel())
+            storage = result.untyped_storage()
+            self.sizes[StorageWeakRef(storage)] = storage.nbytes()
+            self.sizes = {ref: size for ref, size in self.sizes.items() if not ref.expired()}
+            self.peak = max(self.peak, sum(self.sizes.values()))
         return result
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_no_intermediate_is_larger_than_a_chunk(monkeypatch, reduction):
-    case = inputs()
-    with LargestTensor() as largest:
-        results(chunked, *case, reduction)
-    assert largest.elements == 32 * PADDED
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", 1)  # then MAX_CHUNKS limits the number of chunks: 12 rows each
-    with LargestTensor() as largest:
-        results(chunked, *case, reduction)
-    assert largest.elements == max(12 * PADDED, PADDED * C)
+    with Allocations() as allocations:
+        results(chunked, *inputs(), reduction)
+    assert allocations.largest == 32 * PADDED
+
+
+def test_compiled_code_has_few_chunks(monkeypatch):
+    """torch.compile unrolls the loop over them."""
+    assert loss.chunk_rows(90, PADDED, compiled=True) == 32
+    assert loss.chunk_rows(9000, PADDED, compiled=True) == 9000 / loss.MAX_CHUNKS
+    assert loss.chunk_rows(9000, PADDED, compiled=False) == 32
+
+
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize("dtype, copies", [(torch.float32, 2.0), (torch.bfloat16, 2.5)])
+def test_peak_memory_is_a_few_copies_of_a_chunk(dtype, copies, cap):
+    case = inputs(dtype)
+    with Allocations() as allocations:
+        results(chunked, *case, "sum", cap)
+    chunk, gradients = 4 * 32 * PADDED, case[0].nbytes + case[1].nbytes
+    assert allocations.peak < copies * chunk + 3 * gradients
 
 
 @pytest.mark.skipif(not hardware.can_compile(torch.device("cpu")), reason="no C++ compiler")

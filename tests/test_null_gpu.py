@@ -193,22 +193,48 @@ def test_every_kernel_trains(kernel, use_fp8):
         optimizer.zero_grad(set_to_none=True)
 
 
-@pytest.mark.parametrize("depth, rows", [(12, 32), (12, 16), (20, 16), (22, 8), (24, 8)])
-def test_peak_memory_is_as_predicted(depth, rows):
-    flags = recipe.RecipeFlags(depth=depth)
+MEMORY_CASES = [  # depth, rows, changes of TrainingSetup
+    (12, 32, {}),
+    (12, 16, {}),
+    (20, 16, {}),
+    (22, 8, {}),
+    (24, 8, {}),
+    (24, 8, {"fp8": True}),
+    (12, 32, {"activation_checkpointing": True}),
+    (24, 32, {"activation_checkpointing": True}),
+    (24, 32, {"activation_checkpointing": True, "fp8": True}),
+]
+COMPILED_CASES = [  # minutes each: NULLGPU_COMPILED=1 bash dev/null_gpu/run.sh -k peak
+    (12, 32, {"compiled": True}),
+    (24, 16, {"compiled": True}),
+    (24, 16, {"compiled": True, "fp8": True}),
+    (24, 32, {"compiled": True, "activation_checkpointing": True}),
+]
+if os.environ.get("NULLGPU_COMPILED"):
+    MEMORY_CASES += COMPILED_CASES
+
+
+@pytest.mark.parametrize("depth, rows, changes", MEMORY_CASES)
+def test_peak_memory_is_as_predicted(depth, rows, changes):
+    setup = TrainingSetup(rows, accumulation=2, **{"compiled": False} | changes)
+    torch._dynamo.reset()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    model = make_model(flags, vocab_size=32768)
-    optimizer = build_optimizer(model, recipe.param_groups(model.config))
+    model = make_model(recipe.RecipeFlags(depth=depth), vocab_size=32768)
+    model.activation_checkpointing = setup.activation_checkpointing
+    optimizer = build_optimizer(model, recipe.param_groups(model.config), compile=setup.compiled)
+    if setup.fp8:
+        fp8.use_fp8(model, optimizer, setup.compiled)
+    train_model = torch.compile(model, dynamic=False, fullgraph=True) if setup.compiled else model
     x_BT = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=DEVICE)
     for _ in range(2):
         for _ in range(2):
-            token_loss(model, (x_BT, x_BT, x_BT.numel())).backward()
+            token_loss(train_model, (x_BT, x_BT, x_BT.numel())).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     measured = torch.cuda.max_memory_allocated() - before
-    predicted = training_memory(model.config, TrainingSetup(rows, accumulation=2, compiled=False)).peak
+    predicted = training_memory(model.config, setup).peak
     assert predicted / GIB == pytest.approx(measured / GIB, rel=0.05)
 
 

@@ -7,7 +7,7 @@ The plan of a run: the machines, what fits, --plan, --hours and --budget, and wh
 import json
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -88,6 +88,16 @@ def test_model_that_does_not_fit_names_a_depth_that_does():
         check("1xRTX4090", RecipeFlags(depth=depth + 1), rows=1)
 
 
+def test_error_names_activation_checkpointing_where_only_that_helps():
+    config, target = model_config(RecipeFlags(depth=20), VOCAB), planner.named_target("1xRTX4090", fp8=False)
+    setup = TrainingSetup(rows=1, dtype=target.dtype)
+    sizes = [training_memory(config, replace(setup, activation_checkpointing=flag)).peak for flag in (False, True)]
+    target = replace(target, memory=sum(sizes) / 2)  # between the two
+    with pytest.raises(UserError, match="use --activation-checkpointing --device-batch-size 1"):
+        planner.check_fits(config, setup, target, RecipeFlags(depth=20))
+    planner.check_fits(config, replace(setup, activation_checkpointing=True), target)
+
+
 def test_depth_100_is_refused_on_this_machine(base_dir, monkeypatch, capsys):
     monkeypatch.setattr(hardware, "available_memory", lambda: 16 * GIB)
     monkeypatch.setattr(planner, "measured_rate", lambda *_: 1e11)
@@ -107,6 +117,20 @@ def test_plan_of_another_machine_reads_neither_data_nor_weights(base_dir, capsys
     assert "2h00m" in table["time"] and "$48" in table["cost"]
     assert "fits" in table["memory per rank"]
     assert list(base_dir.iterdir()) == []
+
+
+def test_plan_with_activation_checkpointing_has_larger_batches_and_takes_longer(base_dir, capsys):
+    plan = ["--plan", "--for", "1xRTX4090", "--depth", "16"]
+    rows, hours, mfu = [], [], []
+    for flags in ([], ["--activation-checkpointing"]):
+        base_train.main([*plan, *flags])
+        out = capsys.readouterr().out
+        rows.append(int(re.search(r"1 GPUs x (\d+) rows", out).group(1)))
+        hours.append(float(re.search(r"time +(\d+)h", out).group(1)))
+        mfu.append(float(re.search(r"(\d+)% MFU", out).group(1)))
+    assert rows[1] >= 4 * rows[0]
+    assert 1.25 < hours[1] / hours[0] < 1.35
+    assert mfu[1] == pytest.approx(mfu[0] * hours[0] / hours[1], abs=1)  # MFU counts no FLOP twice
 
 
 def test_plan_of_this_machine_measures_its_speed(base_dir, capsys):
@@ -190,7 +214,7 @@ def test_out_of_memory_continues_with_half_the_rows(trainable, monkeypatch, fail
 
 def test_out_of_memory_with_one_row_is_a_user_error(trainable, monkeypatch, capsys):
     monkeypatch.setattr(Trainer, "_accumulate", lambda *_: (_ for _ in ()).throw(MemoryError()))
-    with pytest.raises(SystemExit, match="with 1 row per pass: use a smaller --depth"):
+    with pytest.raises(SystemExit, match="with 1 row per pass: use --activation-checkpointing"):
         base_train.main([*SMALL, "--device-batch-size", "1"])
 
 
@@ -278,7 +302,7 @@ def test_later_stages_plan_from_a_checkpoint(base_dir, golden_tokenizer, capsys,
 def test_rollouts_that_do_not_fit_are_refused():
     config = model_config(RecipeFlags(depth=24), VOCAB)
     target = planner.named_target("1xRTX4090", fp8=False)
-    setup = planner.training_setup(config, target, 0, rows=1, compiled=False)
+    setup = planner.training_setup(config, target, 0, TrainingSetup(rows=1, compiled=False))
     memory = rl_memory(config, setup, slots=256, length=2048, has_reference=True)
     with pytest.raises(UserError, match="lower --rollout-batch-size"):
         planner.check_memory(memory, target, "lower --rollout-batch-size")

@@ -18,6 +18,7 @@ from factories import wait_until
 
 from nanochat import planner
 from nanochat.cli import parse
+from nanochat.costs import TrainingSetup
 from scripts import base_eval, base_train, chat_eval, chat_sft, make_shards
 from scripts import speedrun as plan
 from scripts.speedrun import Facts, Settings, decide
@@ -67,7 +68,8 @@ def test_choice_for_known_gpus_fits_and_takes_no_longer_than_allowed(count, card
     flags = parse(base_train.Flags, decisions.base_train)
     recipe = plan.derive(flags, decisions.vocab_size)
     target = planner.named_target(f"{count}x{card}", flags.fp8)
-    setup = planner.training_setup(recipe.model, target, recipe.total_batch_size, fp8=flags.fp8)
+    wanted = TrainingSetup(rows=-1, fp8=flags.fp8)
+    setup = planner.training_setup(recipe.model, target, recipe.total_batch_size, wanted)
     planner.check_fits(recipe.model, setup, target)
     assert target.seconds(recipe.model, recipe.flops) <= 3600 * plan.MAX_HOURS
 

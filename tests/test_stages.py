@@ -196,6 +196,19 @@ def test_stopped_and_resumed_run_is_bitwise_equal(workspace, monkeypatch, capsys
     shutil.rmtree(parts)
 
 
+@pytest.mark.parametrize("script, argv, stage", [stage[:3] for stage in STAGES], ids=["base", "mid", "sft"])
+def test_run_continued_with_activation_checkpointing_is_bitwise_equal(workspace, capsys, script, argv, stage):
+    whole = checkpoint_manager.stage_dir(stage) / "d2"
+    argv = [*argv, "--model-tag", "recomputed", *([] if stage == "base" else ["--base-tag", "d2"])]
+    recomputed = whole.with_name("recomputed")
+    shutil.copytree(whole / "step_000003", recomputed / "step_000003")
+    capsys.readouterr()
+    script.main([*argv, "--activation-checkpointing", "--resume"])
+    assert "activation_checkpointing False → True" in capsys.readouterr().out
+    assert files_of(recomputed / "step_000006") == files_of(whole / "step_000006")
+    shutil.rmtree(recomputed)
+
+
 def test_new_run_that_fails_before_its_first_checkpoint_leaves_the_earlier_run(workspace, monkeypatch, capsys):
     argv = [*BASE, "--model-tag", "again", "--sample-every", "-1"]
     base_train.main([*argv, "--num-iterations", "3"])
@@ -314,7 +327,8 @@ def test_interrupted_and_resumed_rl_run_is_bitwise_equal(workspace, monkeypatch,
     assert max(path.name for path in parts.iterdir()) == last
     assert transcripts(workspace, "parts")[-1]["step"] == (3 if options else 4)
     torch.manual_seed(12345)
-    chat_rl.main([*argv, "--model-tag", "parts", "--resume"])
+    recompute = ["--activation-checkpointing"] if how == "killed" else []  # which changes no bit
+    chat_rl.main([*argv, "--model-tag", "parts", "--resume", *recompute])
 
     assert files_of(parts / "step_000006") == files_of(whole / "step_000006")
     assert metrics(workspace, "chat_rl-parts") == metrics(workspace, "chat_rl-whole")

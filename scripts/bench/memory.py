@@ -2,6 +2,7 @@
 Memory: compare the peak that nanochat/costs.py predicts for training with the measured peak of a short base_train run.
 
     python -m scripts.bench memory
+    python -m scripts.bench memory --activation-checkpointing
     python -m scripts.bench memory --depths 12,20 --head-dim 128 --max-seq-len 2048 --vocab-size 32768    # a GPU
 
 Each run has its own process. `ratios`: predicted peak / measured peak, for each depth and dtype, and on GPUs with and
@@ -34,6 +35,7 @@ class Flags:
     vocab_size: int = flag(2048, "tokens")
     device_batch_size: int = flag(16, "rows per forward pass")
     device: str = flag("auto", "cuda | mps | cpu | auto")
+    activation_checkpointing: bool = flag(False, "train with this flag of the training stages")
 
 
 @command
@@ -77,11 +79,16 @@ def measure(flags: Flags, depth: int, dtype: torch.dtype, compiled: bool, device
         Tokenizer.train(generate_documents(), flags.vocab_size).save(Path(folder) / "tokenizer")
         argv = [str(word) for item in sizes.items() for word in item]
         argv += ["--data-dir", f"{folder}/primer", "--device", device.type, "--compile" if compiled else "--no-compile"]
+        if flags.activation_checkpointing:
+            argv.append("--activation-checkpointing")
         base_train.main(argv)
     shape = recipe.RecipeFlags(depth=depth, head_dim=flags.head_dim, max_seq_len=flags.max_seq_len)
     config = recipe.model_config(shape, flags.vocab_size)
     target = planner.local_target(device, 1, dtype)
-    setup = planner.training_setup(config, target, tokens_per_step, rows=flags.device_batch_size, compiled=compiled)
+    wanted = costs.TrainingSetup(
+        flags.device_batch_size, compiled=compiled, activation_checkpointing=flags.activation_checkpointing
+    )
+    setup = planner.training_setup(config, target, tokens_per_step, wanted)
     return hardware.peak_memory(device), costs.training_memory(config, setup).peak
 
 
