@@ -18,6 +18,7 @@ import torch
 
 from nanochat.gpt import SMEAR_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 from nanochat.loss import chunk_rows
+from nanochat.tokenizer import SPECIAL_TOKENS
 
 GIB = 2**30
 
@@ -63,6 +64,13 @@ def param_counts(config: GPTConfig) -> dict[str, int]:
         "scalars": 2 * config.n_layer * config.residual_scalars + smear + config.backout,
     }
     return counts | {"total": sum(counts.values())}
+
+
+def lora_params(config: GPTConfig, rank: int) -> int:
+    """Parameters that LoRA (lora.py) trains: two factors for each matrix of a block, and rows of lm_head."""
+    C, kv_width = config.n_embd, config.kv_width
+    sides = 2 * (C + C) + 2 * (C + kv_width) + 2 * (C + 4 * C)  # queries and output; keys and values; MLP
+    return config.n_layer * rank * sides + len(SPECIAL_TOKENS) * C
 
 
 def matmul_weights(config: GPTConfig) -> int:
@@ -129,6 +137,7 @@ class TrainingSetup:
     attention: str = "flash"
     device: str = "cuda"
     activation_checkpointing: bool = False
+    lora_rank: int = 0  # of the adapters that are trained (lora.py); 0 = the model is trained
 
 
 @dataclass(frozen=True)
@@ -175,6 +184,8 @@ def training_memory(config: GPTConfig, setup: TrainingSetup) -> Memory:
         "communication": 4.0 * matrices + 4 * counts["total"] * share if setup.world_size > 1 else 0.0,
         **_activations(config, setup),
     }
+    if setup.lora_rank:
+        parts |= _lora_parts(config, setup)
     always = ("process", "weights", "gradients", "optimizer state", "FP8 weights")
     phases = {
         "loss": (*always, "cast weights", "activations", "loss"),
@@ -182,6 +193,21 @@ def training_memory(config: GPTConfig, setup: TrainingSetup) -> Memory:
         "optimizer update": (*always, "update", "communication"),
     }
     return Memory(parts, phases)
+
+
+def _lora_parts(config: GPTConfig, setup: TrainingSetup) -> dict[str, float]:
+    """What LoRA needs instead. The changed weights are computed for each use and kept for the backward pass."""
+    counts = param_counts(config)
+    trained = lora_params(config, setup.lora_rank)
+    head = 4.0 * config.padded_vocab_size * config.n_embd
+    return {
+        "gradients": 4.0 * trained,
+        "optimizer state": 8.0 * trained / setup.world_size,
+        "cast weights": float(setup.dtype.itemsize * counts["transformer_matrices"]),
+        "loss": _loss_bytes(config, setup) + head,
+        "update": 0.0,
+        "communication": 4.0 * trained if setup.world_size > 1 else 0.0,
+    }
 
 
 def _activations(config: GPTConfig, setup: TrainingSetup) -> dict[str, float]:

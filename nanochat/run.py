@@ -267,7 +267,9 @@ class Run:
         target = local_target(self.dist.device, self.dist.world_size, self.dtype, fp8)
         compiled = compile and hardware.can_compile(self.dist.device)
         recomputes = self.flags.activation_checkpointing
-        wanted_setup = TrainingSetup(wanted, compiled=compiled, fp8=fp8, activation_checkpointing=recomputes)
+        wanted_setup = TrainingSetup(
+            wanted, compiled=compiled, fp8=fp8, activation_checkpointing=recomputes, lora_rank=self.lora_rank
+        )
         setup = training_setup(self.config, target, total_batch_size, wanted_setup)
         checkpoint = self.resumed or self.parent
         if wanted == -1 and checkpoint:

@@ -15,7 +15,7 @@ Batch sizes, learning rates and the optimizer's state are taken from the run tha
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
-from nanochat import checkpoint_manager, distributed, hardware, planner, recipe
+from nanochat import checkpoint_manager, distributed, hardware, lora, planner, recipe
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError, human
@@ -135,7 +135,14 @@ def print_plan(flags: FinetuneFlags, source: Checkpoint) -> None:
     target = planner.find_target(flags.for_, flags.device)
     hyperparameters = inherited_hyperparameters(flags, source)
     rows = flags.device_batch_size if flags.device_batch_size != -1 else hyperparameters.device_batch_size
-    wanted = TrainingSetup(rows, compiled=flags.compile, activation_checkpointing=flags.activation_checkpointing)
+    if flags.lora_rank:
+        lora.check_rank(flags.lora_rank, source.config)
+    wanted = TrainingSetup(
+        rows,
+        compiled=flags.compile,
+        activation_checkpointing=flags.activation_checkpointing,
+        lora_rank=flags.lora_rank,
+    )
     setup = planner.training_setup(source.config, target, hyperparameters.total_batch_size, wanted)
     num_steps = max(flags.num_iterations, 1)
     flops = float(num_steps * hyperparameters.total_batch_size) * flops_per_token(source.config)
