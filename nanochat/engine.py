@@ -27,8 +27,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.attention import attend, attend_cached, band_mask
 from nanochat.common import UserError
-from nanochat.decoder import BatchSampling, Decoder, Prefix, SamplingParams, SlotStart, layers_by_window, upload
+from nanochat.decoder import Decoder, Prefix, SlotStart, layers_by_window, upload
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.sampling import BatchSampling, SamplingParams
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import ToolUse
 
@@ -119,14 +120,14 @@ class Prefill:
         self.start = 0  # tokens read so far
         self.keys: dict[int, torch.Tensor] = {}  # by layer, (B, S, K, D)
         self.values: dict[int, torch.Tensor] = {}
-        shape = (len(prompts), 1, model.config.n_embd)
-        self.previous_B1C = torch.zeros(shape, device=model.device, dtype=model.dtype)
 
     def read(self, num_tokens: int) -> list[Prefix]:
         """Reads the next tokens of every prompt; returns the states of the prompts that are complete."""
         stop = min(self.start + num_tokens, max(map(len, self.prompts)))
         chunks = [torch.tensor(prompt[self.start : stop]) for prompt in self.prompts]
         self.positions_BT = torch.arange(self.start, stop, device=self.model.device)[None]
+        previous = [prompt[max(self.start - 1, 0)] for prompt in self.prompts]
+        self.previous_B1 = upload(torch.tensor(previous)[:, None], self.model.device)
         self.masks: dict[int, torch.Tensor] = {}  # by window
         self.model.hidden(upload(pad_sequence(chunks, batch_first=True), self.model.device), self)
         self.start = stop
@@ -159,7 +160,6 @@ class Prefill:
             self.keys, self.values = {}, {}
             return
         rows_B = upload(torch.tensor(rows), self.model.device)
-        self.previous_B1C = self.previous_B1C.index_select(0, rows_B)
         for layer in self.keys:
             window = self.model.config.windows[layer]
             self.keys[layer] = self.keys[layer][:, -window:].index_select(0, rows_B)
@@ -259,7 +259,7 @@ class Engine:
     max_prefill_tokens = 4096  # of all prompts in one pass, padding included; limits its memory
     length_multiple = 128  # the length of slots grows in multiples of this; heuristic, not tuned
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, max_slots: int = 32, int8: bool = False):
+    def __init__(self, model: GPT, tokenizer: Tokenizer, max_slots: int = 32, int8: bool = False, compile: bool = False):
         """
         int8: decode with weights of 8 bits and one scale per output channel (W8A16). Prompts are still read with the
         model's own weights. Saves time on a CPU only: on CUDA there is a warning.
@@ -272,7 +272,7 @@ class Engine:
         # BOS too: a base model has no end token, but predicts the start of the next document.
         self.stop_tokens = {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
         with torch.inference_mode():
-            self.decoder = Decoder(model, max_slots, int8)
+            self.decoder = Decoder(model, "int8" if int8 else "plain", compile)
         self.waiting: deque[ActiveRequest] = deque()
         self.active: list[ActiveRequest] = []  # in slots 0, 1, …
         self.prefill = Prefill([], model)  # the prompts being read
@@ -345,9 +345,9 @@ class Engine:
         self._fill_slots()
         if not self.active:
             return []
-        positions = [entry.position for entry in self.active]
+        max_position = max(entry.position for entry in self.active)
         sampling = BatchSampling.of([entry.params for entry in self.active], self.model.config.vocab_size)
-        tokens, logprobs = self.decoder.step(len(self.active), min(positions), max(positions), sampling)
+        tokens, logprobs = self.decoder.step(len(self.active), max_position, sampling)
 
         events: list[Event] = []
         forced: dict[int, int] = {}  # by slot

@@ -130,7 +130,7 @@ class Cache(Protocol):
     """The KV cache as the model sees it during one forward pass; engine.py and eval/ implement it."""
 
     positions_BT: torch.Tensor  # of the tokens that are passed in
-    previous_B1C: torch.Tensor  # the embedding before the first token, not smeared; zeros at the start of a sequence
+    previous_B1: torch.Tensor  # the token before the first one of each row; anything at the start of a sequence
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         """Stores the new keys and values, and returns the attention of the queries to all keys that they see."""
@@ -447,7 +447,7 @@ class GPT(nn.Module):
         """
         config = self.config
         rotary = self._rotary(idx_BT, cache)
-        x = norm(self.transformer.wte(idx_BT).to(self.dtype))
+        x = self._embed(idx_BT)
         if config.smear:
             x = self._smear(x, cache)
         x0 = middle = x
@@ -477,6 +477,9 @@ class GPT(nn.Module):
         """(…, C) → (…, V) in float32, soft-capped, without the padding of the vocabulary."""
         return softcap(self.lm_head(hidden)[..., : self.config.vocab_size].float(), self.config.logit_softcap)
 
+    def _embed(self, idx_BT: torch.Tensor) -> torch.Tensor:
+        return norm(self.transformer.wte(idx_BT).to(self.dtype))
+
     def _rotary(self, idx_BT: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin at the tokens' positions, in the compute dtype, to broadcast against (B, T, H, D/2)."""
         num_tokens = idx_BT.size(1)
@@ -494,10 +497,10 @@ class GPT(nn.Module):
 
     def _smear(self, x_BTC: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """Adds a gated share of the previous token's embedding to each token's."""
-        previous_B1C = torch.zeros_like(x_BTC[:, :1])  # the first token has none
-        if cache is not None:
-            previous_B1C = cache.previous_B1C.clone()
-            cache.previous_B1C = x_BTC[:, -1:]
+        if cache is None:
+            previous_B1C = torch.zeros_like(x_BTC[:, :1])
+        else:
+            previous_B1C = self._embed(cache.previous_B1) * (cache.positions_BT[:, :1, None] > 0)
         previous_BTC = torch.cat([previous_B1C, x_BTC[:, :-1]], dim=1)
         gate_BT1 = self.smear_lambda.to(x_BTC.dtype) * torch.sigmoid(self.smear_gate(x_BTC[..., :SMEAR_CHANNELS]))
         return x_BTC + gate_BT1 * previous_BTC

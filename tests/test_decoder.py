@@ -21,7 +21,8 @@ from test_engine import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanochat.decoder import BatchSampling, PackedLinear, RowSampling, SamplingParams, sample
+from nanochat.packed import PackedLinear
+from nanochat.sampling import BatchSampling, RowSampling, SamplingParams, sample
 from nanochat.engine import Engine, Request, sampling_params
 from nanochat.gpt import GPTConfig
 from nanochat.loss import softcap

@@ -31,7 +31,7 @@ class PlainCache:
         self.model = model
         self.keys = torch.zeros(shape, device=model.device, dtype=model.dtype)
         self.values = torch.zeros(shape, device=model.device, dtype=model.dtype)
-        self.previous_B1C = torch.zeros(B, 1, config.n_embd, device=model.device, dtype=model.dtype)
+        self.previous_B1 = torch.zeros(B, 1, device=model.device, dtype=torch.long)  # tokens
         self.start = 0  # tokens read so far
 
     def read(self, ids_BT: torch.Tensor) -> torch.Tensor:
@@ -40,6 +40,7 @@ class PlainCache:
         self.positions_BT = torch.arange(self.start, self.stop, device=ids_BT.device)[None]
         logits_BV = self.model.logits(self.model.hidden(ids_BT, self)[:, -1])
         self.start = self.stop
+        self.previous_B1 = ids_BT[:, -1:]
         return logits_BV
 
     def copy_for(self, num_rows: int, length: int) -> "PlainCache":
@@ -47,7 +48,7 @@ class PlainCache:
         copy = PlainCache(self.model, num_rows, length)
         copy.keys[..., : self.start, :] = self.keys[..., : self.start, :]
         copy.values[..., : self.start, :] = self.values[..., : self.start, :]
-        copy.previous_B1C = self.previous_B1C.repeat(num_rows, 1, 1)
+        copy.previous_B1 = self.previous_B1.repeat(num_rows, 1)
         copy.start = self.start
         return copy
 
