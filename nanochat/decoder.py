@@ -12,14 +12,15 @@ G query heads for each of them, D head size, V vocabulary.
 
 import math
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from nanochat import packed
+from nanochat import hardware, packed
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.sampling import BatchSampling, RowSampling, SamplingParams, next_power_of_two, sample
 
@@ -70,7 +71,9 @@ class SlotCache:
         keys: list[torch.Tensor],  # by layer, (B * K, S, D): the first S entries of the rings of the active slots
         values: list[torch.Tensor],
         ring_lengths: list[int],  # by layer
+        attend_rows: Callable[..., torch.Tensor],
     ):
+        self.attend_rows = attend_rows
         self.positions_BT = positions_BT
         self.previous_B1 = previous_B1
         self.keys, self.values = keys, values
@@ -88,9 +91,8 @@ class SlotCache:
 
         q = (q / math.sqrt(D)).to(keys.dtype)
         q_NGD = q.unflatten(2, (K, -1)).permute(0, 2, 3, 1, 4).reshape(B * K, -1, D)  # G * T queries per row
-        weights = _scores(q_NGD, keys, mask_NTS).softmax(dim=-1).to(values.dtype)
-        y = torch.bmm(weights, values)
-        return y.view(B, K, -1, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, -1, D).to(v.dtype)
+        y_NGD = self.attend_rows(q_NGD, keys, values, mask_NTS)
+        return y_NGD.view(B, K, -1, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, -1, D).to(v.dtype)
 
     def _ring(self, layer: int, window: int, *, num_kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -104,9 +106,7 @@ class SlotCache:
             age_BTS = (positions_BT1 - entries_S) % ring  # distance of the query to the last position stored there
             is_hidden_BTS = age_BTS > positions_BT1.clamp(max=window)
             keys = self.keys[layer]
-            dtype = torch.float32 if keys.is_cuda else keys.dtype  # of the scores
-            mask_BTS = torch.zeros(is_hidden_BTS.shape, device=keys.device, dtype=dtype)
-            mask_BTS = mask_BTS.masked_fill(is_hidden_BTS, -torch.inf)
+            mask_BTS = torch.zeros(is_hidden_BTS.shape, device=keys.device).masked_fill(is_hidden_BTS, -torch.inf)
             indices_BT = self.positions_BT % ring
             self.rings[ring, window] = (
                 indices_BT.repeat_interleave(num_kv_heads, dim=0),
@@ -115,17 +115,36 @@ class SlotCache:
         return self.rings[ring, window]
 
 
-def _scores(q_NGD: torch.Tensor, keys_NSD: torch.Tensor, mask_NTS: torch.Tensor) -> torch.Tensor:
+def attend_by_products(
+    q_NGD: torch.Tensor, keys_NSD: torch.Tensor, values_NSD: torch.Tensor, mask_NTS: torch.Tensor
+) -> torch.Tensor:
     """
-    queries times keys, plus the mask. On CUDA the product of 16-bit factors stays in float32, as in the kernels that
+    Attention as two matrix products. On CUDA the scores of 16-bit queries and keys are float32, as in the kernels that
     train: rounded to bfloat16, a score of 16 is off by up to 0.06, and so is the logarithm of its probability.
     """
-    groups = q_NGD.size(1) // mask_NTS.size(1)
-    mask = mask_NTS if mask_NTS.size(1) == 1 else mask_NTS.repeat(1, groups, 1)
-    keys_NDS = keys_NSD.transpose(1, 2)
+    mask_NGS = _mask_of_groups(mask_NTS, q_NGD.size(1))
     if keys_NSD.is_cuda and keys_NSD.dtype != torch.float32:
-        return torch.baddbmm(mask.expand(-1, q_NGD.size(1), -1), q_NGD, keys_NDS, out_dtype=torch.float32)
-    return torch.baddbmm(mask, q_NGD, keys_NDS)
+        scores = torch.baddbmm(mask_NGS, q_NGD, keys_NSD.transpose(1, 2), out_dtype=torch.float32)
+    else:
+        scores = torch.baddbmm(mask_NGS, q_NGD, keys_NSD.transpose(1, 2))
+    return torch.bmm(scores.softmax(dim=-1).to(values_NSD.dtype), values_NSD)
+
+
+def attend_by_sums(
+    q_NGD: torch.Tensor, keys_NSD: torch.Tensor, values_NSD: torch.Tensor, mask_NTS: torch.Tensor
+) -> torch.Tensor:
+    """
+    The same as sums over elementwise products, which torch.compile turns into loops that read each key and value once,
+    in 16 bits too. With one query per key, matrix products have no advantage.
+    """
+    scores = (q_NGD[:, :, None].float() * keys_NSD[:, None].float()).sum(dim=-1)
+    weights = (scores + _mask_of_groups(mask_NTS, q_NGD.size(1))).softmax(dim=-1)
+    return (weights[..., None] * values_NSD[:, None].float()).sum(dim=2)
+
+
+def _mask_of_groups(mask_NTS: torch.Tensor, num_queries: int) -> torch.Tensor:
+    """(N, T, S) → (N, G * T, S): the mask for every query head of a key/value head."""
+    return mask_NTS.repeat(1, num_queries // mask_NTS.size(1), 1)
 
 
 class Decoder:
@@ -133,15 +152,16 @@ class Decoder:
     Slots, each with the state of a sequence and its sampling parameters, and `step`, which adds a token to the first B.
     """
 
-    def __init__(self, model: GPT, layout: str = "plain", compile: bool = False):
-        """layout: of the weights (packed.py). compile: on a CPU, compile the forward pass at its first use."""
+    def __init__(self, model: GPT, max_slots: int, *, layout: str = "", compile_after: float = math.inf):
+        """
+        layout: of the weights (packed.py); default the fastest one, which is measured. compile_after: on a CPU, compile
+        the forward pass after this many seconds of decoding.
+        """
         self.original = model
-        self.model = packed.packed_copy(model, layout)
+        self.max_slots = max_slots
+        self.layout = layout
         device = model.device
-        self.is_compiled = compile and device.type == "cpu"
-        # Eager attention on a CPU is 2.5 to 6 times as fast in float32 as in bfloat16.
-        self.dtype = torch.float32 if device.type == "cpu" else model.dtype
-        self.forward = torch.compile(self._forward, dynamic=True, fullgraph=True) if self.is_compiled else self._forward
+        self.seconds_until_compiling = compile_after if hardware.can_compile(device) and device.type == "cpu" else math.inf
         self.weight_ptrs = [p.data_ptr() for p in model.parameters()]
         self.num_slots = 0  # so far; `reserve` adds more
         self.length = 0  # of a slot, in tokens
@@ -152,6 +172,21 @@ class Decoder:
             # torch's default stream for captures belongs to the device that was used first in the process.
             self.capture_stream = torch.cuda.Stream(device)
         self.graphs: dict[tuple[int, int, BatchSampling], torch.cuda.CUDAGraph] = {}
+        self.prepare(compiled=self.seconds_until_compiling <= 0)
+
+    def prepare(self, compiled: bool) -> None:
+        """Sets the forward pass, the layout of its weights and the dtype of the KV cache. Slots keep their contents."""
+        self.is_compiled = compiled
+        choice = packed.choose(self.original, self.max_slots, compiled=compiled)
+        self.num_threads = choice.num_threads
+        self.model = packed.packed_copy(self.original, self.layout or choice.layout)
+        # On a CPU, eager attention is 2.5 to 6 times as fast in float32 as in bfloat16.
+        is_eager_on_cpu = self.model.device.type == "cpu" and not compiled
+        self.dtype = torch.float32 if is_eager_on_cpu else self.model.dtype
+        self.attend_rows = attend_by_sums if compiled else attend_by_products
+        self.forward = torch.compile(self._forward, dynamic=True, fullgraph=True) if compiled else self._forward
+        if self.num_slots:
+            self._allocate(self.num_slots, self.length)
 
     def refresh_weights(self) -> None:
         """Must be called after the model's weights have changed."""
@@ -168,6 +203,9 @@ class Decoder:
         num_slots, length = max(num_slots, self.num_slots), max(length, self.length)
         if (num_slots, length) == (self.num_slots, self.length):
             return
+        self._allocate(num_slots, length)
+
+    def _allocate(self, num_slots: int, length: int) -> None:
         config, device = self.model.config, self.model.device
         old_tensors = self.slot_tensors() if self.num_slots else []
 
@@ -256,9 +294,20 @@ class Decoder:
         if self.use_graphs:
             self._replay(batch, num_keys, sampling)
         else:
-            self._step(batch, num_keys, sampling)
+            self._run(batch, num_keys, sampling)
         logprobs = self.logprobs_R[:num_slots].tolist() if sampling.logprobs else []
         return self.tokens_R[:num_slots].tolist(), logprobs
+
+    def _run(self, batch: int, num_keys: int, sampling: BatchSampling) -> None:
+        """Runs the step; compiles it once as much time as compiling takes has been spent without."""
+        if self.is_compiled:
+            self._step(batch, num_keys, sampling)
+            return
+        start = time.perf_counter()
+        self._step(batch, num_keys, sampling)
+        self.seconds_until_compiling -= time.perf_counter() - start
+        if self.seconds_until_compiling <= 0:
+            self.prepare(compiled=True)
 
     def _replay(self, batch: int, num_keys: int, sampling: BatchSampling) -> None:
         """Runs the step as a CUDA graph, captured at the first call with these arguments."""
@@ -325,7 +374,7 @@ class Decoder:
         ring_lengths: list[int],
     ) -> torch.Tensor:
         """The logits before the softcap, (B, V) in the compute dtype."""
-        cache = SlotCache(positions_B[:, None], previous_B[:, None], keys, values, ring_lengths)
+        cache = SlotCache(positions_B[:, None], previous_B[:, None], keys, values, ring_lengths, self.attend_rows)
         return self.model.lm_head(self.model.hidden(tokens_B[:, None], cache)).squeeze(1)
 
 

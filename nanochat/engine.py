@@ -15,6 +15,7 @@ products differ with the size of the batch, and so do the last bits of logits, w
 Shapes: B sequences, T new tokens, S tokens in the cache, K key/value heads, D head size.
 """
 
+import math
 import random
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -259,10 +260,19 @@ class Engine:
     max_prefill_tokens = 4096  # of all prompts in one pass, padding included; limits its memory
     length_multiple = 128  # the length of slots grows in multiples of this; heuristic, not tuned
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, max_slots: int = 32, int8: bool = False, compile: bool = False):
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        max_slots: int = 32,
+        *,
+        int8: bool = False,
+        compile_after: float = math.inf,
+    ):
         """
-        int8: decode with weights of 8 bits and one scale per output channel (W8A16). Prompts are still read with the
-        model's own weights. Saves time on a CPU only: on CUDA there is a warning.
+        int8: decode with weights of 8 bits and one scale per output channel (W8A16) where that is faster, else a message
+        says that it is not. Prompts are still read with the model's own weights.
+        compile_after: on a CPU, compile the decode step after that many seconds of decoding; 0 = at once.
         """
         if max_slots < 1:
             raise UserError(f"an engine needs at least 1 slot, not {max_slots}")
@@ -272,7 +282,7 @@ class Engine:
         # BOS too: a base model has no end token, but predicts the start of the next document.
         self.stop_tokens = {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
         with torch.inference_mode():
-            self.decoder = Decoder(model, "int8" if int8 else "plain", compile)
+            self.decoder = Decoder(model, max_slots, layout="int8" if int8 else "", compile_after=compile_after)
         self.waiting: deque[ActiveRequest] = deque()
         self.active: list[ActiveRequest] = []  # in slots 0, 1, …
         self.prefill = Prefill([], model)  # the prompts being read

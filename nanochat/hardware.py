@@ -7,7 +7,9 @@ makes the same ones.
 """
 
 import ctypes
+import hashlib
 import importlib.util
+import json
 import math
 import os
 import platform
@@ -15,12 +17,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nanochat.cards import Card, find_card
-from nanochat.common import UserError
+from nanochat.common import UserError, atomic_path, base_dir
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -314,6 +318,34 @@ def best_seconds(functions: Sequence[Callable[[], object]], device: torch.device
             best[i] = min(best[i], time.perf_counter() - function_start)
         num_rounds += 1
     return best
+
+
+def measured(question: str, measure: Callable[[], Any]) -> Any:
+    """
+    The result of `measure`, plain data, from the base folder if this machine has measured it before. A file per machine,
+    whose fingerprint is the chip, the number of threads and the version of torch, so a new machine measures again.
+    """
+    machine = "|".join([_cpu_name(), str(torch.get_num_threads()), torch.__version__])
+    path = base_dir() / "measurements" / f"{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
+    results: dict[str, Any] = {"machine": machine}
+    with suppress(OSError, ValueError):  # absent, damaged, not readable: measure again
+        results |= json.loads(path.read_text())
+    if question not in results:
+        results[question] = measure()
+        with suppress(OSError):  # a base folder that cannot be written: measure again next time
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps(results, indent=1))
+    return results[question]
+
+
+def _cpu_name() -> str:
+    """The name of the CPU; on Linux with model and stepping, which tell generations of one name apart."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return f"{platform.machine()} {platform.processor()}"
+    fields = dict(line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line)
+    values = {name.strip(): value.strip() for name, value in fields.items()}
+    return " ".join(values.get(name, "") for name in ("vendor_id", "cpu family", "model", "model name"))
 
 
 def power_of_two(count: int) -> int:

@@ -9,12 +9,16 @@ in another layout or data type.
 """
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.gpt import GPT
+from nanochat import hardware
+from nanochat.gpt import GPT, Block
 
 LAYOUTS = ("plain", "transposed", "packed", "int8")
 
@@ -75,6 +79,77 @@ class PackedLinear(nn.Module):
         if x.is_cpu:
             return torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).unflatten(0, x.shape[:-1])
         return F.linear(x, self.weight.to(x.dtype)) * self.scale
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the products of a decode step are computed fastest."""
+
+    layout: str
+    num_threads: int
+
+
+def choose(model: GPT, num_rows: int, *, compiled: bool) -> Choice:
+    """
+    The fastest layout and number of threads for the products of a step with num_rows rows: measured on a CPU with one
+    block and lm_head, once per machine. Which layout wins differs by factors of 2 to 10 with rows, sizes, dtype and
+    chip. Code that is compiled cannot use "packed". On a CPU, 8-bit weights are a user's choice, not a layout like the
+    others: they change the logits.
+    """
+    num_threads = torch.get_num_threads()
+    if model.device.type != "cpu":
+        return Choice("plain", num_threads)
+    if model.lm_head.weight.requires_grad and model.lm_head.weight.dtype == model.dtype:
+        layouts = ["plain"]  # weights that are being trained are shared, not copied after every optimizer step
+    elif compiled or not torch.backends.mkldnn.is_available():
+        layouts = ["plain", "transposed"]
+    else:
+        layouts = ["plain", "transposed", "packed"]
+    config = model.config
+    sizes = (config.n_embd, config.kv_width, config.n_layer, config.vocab_size)
+    key = f"products of {sizes} in {model.dtype}, {num_rows} rows, {','.join(layouts)}"
+    layout, threads = hardware.measured(key, lambda: _measure(model, num_rows, layouts))
+    return Choice(layout, min(threads, num_threads))
+
+
+def _measure(model: GPT, num_rows: int, layouts: list[str]) -> tuple[str, int]:
+    """The (layout, number of threads) with the shortest time."""
+    num_threads = torch.get_num_threads()
+    multiply = [_products(model, num_rows, layout) for layout in layouts]
+    seconds: dict[tuple[str, int], float] = {}
+    try:
+        for threads in _numbers_of_threads(num_threads):
+            torch.set_num_threads(threads)
+            for layout, best in zip(layouts, hardware.best_seconds(multiply, model.device), strict=True):
+                seconds[layout, threads] = best
+    finally:
+        torch.set_num_threads(num_threads)
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _numbers_of_threads(most: int) -> list[int]:
+    """1, 2, 4 … and all of them."""
+    powers = [2**i for i in range(most.bit_length())]
+    return sorted({*powers, most})
+
+
+def _products(model: GPT, num_rows: int, layout: str) -> Callable[[], None]:
+    """A function that computes the products of a step: those of one block, as often as there are blocks, and lm_head."""
+    config = model.config
+    block = cast(Block, model.transformer.h[0])
+    attn, mlp = block.attn, block.mlp
+    in_block = [
+        PackedLinear(layers, model.dtype, layout)
+        for layers in ([attn.c_q, attn.c_k, attn.c_v], [attn.c_proj], [mlp.c_fc], [mlp.c_proj])
+    ]
+    head = PackedLinear([model.lm_head], model.dtype, layout)
+    inputs = {n: torch.ones(num_rows, 1, n, dtype=model.dtype) for n in (config.n_embd, 4 * config.n_embd)}
+
+    def multiply() -> None:
+        for linear in in_block * config.n_layer + [head]:
+            linear(inputs[linear.layers[0].in_features])
+
+    return multiply
 
 
 def copy_or_replace(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
