@@ -152,16 +152,19 @@ class Decoder:
     Slots, each with the state of a sequence and its sampling parameters, and `step`, which adds a token to the first B.
     """
 
-    def __init__(self, model: GPT, max_slots: int, *, layout: str = "", compile_after: float = math.inf):
+    def __init__(
+        self, model: GPT, max_slots: int, *, precisions: Sequence[str] = (), compile_after: float = math.inf
+    ):
         """
-        layout: of the weights (packed.py); default the fastest one, which is measured. compile_after: on a CPU, compile
-        the forward pass after this many seconds of decoding.
+        precisions: as in packed.choose. compile_after: on a CPU, compile the forward pass after this many seconds of
+        decoding.
         """
         self.original = model
         self.max_slots = max_slots
-        self.layout = layout
+        self.precisions = precisions
         device = model.device
-        self.seconds_until_compiling = compile_after if hardware.can_compile(device) and device.type == "cpu" else math.inf
+        can_compile = device.type == "cpu" and hardware.can_compile(device)
+        self.seconds_until_compiling = compile_after if can_compile else math.inf
         self.weight_ptrs = [p.data_ptr() for p in model.parameters()]
         self.num_slots = 0  # so far; `reserve` adds more
         self.length = 0  # of a slot, in tokens
@@ -177,14 +180,19 @@ class Decoder:
     def prepare(self, compiled: bool) -> None:
         """Sets the forward pass, the layout of its weights and the dtype of the KV cache. Slots keep their contents."""
         self.is_compiled = compiled
-        choice = packed.choose(self.original, self.max_slots, compiled=compiled)
+        choice = packed.choose(self.original, self.max_slots, compiled=compiled, precisions=self.precisions)
         self.num_threads = choice.num_threads
-        self.model = packed.packed_copy(self.original, self.layout or choice.layout)
+        self.model = packed.packed_copy(self.original, choice.dtype, choice.layout)
         # On a CPU, eager attention is 2.5 to 6 times as fast in float32 as in bfloat16.
         is_eager_on_cpu = self.model.device.type == "cpu" and not compiled
         self.dtype = torch.float32 if is_eager_on_cpu else self.model.dtype
         self.attend_rows = attend_by_sums if compiled else attend_by_products
-        self.forward = torch.compile(self._forward, dynamic=True, fullgraph=True) if compiled else self._forward
+        self.forward = self._forward
+        if compiled:
+            # One graph for all numbers of slots and keys (and one for a single slot). By default torch takes two sizes
+            # that are equal at first for the same one, and compiles again when they are not.
+            torch.fx.experimental._config.use_duck_shape = False  # type: ignore[attr-defined]
+            self.forward = torch.compile(self._forward, dynamic=True, fullgraph=True)
         if self.num_slots:
             self._allocate(self.num_slots, self.length)
 
@@ -294,7 +302,8 @@ class Decoder:
         if self.use_graphs:
             self._replay(batch, num_keys, sampling)
         else:
-            self._run(batch, num_keys, sampling)
+            with hardware.num_threads(self.num_threads):
+                self._run(batch, num_keys, sampling)
         logprobs = self.logprobs_R[:num_slots].tolist() if sampling.logprobs else []
         return self.tokens_R[:num_slots].tolist(), logprobs
 

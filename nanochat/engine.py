@@ -266,12 +266,13 @@ class Engine:
         tokenizer: Tokenizer,
         max_slots: int = 32,
         *,
-        int8: bool = False,
+        precisions: Sequence[str] = (),
         compile_after: float = math.inf,
     ):
         """
-        int8: decode with weights of 8 bits and one scale per output channel (W8A16) where that is faster, else a message
-        says that it is not. Prompts are still read with the model's own weights.
+        precisions: what the decode step on a CPU may use if it is faster than the model's dtype, though it changes the
+        logits a little: "bfloat16", or "int8" for weights of 8 bits with one scale per output. Prompts are always read
+        in the model's own dtype.
         compile_after: on a CPU, compile the decode step after that many seconds of decoding; 0 = at once.
         """
         if max_slots < 1:
@@ -282,7 +283,7 @@ class Engine:
         # BOS too: a base model has no end token, but predicts the start of the next document.
         self.stop_tokens = {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
         with torch.inference_mode():
-            self.decoder = Decoder(model, max_slots, layout="int8" if int8 else "", compile_after=compile_after)
+            self.decoder = Decoder(model, max_slots, precisions=precisions, compile_after=compile_after)
         self.waiting: deque[ActiveRequest] = deque()
         self.active: list[ActiveRequest] = []  # in slots 0, 1, …
         self.prefill = Prefill([], model)  # the prompts being read

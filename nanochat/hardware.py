@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -320,10 +320,23 @@ def best_seconds(functions: Sequence[Callable[[], object]], device: torch.device
     return best
 
 
+@contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """Sets the number of threads of torch's operations within the block."""
+    before = torch.get_num_threads()
+    if count != before:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count != before:
+            torch.set_num_threads(before)
+
+
 def measured(question: str, measure: Callable[[], Any]) -> Any:
     """
-    The result of `measure`, plain data, from the base folder if this machine has measured it before. A file per machine,
-    whose fingerprint is the chip, the number of threads and the version of torch, so a new machine measures again.
+    The result of `measure`, plain data; from the base folder if this machine has measured it before. Each machine has a
+    file there. Its name is a hash of the chip, the number of threads and torch's version: a change measures again.
     """
     machine = "|".join([_cpu_name(), str(torch.get_num_threads()), torch.__version__])
     path = base_dir() / "measurements" / f"{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"

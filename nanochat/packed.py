@@ -1,15 +1,16 @@
 """
 The weights of a model in the layout that multiplies fastest, for generation.
 
-    fast = packed_copy(model, "packed")     # shares the embedding tables with `model`
-    refresh(fast)                           # after an optimizer step of `model`
+    choice = choose(model, num_rows=32, compiled=False)
+    fast = packed_copy(model, choice.dtype, choice.layout)     # shares the embedding tables with `model`
+    refresh(fast)                                              # after an optimizer step of `model`
 
 The copy is a GPT like any other. Only its linear layers are replaced: by PackedLinear, which reads a copy of the weight
 in another layout or data type.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,10 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat import hardware
+from nanochat.distributed import warn0
 from nanochat.gpt import GPT, Block
-
-LAYOUTS = ("plain", "transposed", "packed", "int8")
-
 
 class PackedLinear(nn.Module):
     """
@@ -85,65 +84,72 @@ class PackedLinear(nn.Module):
 class Choice:
     """How the products of a decode step are computed fastest."""
 
+    dtype: torch.dtype
     layout: str
     num_threads: int
 
 
-def choose(model: GPT, num_rows: int, *, compiled: bool) -> Choice:
+def choose(model: GPT, num_rows: int, *, compiled: bool, precisions: Sequence[str] = ()) -> Choice:
     """
-    The fastest layout and number of threads for the products of a step with num_rows rows: measured on a CPU with one
-    block and lm_head, once per machine. Which layout wins differs by factors of 2 to 10 with rows, sizes, dtype and
-    chip. Code that is compiled cannot use "packed". On a CPU, 8-bit weights are a user's choice, not a layout like the
-    others: they change the logits.
+    The fastest dtype, layout and number of threads for the products of a step with num_rows rows: measured on a CPU
+    with one block and lm_head, once per machine. Which one wins differs by factors of 2 to 10 with rows, sizes, dtype
+    and chip. Compiled code cannot use "packed".
+
+    precisions: what may be used besides the model's own dtype, though it changes the logits: "bfloat16", and "int8" for
+    8-bit weights with bfloat16 activations. A warning says if int8 is slower and therefore not used.
     """
     num_threads = torch.get_num_threads()
     if model.device.type != "cpu":
-        return Choice("plain", num_threads)
-    if model.lm_head.weight.requires_grad and model.lm_head.weight.dtype == model.dtype:
-        layouts = ["plain"]  # weights that are being trained are shared, not copied after every optimizer step
-    elif compiled or not torch.backends.mkldnn.is_available():
-        layouts = ["plain", "transposed"]
-    else:
-        layouts = ["plain", "transposed", "packed"]
+        if "int8" in precisions:
+            warn0("8-bit weights are not used on a GPU: it is slower, as each step would write them out in 16 bits")
+        return Choice(model.dtype, "plain", num_threads)
+    candidates = _candidates(model, compiled, precisions)
     config = model.config
-    sizes = (config.n_embd, config.kv_width, config.n_layer, config.vocab_size)
-    key = f"products of {sizes} in {model.dtype}, {num_rows} rows, {','.join(layouts)}"
-    layout, threads = hardware.measured(key, lambda: _measure(model, num_rows, layouts))
-    return Choice(layout, min(threads, num_threads))
+    sizes = f"depth {config.n_layer}, widths {config.n_embd} and {config.kv_width}, vocabulary {config.vocab_size}"
+    question = f"{'/'.join(candidates)}: {sizes}, {num_rows} rows"
+    name, threads = hardware.measured(question, lambda: _measure(model, num_rows, candidates))
+    if "int8" in precisions and not name.endswith("int8"):
+        warn0(f"8-bit weights are not used: with {num_rows} rows, {name} is faster on this CPU")
+    dtype, layout = name.split()
+    return Choice(hardware.DTYPES[dtype], layout, threads)
 
 
-def _measure(model: GPT, num_rows: int, layouts: list[str]) -> tuple[str, int]:
-    """The (layout, number of threads) with the shortest time."""
+def _candidates(model: GPT, compiled: bool, precisions: Sequence[str]) -> list[str]:
+    """The dtypes and layouts that are compared, such as "float32 transposed"."""
+    own = str(model.dtype).removeprefix("torch.")
+    if model.lm_head.weight.requires_grad and model.lm_head.weight.dtype == model.dtype:
+        candidates = [f"{own} plain"]  # weights that are being trained are shared, not copied after every step
+    else:
+        dtypes = dict.fromkeys([own, *(dtype for dtype in precisions if dtype == "bfloat16")])
+        layouts = ["plain", "transposed"]
+        if not compiled and torch.backends.mkldnn.is_available():
+            layouts.append("packed")
+        candidates = [f"{dtype} {layout}" for dtype in dtypes for layout in layouts]
+    if "int8" in precisions:
+        candidates.append("bfloat16 int8")
+    return candidates
+
+
+def _measure(model: GPT, num_rows: int, candidates: list[str]) -> tuple[str, int]:
+    """The (candidate, number of threads) with the shortest time."""
     num_threads = torch.get_num_threads()
-    multiply = [_products(model, num_rows, layout) for layout in layouts]
+    multiply = [_products(model, num_rows, *candidate.split()) for candidate in candidates]
     seconds: dict[tuple[str, int], float] = {}
-    try:
-        for threads in _numbers_of_threads(num_threads):
-            torch.set_num_threads(threads)
-            for layout, best in zip(layouts, hardware.best_seconds(multiply, model.device), strict=True):
-                seconds[layout, threads] = best
-    finally:
-        torch.set_num_threads(num_threads)
+    for threads in sorted({1, num_threads, *(2**i for i in range(num_threads.bit_length()))}):
+        with hardware.num_threads(threads):
+            for candidate, best in zip(candidates, hardware.best_seconds(multiply, model.device), strict=True):
+                seconds[candidate, threads] = best
     return min(seconds, key=seconds.__getitem__)
 
 
-def _numbers_of_threads(most: int) -> list[int]:
-    """1, 2, 4 … and all of them."""
-    powers = [2**i for i in range(most.bit_length())]
-    return sorted({*powers, most})
-
-
-def _products(model: GPT, num_rows: int, layout: str) -> Callable[[], None]:
-    """A function that computes the products of a step: those of one block, as often as there are blocks, and lm_head."""
+def _products(model: GPT, num_rows: int, dtype: str, layout: str) -> Callable[[], None]:
+    """A function that computes the products of a step: those of the first block for every block, and lm_head."""
     config = model.config
-    block = cast(Block, model.transformer.h[0])
-    attn, mlp = block.attn, block.mlp
-    in_block = [
-        PackedLinear(layers, model.dtype, layout)
-        for layers in ([attn.c_q, attn.c_k, attn.c_v], [attn.c_proj], [mlp.c_fc], [mlp.c_proj])
-    ]
-    head = PackedLinear([model.lm_head], model.dtype, layout)
-    inputs = {n: torch.ones(num_rows, 1, n, dtype=model.dtype) for n in (config.n_embd, 4 * config.n_embd)}
+    torch_dtype = hardware.DTYPES[dtype]
+    products = _products_of(cast(Block, model.transformer.h[0]))
+    in_block = [PackedLinear(layers, torch_dtype, layout) for _, _, layers in products]
+    head = PackedLinear([model.lm_head], torch_dtype, layout)
+    inputs = {n: torch.ones(num_rows, 1, n, dtype=torch_dtype) for n in (config.n_embd, 4 * config.n_embd)}
 
     def multiply() -> None:
         for linear in in_block * config.n_layer + [head]:
@@ -159,24 +165,38 @@ def copy_or_replace(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return new
 
 
-def packed_copy(model: GPT, layout: str) -> GPT:
-    """A copy for inference that shares parameters and buffers with `model`; the linear layers become PackedLinear."""
+def packed_copy(model: GPT, dtype: torch.dtype, layout: str) -> GPT:
+    """
+    A copy for inference that computes in `dtype` and shares parameters and buffers with `model`. The linear layers
+    become PackedLinear.
+    """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    packed = copy.deepcopy(model, shared)
-    dtype = model.dtype
-    for block in packed.transformer.h:
-        attn, mlp = block.attn, block.mlp
-        # One product for queries, keys and values: small products take as long to call as to compute.
-        attn.c_qkv = PackedLinear([attn.c_q, attn.c_k, attn.c_v], dtype, layout)
-        attn.c_proj = PackedLinear([attn.c_proj], dtype, layout)
-        mlp.c_fc = PackedLinear([mlp.c_fc], dtype, layout)
-        mlp.c_proj = PackedLinear([mlp.c_proj], dtype, layout)
-    packed.lm_head = PackedLinear([packed.lm_head], dtype, layout, num_rows=model.config.vocab_size)
-    return packed.eval()
+    copied = copy.deepcopy(model, shared)
+    copied.dtype = dtype
+    for block in cast(Iterable[Block], copied.transformer.h):
+        for parent, name, layers in _products_of(block):
+            setattr(parent, name, PackedLinear(layers, dtype, layout))
+    lm_head = PackedLinear([model.lm_head], dtype, layout, num_rows=model.config.vocab_size)
+    setattr(copied, "lm_head", lm_head)  # noqa: B010  the attribute is declared as a Linear
+    return copied.eval()
 
 
-def refresh(packed: GPT) -> None:
+def _products_of(block: Block) -> list[tuple[nn.Module, str, list[nn.Linear]]]:
+    """
+    The matrix products of a block: module, attribute, layers. Queries, keys and values are one product, as a small
+    product takes as long to call as to compute.
+    """
+    attn, mlp = block.attn, block.mlp
+    return [
+        (attn, "c_qkv", [attn.c_q, attn.c_k, attn.c_v]),
+        (attn, "c_proj", [attn.c_proj]),
+        (mlp, "c_fc", [mlp.c_fc]),
+        (mlp, "c_proj", [mlp.c_proj]),
+    ]
+
+
+def refresh(copied: GPT) -> None:
     """Must be called after the weights of the original model have changed."""
-    for module in packed.modules():
+    for module in copied.modules():
         if isinstance(module, PackedLinear):
             module.refresh()

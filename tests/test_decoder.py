@@ -21,11 +21,11 @@ from test_engine import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanochat.packed import PackedLinear
-from nanochat.sampling import BatchSampling, RowSampling, SamplingParams, sample
 from nanochat.engine import Engine, Request, sampling_params
 from nanochat.gpt import GPTConfig
 from nanochat.loss import softcap
+from nanochat.packed import PackedLinear
+from nanochat.sampling import BatchSampling, RowSampling, SamplingParams, sample
 
 SOFTCAP = GPTConfig().logit_softcap
 

@@ -198,7 +198,7 @@ class PrefixSharingCache:
         suffix_columns = torch.arange(batch.num_prefix_columns, batch.num_columns, device=device)
         self.suffix_columns_BQ = suffix_columns.expand(num_trees, -1)
         self.shortest_prefix = min(len(tree.prefix) for tree in batch.trees)
-        self.previous_B1 = torch.zeros((num_trees, 1), device=device, dtype=torch.long)  # not read: positions start at 0
+        self.previous_B1 = torch.zeros((num_trees, 1), device=device, dtype=torch.long)
         self.suffix_masks: dict[int, torch.Tensor] = {}  # by window
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
