@@ -12,7 +12,6 @@ G query heads for each of them, D head size, V vocabulary.
 
 import math
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -152,20 +151,25 @@ class Decoder:
     Slots, each with the state of a sequence and its sampling parameters, and `step`, which adds a token to the first B.
     """
 
-    def __init__(
-        self, model: GPT, max_slots: int, *, precisions: Sequence[str] = (), compile_after: float = math.inf
-    ):
-        """
-        precisions: as in packed.choose. compile_after: on a CPU, compile the forward pass after this many seconds of
-        decoding.
-        """
+    def __init__(self, model: GPT, max_slots: int, *, precisions: Sequence[str] = (), compile: bool = False):
+        """precisions: as in packed.choose. compile: the forward pass, on a CPU that has a C++ compiler."""
         self.original = model
-        self.max_slots = max_slots
-        self.precisions = precisions
         device = model.device
-        can_compile = device.type == "cpu" and hardware.can_compile(device)
-        self.seconds_until_compiling = compile_after if can_compile else math.inf
+        is_compiled = compile and device.type == "cpu" and hardware.can_compile(device)
+        choice = packed.choose(model, max_slots, compiled=is_compiled, precisions=precisions)
+        self.num_threads = choice.num_threads
+        self.model = packed.packed_copy(model, choice.dtype, choice.layout)
         self.weight_ptrs = [p.data_ptr() for p in model.parameters()]
+        # On a CPU, eager attention is 2.5 to 6 times as fast in float32 as in bfloat16.
+        is_eager_on_cpu = device.type == "cpu" and not is_compiled
+        self.dtype = torch.float32 if is_eager_on_cpu else self.model.dtype
+        self.attend_rows = attend_by_sums if is_compiled else attend_by_products
+        self.forward = self._forward
+        if is_compiled:
+            # One graph for all numbers of slots and keys (and one for a single slot). By default torch takes two sizes
+            # that are equal at first for the same one, and compiles again when they are not.
+            torch.fx.experimental._config.use_duck_shape = False  # type: ignore[attr-defined]
+            self.forward = torch.compile(self._forward, dynamic=True, fullgraph=True)
         self.num_slots = 0  # so far; `reserve` adds more
         self.length = 0  # of a slot, in tokens
         # On CUDA each step is a captured graph; static shapes keep the number of graphs small. These are two flags, so
@@ -175,26 +179,6 @@ class Decoder:
             # torch's default stream for captures belongs to the device that was used first in the process.
             self.capture_stream = torch.cuda.Stream(device)
         self.graphs: dict[tuple[int, int, BatchSampling], torch.cuda.CUDAGraph] = {}
-        self.prepare(compiled=self.seconds_until_compiling <= 0)
-
-    def prepare(self, compiled: bool) -> None:
-        """Sets the forward pass, the layout of its weights and the dtype of the KV cache. Slots keep their contents."""
-        self.is_compiled = compiled
-        choice = packed.choose(self.original, self.max_slots, compiled=compiled, precisions=self.precisions)
-        self.num_threads = choice.num_threads
-        self.model = packed.packed_copy(self.original, choice.dtype, choice.layout)
-        # On a CPU, eager attention is 2.5 to 6 times as fast in float32 as in bfloat16.
-        is_eager_on_cpu = self.model.device.type == "cpu" and not compiled
-        self.dtype = torch.float32 if is_eager_on_cpu else self.model.dtype
-        self.attend_rows = attend_by_sums if compiled else attend_by_products
-        self.forward = self._forward
-        if compiled:
-            # One graph for all numbers of slots and keys (and one for a single slot). By default torch takes two sizes
-            # that are equal at first for the same one, and compiles again when they are not.
-            torch.fx.experimental._config.use_duck_shape = False  # type: ignore[attr-defined]
-            self.forward = torch.compile(self._forward, dynamic=True, fullgraph=True)
-        if self.num_slots:
-            self._allocate(self.num_slots, self.length)
 
     def refresh_weights(self) -> None:
         """Must be called after the model's weights have changed."""
@@ -211,9 +195,6 @@ class Decoder:
         num_slots, length = max(num_slots, self.num_slots), max(length, self.length)
         if (num_slots, length) == (self.num_slots, self.length):
             return
-        self._allocate(num_slots, length)
-
-    def _allocate(self, num_slots: int, length: int) -> None:
         config, device = self.model.config, self.model.device
         old_tensors = self.slot_tensors() if self.num_slots else []
 
@@ -303,20 +284,9 @@ class Decoder:
             self._replay(batch, num_keys, sampling)
         else:
             with hardware.num_threads(self.num_threads):
-                self._run(batch, num_keys, sampling)
+                self._step(batch, num_keys, sampling)
         logprobs = self.logprobs_R[:num_slots].tolist() if sampling.logprobs else []
         return self.tokens_R[:num_slots].tolist(), logprobs
-
-    def _run(self, batch: int, num_keys: int, sampling: BatchSampling) -> None:
-        """Runs the step; compiles it once as much time as compiling takes has been spent without."""
-        if self.is_compiled:
-            self._step(batch, num_keys, sampling)
-            return
-        start = time.perf_counter()
-        self._step(batch, num_keys, sampling)
-        self.seconds_until_compiling -= time.perf_counter() - start
-        if self.seconds_until_compiling <= 0:
-            self.prepare(compiled=True)
 
     def _replay(self, batch: int, num_keys: int, sampling: BatchSampling) -> None:
         """Runs the step as a CUDA graph, captured at the first call with these arguments."""

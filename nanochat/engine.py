@@ -15,7 +15,6 @@ products differ with the size of the batch, and so do the last bits of logits, w
 Shapes: B sequences, T new tokens, S tokens in the cache, K key/value heads, D head size.
 """
 
-import math
 import random
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -267,13 +266,14 @@ class Engine:
         max_slots: int = 32,
         *,
         precisions: Sequence[str] = (),
-        compile_after: float = math.inf,
+        compile: bool = False,
     ):
         """
         precisions: what the decode step on a CPU may use if it is faster than the model's dtype, though it changes the
         logits a little: "bfloat16", or "int8" for weights of 8 bits with one scale per output. Prompts are always read
         in the model's own dtype.
-        compile_after: on a CPU, compile the decode step after that many seconds of decoding; 0 = at once.
+        compile: compile the decode step at its first use, on a CPU. This takes 10 to 30 s at depth 4, later 2 s, as the
+        code is kept on the disk; so it pays for a server or for many completions, not for one.
         """
         if max_slots < 1:
             raise UserError(f"an engine needs at least 1 slot, not {max_slots}")
@@ -283,7 +283,7 @@ class Engine:
         # BOS too: a base model has no end token, but predicts the start of the next document.
         self.stop_tokens = {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
         with torch.inference_mode():
-            self.decoder = Decoder(model, max_slots, precisions=precisions, compile_after=compile_after)
+            self.decoder = Decoder(model, max_slots, precisions=precisions, compile=compile)
         self.waiting: deque[ActiveRequest] = deque()
         self.active: list[ActiveRequest] = []  # in slots 0, 1, …
         self.prefill = Prefill([], model)  # the prompts being read
@@ -297,6 +297,12 @@ class Engine:
         """Must be called after the model's weights have changed, when the engine has no requests."""
         assert not self.is_busy, "the KV cache of requests in progress comes from the old weights"
         self.decoder.refresh_weights()
+
+    def warm_up(self) -> None:
+        """Generates a few tokens, so that later requests need not wait for a first use: compiling, captured graphs."""
+        request = Request([self.tokenizer.bos], max_tokens=2)
+        self.generate([request])
+        self.generate([request] * min(2, self.max_slots))
 
     @property
     def is_busy(self) -> bool:

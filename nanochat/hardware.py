@@ -77,6 +77,11 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
+def chat_precisions() -> tuple[str, ...]:
+    """What the engine of a chat may use besides the model's dtype: bfloat16, unless $NANOCHAT_DTYPE asks for another."""
+    return () if os.environ.get("NANOCHAT_DTYPE") else ("bfloat16",)
+
+
 def pick_training_dtype(device: torch.device, resumed_dtype: str = "") -> torch.dtype:
     """
     As pick_dtype, but a CPU that multiplies bfloat16 much faster trains in it; weights, optimizer, softmax and loss
@@ -302,15 +307,17 @@ def _probe_matrices() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(1024, 512, generator=generator), torch.randn(512, 512, generator=generator)
 
 
-def best_seconds(functions: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+def best_seconds(
+    functions: Sequence[Callable[[], object]], device: torch.device, total_seconds: float = 0.2
+) -> list[float]:
     """
-    The shortest time of each function. They alternate for at least 0.2 s, so that other load on the machine slows down
-    all of them.
+    The shortest time of each function. They alternate for at least total_seconds, so that other load on the machine
+    slows down all of them.
     """
     best = [float("inf")] * len(functions)
     num_rounds = 0
     start = time.perf_counter()
-    while num_rounds < 3 or time.perf_counter() - start < 0.2:
+    while num_rounds < 3 or time.perf_counter() - start < total_seconds:
         for i, function in enumerate(functions):
             function_start = time.perf_counter()
             function()

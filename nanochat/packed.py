@@ -22,6 +22,7 @@ from nanochat import hardware
 from nanochat.distributed import warn0
 from nanochat.gpt import GPT, Block
 
+
 class PackedLinear(nn.Module):
     """
     One or several linear layers without bias and with the same input, as one product.
@@ -137,7 +138,8 @@ def _measure(model: GPT, num_rows: int, candidates: list[str]) -> tuple[str, int
     seconds: dict[tuple[str, int], float] = {}
     for threads in sorted({1, num_threads, *(2**i for i in range(num_threads.bit_length()))}):
         with hardware.num_threads(threads):
-            for candidate, best in zip(candidates, hardware.best_seconds(multiply, model.device), strict=True):
+            times = hardware.best_seconds(multiply, model.device, total_seconds=0.03)
+            for candidate, best in zip(candidates, times, strict=True):
                 seconds[candidate, threads] = best
     return min(seconds, key=seconds.__getitem__)
 

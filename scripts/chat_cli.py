@@ -65,7 +65,8 @@ def main(flags: Flags) -> None:
         flags.source, flags.model_tag, flags.step, device, dtype
     )
     template = Request([], flags.max_tokens, flags.temperature, flags.top_k, seed=flags.seed)
-    session = ChatSession(Engine(model, tokenizer, max_slots=1), template)
+    engine = Engine(model, tokenizer, max_slots=1, precisions=hardware.chat_precisions())
+    session = ChatSession(engine, template)
     if prompt:
         response = "".join(text for kind, text in session.respond(prompt) if kind == "text")
         print(printable(response.strip()))

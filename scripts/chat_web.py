@@ -52,6 +52,7 @@ class Flags:
     host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 = all interfaces")
     port: int = flag(8000, "port to listen on; 0 = any free one")
     num_rows: int = flag(32, "slots per engine: completions that each device generates at a time")
+    compile: bool = flag(True, "compile the decode step at the start, on a CPU")
     queue: int = flag(128, "completions that may wait, per model")
     api_key: str = flag("", "key that clients must send; $NANOCHAT_API_KEY keeps it out of the process list")
     cors_origin: str = flag("", "web sites whose pages may use the API, separated by commas; * = all")
@@ -175,18 +176,18 @@ def load_models(flags: Flags, devices: list[torch.device]) -> list[ServedModel]:
             model, tokenizer, checkpoint = checkpoint_manager.load_model(
                 stage, tag, flags.step, device, hardware.pick_dtype(device)
             )
-            engine_makers.append(partial(make_engine, model, tokenizer, flags.num_rows))
+            engine_makers.append(partial(make_engine, model, tokenizer, flags.num_rows, flags.compile))
         print(f"{name}: {checkpoint.path}", flush=True)
         created = checkpoint.path.stat().st_mtime
         models.append(ServedModel(name, tokenizer, model.config, engine_makers, flags.queue, created))
     return models
 
 
-def make_engine(model: GPT, tokenizer: Tokenizer, max_slots: int) -> Engine:
+def make_engine(model: GPT, tokenizer: Tokenizer, max_slots: int, compile: bool = False) -> Engine:
     """Must be called in the thread that runs the engine."""
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # per thread: CUDA graphs run on the thread's current device
-    return Engine(model, tokenizer, max_slots)
+    return Engine(model, tokenizer, max_slots, precisions=hardware.chat_precisions(), compile=compile)
 
 
 def log_line(handle: ResponseHandle, with_text: bool) -> str:

@@ -709,7 +709,7 @@ def base_folder(tmp_path_factory):
 @contextlib.contextmanager
 def program(base_folder, *flags):
     """Runs chat_web in a process; yields it and its URL once it is ready."""
-    command = [sys.executable, "-m", "scripts.chat_web", "--device", "cpu", "--port", "0", *flags]
+    command = [sys.executable, "-m", "scripts.chat_web", "--device", "cpu", "--no-compile", "--port", "0", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             lines = []

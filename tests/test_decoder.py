@@ -7,6 +7,7 @@ CUDA graphs. That the decoder's logits equal the model's is tested in tests/test
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from factories import FAMILY, GOLDEN_VOCAB_SIZE, NEEDS_NUMBERS
 from test_engine import (
@@ -21,6 +22,7 @@ from test_engine import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanochat import hardware, packed
 from nanochat.engine import Engine, Request, sampling_params
 from nanochat.gpt import GPTConfig
 from nanochat.loss import softcap
@@ -133,12 +135,12 @@ def test_batch_sampling_contains_only_what_rows_need():
         return BatchSampling.of([SamplingParams(*row) for row in rows], vocab_size=1000)
 
     greedy_row, plain, logprobs = (0.0, 50, 0.5, False), (1.0, 0, 1.0, False), (1.0, 0, 1.0, True)
-    assert batch(greedy_row) == BatchSampling(greedy=True)
+    assert batch(greedy_row) == BatchSampling(num_candidates=1, greedy=True)
     assert batch(plain) == BatchSampling(full_vocab=True)
     assert batch(plain, logprobs) == BatchSampling(full_vocab=True, logprobs=True)
-    assert batch((1.0, 5, 1.0, False), (1.0, 50, 1.0, False), (1.0, 40, 1.0, False)).candidates == (8, 64)
-    assert batch((1.0, 1, 0.9, False)) == BatchSampling(candidates=(1,), top_p=True)
-    assert batch((1.0, 0, 0.9, False), greedy_row) == BatchSampling(greedy=True, candidates=(1024,), top_p=True)
+    assert batch((1.0, 5, 1.0, False), (1.0, 50, 1.0, False), (1.0, 40, 1.0, False)).num_candidates == 64
+    assert batch((1.0, 1, 0.9, False)) == BatchSampling(num_candidates=2, top_p=True)
+    assert batch((1.0, 0, 0.9, False), greedy_row) == BatchSampling(num_candidates=1000, greedy=True, top_p=True)
 
 
 # ---- weights ----
@@ -150,18 +152,26 @@ def test_packed_linear_every_layout_equals_linear_of_stacked_matrices(layout, nu
     if layout == "packed" and not torch.backends.mkldnn.is_available():
         pytest.skip("packed weights need oneDNN")
     torch.manual_seed(0)
-    parts = [torch.randn(24, 40), torch.randn(7, 40) * 100, torch.zeros(1, 40)]
+    layers = [nn.Linear(40, outputs, bias=False) for outputs in (24, 7, 1)]
+    parts = [layer.weight for layer in layers]
     x = torch.randn(num_rows, 40)
     with torch.inference_mode():
-        linear = PackedLinear(lambda: parts, torch.float32, layout)
+        parts[1].mul_(100)
+        parts[2].zero_()
+        linear = PackedLinear(layers, torch.float32, layout)
         for _ in range(2):
             weight = torch.cat(parts)
-            error = (linear(x) - F.linear(x, weight)).abs()
+            error = (torch.cat(linear(x), dim=1) - F.linear(x, weight)).abs()
             # 8 bits: each weight is off by at most half a step, and a row's step is its largest weight over 127.
             steps = weight.abs().amax(dim=1) / 127 if layout == "int8" else torch.zeros(32)
             assert (error <= 0.5 * steps * x.abs().sum(dim=1, keepdim=True) + 1e-3).all()
             parts[0].add_(1.0)
             linear.refresh()
+
+
+def force_choice(monkeypatch, dtype, layout):
+    """What decoders choose from now on, whatever is fastest here."""
+    monkeypatch.setattr(packed, "choose", lambda *args, **options: packed.Choice(dtype, layout, 1))
 
 
 def update(model):
@@ -175,21 +185,22 @@ def update(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("max_slots", [1, 8])
 @pytest.mark.parametrize("cast", [False, True], ids=["", "cast"])
-@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("layout", ["plain", "transposed", "packed", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_refresh_weights_equals_a_new_engine(dtype, int8, cast, max_slots, golden_tokenizer):
+def test_refresh_weights_equals_a_new_engine(dtype, layout, cast, max_slots, golden_tokenizer, monkeypatch):
+    force_choice(monkeypatch, torch.bfloat16 if layout == "int8" else dtype, layout)
     model = make_model(dtype=dtype)
     if cast:
         model.cast_weights()
     requests = [greedy(prompt_of(140), 9, logprobs=True), Request(prompt_of(5), 30, top_k=50), Request([1], 9)]
-    engine = make_engine(model, golden_tokenizer, max_slots, int8=int8)
+    engine = make_engine(model, golden_tokenizer, max_slots)
     before = engine.generate(requests)
     update(model)
     engine.refresh_weights()
     after = engine.generate(requests)
     assert after != before
-    assert after == make_engine(model, golden_tokenizer, max_slots, int8=int8).generate(requests)
-    if dtype == torch.float32 and not int8:
+    assert after == make_engine(model, golden_tokenizer, max_slots).generate(requests)
+    if dtype == torch.float32 and layout != "int8":
         check_against_one_pass(model, requests[0], after[0])
 
 
@@ -200,15 +211,15 @@ def test_packed_linear_shares_weights_that_are_being_trained(max_slots, golden_t
     update(model)
     with torch.inference_mode():
         decoder.refresh_weights()
-    block, layer = model.transformer.h[1], decoder.layers[1]
+    block, copied = model.transformer.h[1], decoder.model.transformer.h[1]
     shared = [
-        (layer.attn_out, block.attn.c_proj),
-        (layer.mlp_in, block.mlp.c_fc),
-        (layer.mlp_out, block.mlp.c_proj),
-        (decoder.head, model.lm_head),
+        (copied.attn.c_proj, block.attn.c_proj),
+        (copied.mlp.c_fc, block.mlp.c_fc),
+        (copied.mlp.c_proj, block.mlp.c_proj),
+        (decoder.model.lm_head, model.lm_head),
     ]
-    for packed, linear in shared:
-        assert packed.weight.data_ptr() == linear.weight.data_ptr()
+    for layer, original in shared:
+        assert layer.weight.data_ptr() == original.weight.data_ptr()
 
 
 def test_refresh_weights_after_swapping_tensors_writes_to_none_of_them(golden_tokenizer):
@@ -237,8 +248,9 @@ def test_refresh_weights_with_requests_is_an_error(golden_tokenizer):
 
 
 @pytest.mark.parametrize("vocab_size", [GOLDEN_VOCAB_SIZE, 70])  # 70 is padded to 128
-def test_int8_logprobs_are_close_and_reproducible(golden_tokenizer, vocab_size):
+def test_int8_logprobs_are_close_and_reproducible(golden_tokenizer, vocab_size, monkeypatch):
     """With weights of a trained model's size, log-probabilities change by 0.01 nats on average (of 7)."""
+    force_choice(monkeypatch, torch.bfloat16, "int8")
     model = make_model(vocab_size=vocab_size)
     with torch.no_grad():
         for p in model.parameters():
@@ -248,8 +260,8 @@ def test_int8_logprobs_are_close_and_reproducible(golden_tokenizer, vocab_size):
         Request([token % vocab_size for token in prompt_of(length)], 60, seed=length, logprobs=True)
         for length in (3, 60, 140)
     ]
-    completions = make_engine(model, golden_tokenizer, int8=True).generate(requests)
-    assert completions == make_engine(model, golden_tokenizer, int8=True).generate(requests)
+    completions = make_engine(model, golden_tokenizer).generate(requests)
+    assert completions == make_engine(model, golden_tokenizer).generate(requests)
     differences = []
     for request, completion in zip(requests, completions, strict=True):
         with torch.no_grad():
@@ -284,21 +296,19 @@ def test_step_static_shapes_give_the_same_completions(golden_tokenizer):
         assert_same(completion, wanted)
 
 
-def engine_on_cuda(tokenizer, family="modern", int8=False):
-    return make_engine(make_model(family, device="cuda"), tokenizer, max_slots=8, int8=int8)
+def engine_on_cuda(tokenizer, family="modern", **options):
+    return make_engine(make_model(family, device="cuda"), tokenizer, max_slots=8, **options)
 
 
 @NEEDS_NUMBERS
 @pytest.mark.gpu
-@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("family", FAMILY)
-def test_step_graph_equals_eager_step(family, int8, golden_tokenizer):
-    captured, eager = (engine_on_cuda(golden_tokenizer, family, int8=int8) for _ in range(2))
+def test_step_graph_equals_eager_step(family, golden_tokenizer):
+    captured, eager = (engine_on_cuda(golden_tokenizer, family) for _ in range(2))
     eager.decoder.use_graphs = False
     for request, completion, expected in zip(MIXED, captured.generate(MIXED), eager.generate(MIXED), strict=True):
         assert_same(completion, expected)
-        if not int8:
-            check_against_one_pass(captured.model, request, completion)
+        check_against_one_pass(captured.model, request, completion)
     assert captured.decoder.graphs and not eager.decoder.graphs
     assert {batch for batch, *_ in captured.decoder.graphs} == {5, 4, 2, 1}  # the number of slots, else powers of two
 
@@ -320,8 +330,8 @@ class SoftmaxInputs(TorchDispatchMode):
 def test_int8_on_a_gpu_warns_that_it_is_slower(golden_tokenizer, capsys):
     engine_on_cuda(golden_tokenizer)
     assert not capsys.readouterr().err
-    engine_on_cuda(golden_tokenizer, int8=True)
-    assert "slower than bfloat16" in capsys.readouterr().err
+    engine_on_cuda(golden_tokenizer, precisions=["int8"])
+    assert "it is slower" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
@@ -350,7 +360,7 @@ def test_step_capturing_a_graph_has_no_side_effects(golden_tokenizer):
         assert [engine.decoder.positions_R[: len(engine.active)].tolist() for engine in (once, always)] == [
             [entry.position for entry in once.active]
         ] * 2
-        torch.testing.assert_close(once.decoder.previous_RC, always.decoder.previous_RC, rtol=0, atol=0)
+        torch.testing.assert_close(once.decoder.previous_R, always.decoder.previous_R, rtol=0, atol=0)
     assert not always.is_busy
 
 
@@ -376,15 +386,74 @@ def test_reserve_growing_slots_drops_graphs(golden_tokenizer):
 @NEEDS_NUMBERS
 @pytest.mark.gpu
 def test_refresh_weights_graphs_read_the_new_weights(golden_tokenizer):
-    for int8 in (False, True):
-        engine = engine_on_cuda(golden_tokenizer, int8=int8)
-        engine.generate(MIXED)
-        graphs = dict(engine.decoder.graphs)
-        update(engine.model)
-        engine.refresh_weights()
-        after = engine.generate(MIXED)
-        assert engine.decoder.graphs == graphs
-        for completion, expected in zip(
-            after, make_engine(engine.model, golden_tokenizer, 8, int8=int8).generate(MIXED), strict=True
-        ):
-            assert_same(completion, expected)
+    engine = engine_on_cuda(golden_tokenizer)
+    engine.generate(MIXED)
+    graphs = dict(engine.decoder.graphs)
+    update(engine.model)
+    engine.refresh_weights()
+    after = engine.generate(MIXED)
+    assert engine.decoder.graphs == graphs
+    for completion, expected in zip(after, make_engine(engine.model, golden_tokenizer, 8).generate(MIXED), strict=True):
+        assert_same(completion, expected)
+
+
+# ---- the choice of layouts, and compiled steps ----
+
+
+def test_choose_weights_in_training_are_shared(golden_tokenizer):
+    choice = packed.choose(make_model(), 8, compiled=False)
+    assert (choice.dtype, choice.layout) == (torch.float32, "plain")
+
+
+def test_choose_is_measured_once_per_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    model = make_model().requires_grad_(False)
+    choice = packed.choose(model, 8, compiled=False, precisions=["bfloat16"])
+    monkeypatch.setattr(packed, "_measure", None)
+    assert packed.choose(model, 8, compiled=False, precisions=["bfloat16"]) == choice
+    with pytest.raises(TypeError):
+        packed.choose(model, 4, compiled=False, precisions=["bfloat16"])
+    (file,) = (tmp_path / "measurements").iterdir()
+    file.write_text("damaged")
+    monkeypatch.undo()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    assert packed.choose(model, 8, compiled=False).dtype == torch.float32
+
+
+def test_choose_compiled_code_never_uses_packed_weights(monkeypatch):
+    model = make_model().requires_grad_(False)
+    seen = []
+    monkeypatch.setattr(
+        packed, "_measure", lambda model, rows, candidates: seen.append(candidates) or (candidates[0], 1)
+    )
+    monkeypatch.setattr(packed.hardware, "measured", lambda question, measure: measure())
+    packed.choose(model, 8, compiled=True, precisions=["bfloat16"])
+    assert seen == [["float32 plain", "float32 transposed", "bfloat16 plain", "bfloat16 transposed"]]
+
+
+def test_choose_warns_if_8_bit_weights_are_slower(monkeypatch, capsys):
+    monkeypatch.setattr(packed.hardware, "measured", lambda question, measure: ("float32 plain", 1))
+    packed.choose(make_model().requires_grad_(False), 8, compiled=False, precisions=["int8"])
+    assert "8-bit weights are not used" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hardware.can_compile(torch.device("cpu")), reason="needs a C++ compiler")
+def test_step_compiled_equals_eager_and_compiles_twice(golden_tokenizer):
+    """Once for a single slot and once for all other numbers of slots; numbers of keys do not matter."""
+    model = make_model(n_layer=2)
+    torch._dynamo.utils.counters.clear()
+    engine = make_engine(model, golden_tokenizer, compile=True)
+    engine.warm_up()
+    expected = make_engine(model, golden_tokenizer).generate(MIXED)
+    for _ in range(2):
+        for request, completion, wanted in zip(MIXED, engine.generate(MIXED), expected, strict=True):
+            assert_same(completion, wanted)
+            check_against_one_pass(model, request, completion)
+        engine.generate(MIXED * 4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    update(model)
+    engine.refresh_weights()
+    for request, completion in zip(MIXED, engine.generate(MIXED), strict=True):
+        check_against_one_pass(model, request, completion)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

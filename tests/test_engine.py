@@ -128,9 +128,9 @@ def assert_nothing_left(engine):
     assert list(engine.prefixes) == [()]
 
 
-def make_engine(model, tokenizer, max_slots=32, *, stop=False, int8=False, prefill_chunk=Engine.prefill_chunk):
+def make_engine(model, tokenizer, max_slots=32, *, stop=False, prefill_chunk=Engine.prefill_chunk, **options):
     """Unless `stop`, nothing but the limits ends a completion: random models sample end tokens too."""
-    engine = tiny_engine(model, tokenizer, max_slots=max_slots, stop=stop, int8=int8)
+    engine = tiny_engine(model, tokenizer, max_slots=max_slots, stop=stop, **options)
     engine.prefill_chunk = prefill_chunk
     return engine
 

@@ -265,10 +265,9 @@ def test_decode_step_is_one_graph_of_few_kernels(depth):
         assert found["sync"].total() == 1  # the tokens are read
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["bfloat16", "int8"])
-def test_engine_serves_requests_of_every_kind(int8):
+def test_engine_serves_requests_of_every_kind():
     model = make_model(toy_flags(2)).requires_grad_(False)
-    engine = Engine(model, NO_SPECIAL_TOKENS, max_slots=2, int8=int8)
+    engine = Engine(model, NO_SPECIAL_TOKENS, max_slots=2)
     engine.prefill_chunk = 16
     completions = engine.generate(requests_of_every_kind())
     assert [len(completion.tokens) for completion in completions] == [20] * 4

@@ -104,7 +104,8 @@ class Server:
         """Starts the process and returns at once; wait until it is `ready`."""
         environment = os.environ | {"NANOCHAT_BASE_DIR": str(self.base_folder), "OMP_WAIT_POLICY": "PASSIVE"}
         environment.pop("NANOCHAT_API_KEY", None)
-        command = [sys.executable, "-m", "scripts.chat_web", "--device", "cpu", "--port", str(self.port), *self.flags]
+        command = [sys.executable, "-m", "scripts.chat_web", "--device", "cpu", "--no-compile"]
+        command += ["--port", str(self.port), *self.flags]
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment)
         return self
 

@@ -291,7 +291,7 @@ class EngineThread(threading.Thread):
         """Makes an engine and generates one token with it; returns whether that worked."""
         try:
             self.engine = self.make_engine()
-            self.engine.generate([Request([self.engine.tokenizer.bos], max_tokens=1)])
+            self.engine.warm_up()
         except Exception:  # noqa: BLE001  the server stays up to report that it is not ready
             traceback.print_exc()
             return False

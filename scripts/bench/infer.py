@@ -12,7 +12,7 @@ engine divided by those of a baseline in its faster dtype; "nanochat 8" is with 
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -140,19 +140,20 @@ def make_sides(device: torch.device, int8: bool) -> dict[str, Side]:
     return sides
 
 
-def engine_side(model: GPT, **options: Any) -> Generate:
+def engine_side(model: GPT, precisions: Sequence[str] = ("bfloat16",)) -> Generate:
     engines: dict[int, Engine] = {}  # by number of slots
 
     def generate(request: Request, B: int) -> object:
         if B not in engines:
-            engines[B] = Engine(model, NO_SPECIAL_TOKENS, B, **options)
+            engines[B] = Engine(model, NO_SPECIAL_TOKENS, B, precisions=precisions, compile=True)
+            engines[B].warm_up()
         return engines[B].generate([replace(request, seed=seed) for seed in range(B)])
 
     return generate
 
 
 def int8_side(model: GPT) -> Generate:
-    return engine_side(model, int8=True)
+    return engine_side(model, ("bfloat16", "int8"))
 
 
 def nanochat_side(model: GPT) -> Generate:
