@@ -77,7 +77,7 @@ class SlotCache:
         self.previous_B1 = previous_B1
         self.keys, self.values = keys, values
         self.ring_lengths = ring_lengths
-        self.rings: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # of layers with equal rings
+        self.rings: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by window: layers with one have equal rings
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         """Writes the new keys and values, (B, T, K, D), and returns the attention of the queries (B, T, H, D)."""
@@ -99,7 +99,7 @@ class SlotCache:
         infinity for those that are added to the scores of hidden ones.
         """
         ring, size = self.ring_lengths[layer], self.keys[layer].size(1)
-        if (ring, window) not in self.rings:
+        if window not in self.rings:
             positions_BT1 = self.positions_BT[:, :, None]
             entries_S = torch.arange(size, device=positions_BT1.device)
             age_BTS = (positions_BT1 - entries_S) % ring  # distance of the query to the last position stored there
@@ -107,11 +107,11 @@ class SlotCache:
             keys = self.keys[layer]
             mask_BTS = torch.zeros(is_hidden_BTS.shape, device=keys.device).masked_fill(is_hidden_BTS, -torch.inf)
             indices_BT = self.positions_BT % ring
-            self.rings[ring, window] = (
+            self.rings[window] = (
                 indices_BT.repeat_interleave(num_kv_heads, dim=0),
                 mask_BTS.repeat_interleave(num_kv_heads, dim=0),
             )
-        return self.rings[ring, window]
+        return self.rings[window]
 
 
 def attend_by_products(
@@ -199,11 +199,13 @@ class Decoder:
         old_tensors = self.slot_tensors() if self.num_slots else []
 
         self.ring_lengths = [min(window + 1, length) for window in config.windows]  # by layer; + 1: the token itself
-        # Layers with one window share a tensor, (2, L, R, K, ring, D), so that a slot is filled with few copies.
+        # Layers with one window share a tensor, (2, L, R, K, ring + 1, D), so that a slot is filled with few copies. The
+        # last entry is never used: it keeps the part that a step reads from being contiguous, a special case for which
+        # torch would compile the step again.
         self.caches: dict[int, torch.Tensor] = {}
         self.keys, self.values = [torch.empty(0)] * config.n_layer, [torch.empty(0)] * config.n_layer
         for window, layers in layers_by_window(config).items():
-            shape = (2, len(layers), num_slots, config.n_kv_head, min(window + 1, length), config.head_dim)
+            shape = (2, len(layers), num_slots, config.n_kv_head, min(window + 1, length) + 1, config.head_dim)
             self.caches[window] = torch.zeros(shape, device=device, dtype=self.dtype)
             for layer, (keys, values) in zip(layers, self.caches[window].unbind(1), strict=True):
                 self.keys[layer], self.values[layer] = keys.flatten(0, 1), values.flatten(0, 1)
@@ -221,7 +223,7 @@ class Decoder:
             for new, old in zip(self.slot_tensors(), old_tensors, strict=True):
                 # Correct for rings too: only a ring as long as its slot grows, and in it no position has wrapped yet.
                 new[tuple(slice(size) for size in old.shape)] = old
-        self.views: dict[tuple[int, int], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        self.view_key = (0, 0)
         self.graphs.clear()
 
     def slot_tensors(self) -> list[torch.Tensor]:
@@ -247,7 +249,7 @@ class Decoder:
             return
         self.previous_R[slots] = prefix.tokens[-1]
         for window, cache in self.caches.items():
-            ring = cache.size(4)
+            ring = cache.size(4) - 1
             states = prefix.caches[window][:, :, -ring:].transpose(2, 3).unsqueeze(2)  # (2, L, 1, K, n, D)
             start = (position - states.size(4)) % ring
             split = min(ring - start, states.size(4))  # the states behind it go to the start of the ring
@@ -336,12 +338,13 @@ class Decoder:
 
     def _active_rings(self, B: int, num_keys: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The keys and values of the first B slots by layer, (B * K, S, D): at most num_keys entries of each ring."""
-        if (B, num_keys) not in self.views:
+        if self.view_key != (B, num_keys):  # it changes rarely
             rows = slice(B * self.model.config.n_kv_head)
-            keys = [cache[rows, :num_keys] for cache in self.keys]
-            values = [cache[rows, :num_keys] for cache in self.values]
-            self.views[B, num_keys] = (keys, values)
-        return self.views[B, num_keys]
+            sizes = [min(num_keys, ring) for ring in self.ring_lengths]
+            keys = [cache[rows, :size] for cache, size in zip(self.keys, sizes, strict=True)]
+            values = [cache[rows, :size] for cache, size in zip(self.values, sizes, strict=True)]
+            self.view_key, self.views = (B, num_keys), (keys, values)
+        return self.views
 
     def _forward(
         self,

@@ -78,7 +78,7 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 
 def chat_precisions() -> tuple[str, ...]:
-    """What the engine of a chat may use besides the model's dtype: bfloat16, unless $NANOCHAT_DTYPE asks for another."""
+    """What a chat's engine may use besides the model's dtype: bfloat16, unless $NANOCHAT_DTYPE asks for a dtype."""
     return () if os.environ.get("NANOCHAT_DTYPE") else ("bfloat16",)
 
 
