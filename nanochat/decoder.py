@@ -199,7 +199,7 @@ class Decoder:
         old_tensors = self.slot_tensors() if self.num_slots else []
 
         self.ring_lengths = [min(window + 1, length) for window in config.windows]  # by layer; + 1: the token itself
-        # Layers with one window share a tensor, (2, L, R, K, ring + 1, D), so that a slot is filled with few copies. The
+        # Layers with one window share a tensor, (2, L, R, K, ring + 1, D), so a slot is filled with few copies. The
         # last entry is never used: it keeps the part that a step reads from being contiguous, a special case for which
         # torch would compile the step again.
         self.caches: dict[int, torch.Tensor] = {}

@@ -209,7 +209,7 @@ def test_prefill_in_chunks_keeps_keys_within_windows(modern, golden_tokenizer):
     while engine.step() == []:
         if engine.prefill.prompts:
             assert engine.prefill.keys[0].size(1) == min(engine.prefill.start, 128)
-    assert [keys.size(1) for keys in engine.decoder.keys] == [129, CONTEXT, CONTEXT]
+    assert engine.decoder.ring_lengths == [129, CONTEXT, CONTEXT]
 
 
 @pytest.mark.parametrize("name", ["gpt/case0.pt", "gpt/case1.pt", "gpt/case2.pt"])  # in the repository: case1

@@ -3,7 +3,7 @@ Export to a single HTML file that chats with the model in any browser: offline, 
 
 The file is the page of the web chat (nanochat/serve/ui.html) with three additions: scripts that answer its requests
 (html_files/), a description of the model in JSON, and the weights in base64. Matrices and tables have 8 bits with one
-scale per row, as in decoder.PackedLinear; gates and scalars, 0.1 % of the parameters, stay in float32.
+scale per row, as in packed.PackedLinear; gates and scalars, 0.1 % of the parameters, stay in float32.
 
 html_files/ in the order of the page: tokenizer.js, calculator.js and conversation.js are those of nanochat/*.py again;
 weights.js decodes the weights; javascript.js runs the model on the CPU and webgpu.js, with kernels.wgsl, on a GPU;
