@@ -333,6 +333,9 @@ class GPT(nn.Module):
         with torch.device("meta"):  # shapes without memory: torch's own initialisation would take longer than loading
             self.transformer = Trunk(config)
             self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
+            # The tables are in float32 like all weights. In bfloat16 with float32 moments they would save 2.6 GB at
+            # depth 24, but the validation loss was higher: 5.640 instead of 5.605 nats, 5.653 with stochastic rounding
+            # (one seed, depth 4, 200 steps of 2,048 tokens, on a CPU).
             self.value_embeds = nn.ModuleDict()
             for i in config.layers_with_value_embeds:
                 self.value_embeds[str(i)] = nn.Embedding(config.padded_vocab_size, config.kv_width)

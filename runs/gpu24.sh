@@ -8,9 +8,9 @@
 # rows per pass that --device-batch-size auto chooses, and the peak memory in GiB, of which 22.2 can be used:
 #
 #   depth   RTX 4090       RTX 3090        rows   memory
-#   12       4.1 h, 1.5 h   9.5 h, 3.6 h   16     16.2
-#   16      16.7 h, 3.0 h  38.8 h, 6.9 h    8     18.0
-#   20      53.2 h, 5.1 h  123.6 h, 11.8 h  4     20.7
+#   12       4.1 h, 1.5 h   9.5 h, 3.6 h   16     16.8
+#   16      16.7 h, 3.0 h  38.8 h, 6.9 h    8     18.7
+#   20      53.2 h, 5.1 h  123.6 h, 11.8 h  4     21.3
 #
 # Depth 24 does not fit. The numbers are calculated, not measured: they assume that a card reaches the same share of its
 # peak rate as public runs on 8xH100. To calculate them for another card:
