@@ -300,7 +300,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Generates a few tokens, so that later requests need not wait for a first use: compiling, captured graphs."""
-        request = Request([self.tokenizer.bos], max_tokens=2)
+        request = Request([0], max_tokens=2)
         self.generate([request])
         self.generate([request] * min(2, self.max_slots))
 

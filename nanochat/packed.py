@@ -104,6 +104,10 @@ def choose(model: GPT, num_rows: int, *, compiled: bool, precisions: Sequence[st
         if "int8" in precisions:
             warn0("8-bit weights are not used on a GPU: it is slower, as each step would write them out in 16 bits")
         return Choice(model.dtype, "plain", num_threads)
+    if model.lm_head.weight.requires_grad and model.lm_head.weight.dtype == model.dtype:
+        # Weights in training are shared: other layouts would be copied after every optimizer step. And nothing is
+        # measured, so that a run of reinforcement learning is resumed bitwise.
+        return Choice(model.dtype, "plain", num_threads)
     candidates = _candidates(model, compiled, precisions)
     config = model.config
     sizes = f"depth {config.n_layer}, widths {config.n_embd} and {config.kv_width}, vocabulary {config.vocab_size}"
@@ -118,14 +122,11 @@ def choose(model: GPT, num_rows: int, *, compiled: bool, precisions: Sequence[st
 def _candidates(model: GPT, compiled: bool, precisions: Sequence[str]) -> list[str]:
     """The dtypes and layouts that are compared, such as "float32 transposed"."""
     own = str(model.dtype).removeprefix("torch.")
-    if model.lm_head.weight.requires_grad and model.lm_head.weight.dtype == model.dtype:
-        candidates = [f"{own} plain"]  # weights that are being trained are shared, not copied after every step
-    else:
-        dtypes = dict.fromkeys([own, *(dtype for dtype in precisions if dtype == "bfloat16")])
-        layouts = ["plain", "transposed"]
-        if not compiled and torch.backends.mkldnn.is_available():
-            layouts.append("packed")
-        candidates = [f"{dtype} {layout}" for dtype in dtypes for layout in layouts]
+    dtypes = dict.fromkeys([own, *(dtype for dtype in precisions if dtype == "bfloat16")])
+    layouts = ["plain", "transposed"]
+    if not compiled and torch.backends.mkldnn.is_available():
+        layouts.append("packed")
+    candidates = [f"{dtype} {layout}" for dtype in dtypes for layout in layouts]
     if "int8" in precisions:
         candidates.append("bfloat16 int8")
     return candidates
