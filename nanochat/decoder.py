@@ -166,6 +166,7 @@ class Decoder:
         self.attend_rows = attend_by_sums if is_compiled else attend_by_products
         self.forward = self._forward
         if is_compiled:
+            hardware.keep_freed_pages()
             # One graph for all numbers of slots and keys (and one for a single slot). By default torch takes two sizes
             # that are equal at first for the same one, and compiles again when they are not.
             torch.fx.experimental._config.use_duck_shape = False  # type: ignore[attr-defined]
