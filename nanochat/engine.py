@@ -41,6 +41,9 @@ SAMPLE_PROMPTS = (
     "The planets of the solar system are:",
     "Once upon a time",
 )
+# From this many tokens on, compiling the decode step saves more time than it takes: 20 to 40 s against about 0.2 ms a
+# token, at depth 4 on two cores.
+MIN_TOKENS_TO_COMPILE = 200_000
 MIN_TEMPERATURE = 1e-30  # logits divided by a smaller temperature would overflow float32
 
 
@@ -221,6 +224,14 @@ class ActiveRequest:
         if len(completion.tokens) >= self.limit:
             completion.finish = self.limit_reason
         return token
+
+
+def pays_to_compile(num_completions: int, max_tokens: int) -> bool:
+    """
+    Whether an engine should compile for so many completions. It follows from the plan of a run, not from the time that
+    passes: a run that is resumed must compute in the same way.
+    """
+    return num_completions * max_tokens // 2 >= MIN_TOKENS_TO_COMPILE  # a completion ends early, on average half-way
 
 
 def sampling_params(request: Request, vocab_size: int) -> SamplingParams:

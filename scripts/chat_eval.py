@@ -20,7 +20,7 @@ from nanochat import checkpoint_manager, distributed, hardware
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError, duration
-from nanochat.engine import Engine, Request
+from nanochat.engine import Engine, Request, pays_to_compile
 from nanochat.eval.chat import CHATCORE, ChatScore, Sampling, evaluate_task
 from nanochat.eval.metrics import core_metric
 from nanochat.logging import report_dir, save_numbers
@@ -78,7 +78,10 @@ def main(flags: Flags) -> dict[str, ChatScore]:
         hardware.tune_process(dist.device)
         dist.print0(f"{checkpoint.path}, {hardware.describe(dist.device)}, {dtype}")
 
-        engine = Engine(model, tokenizer, flags.batch_size)
+        num_questions = sum(len(task) for task in tasks.values() if task.kind == "generative")
+        num_completions = num_questions * flags.num_samples // dist.world_size
+        compile = pays_to_compile(num_completions, flags.max_new_tokens)
+        engine = Engine(model, tokenizer, flags.batch_size, compile=compile)
         template = Request([], flags.max_new_tokens, flags.temperature, flags.top_k)
         sampling = Sampling(template, flags.num_samples, pass_k)
         folder = record_folder(flags, checkpoint)

@@ -19,7 +19,7 @@ from nanochat.checkpoint_manager import Checkpoint
 from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError, human
 from nanochat.costs import Memory, TrainingSetup, param_counts, rl_memory
-from nanochat.engine import Engine
+from nanochat.engine import Engine, pays_to_compile
 from nanochat.gpt import GPTConfig
 from nanochat.logging import append_after, print_table
 from nanochat.planner import Target
@@ -101,7 +101,9 @@ def train_on_rollouts(flags: Flags, run: Run, source: Checkpoint) -> None:
     groups = param_groups(source.config, base, weight_decay=0.0, lr_frac=flags.init_lr_frac)
     metadata = {"base": run.parent_checkpoint, "settings": asdict(base)}
     run.build(groups, metadata, compile=False)  # each new shape would be compiled, and every batch has one
-    engine = Engine(run.model, tokenizer, flags.rollout_batch_size)
+    num_completions = plan.num_steps * flags.examples_per_step * flags.num_samples // dist.world_size
+    compile = pays_to_compile(num_completions, flags.max_new_tokens)
+    engine = Engine(run.model, tokenizer, flags.rollout_batch_size, compile=compile)
     logger = run.open_log(plan.num_steps)
 
     eval_sampling = RolloutConfig(flags.eval_samples, flags.max_new_tokens, flags.temperature, flags.top_k)

@@ -17,7 +17,15 @@ from factories import CPU, FAMILY, GOLDEN_VOCAB_SIZE, tiny_engine, tiny_gpt
 
 from nanochat import checkpoint_manager
 from nanochat.common import UserError
-from nanochat.engine import SAMPLE_PROMPTS, Completion, Engine, Request, random_uniforms, sample_prompts
+from nanochat.engine import (
+    SAMPLE_PROMPTS,
+    Completion,
+    Engine,
+    Request,
+    pays_to_compile,
+    random_uniforms,
+    sample_prompts,
+)
 from nanochat.gpt import GPT, GPTConfig
 
 CONTEXT = 256  # its short window is 128
@@ -809,3 +817,8 @@ def test_filling_and_moving_slots_does_not_wait_for_the_gpu(length, golden_token
             engine.decoder.force({0: 1, 1: 2})
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_pays_to_compile_many_completions_only():
+    assert not pays_to_compile(num_completions=16, max_tokens=256)
+    assert pays_to_compile(num_completions=8_000, max_tokens=256)
