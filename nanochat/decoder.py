@@ -20,6 +20,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from nanochat import hardware, packed
+from nanochat.attention import small_products
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.sampling import BatchSampling, RowSampling, SamplingParams, next_power_of_two, sample
 
@@ -124,9 +125,10 @@ def attend_by_products(
     mask_NGS = _mask_of_groups(mask_NTS, q_NGD.size(1))
     if keys_NSD.is_cuda and keys_NSD.dtype != torch.float32:
         scores = torch.baddbmm(mask_NGS, q_NGD, keys_NSD.transpose(1, 2), out_dtype=torch.float32)
-    else:
+        return torch.bmm(scores.softmax(dim=-1).to(values_NSD.dtype), values_NSD)
+    with small_products():
         scores = torch.baddbmm(mask_NGS, q_NGD, keys_NSD.transpose(1, 2))
-    return torch.bmm(scores.softmax(dim=-1).to(values_NSD.dtype), values_NSD)
+        return torch.bmm(scores.softmax(dim=-1), values_NSD)
 
 
 def attend_by_sums(

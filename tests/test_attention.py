@@ -350,3 +350,15 @@ def test_installed_kernel_works_compiled_on_a_gpu(name):
     probe(kernel, AttentionShape(1024, 4, 2, 128, (256, 1024)), device, torch.bfloat16)
     compiled = torch.compile(lambda *x: kernel(*x), dynamic=False, fullgraph=True)
     probe(compiled, AttentionShape(1024, 4, 2, 128, (256, 1024)), device, torch.bfloat16)
+
+
+@pytest.mark.parametrize("precision, within", [("highest", "highest"), ("high", "high"), ("medium", "highest")])
+def test_small_products_change_the_precision_within_the_block_only(precision, within):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with attention.small_products():
+            assert torch.get_float32_matmul_precision() == within
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
