@@ -97,7 +97,7 @@ def make_sides(
 ) -> dict[str, Callable[[], list[int]]]:
     """The functions to compare; each samples completions and returns their lengths in tokens."""
     config = RolloutConfig(flags.num_samples, flags.max_new_tokens, flags.temperature, flags.top_k)
-    batch_engine = Engine(model, tokenizer, flags.rollout_batch_size)
+    batch_engine = Engine(model, tokenizer, flags.rollout_batch_size, compile=True)
     group_engine = Engine(model, tokenizer, flags.num_samples)
 
     def sample(engine: Engine, batch: list[Question]) -> list[int]:
