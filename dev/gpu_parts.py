@@ -33,7 +33,7 @@ from nanochat import attention, fp8, hardware, primer, recipe
 from nanochat.common import seed_everything
 from nanochat.costs import GIB, TrainingSetup, training_memory
 from nanochat.distributed import Dist
-from nanochat.engine import Engine, Prefill, Request
+from nanochat.engine import EMPTY, GPU_CHUNK, Engine, Prefill, Request
 from nanochat.gpt import GPT, GPTConfig, Linear
 from nanochat.kernels import mlp
 from nanochat.muon import build_optimizer
@@ -455,9 +455,10 @@ def decode_speed(check: Check, depth: int, model: GPT, num_slots: int) -> None:
 
 @torch.inference_mode()
 def read_prompt(model: GPT, length: int) -> None:
-    prefill = Prefill([tuple(torch.randint(model.config.vocab_size, (length,)).tolist())], model)
-    while prefill.prompts:
-        prefill.read(Engine.prefill_chunk)
+    tokens = tuple(torch.randint(model.config.vocab_size, (length,)).tolist())
+    last = EMPTY
+    for start in range(0, length, GPU_CHUNK):
+        (last,) = Prefill(model).read([(last, tokens[start : start + GPU_CHUNK])])
 
 
 def two_models(check: Check) -> None:

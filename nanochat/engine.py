@@ -2,10 +2,19 @@
 Generation with a KV cache: one engine for the terminal, the server, the evaluations and reinforcement learning.
 
 Requests join and leave between any two steps (continuous batching). Prompts are read in chunks, several at a time, and
-a prompt that several requests share is read once. The result is copied into a slot of the decoder (decoder.py), where
-every step adds a token to all active slots. Each request has its own sampling parameters, random numbers and tools. In
-float32 on a CPU, a completion does not depend on the other requests. In 16 bits or on a GPU it may: kernels of matrix
-products differ with the size of the batch, and so do the last bits of logits, which decide between close tokens.
+the result is copied into a slot of the decoder (decoder.py), where every step adds a token to all active slots. Each
+request has its own sampling parameters, random numbers and tools.
+
+What several prompts begin with is read once: a bounded cache keeps the keys and values of whole chunks, by their tokens
+and all tokens before them. So the next turn of a conversation reads only what is new since the last whole chunk.
+Answers are read again: their keys and values come from decode steps, which compute in other shapes.
+
+In float32 on a CPU, a completion does not depend on the other requests. In 16 bits or on a GPU it may: kernels of
+matrix products differ with the size of the batch, and so do the last bits of logits, which decide between close tokens.
+The cache is exact in float32 on a CPU: chunks end at multiples of a constant, and a whole chunk is read in a forward
+pass of its own, so all shapes of its computation follow from its position, and with them every bit of its result. (The
+rows of a matrix product alone do not ensure that: MKL's change with the number of rows below 12, oneDNN's for narrow
+matrices at any number.) Elsewhere whole chunks of several prompts are read together, as that is faster.
 
     engine = Engine(model, tokenizer)
     completions = engine.generate([Request(prompt), …])        # all at once
@@ -16,11 +25,12 @@ Shapes: B sequences, T new tokens, S tokens in the cache, K key/value heads, D h
 """
 
 import random
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, takewhile
+from itertools import islice
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -44,6 +54,10 @@ SAMPLE_PROMPTS = (
 # From this many tokens on, compiling the decode step saves more time than it takes: 20 to 40 s against about 0.2 ms a
 # token, at depth 4 on two cores.
 MIN_TOKENS_TO_COMPILE = 200_000
+# Tokens of a prompt per forward pass, during which requests in slots wait. On a GPU a pass of 512 takes hardly longer
+# than one of 128. On a CPU, 128 at a time are 7 % slower than 512 (depth 4), but of a prompt whose beginning is cached at
+# most 127 known tokens are read again.
+CPU_CHUNK, GPU_CHUNK = 128, 512
 MIN_TEMPERATURE = 1e-30  # logits divided by a smaller temperature would overflow float32
 
 
@@ -108,75 +122,94 @@ class Event(NamedTuple):
 # ---- prefill ----
 
 
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """The model's state of consecutive tokens of a prompt, and what is before them."""
+
+    previous: "Chunk | None"  # None for EMPTY only
+    tokens: tuple[int, ...]
+    stop: int  # length of the prompt up to here
+    caches: dict[int, torch.Tensor]  # by window: keys and values of all L layers with that window, (2, L, T, K, D)
+
+    def last_states(self, window: int) -> torch.Tensor:
+        """The keys and values of the last tokens up to here, at most `window` of them: (2, L, S, K, D)."""
+        caches, chunk = [], self
+        first = max(self.stop - window, 0)
+        while chunk.previous and chunk.stop > first:
+            caches.append(chunk.caches[window])
+            chunk = chunk.previous
+        return torch.cat(caches[::-1], dim=2)[:, :, -window:]
+
+
+EMPTY = Chunk(None, (), 0, {})  # before the first token
+ChunkKey = tuple[Chunk, tuple[int, ...]]  # what a chunk is computed from: what is before it, and its tokens
+
+
+@dataclass(eq=False)
+class Prompt:
+    """A prompt without its last token, which the first decode step reads, and how far it has been read."""
+
+    tokens: tuple[int, ...]
+    last_chunk: Chunk = EMPTY
+
+    @property
+    def is_read(self) -> bool:
+        return self.last_chunk.stop == len(self.tokens)
+
+    def next_chunk(self, size: int) -> ChunkKey:
+        start = self.last_chunk.stop
+        return self.last_chunk, self.tokens[start : start + size]
+
+    def prefix(self) -> Prefix:
+        """The state of a prompt that has been read."""
+        chunk = self.last_chunk
+        return Prefix(self.tokens, {window: chunk.last_states(window) for window in chunk.caches})
+
+
 class Prefill:
     """
-    Reads prompts of different lengths together, chunk by chunk. The object is the KV cache of the model's forward
-    passes (gpt.Cache).
+    A forward pass that reads chunks of B prompts, all from the same position. The object is the KV cache (gpt.Cache).
 
-    All prompts start at position 0 and advance together. Prompts that end within a chunk are padded on the right, where
-    causal attention hides the padding from their tokens. After the chunk these prompts are complete and are removed.
+    Shorter chunks are padded on the right, where causal attention hides the padding from their tokens.
     """
 
-    def __init__(self, prompts: Sequence[tuple[int, ...]], model: GPT):
-        self.prompts = list(prompts)
+    def __init__(self, model: GPT):
         self.model = model
-        self.start = 0  # tokens read so far
-        self.keys: dict[int, torch.Tensor] = {}  # by layer, (B, S, K, D)
-        self.values: dict[int, torch.Tensor] = {}
+        self.layers = layers_by_window(model.config)
 
-    def read(self, num_tokens: int) -> list[Prefix]:
-        """Reads the next tokens of every prompt; returns the states of the prompts that are complete."""
-        stop = min(self.start + num_tokens, max(map(len, self.prompts)))
-        chunks = [torch.tensor(prompt[self.start : stop]) for prompt in self.prompts]
-        self.positions_BT = torch.arange(self.start, stop, device=self.model.device)[None]
-        previous = [prompt[max(self.start - 1, 0)] for prompt in self.prompts]
-        self.previous_B1 = upload(torch.tensor(previous)[:, None], self.model.device)
+    def read(self, chunks: Sequence[ChunkKey]) -> list[Chunk]:
+        device = self.model.device
+        self.start = start = chunks[0][0].stop
+        self.past: dict[int, torch.Tensor] = {}  # by layer: earlier keys and values, (2, B, S, K, D)
+        self.new: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer: keys and values, (B, T, K, D)
         self.masks: dict[int, torch.Tensor] = {}  # by window
-        self.model.hidden(upload(pad_sequence(chunks, batch_first=True), self.model.device), self)
-        self.start = stop
-        prefixes = [self._prefix(b) for b, prompt in enumerate(self.prompts) if len(prompt) <= stop]
-        self._keep([b for b, prompt in enumerate(self.prompts) if len(prompt) > stop])
-        return prefixes
-
-    def drop(self, prompt: tuple[int, ...]) -> None:
-        """Stops reading a prompt. Does nothing if it is not among these."""
-        if prompt in self.prompts:
-            self._keep([b for b, other in enumerate(self.prompts) if other != prompt])
+        for window, layers in self.layers.items() if start else ():
+            states = torch.stack([previous.last_states(window) for previous, _ in chunks], dim=2)
+            self.past |= zip(layers, states.unbind(1), strict=True)
+        previous_tokens = [previous.tokens[-1] if start else 0 for previous, _ in chunks]
+        self.previous_B1 = upload(torch.tensor(previous_tokens)[:, None], device)
+        tokens_BT = pad_sequence([torch.tensor(tokens) for _, tokens in chunks], batch_first=True)
+        self.positions_BT = torch.arange(start, start + tokens_BT.size(1), device=device)[None]
+        self.model.hidden(upload(tokens_BT, device), self)
+        return [self._chunk(b, *chunk) for b, chunk in enumerate(chunks)]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-        """The attention of one layer, called by the model: appends to the cache, then reads it."""
+        """The attention of one layer, called by the model."""
+        self.new[layer] = (k, v)
         if self.start == 0:
-            self.keys[layer], self.values[layer] = k, v
             return attend(q, k, v, window)
-        self.keys[layer] = torch.cat([self.keys[layer], k], dim=1)
-        self.values[layer] = torch.cat([self.values[layer], v], dim=1)
+        keys, values = (torch.cat(both, dim=1) for both in zip(self.past[layer], (k, v), strict=True))
         if window not in self.masks:
-            stop = self.start + q.size(1)
-            first_key = stop - self.keys[layer].size(1)
-            self.masks[window] = band_mask(self.positions_BT, first_key, stop, window).unsqueeze(1)
-        return attend_cached(q, self.keys[layer], self.values[layer], self.masks[window])
+            stop = self.start + k.size(1)
+            self.masks[window] = band_mask(self.positions_BT, stop - keys.size(1), stop, window).unsqueeze(1)
+        return attend_cached(q, keys, values, self.masks[window])
 
-    def _keep(self, rows: list[int]) -> None:
-        """Keeps these prompts only, and of each layer's keys and values those that its window still reaches."""
-        self.prompts = [self.prompts[b] for b in rows]
-        if not rows:
-            self.keys, self.values = {}, {}
-            return
-        rows_B = upload(torch.tensor(rows), self.model.device)
-        for layer in self.keys:
-            window = self.model.config.windows[layer]
-            self.keys[layer] = self.keys[layer][:, -window:].index_select(0, rows_B)
-            self.values[layer] = self.values[layer][:, -window:].index_select(0, rows_B)
-
-    def _prefix(self, b: int) -> Prefix:
-        length = len(self.prompts[b])
+    def _chunk(self, b: int, previous: Chunk, tokens: tuple[int, ...]) -> Chunk:
         caches = {}
-        for window, layers in layers_by_window(self.model.config).items():
-            first_key = self.start - self.keys[layers[0]].size(1)  # position of the first cached key
-            visible = slice(max(0, length - window - first_key), length - first_key)
-            states = [cache[layer][b, visible] for cache in (self.keys, self.values) for layer in layers]
+        for window, layers in self.layers.items():
+            states = [self.new[layer][kind][b, : len(tokens)] for kind in (0, 1) for layer in layers]
             caches[window] = torch.stack(states).unflatten(0, (2, -1))
-        return Prefix(self.prompts[b], caches)
+        return Chunk(previous, tokens, previous.stop + len(tokens), caches)
 
 
 # ---- requests ----
@@ -193,11 +226,6 @@ class ActiveRequest:
         self.params = sampling_params(request, config.vocab_size)
         self.forced: deque[int] = deque()  # tool output to insert next
         self.completion = Completion()
-
-    @property
-    def prefix(self) -> tuple[int, ...]:
-        """The prompt without its last token. The first decode step reads that one."""
-        return tuple(self.request.prompt[:-1])
 
     @property
     def position(self) -> int:
@@ -266,8 +294,8 @@ def random_uniforms(seed: int, count: int) -> torch.Tensor:
 class Engine:
     """Generates completions for up to `max_slots` requests at a time, one per slot; further ones wait in a queue."""
 
-    prefill_chunk = 512  # tokens of a prompt per forward pass; during a pass, requests in slots wait
-    max_prefill_tokens = 4096  # of all prompts in one pass, padding included; limits its memory
+    max_prefill_tokens = 4096  # of all prompts in one step, padding included; limits the memory of a forward pass
+    max_cached_bytes = 256 * 2**20  # of prefixes that no request needs at the moment; heuristic, not tuned
     length_multiple = 128  # the length of slots grows in multiples of this; heuristic, not tuned
 
     def __init__(
@@ -295,12 +323,14 @@ class Engine:
         self.stop_tokens = {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
         with torch.inference_mode():
             self.decoder = Decoder(model, max_slots, precisions=precisions, compile=compile)
-        self.waiting: deque[ActiveRequest] = deque()
+        self.prefill_chunk = CPU_CHUNK if model.device.type == "cpu" else GPU_CHUNK
+        # Only then does the state of a whole chunk not depend on what is read with it (see above).
+        self.read_alone = model.device.type == "cpu" and model.dtype == torch.float32
+        self.waiting: deque[tuple[ActiveRequest, Prompt]] = deque()
         self.active: list[ActiveRequest] = []  # in slots 0, 1, …
-        self.prefill = Prefill([], model)  # the prompts being read
-        # Read already, kept for waiting requests. The empty one is that of prompts with a single token.
-        self.prefixes: dict[tuple[int, ...], Prefix] = {(): Prefix((), {})}
-        self.prefix_refcounts: Counter[tuple[int, ...]] = Counter()  # waiting requests per prefix
+        # Requests with the same prompt share an object, until none of them is waiting.
+        self.prompts: WeakValueDictionary[tuple[int, ...], Prompt] = WeakValueDictionary()
+        self.cached: dict[ChunkKey, Chunk] = {}  # whole chunks; those used last are at the end
         self.num_requests = 0  # so far
 
     @torch.inference_mode()
@@ -308,6 +338,7 @@ class Engine:
         """Must be called after the model's weights have changed, when the engine has no requests."""
         assert not self.is_busy, "the KV cache of requests in progress comes from the old weights"
         self.decoder.refresh_weights()
+        self.cached.clear()
 
     def warm_up(self) -> None:
         """Generates a few tokens, so that later requests need not wait for a first use: compiling, captured graphs."""
@@ -318,6 +349,15 @@ class Engine:
     @property
     def is_busy(self) -> bool:
         return bool(self.waiting or self.active)
+
+    @property
+    def num_cached_prefix_tokens(self) -> int:
+        return len(self.cached) * self.prefill_chunk
+
+    @property
+    def prefix_cache_bytes(self) -> int:
+        config = self.model.config
+        return self.num_cached_prefix_tokens * 2 * config.n_layer * config.kv_width * self.model.dtype.itemsize
 
     # ---- all at once ----
 
@@ -353,22 +393,21 @@ class Engine:
         request.validate(self.model.config)
         entry = ActiveRequest(self.num_requests, request, ToolUse(self.tokenizer), self.model.config)
         self.num_requests += 1
-        self.waiting.append(entry)
-        self.prefix_refcounts[entry.prefix] += 1
+        tokens = tuple(request.prompt[:-1])
+        self.waiting.append((entry, self.prompts.setdefault(tokens, Prompt(tokens))))
         return entry.number
 
     @torch.inference_mode()
     def cancel(self, number: int) -> None:
         """Removes a request without further events. Does nothing if it has already ended."""
-        for entry in [entry for entry in self.waiting if entry.number == number]:
-            self.waiting.remove(entry)
-            self._release_prefix(entry.prefix)
+        for pair in [pair for pair in self.waiting if pair[0].number == number]:
+            self.waiting.remove(pair)
         for slot in [slot for slot, entry in enumerate(self.active) if entry.number == number]:
             self._free_slot(slot)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Reads at most one chunk of each prompt being read, then adds a token to every request that is in a slot."""
+        """Reads the next chunk of each prompt being read, then adds a token to every request that is in a slot."""
         self._read_prompts()
         self._fill_slots()
         if not self.active:
@@ -396,46 +435,72 @@ class Engine:
         return events
 
     def _read_prompts(self) -> None:
-        """Reads one chunk of the prompts of the next waiting requests, at most one request per free slot."""
-        if not self.prefill.prompts:
-            self.prefill = Prefill(self._prompts_to_read(), self.model)
-        if self.prefill.prompts:
-            for prefix in self.prefill.read(self.prefill_chunk):
-                self.prefixes[prefix.tokens] = prefix
-
-    def _prompts_to_read(self) -> list[tuple[int, ...]]:
+        """
+        Reads the next chunk of the prompts of the next waiting requests, at most one request per free slot. A chunk
+        that several prompts share is read once.
+        """
         num_free = self.max_slots - len(self.active)
-        next_prefixes = dict.fromkeys(entry.prefix for entry in islice(self.waiting, num_free))  # each one once
-        prompts = [prefix for prefix in next_prefixes if prefix not in self.prefixes]
-        chunk = self.prefill_chunk
-        while len(prompts) > 1 and len(prompts) * min(chunk, max(map(len, prompts))) > self.max_prefill_tokens:
-            prompts.pop()
-        return prompts
+        readers: dict[ChunkKey, list[Prompt]] = {}
+        for prompt in dict.fromkeys(prompt for _, prompt in islice(self.waiting, num_free)):  # each one once
+            while (key := prompt.next_chunk(self.prefill_chunk)) in self.cached:
+                prompt.last_chunk = self.cached[key]
+                self._cache(prompt.last_chunk)
+            if not prompt.is_read:
+                readers.setdefault(key, []).append(prompt)
+        for chunks in self._passes(readers):
+            for key, chunk in zip(chunks, Prefill(self.model).read(chunks), strict=True):
+                for prompt in readers[key]:
+                    prompt.last_chunk = chunk
+                if len(chunk.tokens) == self.prefill_chunk:
+                    self._cache(chunk)
+
+    def _passes(self, chunks: Iterable[ChunkKey]) -> Iterable[list[ChunkKey]]:
+        """Divides the chunks into those that are read together; leaves out those for which there is no room."""
+        passes: dict[tuple[int, ChunkKey | None], list[ChunkKey]] = {}
+        longest = 0
+        for i, key in enumerate(chunks):
+            previous, tokens = key
+            longest = max(longest, len(tokens))
+            if i and (i + 1) * longest > self.max_prefill_tokens:
+                break
+            is_alone = self.read_alone and len(tokens) == self.prefill_chunk
+            passes.setdefault((previous.stop, key if is_alone else None), []).append(key)
+        return passes.values()
+
+    def _cache(self, chunk: Chunk) -> None:
+        """
+        Marks a chunk and those before it as used last, in this order: a chunk leaves the cache before those that it
+        needs. Removes those whose last use is longest ago.
+        """
+        while chunk.previous:
+            key = (chunk.previous, chunk.tokens)
+            self.cached.pop(key, None)
+            self.cached[key] = chunk
+            chunk = chunk.previous
+        while self.prefix_cache_bytes > self.max_cached_bytes:
+            del self.cached[next(iter(self.cached))]
 
     def _fill_slots(self) -> None:
         """
         Moves requests whose prompts have been read into free slots, first come, first served; those that share a
         prompt, such as the samples of reinforcement learning, together.
         """
-        while self.waiting and len(self.active) < self.max_slots and self.waiting[0].prefix in self.prefixes:
+        while self.waiting and len(self.active) < self.max_slots and self.waiting[0][1].is_read:
             # They stay in the queue until their slots are filled, so that cancel() still finds them.
-            entries = self._next_with_one_prefix()
-            prefix = entries[0].prefix
+            prompt = self.waiting[0][1]
+            entries = []
+            for entry, other in islice(self.waiting, self.max_slots - len(self.active)):
+                if other is not prompt:
+                    break
+                entries.append(entry)
             self._reserve(entries)
             starts = []
             for entry in entries:
                 uniforms = random_uniforms(entry.request.seed, entry.limit)
                 starts.append(SlotStart(entry.request.prompt[-1], entry.params, uniforms))
-            self.decoder.fill(len(self.active), self.prefixes[prefix], starts)
+            self.decoder.fill(len(self.active), prompt.prefix(), starts)
             for _ in entries:
-                self.active.append(self.waiting.popleft())
-                self._release_prefix(prefix)
-
-    def _next_with_one_prefix(self) -> list[ActiveRequest]:
-        """The next waiting requests up to one with another prefix, at most one per free slot."""
-        prefix = self.waiting[0].prefix
-        next_entries = islice(self.waiting, self.max_slots - len(self.active))
-        return list(takewhile(lambda entry: entry.prefix == prefix, next_entries))
+                self.active.append(self.waiting.popleft()[0])
 
     def _reserve(self, entries: list[ActiveRequest]) -> None:
         """Grows the decoder: enough slots for the waiting requests, each long enough for these."""
@@ -443,16 +508,6 @@ class Engine:
         length = -(-num_read // self.length_multiple) * self.length_multiple  # rounded up
         num_slots = min(self.max_slots, len(self.active) + len(self.waiting))
         self.decoder.reserve(num_slots, min(length, self.model.config.sequence_len))
-
-    def _release_prefix(self, prefix: tuple[int, ...]) -> None:
-        """Drops one reference to a prefix; frees it, or stops reading it, when none is left."""
-        self.prefix_refcounts[prefix] -= 1
-        if self.prefix_refcounts[prefix] > 0:
-            return
-        del self.prefix_refcounts[prefix]
-        if prefix:
-            self.prefixes.pop(prefix, None)
-        self.prefill.drop(prefix)
 
     def _free_slot(self, slot: int) -> None:
         """Removes a request from its slot and moves the last one there, as active slots must be the first ones."""

@@ -6,7 +6,7 @@ are cancelled at any step; tools; the number of forward passes; invalid requests
 """
 
 import random
-from collections import Counter
+import weakref
 from functools import cache
 
 import pytest
@@ -18,9 +18,11 @@ from factories import CPU, FAMILY, GOLDEN_VOCAB_SIZE, tiny_engine, tiny_gpt
 from nanochat import checkpoint_manager
 from nanochat.common import UserError
 from nanochat.engine import (
+    EMPTY,
     SAMPLE_PROMPTS,
     Completion,
     Engine,
+    Prefill,
     Request,
     pays_to_compile,
     random_uniforms,
@@ -132,14 +134,13 @@ def assert_same(completion, expected):
 
 
 def assert_nothing_left(engine):
-    assert not engine.active and not engine.waiting and not engine.prefix_refcounts and not engine.prefill.prompts
-    assert list(engine.prefixes) == [()]
+    assert not engine.active and not engine.waiting and not engine.prompts
 
 
-def make_engine(model, tokenizer, max_slots=32, *, stop=False, prefill_chunk=Engine.prefill_chunk, **options):
+def make_engine(model, tokenizer, max_slots=32, *, stop=False, prefill_chunk=0, **options):
     """Unless `stop`, nothing but the limits ends a completion: random models sample end tokens too."""
     engine = tiny_engine(model, tokenizer, max_slots=max_slots, stop=stop, **options)
-    engine.prefill_chunk = prefill_chunk
+    engine.prefill_chunk = prefill_chunk or engine.prefill_chunk
     return engine
 
 
@@ -211,12 +212,15 @@ def test_generate_full_windows_only_equals_naive_generation(golden_tokenizer):
     assert completion.tokens == naive(model, 180)
 
 
-def test_prefill_in_chunks_keeps_keys_within_windows(modern, golden_tokenizer):
+@torch.inference_mode()
+def test_prefill_in_chunks_passes_only_keys_within_windows(modern, golden_tokenizer):
+    last, prefill, tokens = EMPTY, Prefill(modern), tuple(prompt_of(220))
+    for start in range(0, 220, 20):
+        (last,) = prefill.read([(last, tokens[start : start + 20])])
+        if start:
+            assert [prefill.past[layer].size(2) for layer in range(3)] == [min(start, 128), start, start]
     engine = make_engine(modern, golden_tokenizer, prefill_chunk=20)
-    engine.add(greedy(prompt_of(220)))
-    while engine.step() == []:
-        if engine.prefill.prompts:
-            assert engine.prefill.keys[0].size(1) == min(engine.prefill.start, 128)
+    engine.generate([greedy(prompt_of(220))])
     assert engine.decoder.ring_lengths == [129, CONTEXT, CONTEXT]
 
 
@@ -395,7 +399,7 @@ def test_cancel_during_prefill_stops_reading_that_prompt(modern, golden_tokenize
         assert_nothing_left(engine)
     ended = run(engine)
     assert [completion.tokens for completion in ended.values()] == [naive(modern, 60)][:num_left]
-    assert shapes == [(2, 8)] + [(1, 8), (1, 8), (1, 8), (1, 8), (1, 8), (1, 8), (1, 3)][: 7 * num_left]
+    assert shapes == [(1, 8)] * 2 + [*[(1, 8)] * 6, (1, 3)][: 7 * num_left]
     assert engine.generate([greedy(prompt_of(30))])[0].tokens == naive(modern, 30)
 
 
@@ -768,7 +772,117 @@ def test_generate_repeatedly_leaves_no_state(golden_tokenizer):
     for _ in range(3):
         engine.generate([greedy([5, 5, i], 3) for i in range(9)])
         assert_nothing_left(engine)
-    assert engine.prefix_refcounts == Counter() and engine.decoder.num_slots == 4
+    assert engine.decoder.num_slots == 4
+
+
+# ---- cached prefixes ----
+
+
+def cold(engine, request):
+    """The completion of a request by an engine whose cache is empty."""
+    engine.refresh_weights()
+    assert engine.prefix_cache_bytes == engine.num_cached_prefix_tokens == 0
+    return engine.generate([request])[0]
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_cached_prefixes_leave_every_bit_of_completions_unchanged(modern, golden_tokenizer, precision):
+    torch.set_float32_matmul_precision(precision)  # MKL or oneDNN
+    try:
+        engine = make_engine(modern, golden_tokenizer, prefill_chunk=16)
+        first, other = prompt_of(150), prompt_of(150, seed=1)
+        prompts = [
+            first,
+            first[:70] + other,
+            first[:70] + other[:30],
+            first[:16],
+            first[:17],
+            other,
+            first[:150],
+            first,
+        ]
+        requests = [Request(prompt, 8, temperature=0.9, logprobs=True) for prompt in prompts]
+        expected = [cold(engine, request) for request in requests]
+        for order in (requests, requests[::-1]):
+            engine.refresh_weights()
+            engine.generate(order)  # read together, so that they share chunks
+            for request, completion in zip(requests, expected, strict=True):
+                assert engine.generate([request])[0] == completion  # log-probabilities too
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_next_turn_reads_only_what_is_new(modern, golden_tokenizer, monkeypatch):
+    engine = make_engine(modern, golden_tokenizer, prefill_chunk=8)
+    shapes = spy_on_prefills(engine, monkeypatch)
+    prompt = prompt_of(21)
+    for _ in range(10):
+        (completion,) = engine.generate([greedy(prompt, 6)])
+        prompt = prompt + completion.tokens + prompt_of(14, seed=len(prompt))
+    lengths = [20 * turn for turn in range(11)]  # without the last token
+    num_read = [sum(rows * tokens for rows, tokens in shapes)]
+    assert num_read == [sum(new - old // 8 * 8 for old, new in zip(lengths, lengths[1:], strict=False))]
+    assert all(rows == 1 for rows, _ in shapes)
+    assert engine.num_cached_prefix_tokens == 200
+
+
+def test_common_prefix_is_read_once_by_requests_at_the_same_time_and_later(modern, golden_tokenizer, monkeypatch):
+    engine = make_engine(modern, golden_tokenizer, prefill_chunk=8)
+    shapes = spy_on_prefills(engine, monkeypatch)
+    examples = prompt_of(24)
+    engine.generate([greedy([*examples, i, 5, 6], 2) for i in range(4)])
+    assert shapes == [(1, 8)] * 3 + [(4, 2)]
+    engine.generate([greedy([*examples, 9, 5], 2)])
+    assert shapes[4:] == [(1, 1)]
+
+
+@pytest.mark.parametrize("num_chunks", [0, 2, 5])
+def test_cached_prefixes_stay_within_their_limit(modern, golden_tokenizer, monkeypatch, num_chunks):
+    engine = make_engine(modern, golden_tokenizer, max_slots=3, prefill_chunk=16)
+    engine.generate([greedy(prompt_of(17), 1)])
+    engine.max_cached_bytes = num_chunks * engine.prefix_cache_bytes
+    lengths = [150, 60, 140, 33]
+    for completion, length in zip(engine.generate([greedy(prompt_of(n)) for n in lengths]), lengths, strict=True):
+        assert completion.tokens == naive(modern, length)
+    assert len(engine.cached) == num_chunks
+    sizes = [cache.nbytes for chunk in engine.cached.values() for cache in chunk.caches.values()]
+    assert engine.prefix_cache_bytes == sum(sizes) == engine.num_cached_prefix_tokens * 2 * 3 * 16 * 4
+    assert_nothing_left(engine)
+
+
+def test_cached_prefixes_used_longest_ago_leave_first_and_ends_before_beginnings(modern, golden_tokenizer, monkeypatch):
+    engine = make_engine(modern, golden_tokenizer, prefill_chunk=8)
+    engine.generate([greedy(prompt_of(9), 1)])
+    engine.max_cached_bytes = 5 * engine.prefix_cache_bytes
+    shapes = spy_on_prefills(engine, monkeypatch)
+    for length, num_tokens in ((25, 24), (18, 17), (25, 0), (26, 25), (25, 0), (18, 9)):
+        shapes.clear()
+        engine.generate([greedy(prompt_of(length), 1)])
+        assert sum(tokens for _, tokens in shapes) == num_tokens
+
+
+def test_refresh_weights_empties_the_prefix_cache(golden_tokenizer):
+    model = make_model()
+    engine = make_engine(model, golden_tokenizer, prefill_chunk=8)
+    engine.generate([greedy(prompt_of(60))])
+    assert engine.num_cached_prefix_tokens == 56
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.3)
+    assert cold(engine, greedy(prompt_of(60))).tokens == naive_generate(model, prompt_of(60), 12)
+
+
+def test_cancelled_requests_release_their_prompts(modern, golden_tokenizer):
+    engine = make_engine(modern, golden_tokenizer, max_slots=1, prefill_chunk=8)
+    engine.max_cached_bytes = 0
+    numbers = [engine.add(greedy(prompt_of(length))) for length in (60, 60, 30)]
+    engine.step()
+    chunk = weakref.ref(engine.waiting[0][1].last_chunk)
+    assert chunk().stop == 8 and len(engine.prompts) == 2
+    engine.cancel(numbers[0])
+    assert chunk().stop == 8
+    engine.cancel(numbers[1])
+    assert chunk() is None and len(engine.prompts) == 1
 
 
 def test_sample_prompts_prints_prompts_that_fit(golden_tokenizer, capsys):
