@@ -55,8 +55,8 @@ SAMPLE_PROMPTS = (
 # token, at depth 4 on two cores.
 MIN_TOKENS_TO_COMPILE = 200_000
 # Tokens of a prompt per forward pass, during which requests in slots wait. On a GPU a pass of 512 takes hardly longer
-# than one of 128. On a CPU, 128 at a time are 7 % slower than 512 (depth 4), but of a prompt whose beginning is cached at
-# most 127 known tokens are read again.
+# than one of 128. On a CPU, 128 at a time are 7 % slower than 512 (depth 4), but of a prompt whose beginning is cached
+# at most 127 known tokens are read again.
 CPU_CHUNK, GPU_CHUNK = 128, 512
 MIN_TEMPERATURE = 1e-30  # logits divided by a smaller temperature would overflow float32
 
