@@ -27,6 +27,9 @@ from nanochat.sampling import BatchSampling, RowSampling, SamplingParams, next_p
 MIN_GRAPH_KEYS = 256  # a captured step reads this many keys or a higher power of two; heuristic, not tuned
 KEY_MULTIPLE = 32  # without graphs, the number of keys is rounded up to this; heuristic, not tuned
 MAX_GRAPHS = 64  # captured graphs that are kept, one per BatchSampling and shape; heuristic, not tuned
+# Deeper models are not compiled on a CPU: it takes 4 s per layer for each of the two graphs, and in wide layers most of
+# the time is spent in the matrix products, which stay the same.
+MAX_LAYERS_TO_COMPILE = 12
 CAPTURE_LOCK = threading.Lock()  # a process can capture one graph at a time, and a server has a thread per engine
 
 
@@ -157,17 +160,17 @@ class Decoder:
         """precisions: as in packed.choose. compile: the forward pass, on a CPU that has a C++ compiler."""
         self.original = model
         device = model.device
-        is_compiled = compile and device.type == "cpu" and hardware.can_compile(device)
-        choice = packed.choose(model, max_slots, compiled=is_compiled, precisions=precisions)
+        self.is_compiled = compile and can_compile(model)
+        choice = packed.choose(model, max_slots, compiled=self.is_compiled, precisions=precisions)
         self.num_threads = choice.num_threads
         self.model = packed.packed_copy(model, choice.dtype, choice.layout)
         self.weight_ptrs = [p.data_ptr() for p in model.parameters()]
         # On a CPU, eager attention is 2.5 to 6 times as fast in float32 as in bfloat16.
-        is_eager_on_cpu = device.type == "cpu" and not is_compiled
+        is_eager_on_cpu = device.type == "cpu" and not self.is_compiled
         self.dtype = torch.float32 if is_eager_on_cpu else self.model.dtype
-        self.attend_rows = attend_by_sums if is_compiled else attend_by_products
+        self.attend_rows = attend_by_sums if self.is_compiled else attend_by_products
         self.forward = self._forward
-        if is_compiled:
+        if self.is_compiled:
             hardware.keep_freed_pages()
             # One graph for all numbers of slots and keys (and one for a single slot). By default torch takes two sizes
             # that are equal at first for the same one, and compiles again when they are not.
@@ -361,6 +364,12 @@ class Decoder:
         """The logits before the softcap, (B, V) in the compute dtype."""
         cache = SlotCache(positions_B[:, None], previous_B[:, None], keys, values, ring_lengths, self.attend_rows)
         return self.model.lm_head(self.model.hidden(tokens_B[:, None], cache)).squeeze(1)
+
+
+def can_compile(model: GPT) -> bool:
+    """Whether the forward pass of decode steps can be compiled, and reasonably soon."""
+    is_on_cpu = model.device.type == "cpu"
+    return is_on_cpu and model.config.n_layer <= MAX_LAYERS_TO_COMPILE and hardware.can_compile(model.device)
 
 
 def layers_by_window(config: GPTConfig) -> dict[int, list[int]]:

@@ -27,6 +27,7 @@ from nanochat.checkpoint_manager import STAGES
 from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError
 from nanochat.costs import generation_memory
+from nanochat.decoder import can_compile
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
 from nanochat.logging import print_table
@@ -178,6 +179,8 @@ def load_models(flags: Flags, devices: list[torch.device]) -> list[ServedModel]:
             )
             engine_makers.append(partial(make_engine, model, tokenizer, flags.num_rows, flags.compile))
         print(f"{name}: {checkpoint.path}", flush=True)
+        if flags.compile and can_compile(model):
+            print("  compiles its decode step: about half a minute the first time; --no-compile skips it", flush=True)
         created = checkpoint.path.stat().st_mtime
         models.append(ServedModel(name, tokenizer, model.config, engine_makers, flags.queue, created))
     return models
