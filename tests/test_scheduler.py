@@ -154,6 +154,21 @@ def test_engine_thread_copies_each_new_token_once(golden_tokenizer, with_logprob
     assert not thread.queue.running
 
 
+def test_stats_report_the_memory_of_cached_prefixes(golden_tokenizer):
+    engine = tiny_engine(tiny_gpt(n_layer=1), golden_tokenizer)
+    engine.prefill_chunk = 8
+    thread = EngineThread(0, queue_of(9, 2), lambda: engine)
+    thread.engine = engine
+    assert thread.stats(1)["prefix_cache_bytes"] == 0
+    engine.add(Request(list(range(20)), 1))
+    while engine.is_busy:
+        engine.step()
+    thread._step()
+    stats = thread.stats(1)
+    assert stats["cached_prefix_tokens"] == engine.num_cached_prefix_tokens >= 8
+    assert stats["prefix_cache_bytes"] == engine.prefix_cache_bytes > 0
+
+
 async def collect(handle):
     """The tokens of a response with one generation, and the index of the engine that generated them."""
     async for _ in handle.updates():

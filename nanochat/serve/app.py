@@ -123,6 +123,8 @@ def prometheus(stats: dict[str, Any]) -> str:
     add("slots", "Completions that can be generated together.", by_device("slots"))
     add("tokens_total", "Tokens generated.", by_device("tokens"))
     add("tokens_per_second", "Average of the last minute.", by_device("tokens_per_second"))
+    add("cached_prefix_tokens", "Tokens of cached prefixes.", by_device("cached_prefix_tokens"))
+    add("prefix_cache_bytes", "Memory of cached prefixes.", by_device("prefix_cache_bytes"))
     add("prompt_tokens_total", "Tokens of prompts.", {"": stats["prompt_tokens"]})
     outcomes = {f'{{outcome="{outcome}"}}': count for outcome, count in stats["answers"].items()}
     add("answers_total", "Completions by outcome.", outcomes)

@@ -263,6 +263,8 @@ class EngineThread(threading.Thread):
         self.generations: dict[int, Generation] = {}  # by their number in the engine
         self.state = "loading"  # or "ready", "failed"
         self.num_tokens = 0
+        self.cached_prefix_tokens = 0  # of prompts whose keys and values the engine keeps
+        self.prefix_cache_bytes = 0  # memory of these
         self.tokens_by_second = deque([[0, 0]], maxlen=RATE_SECONDS + 1)  # [second, number of tokens]
 
     def start(self) -> None:
@@ -324,6 +326,8 @@ class EngineThread(threading.Thread):
             generation.num_delivered = stop
             if completion.finish:
                 self._drop(number)
+        self.cached_prefix_tokens = self.engine.num_cached_prefix_tokens
+        self.prefix_cache_bytes = self.engine.prefix_cache_bytes
         return updates
 
     def _drop(self, number: int) -> Generation:
@@ -355,6 +359,8 @@ class EngineThread(threading.Thread):
             "slots": self.queue.slots.get(self.index, 0),
             "tokens": self.num_tokens,
             "tokens_per_second": round(recent / max(1.0, min(RATE_SECONDS, uptime)), 1),
+            "cached_prefix_tokens": self.cached_prefix_tokens,
+            "prefix_cache_bytes": self.prefix_cache_bytes,
         }
 
 
@@ -465,7 +471,7 @@ class Service:
         uptime = time.monotonic() - self.start_time
         models = self.models.values()
         devices = [{"model": model.name, **thread.stats(uptime)} for model in models for thread in model.threads]
-        summed = ("running", "slots", "tokens", "tokens_per_second")
+        summed = ("running", "slots", "tokens", "tokens_per_second", "cached_prefix_tokens", "prefix_cache_bytes")
         return {
             "uptime_seconds": round(uptime, 1),
             "status": self.status,
