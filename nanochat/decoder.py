@@ -6,8 +6,8 @@ fastest layout (packed.py). On CUDA the step is captured as a graph; on a CPU it
 
     Decoder.step → GPT.hidden → SlotCache.attend … → logits → sample → next tokens
 
-Shapes: R slots, B of them (the first ones) active in a step, T tokens of each (1), S keys, C width, K key/value heads,
-G query heads for each of them, D head size, V vocabulary.
+Shapes: R slots, B of them (the first ones) active in a step, T tokens of each (1, or more with drafts), S keys, C
+width, K key/value heads, G query heads for each of them, D head size, V vocabulary.
 """
 
 import math
@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nanochat import hardware, packed
 from nanochat.attention import small_products
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, rotary_table
 from nanochat.sampling import BatchSampling, RowSampling, SamplingParams, next_power_of_two, sample
 
 MIN_GRAPH_KEYS = 256  # a captured step reads this many keys or a higher power of two; heuristic, not tuned
@@ -156,14 +156,30 @@ class Decoder:
     Slots, each with the state of a sequence and its sampling parameters, and `step`, which adds a token to the first B.
     """
 
-    def __init__(self, model: GPT, max_slots: int, *, precisions: Sequence[str] = (), compile: bool = False):
-        """precisions: as in packed.choose. compile: the forward pass, on a CPU that has a C++ compiler."""
+    def __init__(
+        self,
+        model: GPT,
+        max_slots: int,
+        *,
+        precisions: Sequence[str] = (),
+        compile: bool = False,
+        max_drafted: int = 0,
+    ):
+        """
+        precisions: as in packed.choose. compile: the forward pass, on a CPU that has a C++ compiler. max_drafted:
+        tokens that `verify` reads after the current one of a slot.
+        """
+        self.max_drafted = max_drafted
         self.original = model
         device = model.device
         self.is_compiled = compile and can_compile(model)
         choice = packed.choose(model, max_slots, compiled=self.is_compiled, precisions=precisions)
         self.num_threads = choice.num_threads
         self.model = packed.packed_copy(model, choice.dtype, choice.layout)
+        if max_drafted:  # drafts may reach behind the end of the context
+            config = model.config
+            length = config.sequence_len + max_drafted
+            self.model.cos, self.model.sin = rotary_table(length, config.head_dim, config.rope_base, device)
         self.weight_ptrs = [p.data_ptr() for p in model.parameters()]
         # On a CPU, eager attention is 2.5 to 6 times as fast in float32 as in bfloat16.
         is_eager_on_cpu = device.type == "cpu" and not self.is_compiled
@@ -184,7 +200,7 @@ class Decoder:
         if self.use_graphs:
             # torch's default stream for captures belongs to the device that was used first in the process.
             self.capture_stream = torch.cuda.Stream(device)
-        self.graphs: dict[tuple[int, int, BatchSampling], torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple[int, int, int, BatchSampling], torch.cuda.CUDAGraph] = {}
 
     def refresh_weights(self) -> None:
         """Must be called after the model's weights have changed."""
@@ -204,14 +220,16 @@ class Decoder:
         config, device = self.model.config, self.model.device
         old_tensors = self.slot_tensors() if self.num_slots else []
 
-        self.ring_lengths = [min(window + 1, length) for window in config.windows]  # by layer; + 1: the token itself
+        # + 1: the token itself. Drafted tokens need entries besides those that the first token of the step sees.
+        rings = {window: min(window + 1, length) + self.max_drafted for window in config.windows}
+        self.ring_lengths = [rings[window] for window in config.windows]  # by layer
         # Layers with one window share a tensor, (2, L, R, K, ring + 1, D), so a slot is filled with few copies. The
         # last entry is never used: it keeps the part that a step reads from being contiguous, a special case for which
         # torch would compile the step again.
         self.caches: dict[int, torch.Tensor] = {}
         self.keys, self.values = [torch.empty(0)] * config.n_layer, [torch.empty(0)] * config.n_layer
         for window, layers in layers_by_window(config).items():
-            shape = (2, len(layers), num_slots, config.n_kv_head, min(window + 1, length) + 1, config.head_dim)
+            shape = (2, len(layers), num_slots, config.n_kv_head, rings[window] + 1, config.head_dim)
             self.caches[window] = torch.zeros(shape, device=device, dtype=self.dtype)
             for layer, (keys, values) in zip(layers, self.caches[window].unbind(1), strict=True):
                 self.keys[layer], self.values[layer] = keys.flatten(0, 1), values.flatten(0, 1)
@@ -221,8 +239,12 @@ class Decoder:
         self.temperature_R = torch.zeros(num_slots, device=device)
         self.top_k_R = torch.zeros(num_slots, device=device, dtype=torch.long)
         self.top_p_R = torch.ones(num_slots, device=device)
-        self.uniform_RT = torch.zeros((num_slots, length), device=device)  # a random number per position
-        self.logprobs_R = torch.zeros(num_slots, device=device)
+        # A random number per position.
+        self.uniform_RT = torch.zeros((num_slots, length + self.max_drafted), device=device)
+        self.drafts_RT = torch.zeros((num_slots, self.max_drafted), device=device, dtype=torch.long)  # after tokens_R
+        # The results of a step.
+        self.sampled_RT = torch.zeros((num_slots, 1 + self.max_drafted), device=device, dtype=torch.long)
+        self.logprobs_RT = torch.zeros((num_slots, 1 + self.max_drafted), device=device)
 
         self.num_slots, self.length = num_slots, length
         if old_tensors:
@@ -281,41 +303,60 @@ class Decoder:
         token. Returns the sampled tokens and, if `sampling` asks for them, their log-probabilities. max_position: the
         highest position among the tokens read.
         """
+        self._run(num_slots, 1, max_position, sampling)
+        logprobs = self.logprobs_RT[:num_slots, 0].tolist() if sampling.logprobs else []
+        return self.tokens_R[:num_slots].tolist(), logprobs
+
+    def verify(
+        self, rows: Sequence[Sequence[int]], max_position: int, sampling: BatchSampling
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """
+        Reads several tokens of each of the first slots at once, and samples the next token after each of them. rows:
+        by slot the position of the first token, the token before it, and T tokens, 1 or 1 + max_drafted. Returns lists
+        of T tokens and, as in `step`, their log-probabilities. Every later step must be a call of `verify` too.
+        """
+        num_slots, num_tokens = len(rows), len(rows[0]) - 2
+        rows_BX = upload(torch.tensor(rows), self.model.device)
+        self.positions_R[:num_slots], self.previous_R[:num_slots] = rows_BX[:, 0], rows_BX[:, 1]
+        self.tokens_R[:num_slots], self.drafts_RT[:num_slots, : num_tokens - 1] = rows_BX[:, 2], rows_BX[:, 3:]
+        self._run(num_slots, num_tokens, max_position + num_tokens - 1, sampling)
+        logprobs = self.logprobs_RT[:num_slots, :num_tokens].tolist() if sampling.logprobs else []
+        return self.sampled_RT[:num_slots, :num_tokens].tolist(), logprobs
+
+    def _run(self, num_slots: int, T: int, max_position: int, sampling: BatchSampling) -> None:
         batch, num_keys = num_slots, max_position + 1
         if self.use_static_shapes:
             batch = min(next_power_of_two(num_slots), self.num_slots)
             num_keys = max(MIN_GRAPH_KEYS, next_power_of_two(num_keys))
         else:
             num_keys = -(-num_keys // KEY_MULTIPLE) * KEY_MULTIPLE
-        num_keys = min(num_keys, self.length)
+        num_keys = min(num_keys, self.length + self.max_drafted)
         if self.use_graphs:
-            self._replay(batch, num_keys, sampling)
+            self._replay(batch, T, num_keys, sampling)
         else:
             with hardware.num_threads(self.num_threads):
-                self._step(batch, num_keys, sampling)
-        logprobs = self.logprobs_R[:num_slots].tolist() if sampling.logprobs else []
-        return self.tokens_R[:num_slots].tolist(), logprobs
+                self._step(batch, T, num_keys, sampling)
 
-    def _replay(self, batch: int, num_keys: int, sampling: BatchSampling) -> None:
+    def _replay(self, batch: int, T: int, num_keys: int, sampling: BatchSampling) -> None:
         """Runs the step as a CUDA graph, captured at the first call with these arguments."""
-        key = (batch, num_keys, sampling)
+        key = (batch, T, num_keys, sampling)
         if key not in self.graphs:
             if len(self.graphs) == MAX_GRAPHS:
                 self.graphs.clear()
             with CAPTURE_LOCK, torch.cuda.device(self.model.device):
-                self._warm_up(batch, num_keys, sampling)
-                self.graphs[key] = self._capture(batch, num_keys, sampling)
+                self._warm_up(batch, T, num_keys, sampling)
+                self.graphs[key] = self._capture(batch, T, num_keys, sampling)
         self.graphs[key].replay()
 
-    def _capture(self, batch: int, num_keys: int, sampling: BatchSampling) -> torch.cuda.CUDAGraph:
+    def _capture(self, batch: int, T: int, num_keys: int, sampling: BatchSampling) -> torch.cuda.CUDAGraph:
         pool = next((graph.pool() for graph in self.graphs.values()), None)  # all graphs share one memory pool
         graph = torch.cuda.CUDAGraph()
         # By default a capture fails when another thread allocates memory or waits for its own work at the same time.
         with torch.cuda.graph(graph, pool=pool, stream=self.capture_stream, capture_error_mode="thread_local"):
-            self._step(batch, num_keys, sampling)
+            self._step(batch, T, num_keys, sampling)
         return graph
 
-    def _warm_up(self, batch: int, num_keys: int, sampling: BatchSampling) -> None:
+    def _warm_up(self, batch: int, T: int, num_keys: int, sampling: BatchSampling) -> None:
         """Runs the step before it is captured, as libraries initialize at their first call, and undoes its effects."""
         state = (self.tokens_R, self.previous_R, self.positions_R)
         saved = [tensor.clone() for tensor in state]
@@ -323,23 +364,34 @@ class Decoder:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._step(batch, num_keys, sampling)
+                self._step(batch, T, num_keys, sampling)
                 for tensor, value in zip(state, saved, strict=True):
                     tensor.copy_(value)
         torch.cuda.current_stream().wait_stream(stream)
 
-    def _step(self, B: int, num_keys: int, sampling: BatchSampling) -> None:
+    def _step(self, B: int, T: int, num_keys: int, sampling: BatchSampling) -> None:
         """The step itself. All of it runs on the device: the host reads no value, so it can be captured as a graph."""
         tokens_B, previous_B, positions_B = self.tokens_R[:B], self.previous_R[:B], self.positions_R[:B]
+        tokens_BT, positions_BT = tokens_B[:, None], positions_B[:, None]
+        if T > 1:
+            tokens_BT = torch.cat([tokens_BT, self.drafts_RT[:B, : T - 1]], dim=1)
+            positions_BT = positions_BT + torch.arange(T, device=positions_B.device)
         keys, values = self._active_rings(B, num_keys)
-        raw_BV = self.forward(tokens_B, previous_B, positions_B, keys, values, self.ring_lengths)
-        uniform_B = self.uniform_RT[:B].gather(1, positions_B[:, None]).squeeze(1)
-        rows = RowSampling(self.temperature_R[:B], self.top_k_R[:B], self.top_p_R[:B], uniform_B)
-        next_tokens_B, logprobs_B = sample(raw_BV, rows, sampling, self.model.config.logit_softcap)
+        raw_BTV = self.forward(tokens_BT, previous_B[:, None], positions_BT, keys, values, self.ring_lengths)
+        rows = RowSampling(
+            self.temperature_R[:B].repeat_interleave(T),
+            self.top_k_R[:B].repeat_interleave(T),
+            self.top_p_R[:B].repeat_interleave(T),
+            self.uniform_RT[:B].gather(1, positions_BT).flatten(),
+        )
+        sampled_N, logprobs_N = sample(raw_BTV.flatten(0, 1), rows, sampling, self.model.config.logit_softcap)
+        if logprobs_N is not None:
+            self.logprobs_RT[:B, :T] = logprobs_N.view(B, T)
+        self.sampled_RT[:B, :T] = sampled_N.view(B, T)
+        if T > 1:  # which of them are kept is decided by the engine
+            return
         previous_B.copy_(tokens_B)
-        tokens_B.copy_(next_tokens_B)
-        if logprobs_B is not None:
-            self.logprobs_R[:B] = logprobs_B
+        tokens_B.copy_(sampled_N)
         positions_B.add_(1).clamp_(max=self.length - 1)  # the clamp matters only for unused slots of the batch
 
     def _active_rings(self, B: int, num_keys: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -354,16 +406,16 @@ class Decoder:
 
     def _forward(
         self,
-        tokens_B: torch.Tensor,
-        previous_B: torch.Tensor,
-        positions_B: torch.Tensor,
+        tokens_BT: torch.Tensor,
+        previous_B1: torch.Tensor,
+        positions_BT: torch.Tensor,
         keys: list[torch.Tensor],
         values: list[torch.Tensor],
         ring_lengths: list[int],
     ) -> torch.Tensor:
-        """The logits before the softcap, (B, V) in the compute dtype."""
-        cache = SlotCache(positions_B[:, None], previous_B[:, None], keys, values, ring_lengths, self.attend_rows)
-        return self.model.lm_head(self.model.hidden(tokens_B[:, None], cache)).squeeze(1)
+        """The logits before the softcap, (B, T, V) in the compute dtype."""
+        cache = SlotCache(positions_BT, previous_B1, keys, values, ring_lengths, self.attend_rows)
+        return self.model.lm_head(self.model.hidden(tokens_BT, cache))
 
 
 def can_compile(model: GPT) -> bool:

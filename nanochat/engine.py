@@ -40,6 +40,7 @@ from nanochat.common import UserError
 from nanochat.decoder import Decoder, Prefix, SlotStart, layers_by_window, upload
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.sampling import BatchSampling, SamplingParams
+from nanochat.speculation import Drafter
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import ToolUse
 
@@ -226,6 +227,7 @@ class ActiveRequest:
         self.params = sampling_params(request, config.vocab_size)
         self.forced: deque[int] = deque()  # tool output to insert next
         self.completion = Completion()
+        self.drafter: Drafter | None = None  # for speculative decoding
 
     @property
     def position(self) -> int:
@@ -247,11 +249,19 @@ class ActiveRequest:
             return None
         completion.tokens.append(token)
         completion.sampled.append(is_sampled)
+        if self.drafter:
+            self.drafter.add(token)
         if is_sampled:
             self.forced.extend(self.tools.observe(token))
         if len(completion.tokens) >= self.limit:
             completion.finish = self.limit_reason
         return token
+
+    def draft(self, count: int) -> list[int]:
+        """Up to `count` tokens that probably come next; forced ones are certain."""
+        assert self.drafter
+        count = min(count, self.limit - len(self.completion.tokens) - 1)
+        return list(islice(self.forced, count)) or self.drafter.draft(count)
 
 
 def pays_to_compile(num_completions: int, max_tokens: int) -> bool:
@@ -306,6 +316,7 @@ class Engine:
         *,
         precisions: Sequence[str] = (),
         compile: bool = False,
+        speculate: int = 0,
     ):
         """
         precisions: what the decode step on a CPU may use if it is faster than the model's dtype, though it changes the
@@ -313,16 +324,20 @@ class Engine:
         in the model's own dtype.
         compile: compile the decode step at its first use, on a CPU. This takes 10 to 30 s at depth 4, later 2 s, as the
         code is kept on the disk; so it pays for a server or for many completions, not for one.
+        speculate: number of tokens to draft per step (speculation.py); 0 = off.
         """
         if max_slots < 1:
             raise UserError(f"an engine needs at least 1 slot, not {max_slots}")
+        if speculate < 0:
+            raise UserError(f"speculate {speculate}: must be at least 0 (0 = off)")
         self.model = model
         self.tokenizer = tokenizer
         self.max_slots = max_slots
         # BOS too: a base model has no end token, but predicts the start of the next document.
         self.stop_tokens = {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
         with torch.inference_mode():
-            self.decoder = Decoder(model, max_slots, precisions=precisions, compile=compile)
+            self.decoder = Decoder(model, max_slots, precisions=precisions, compile=compile, max_drafted=speculate)
+        self.speculate = speculate
         self.prefill_chunk = CPU_CHUNK if model.device.type == "cpu" else GPU_CHUNK
         # Only then does the state of a whole chunk not depend on what is read with it (see above).
         self.read_alone = model.device.type == "cpu" and model.dtype == torch.float32
@@ -392,6 +407,8 @@ class Engine:
         """Queues a request; returns its number, which its events carry. UserError if the request is not valid."""
         request.validate(self.model.config)
         entry = ActiveRequest(self.num_requests, request, ToolUse(self.tokenizer), self.model.config)
+        if self.speculate:
+            entry.drafter = Drafter(request.prompt)
         self.num_requests += 1
         tokens = tuple(request.prompt[:-1])
         self.waiting.append((entry, self.prompts.setdefault(tokens, Prompt(tokens))))
@@ -414,8 +431,18 @@ class Engine:
             return []
         max_position = max(entry.position for entry in self.active)
         sampling = BatchSampling.of([entry.params for entry in self.active], self.model.config.vocab_size)
-        tokens, logprobs = self.decoder.step(len(self.active), max_position, sampling)
+        if self.speculate:
+            events = self._step_with_drafts(max_position, sampling)
+        else:
+            events = self._step_by_one(max_position, sampling)
+        for slot in reversed(range(len(self.active))):
+            if self.active[slot].completion.finish:
+                self._free_slot(slot)
+        return events
 
+    def _step_by_one(self, max_position: int, sampling: BatchSampling) -> list[Event]:
+        """Adds a token to every active request."""
+        tokens, logprobs = self.decoder.step(len(self.active), max_position, sampling)
         events: list[Event] = []
         forced: dict[int, int] = {}  # by slot
         for slot, entry in enumerate(self.active):
@@ -429,9 +456,30 @@ class Engine:
                 events.append(Event(entry.number, None, entry.completion))
         if forced:
             self.decoder.force(forced)
-        for slot in reversed(range(len(self.active))):
-            if self.active[slot].completion.finish:
-                self._free_slot(slot)
+        return events
+
+    def _step_with_drafts(self, max_position: int, sampling: BatchSampling) -> list[Event]:
+        """Adds one token or more to every active request: those of its draft that are right, and one after them."""
+        drafts = [entry.draft(self.speculate) for entry in self.active]
+        num_drafted = self.speculate if any(drafts) else 0  # few shapes: shorter drafts are padded
+        rows = []
+        for entry, draft in zip(self.active, drafts, strict=True):
+            assert entry.drafter
+            last_two = [0, *entry.drafter.tokens[-2:]][-2:]
+            padding = [0] * (num_drafted - len(draft))
+            rows.append([entry.position, *last_two, *draft, *padding])
+        tokens, logprobs = self.decoder.verify(rows, max_position, sampling)
+
+        events: list[Event] = []
+        for slot, entry in enumerate(self.active):
+            for i, sampled in enumerate(tokens[slot][: len(drafts[slot]) + 1]):
+                token = entry.accept(sampled, logprobs[slot][i] if logprobs else 0.0, self.stop_tokens)
+                if token is not None:
+                    events.append(Event(entry.number, token, entry.completion))
+                if entry.completion.finish:
+                    events.append(Event(entry.number, None, entry.completion))
+                if entry.completion.finish or drafts[slot][i : i + 1] != [token]:
+                    break
         return events
 
     def _read_prompts(self) -> None:
