@@ -110,7 +110,8 @@ class SlotCache:
             is_hidden_BTS = age_BTS > positions_BT1.clamp(max=window)
             keys = self.keys[layer]
             mask_BTS = torch.zeros(is_hidden_BTS.shape, device=keys.device).masked_fill(is_hidden_BTS, -torch.inf)
-            indices_BT = self.positions_BT % ring
+            # Unused slots of the batch may be at a position that the step does not read.
+            indices_BT = (self.positions_BT % ring).clamp(max=size - 1)
             self.rings[window] = (
                 indices_BT.repeat_interleave(num_kv_heads, dim=0),
                 mask_BTS.repeat_interleave(num_kv_heads, dim=0),
@@ -319,12 +320,13 @@ class Decoder:
         rows_BX = upload(torch.tensor(rows), self.model.device)
         self.positions_R[:num_slots], self.previous_R[:num_slots] = rows_BX[:, 0], rows_BX[:, 1]
         self.tokens_R[:num_slots], self.drafts_RT[:num_slots, : num_tokens - 1] = rows_BX[:, 2], rows_BX[:, 3:]
-        self._run(num_slots, num_tokens, max_position + num_tokens - 1, sampling)
+        self._run(num_slots, num_tokens, max_position, sampling)
         logprobs = self.logprobs_RT[:num_slots, :num_tokens].tolist() if sampling.logprobs else []
         return self.sampled_RT[:num_slots, :num_tokens].tolist(), logprobs
 
     def _run(self, num_slots: int, T: int, max_position: int, sampling: BatchSampling) -> None:
-        batch, num_keys = num_slots, max_position + 1
+        """max_position: the highest position among the first tokens of the slots."""
+        batch, num_keys = num_slots, max_position + T
         if self.use_static_shapes:
             batch = min(next_power_of_two(num_slots), self.num_slots)
             num_keys = max(MIN_GRAPH_KEYS, next_power_of_two(num_keys))
@@ -378,12 +380,10 @@ class Decoder:
             positions_BT = positions_BT + torch.arange(T, device=positions_B.device)
         keys, values = self._active_rings(B, num_keys)
         raw_BTV = self.forward(tokens_BT, previous_B[:, None], positions_BT, keys, values, self.ring_lengths)
-        rows = RowSampling(
-            self.temperature_R[:B].repeat_interleave(T),
-            self.top_k_R[:B].repeat_interleave(T),
-            self.top_p_R[:B].repeat_interleave(T),
-            self.uniform_RT[:B].gather(1, positions_BT).flatten(),
-        )
+        params = (self.temperature_R, self.top_k_R, self.top_p_R)
+        temperature_N, top_k_N, top_p_N = (param_R[:B, None].expand(B, T).flatten() for param_R in params)
+        uniform_N = self.uniform_RT[:B].gather(1, positions_BT).flatten()
+        rows = RowSampling(temperature_N, top_k_N, top_p_N, uniform_N)
         sampled_N, logprobs_N = sample(raw_BTV.flatten(0, 1), rows, sampling, self.model.config.logit_softcap)
         if logprobs_N is not None:
             self.logprobs_RT[:B, :T] = logprobs_N.view(B, T)

@@ -296,6 +296,15 @@ def test_step_static_shapes_give_the_same_completions(golden_tokenizer):
         assert_same(completion, wanted)
 
 
+def test_step_static_shapes_unused_slot_may_be_at_a_later_position(golden_tokenizer):
+    """Three slots are decoded as four; the unused one has ended at position 301, and the step reads 256 keys."""
+    model = make_model(sequence_len=512, n_layer=1)
+    requests = [greedy(prompt_of(5), 6)] * 3 + [greedy(prompt_of(300), 2)]
+    engine = make_engine(model, golden_tokenizer, 4)
+    engine.decoder.use_static_shapes = True
+    assert engine.generate(requests) == make_engine(model, golden_tokenizer, 4).generate(requests)
+
+
 def engine_on_cuda(tokenizer, family="modern", **options):
     return make_engine(make_model(family, device="cuda"), tokenizer, max_slots=8, **options)
 
