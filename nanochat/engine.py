@@ -357,9 +357,13 @@ class Engine:
 
     def warm_up(self) -> None:
         """Generates a few tokens, so that later requests need not wait for a first use: compiling, captured graphs."""
-        request = Request([0], max_tokens=2)
-        self.generate([request])
-        self.generate([request] * min(2, self.max_slots))
+        prompts = [[0]]
+        if self.speculate:
+            prompts.append([0] * 4)  # its repetition gives a draft
+        for prompt in prompts:
+            request = Request(prompt, max_tokens=2)
+            self.generate([request])
+            self.generate([request] * min(2, self.max_slots))
 
     @property
     def is_busy(self) -> bool:

@@ -325,6 +325,13 @@ def test_prompt_from_standard_input_prints_response_only(scripted_main, monkeypa
     assert "two\nlines \ufffd<|user_end|>" in tokenizer.decode(scripted_main.requests[0].prompt)
 
 
+def test_speculate_is_passed_to_the_engine(scripted_main, monkeypatch):
+    options = {}
+    monkeypatch.setattr(chat_cli, "Engine", lambda *_, **given: options.update(given) or scripted_main)
+    chat_cli.main(["--device", "cpu", "-p", "two", "--speculate", "3"])
+    assert options["speculate"] == 3
+
+
 def test_prompt_from_empty_standard_input_is_an_error(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
     with pytest.raises(SystemExit, match="error: -p -: standard input is empty"):

@@ -190,6 +190,8 @@ def test_verify_compiled_equals_eager(golden_tokenizer):
     model = make_model(n_layer=2)
     torch._dynamo.utils.counters.clear()
     engine = make_engine(model, golden_tokenizer, 4, compile=True, speculate=3)
+    engine.warm_up()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
     expected = make_engine(model, golden_tokenizer, 4).generate(REQUESTS)
     for completion, wanted in zip(engine.generate(REQUESTS), expected, strict=True):
         assert_same(completion, wanted)
