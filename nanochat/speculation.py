@@ -10,6 +10,20 @@ The result is exact. In general a drafted token x is accepted with probability p
 drawn from p without x, renormalised. Drawing y from p, and accepting x if y = x, does both at once: y = x has the
 probability p(x), and any other y has the distribution of the second draw. As y is drawn with the random number of its
 position, a seed gives the same completion with and without drafts (up to rounding of the logits).
+
+Measured with 4 drafted tokens and the speedrun's models (4 layers, width 256), float32 on one thread of an AMD EPYC,
+not compiled, by CPU time, as other programs ran (medians of 5 alternating runs):
+
+                                       tokens per step and request    speed, with / without drafts
+                                       1 row                          1 row        8 rows
+    base model, code-like, greedy      1.73                           1.55         1.22
+    base model, code-like, sampled     1.10                           1.00         not faster
+    chat, greedy                       1.23                           1.18         1.14
+    chat, sampled (temperature 1)      1.23                           1.22         1.11
+
+Code-like: a program, a numbered list and repeated sentences to continue. Chat: eight short questions to the fine-tuned
+model, whose answers repeat parts of the questions. Sampled with a top_k of 50. With 2 drafted tokens: 1.29, 1.07, 1.15
+and 1.12 at 1 row. Wrong drafts cost time, more of it with more rows; so it is off by default.
 """
 
 from collections.abc import Iterable
