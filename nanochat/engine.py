@@ -326,7 +326,7 @@ class Engine:
         code is kept on the disk; so it pays for a server or for many completions, not for one.
         speculate: number of tokens to draft per step where text repeats (speculation.py); 0 = off. With 4, greedy
         continuations of repetitive text are 1.55 times as fast on a CPU at 1 row and 1.2 times at 8, and chats 1.1 to
-        1.2 times; sampled text that does not repeat is up to 1.2 times as slow at 8 rows.
+        1.2 times; sampled text that hardly repeats takes up to 1.3 times as long at 8 rows.
         """
         if max_slots < 1:
             raise UserError(f"an engine needs at least 1 slot, not {max_slots}")
