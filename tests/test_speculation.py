@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
-from factories import FAMILY
+from factories import FAMILY, NEEDS_NUMBERS
 from test_engine import (
     CONTEXT,
     assert_same,
@@ -200,6 +200,7 @@ def test_verify_compiled_equals_eager(golden_tokenizer):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
 
 
+@NEEDS_NUMBERS
 @pytest.mark.gpu
 def test_verify_graph_equals_eager_without_drafts(golden_tokenizer):
     model = make_model(device="cuda")
