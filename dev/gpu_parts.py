@@ -435,7 +435,8 @@ def engine_speed(check: Check) -> None:
 def decode_speed(check: Check, depth: int, model: GPT, num_slots: int) -> None:
     prompt_tokens, new_tokens = (8, 8) if check.dry else (64, 64)
     no_special_tokens: Any = SimpleNamespace(bos=-1, special=lambda text: -1)  # no token ends a completion
-    engine = Engine(model, no_special_tokens, num_slots)
+    compiled = num_slots == 1 and not check.dry  # once: at depth 24 it takes a minute or more
+    engine = Engine(model, no_special_tokens, num_slots, compile=compiled)
     for seed in range(num_slots):
         prompt = torch.randint(model.config.vocab_size, (prompt_tokens,)).tolist()
         engine.add(Request(prompt, new_tokens, top_k=50, seed=seed))
@@ -445,9 +446,9 @@ def decode_speed(check: Check, depth: int, model: GPT, num_slots: int) -> None:
         if len(engine.active) == num_slots:
             steps.append(seconds)
     step = statistics.median(steps[1:])
-    num_kernels = estimates.decode_kernels(model.config.n_layer)
+    num_kernels = estimates.decode_kernels(model.config.n_layer, compiled=compiled)
     expected = estimates.decode_ms(model.config, num_slots, prompt_tokens + new_tokens // 2, num_kernels)
-    what = f"d{depth}, {num_slots} slots: "
+    what = f"d{depth}, {num_slots} slots{', compiled' if compiled else ''}: "
     check.record(what + "decode step", 1e3 * step, "ms", expected)
     check.record(what + "tokens/s", num_slots / step, "", 1e3 * num_slots / expected)
     check.record(what + "step that fills the slots and captures", 1e3 * steps[0], "ms")

@@ -268,10 +268,12 @@ def cache_bytes(config: GPTConfig, slots: int, length: int, dtype: torch.dtype) 
     return 2.0 * slots * keys * config.kv_width * dtype.itemsize
 
 
-def engine_parts(config: GPTConfig, slots: int, length: int, dtype: torch.dtype, device: str) -> dict[str, float]:
-    """What an engine needs besides the weights of its model."""
+def engine_parts(
+    config: GPTConfig, slots: int, length: int, dtype: torch.dtype, device: str, *, compiled: bool = False
+) -> dict[str, float]:
+    """What an engine needs besides the weights of its model. compiled: its decode step."""
     counts = param_counts(config)
-    cache_dtype = dtype if device == "cuda" else torch.float32  # see Decoder
+    cache_dtype = dtype if compiled or device == "cuda" else torch.float32  # see Decoder
     return {
         "decoder's weights": float(dtype.itemsize * (counts["transformer_matrices"] + counts["lm_head"])),
         "KV cache": cache_bytes(config, slots, length, cache_dtype),
@@ -279,10 +281,12 @@ def engine_parts(config: GPTConfig, slots: int, length: int, dtype: torch.dtype,
     }
 
 
-def generation_memory(config: GPTConfig, slots: int, length: int, dtype: torch.dtype, device: str) -> Memory:
-    """Memory of a model that is loaded for inference, with its engine."""
+def generation_memory(
+    config: GPTConfig, slots: int, length: int, dtype: torch.dtype, device: str, *, compiled: bool = False
+) -> Memory:
+    """Memory of a model that is loaded for inference, with its engine. compiled: the decode step."""
     parts = {"weights": float(dtype.itemsize * param_counts(config)["total"])}
-    parts |= engine_parts(config, slots, length, dtype, device)
+    parts |= engine_parts(config, slots, length, dtype, device, compiled=compiled)
     if device != "cuda":
         parts["process"] = CPU_PROCESS
     return Memory(parts, {"decode step": tuple(parts)})

@@ -2,7 +2,7 @@
 The decode step: reads one token of each active slot and samples the next one. Generation spends most of its time here.
 
 It is the model's own forward pass (gpt.py) with one token per sequence, the slots as its KV cache, and weights in the
-fastest layout (packed.py). On CUDA the step is captured as a graph; on a CPU it can be compiled.
+fastest layout (packed.py). The forward pass can be compiled. On CUDA the step is captured as a graph, compiled or not.
 
     Decoder.step → GPT.hidden → SlotCache.attend … → logits → sample → next tokens
 
@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nanochat import hardware, packed
 from nanochat.attention import small_products
+from nanochat.distributed import warn0
 from nanochat.gpt import GPT, GPTConfig, rotary_table
 from nanochat.sampling import BatchSampling, RowSampling, SamplingParams, next_power_of_two, sample
 
@@ -30,6 +31,10 @@ MAX_GRAPHS = 64  # captured graphs that are kept, one per BatchSampling and shap
 # Deeper models are not compiled on a CPU: it takes 4 s per layer for each of the two graphs, and in wide layers most of
 # the time is spent in the matrix products, which stay the same.
 MAX_LAYERS_TO_COMPILE = 12
+MAX_COMPILED = 64  # compiled graphs of all engines of a process
+# Of Inductor: fuse kernels that share few bytes (a position), and sums of few products (the gates of value embeddings)
+# into what follows them. Small kernels take longer to start than to run.
+CUDA_OPTIONS = {"score_fusion_memory_threshold": 1, "unroll_reductions_threshold": 16}
 CAPTURE_LOCK = threading.Lock()  # a process can capture one graph at a time, and a server has a thread per engine
 
 
@@ -147,6 +152,20 @@ def attend_by_sums(
     return (weights[..., None] * values_NSD[:, None].float()).sum(dim=2)
 
 
+def attend_without_maximum(
+    q_NGD: torch.Tensor, keys_NSD: torch.Tensor, values_NSD: torch.Tensor, mask_NTS: torch.Tensor
+) -> torch.Tensor:
+    """
+    attend_by_sums in two kernels on CUDA instead of three.
+
+    Queries and keys are normed, so no score exceeds gain² sqrt(D), 16 at head size 128: softmax need not subtract the
+    maximum first. The sum of the weights is computed once per channel, in the loop that adds up the values.
+    """
+    scores = (q_NGD[:, :, None].float() * keys_NSD[:, None].float()).sum(dim=-1)
+    weights = (scores + _mask_of_groups(mask_NTS, q_NGD.size(1))).exp()[..., None].expand(*scores.shape, q_NGD.size(2))
+    return (weights * values_NSD[:, None].float()).sum(dim=2) / weights.sum(dim=2)
+
+
 def _mask_of_groups(mask_NTS: torch.Tensor, num_queries: int) -> torch.Tensor:
     """(N, T, S) → (N, G * T, S): the mask for every query head of a key/value head."""
     return mask_NTS.repeat(1, num_queries // mask_NTS.size(1), 1)
@@ -167,8 +186,8 @@ class Decoder:
         max_drafted: int = 0,
     ):
         """
-        precisions: as in packed.choose. compile: the forward pass, on a CPU that has a C++ compiler. max_drafted:
-        tokens that `verify` reads after the current one of a slot.
+        precisions: as in packed.choose. compile: the forward pass, if `can_compile`. max_drafted: tokens
+        that `verify` reads after the current one of a slot.
         """
         self.max_drafted = max_drafted
         self.original = model
@@ -185,14 +204,19 @@ class Decoder:
         # On a CPU, eager attention is 2.5 to 6 times as fast in float32 as in bfloat16.
         is_eager_on_cpu = device.type == "cpu" and not self.is_compiled
         self.dtype = torch.float32 if is_eager_on_cpu else self.model.dtype
-        self.attend_rows = attend_by_sums if self.is_compiled else attend_by_products
+        self.attend_rows = attend_by_products
+        if self.is_compiled:
+            self.attend_rows = attend_by_sums if device.type == "cpu" else attend_without_maximum
         self.forward = self._forward
         if self.is_compiled:
             hardware.keep_freed_pages()
             # One graph for all numbers of slots and keys (and one for a single slot). By default torch takes two sizes
             # that are equal at first for the same one, and compiles again when they are not.
             torch.fx.experimental._config.use_duck_shape = False  # type: ignore[attr-defined]
-            self.forward = torch.compile(self._forward, dynamic=True, fullgraph=True)
+            # Two graphs per engine, and a server has an engine per GPU and model. Beyond torch's limit of 8 it fails.
+            torch._dynamo.config.recompile_limit = MAX_COMPILED
+            options = CUDA_OPTIONS if device.type == "cuda" else None
+            self.forward = torch.compile(self._forward, dynamic=True, fullgraph=True, options=options)
         self.num_slots = 0  # so far; `reserve` adds more
         self.length = 0  # of a slot, in tokens
         # On CUDA each step is a captured graph; static shapes keep the number of graphs small. These are two flags, so
@@ -346,9 +370,21 @@ class Decoder:
             if len(self.graphs) == MAX_GRAPHS:
                 self.graphs.clear()
             with CAPTURE_LOCK, torch.cuda.device(self.model.device):
-                self._warm_up(batch, T, num_keys, sampling)
+                try:
+                    self._warm_up(batch, T, num_keys, sampling)
+                except RuntimeError as error:
+                    self._use_eager_forward(error)
+                    self._warm_up(batch, T, num_keys, sampling)
                 self.graphs[key] = self._capture(batch, T, num_keys, sampling)
         self.graphs[key].replay()
+
+    def _use_eager_forward(self, error: RuntimeError) -> None:
+        """After a failed compilation, which has changed nothing yet. Raises errors of other kinds again."""
+        if not is_compile_error(error):
+            raise error
+        reason = str(error).strip().splitlines()[0]
+        warn0(f"the decode step is not compiled, which makes it slower: {reason}")
+        self.forward, self.attend_rows = self._forward, attend_by_products
 
     def _capture(self, batch: int, T: int, num_keys: int, sampling: BatchSampling) -> torch.cuda.CUDAGraph:
         pool = next((graph.pool() for graph in self.graphs.values()), None)  # all graphs share one memory pool
@@ -420,8 +456,15 @@ class Decoder:
 
 def can_compile(model: GPT) -> bool:
     """Whether the forward pass of decode steps can be compiled, and reasonably soon."""
-    is_on_cpu = model.device.type == "cpu"
-    return is_on_cpu and model.config.n_layer <= MAX_LAYERS_TO_COMPILE and hardware.can_compile(model.device)
+    is_slow = model.device.type == "cpu" and model.config.n_layer > MAX_LAYERS_TO_COMPILE
+    return not is_slow and hardware.can_compile(model.device)
+
+
+def is_compile_error(error: RuntimeError) -> bool:
+    """Whether torch.compile failed, not the code that it compiled."""
+    from torch._dynamo.exc import TorchDynamoException  # imported late: it takes a second
+
+    return isinstance(error, TorchDynamoException)
 
 
 def layers_by_window(config: GPTConfig) -> dict[int, list[int]]:

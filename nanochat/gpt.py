@@ -16,7 +16,7 @@ D = C / H channels per head, V vocabulary, N = B * T.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -289,11 +289,12 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
+        self.mlp_norm: Callable[[torch.Tensor], torch.Tensor] = norm  # packed.py does it within the MLP's first product
 
     def forward(self, x, value_embed, rotary, cache: Cache | None, columns_BQ: torch.Tensor | None = None):
         attended = self.attn(norm(x), value_embed, rotary, cache, columns_BQ)
         x = select_columns(x, columns_BQ) + attended
-        return x + self.mlp(norm(x))
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Trunk(nn.Module):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from nanochat import hardware
 from nanochat.distributed import warn0
-from nanochat.gpt import GPT, Block
+from nanochat.gpt import GPT, NORM_EPS, Block, norm
 
 
 class PackedLinear(nn.Module):
@@ -32,12 +32,21 @@ class PackedLinear(nn.Module):
     steps need no copy. Everything else is a copy, which `refresh` makes again.
     """
 
-    def __init__(self, layers: list[nn.Linear], dtype: torch.dtype, layout: str, num_rows: int | None = None):
-        """num_rows: the rows of the weight to use; None = all."""
+    def __init__(
+        self,
+        layers: list[nn.Linear],
+        dtype: torch.dtype,
+        layout: str,
+        *,
+        num_rows: int | None = None,
+        norms_input: bool = False,
+    ):
+        """num_rows: the rows of the weight to use; None = all. norms_input: apply RMS norm to the input first."""
         super().__init__()
         # A tuple, which torch does not search: the layers and their parameters belong to the original model.
         self.layers = tuple(layers)
         self.dtype, self.layout, self.num_rows = dtype, layout, num_rows
+        self.norms_input = norms_input
         self.sizes = [layer.out_features for layer in layers]
         self.weight = self.scale = torch.empty(0)
         self.is_shared = False  # the weight is the original layer's own tensor
@@ -66,7 +75,13 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """(…, K) → (…, N); for several layers a tuple with the outputs of each."""
-        y = self._multiply(x)
+        # On CUDA, torch.compile turns sums over elementwise products into kernels that compute what follows too.
+        if self.layout == "plain" and x.is_cuda and x.numel() == x.size(-1) and torch.compiler.is_compiling():
+            y = self._multiply_row(x)
+        elif self.norms_input:
+            y = self._multiply(norm(x))
+        else:
+            y = self._multiply(x)
         return y if len(self.sizes) == 1 else y.split(self.sizes, dim=-1)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
@@ -79,6 +94,17 @@ class PackedLinear(nn.Module):
         if x.is_cpu:
             return torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).unflatten(0, x.shape[:-1])
         return F.linear(x, self.weight.to(x.dtype)) * self.scale
+
+    def _multiply_row(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        The product with a single row, (…, K) → (…, N), as a sum of products. Each weight is read once. The sum of
+        squares for the norm is computed for every output again, in the same loop, which saves a kernel.
+        """
+        rows = x.float().unsqueeze(-2).expand(*x.shape[:-1], *self.weight.shape)
+        y = (rows * self.weight.float()).sum(dim=-1)
+        if self.norms_input:
+            y = y * (rows.square().sum(dim=-1) / x.size(-1) + NORM_EPS).rsqrt()
+        return y.to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -178,10 +204,17 @@ def packed_copy(model: GPT, dtype: torch.dtype, layout: str) -> GPT:
     copied.dtype = dtype
     for block in cast(Iterable[Block], copied.transformer.h):
         for parent, name, layers in _products_of(block):
-            setattr(parent, name, PackedLinear(layers, dtype, layout))
+            setattr(parent, name, PackedLinear(layers, dtype, layout, norms_input=name == "c_fc"))
+        block.mlp_norm = _unchanged
+        if layout == "plain" and block.attn.has_value_embeds:
+            setattr(block.attn, "ve_gate", PackedLinear([block.attn.ve_gate], dtype, layout))  # noqa: B010
     lm_head = PackedLinear([model.lm_head], dtype, layout, num_rows=model.config.vocab_size)
     setattr(copied, "lm_head", lm_head)  # noqa: B010  the attribute is declared as a Linear
     return copied.eval()
+
+
+def _unchanged(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def _products_of(block: Block) -> list[tuple[nn.Module, str, list[nn.Linear]]]:

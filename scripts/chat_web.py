@@ -53,7 +53,7 @@ class Flags:
     host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 = all interfaces")
     port: int = flag(8000, "port to listen on; 0 = any free one")
     num_rows: int = flag(32, "slots per engine: completions that each device generates at a time")
-    compile: bool = flag(True, "compile the decode step at the start, on a CPU")
+    compile: bool = flag(True, "compile the decode step at the start, if the machine can")
     queue: int = flag(128, "completions that may wait, per model")
     api_key: str = flag("", "key that clients must send; $NANOCHAT_API_KEY keeps it out of the process list")
     cors_origin: str = flag("", "web sites whose pages may use the API, separated by commas; * = all")
@@ -100,7 +100,9 @@ def print_plan(flags: Flags) -> None:
     for stage, tag in sources(flags).values():
         checkpoint = checkpoint_manager.find(stage, tag, flags.step)
         config = checkpoint.config
-        memory = generation_memory(config, flags.num_rows, config.sequence_len, dtype, target.device)
+        memory = generation_memory(
+            config, flags.num_rows, config.sequence_len, dtype, target.device, compiled=flags.compile
+        )
         rows = [("machine", target.name, f"each device has {planner.gib(target.memory)} to use, for all models")]
         rows.append(("rows", str(flags.num_rows), f"completions at a time, up to {config.sequence_len} tokens each"))
         print_table(f"Plan of {checkpoint.path}", rows + planner.memory_rows(memory, target))

@@ -14,6 +14,7 @@ from nanochat.costs import (
     decode_bytes,
     expected_mfu,
     flops_per_token,
+    generation_memory,
     largest_batch,
     matmul_weights,
     recomputed_share,
@@ -106,6 +107,19 @@ def test_cache_of_full_windows_is_that_of_its_tokens():
     assert cache_bytes(config, slots=3, length=100, dtype=torch.bfloat16) == 3 * one_slot
     short_windows = config_of(4, window_pattern="SSSL")
     assert cache_bytes(short_windows, 1, 2048, torch.bfloat16) < cache_bytes(config, 1, 2048, torch.bfloat16) / 2
+
+
+def test_cache_is_float32_in_eager_steps_on_a_cpu_only():
+    config = config_of(4)
+    sizes = {
+        (device, compiled): generation_memory(config, 2, 100, torch.bfloat16, device, compiled=compiled).parts
+        for device in ("cpu", "cuda")
+        for compiled in (False, True)
+    }
+    caches = {key: parts["KV cache"] for key, parts in sizes.items()}
+    assert caches["cpu", False] == cache_bytes(config, 2, 100, torch.float32)
+    for key in (("cpu", True), ("cuda", False), ("cuda", True)):
+        assert caches[key] == cache_bytes(config, 2, 100, torch.bfloat16)
 
 
 # Public runs of nanochat on 8 H100s: tokens/s of October 2025 (depth 20), hours to GPT-2's CORE (depth 24, FP8).

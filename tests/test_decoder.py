@@ -5,6 +5,8 @@ CUDA graphs. That the decoder's logits equal the model's is tested in tests/test
     python -m pytest tests/test_decoder.py
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn as nn
@@ -22,9 +24,10 @@ from test_engine import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanochat import decoder as decoder_module
 from nanochat import hardware, packed
 from nanochat.engine import Engine, Request, sampling_params
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPTConfig, norm
 from nanochat.loss import softcap
 from nanochat.packed import PackedLinear
 from nanochat.sampling import BatchSampling, RowSampling, SamplingParams, sample
@@ -404,6 +407,38 @@ def test_refresh_weights_graphs_read_the_new_weights(golden_tokenizer):
     assert engine.decoder.graphs == graphs
     for completion, expected in zip(after, make_engine(engine.model, golden_tokenizer, 8).generate(MIXED), strict=True):
         assert_same(completion, expected)
+
+
+@pytest.mark.gpu
+def test_compilation_that_fails_falls_back_to_the_eager_step(golden_tokenizer, monkeypatch, capsys):
+    def fail(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=fail))
+    torch._dynamo.reset()
+    engine = engine_on_cuda(golden_tokenizer, compile=True)
+    engine.generate(MIXED)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the decode step is not compiled" in line and "no compiler" in line
+    assert engine.decoder.graphs
+
+
+@pytest.mark.parametrize("norms_input", [False, True])
+def test_multiply_row_equals_the_product_of_the_normed_input(norms_input):
+    linear = PackedLinear([nn.Linear(24, 10, bias=False)], torch.float32, "plain", norms_input=norms_input)
+    x_BTC = 3 * torch.randn(1, 1, 24, generator=torch.Generator().manual_seed(0))
+    expected = F.linear(norm(x_BTC) if norms_input else x_BTC, linear.weight)
+    torch.testing.assert_close(linear(x_BTC), expected)
+    torch.testing.assert_close(linear._multiply_row(x_BTC), expected)
+
+
+def test_attention_without_maximum_equals_products():
+    generator = torch.Generator().manual_seed(0)
+    q_NGD, keys_NSD, values_NSD = (torch.randn(4, size, 16, generator=generator) for size in (3, 50, 50))
+    mask_NTS = torch.zeros(4, 1, 50).masked_fill(torch.arange(50) > 30, -torch.inf)
+    expected = decoder_module.attend_by_products(q_NGD, keys_NSD, values_NSD, mask_NTS)
+    for attend in (decoder_module.attend_without_maximum, decoder_module.attend_by_sums):
+        torch.testing.assert_close(attend(q_NGD, keys_NSD, values_NSD, mask_NTS), expected)
 
 
 # ---- the choice of layouts, and compiled steps ----
