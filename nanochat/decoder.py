@@ -14,7 +14,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -34,7 +34,10 @@ MAX_LAYERS_TO_COMPILE = 12
 MAX_COMPILED = 64  # compiled graphs of all engines of a process
 # Of Inductor: fuse kernels that share few bytes (a position), and sums of few products (the gates of value embeddings)
 # into what follows them. Small kernels take longer to start than to run.
-CUDA_OPTIONS = {"score_fusion_memory_threshold": 1, "unroll_reductions_threshold": 16}
+CUDA_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
+    "score_fusion_memory_threshold": 1,
+    "unroll_reductions_threshold": 16,
+}
 CAPTURE_LOCK = threading.Lock()  # a process can capture one graph at a time, and a server has a thread per engine
 
 
