@@ -212,7 +212,8 @@ class Decoder:
             self.attend_rows = attend_by_sums if device.type == "cpu" else attend_without_maximum
         self.forward = self._forward
         if self.is_compiled:
-            hardware.keep_freed_pages()
+            if device.type == "cpu":
+                hardware.keep_freed_pages()
             # One graph for all numbers of slots and keys (and one for a single slot). By default torch takes two sizes
             # that are equal at first for the same one, and compiles again when they are not.
             torch.fx.experimental._config.use_duck_shape = False  # type: ignore[attr-defined]
