@@ -386,7 +386,7 @@ class Decoder:
         """After a failed compilation, which has changed nothing yet. Raises errors of other kinds again."""
         if not is_compile_error(error):
             raise error
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split("\n")[:2])
         warn0(f"the decode step is not compiled, which makes it slower: {reason}")
         self.forward, self.attend_rows = self._forward, attend_by_products
 

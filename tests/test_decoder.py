@@ -418,8 +418,7 @@ def test_compilation_that_fails_falls_back_to_the_eager_step(golden_tokenizer, m
     torch._dynamo.reset()
     engine = engine_on_cuda(golden_tokenizer, compile=True)
     engine.generate(MIXED)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "the decode step is not compiled" in line and "no compiler" in line
+    assert capsys.readouterr().err.count("the decode step is not compiled") == 1
     assert engine.decoder.graphs
 
 
