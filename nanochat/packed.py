@@ -167,7 +167,9 @@ def _measure(model: GPT, num_rows: int, candidates: list[str]) -> tuple[str, int
         with hardware.num_threads(threads):
             times = hardware.best_seconds(multiply, model.device, total_seconds=0.03)
             for candidate, best in zip(candidates, times, strict=True):
-                seconds[candidate, threads] = best
+                # On a busy machine threads wait for each other. Fewer are chosen only if they are much faster, as the
+                # choice is kept.
+                seconds[candidate, threads] = best * (1.0 if threads == num_threads else 1.3)
     return min(seconds, key=seconds.__getitem__)
 
 
