@@ -365,7 +365,11 @@ class Decoder:
             self._replay(batch, T, num_keys, sampling)
         else:
             with hardware.num_threads(self.num_threads):
-                self._step(batch, T, num_keys, sampling)
+                try:
+                    self._step(batch, T, num_keys, sampling)
+                except RuntimeError as error:
+                    self._use_eager_forward(error)
+                    self._step(batch, T, num_keys, sampling)
 
     def _replay(self, batch: int, T: int, num_keys: int, sampling: BatchSampling) -> None:
         """Runs the step as a CUDA graph, captured at the first call with these arguments."""
@@ -388,7 +392,8 @@ class Decoder:
             raise error
         reason = " ".join(str(error).split("\n")[:2])
         warn0(f"the decode step is not compiled, which makes it slower: {reason}")
-        self.forward, self.attend_rows = self._forward, attend_by_products
+        self.forward = self._forward
+        self.attend_rows = attend_by_products if self.use_graphs else attend_by_sums  # on a CPU in any dtype
 
     def _capture(self, batch: int, T: int, num_keys: int, sampling: BatchSampling) -> torch.cuda.CUDAGraph:
         pool = next((graph.pool() for graph in self.graphs.values()), None)  # all graphs share one memory pool
