@@ -76,30 +76,35 @@ def sample(
     temperature_B1 = rows.temperature_B[:, None]
     if batch.greedy:
         temperature_B1 = temperature_B1.masked_fill(is_greedy_B[:, None], 1.0)
-    tokens_B = rows.uniform_B.long()  # a placeholder: every row is replaced below
-    logprobs_B = rows.uniform_B if batch.logprobs else None
-    if batch.full_vocab:
-        probs_BV = torch.softmax(softcap(raw_BV.float(), logit_softcap) / temperature_B1, dim=-1)
-        tokens_B = sample_index(probs_BV, rows.uniform_B)
-        if batch.logprobs:
-            logprobs_B = log_prob(probs_BV, tokens_B)
+    tokens_B = logprobs_B = None
     if batch.num_candidates:
         best_Bk, ids_Bk = top_candidates(raw_BV, batch.num_candidates)  # the softcap would not change the order
         logits_Bk = softcap(best_Bk, logit_softcap)
     if batch.num_candidates > 1:
         probs_Bk = limit_probs(logits_Bk / temperature_B1, rows, batch.top_p)
         indices_B = sample_index(probs_Bk, rows.uniform_B)
-        limited_tokens_B = ids_Bk.gather(1, indices_B[:, None]).squeeze(1)
-        is_limited_B = (rows.top_k_B < raw_BV.size(1)) | (rows.top_p_B < 1)
-        tokens_B = torch.where(is_limited_B, limited_tokens_B, tokens_B)
-        if logprobs_B is not None:
-            logprobs_B = torch.where(is_limited_B, log_prob(probs_Bk, indices_B), logprobs_B)
+        tokens_B = ids_Bk.gather(1, indices_B[:, None]).squeeze(1)
+        if batch.logprobs:
+            logprobs_B = log_prob(probs_Bk, indices_B)
+    if batch.full_vocab:
+        is_unlimited_B = (rows.top_k_B >= raw_BV.size(1)) & (rows.top_p_B >= 1)
+        probs_BV = torch.softmax(softcap(raw_BV.float(), logit_softcap) / temperature_B1, dim=-1)
+        indices_B = sample_index(probs_BV, rows.uniform_B)
+        tokens_B = _where(is_unlimited_B, indices_B, tokens_B)
+        if batch.logprobs:
+            logprobs_B = _where(is_unlimited_B, log_prob(probs_BV, indices_B), logprobs_B)
     if batch.greedy:
-        tokens_B = torch.where(is_greedy_B, ids_Bk[:, 0], tokens_B)
-        if logprobs_B is not None:
+        tokens_B = _where(is_greedy_B, ids_Bk[:, 0], tokens_B)
+        if batch.logprobs:
             total_B = softcap(raw_BV.float(), logit_softcap).logsumexp(dim=-1)
-            logprobs_B = torch.where(is_greedy_B, logits_Bk[:, 0] - total_B, logprobs_B)
+            logprobs_B = _where(is_greedy_B, logits_Bk[:, 0] - total_B, logprobs_B)
+    assert tokens_B is not None, "every row is greedy, limited or sampled from the whole vocabulary"
     return tokens_B, logprobs_B
+
+
+def _where(is_new_B: torch.Tensor, new_B: torch.Tensor, old_B: torch.Tensor | None) -> torch.Tensor:
+    """torch.where, or only the new values if there are no others."""
+    return new_B if old_B is None else torch.where(is_new_B, new_B, old_B)
 
 
 def top_candidates(raw_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
