@@ -504,11 +504,10 @@ def test_step_compiled_equals_eager_and_compiles_twice(golden_tokenizer):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hardware.can_compile(torch.device("cpu")), reason="needs a C++ compiler")
-def test_step_that_cannot_be_compiled_runs_eagerly(golden_tokenizer, monkeypatch, capsys):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("false",))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+def test_step_that_cannot_be_compiled_runs_eagerly(golden_tokenizer, capsys):
     model = make_model(dtype=torch.bfloat16, n_layer=1).requires_grad_(False)
     engine = make_engine(model, golden_tokenizer, compile=True)
-    completions = engine.generate(MIXED)
+    with torch._inductor.config.patch({"cpp.cxx": ("false",), "fx_graph_cache": False}):
+        completions = engine.generate(MIXED)
     assert "the decode step is not compiled" in capsys.readouterr().err
     assert [len(completion.tokens) for completion in completions] == [40, 90, 12, 3, 126]
