@@ -192,7 +192,8 @@ def make_engine(model: GPT, tokenizer: Tokenizer, max_slots: int, compile: bool 
     """Must be called in the thread that runs the engine."""
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # per thread: CUDA graphs run on the thread's current device
-    return Engine(model, tokenizer, max_slots, precisions=hardware.chat_precisions(), compile=compile)
+    # On a CPU in float32, so that a completion does not depend on the other requests.
+    return Engine(model, tokenizer, max_slots, compile=compile)
 
 
 def log_line(handle: ResponseHandle, with_text: bool) -> str:

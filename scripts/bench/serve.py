@@ -198,9 +198,7 @@ def running_server(flags: Flags, folder: Path) -> Iterator[tuple[int, int]]:
     options |= {"source": flags.source or "sft", "port": port}
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     argv = [sys.executable, "-m", "scripts.chat_web", *arguments]
-    # Completions are compared with those of the same requests alone: they can only be equal in float32.
-    environment = {"NANOCHAT_DTYPE": "float32"} | os.environ | {"NANOCHAT_BASE_DIR": str(folder)}
-    process = subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(argv, env=os.environ | {"NANOCHAT_BASE_DIR": str(folder)}, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + START_SECONDS
         is_ready = False
