@@ -333,12 +333,12 @@ CALL = "So: <|python_start|>6*7<|python_end|><|output_end|> the answer."
 
 @browser_tests
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_page_shows_tool_calls_speed_size_and_backend(open_page, golden_tokenizer, backend):
+def test_page_shows_tool_calls_size_and_backend(open_page, golden_tokenizer, backend):
     page = open_page(source(chain_model(golden_tokenizer, CALL), golden_tokenizer), backend)
     ask(page)
     response = re.sub(r"\s+", " ", finish(page))
     assert response.startswith("So: 6*7 → 42 the answer.")
-    assert re.search(r"\d+ tokens · \d+ tokens/s", response)
+    assert re.search(r"\d+ tokens · .*first token \d+ ms", response)
     hint = page.locator("#hint").inner_text().lower()
     assert hint.startswith("tiny: ") and "parameters in 8 bits" in hint and f"· {backend}" in hint
 
@@ -354,6 +354,14 @@ def test_stop_ends_the_response_and_the_next_one_works(open_page, golden_tokeniz
     page.locator("article.assistant", has_text="lalalala").nth(1).wait_for()
     page.keyboard.press("Escape")
     assert "Stopped." in finish(page)
+
+
+@browser_tests
+def test_long_response_shows_its_speed(open_page, golden_tokenizer):
+    page = open_page(source(chain_model(golden_tokenizer, "la", loops=True), golden_tokenizer))
+    page.evaluate("settings.max_tokens = 1000")
+    ask(page)
+    assert re.search(r"1,000 tokens · [\d,]+ tokens/s · first token", finish(page))
 
 
 @browser_tests
