@@ -26,7 +26,7 @@ Shapes: B sequences, T new tokens, S tokens in the cache, K key/value heads, D h
 
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -572,11 +572,22 @@ class Engine:
             self.active[slot] = last
 
 
-def sample_prompts(engine: Engine, max_tokens: int = 32) -> None:
-    """Prints greedy completions of a few prompts: a quick look at what a base model has learned."""
+def sample_prompts(engine: Engine, max_tokens: int = 32) -> list[dict[str, str]]:
+    """Samples a few prompts: a quick look at what a base model has learned. Returns what sample_greedily does."""
     tokenizer = engine.tokenizer
-    prompts = [[tokenizer.bos, *tokenizer.encode(text)] for text in SAMPLE_PROMPTS]
-    fitting = [prompt for prompt in prompts if len(prompt) <= engine.model.config.sequence_len]
-    completions = engine.generate([Request(prompt, max_tokens, temperature=0.0) for prompt in fitting])
-    for prompt, completion in zip(fitting, completions, strict=True):
-        print(f"  {tokenizer.decode(prompt[1:])!r} → {tokenizer.decode(completion.tokens)!r}", flush=True)
+    prompts = {text: [tokenizer.bos, *tokenizer.encode(text)] for text in SAMPLE_PROMPTS}
+    return sample_greedily(engine, prompts, max_tokens)
+
+
+def sample_greedily(engine: Engine, prompts: Mapping[str, list[int]], max_tokens: int) -> list[dict[str, str]]:
+    """
+    Prints greedy completions of the prompts that fit the context. Returns them for the metrics file, as
+    {"prompt": text, "completion": text}. prompts: text → token ids.
+    """
+    fitting = {text: ids for text, ids in prompts.items() if len(ids) <= engine.model.config.sequence_len}
+    completions = engine.generate([Request(ids, max_tokens, temperature=0.0) for ids in fitting.values()])
+    samples = []
+    for text, completion in zip(fitting, completions, strict=True):
+        samples.append({"prompt": text, "completion": engine.tokenizer.decode(completion.tokens)})
+        print(f"  {text!r} → {samples[-1]['completion']!r}", flush=True)
+    return samples

@@ -2,8 +2,51 @@
 Logging of training runs and evaluations: console lines, a metrics file to plot, wandb on request, and the final numbers
 of all stages.
 
-    <base>/report/metrics/<stage>-<tag>.jsonl    one JSON object per logged step
-    <base>/report/<stage>.json                   the stage's final numbers
+    <base>/report/metrics/<script>-<tag>.jsonl    the history of a run, or of the evaluations of a tag's models
+    <base>/report/<script>.json                   the final numbers
+
+The metrics file has one JSON object per line. While an earlier run still holds the tag, a new run writes to the hidden
+file .<script>-<tag>.jsonl.new, which gets its name with the first checkpoint. A crash may truncate the last line.
+
+base_train, mid_train, chat_sft and chat_rl write three kinds of lines, in the order of time. The first line of the file
+describes the run, as of its last start:
+
+    config             the metadata of its checkpoints: flags, recipe, settings (hyperparameters), dtype …
+    num_steps          optimizer steps of the whole run; 0 = unknown
+    flops_per_token    of training: forward and backward pass, as if all weights were trained
+    device             description of the device of rank 0
+    world_size         number of ranks
+
+Each other line has these keys:
+
+    step               optimizer steps so far; an evaluation before the first step has 0
+    seconds            of training without its first 4 steps, evaluations, samples and checkpoints
+    elapsed            seconds since training started, those included; not the time between a stop and its --resume
+    tokens             trained on so far, over all ranks; padding included, except in reinforcement learning
+    flops              of training on these tokens: tokens x flops_per_token
+    peak_memory        bytes on rank 0 so far: of torch on a GPU, of the process on other devices
+
+After each optimizer step:
+
+    train/loss                 moving average over the steps
+    train/grad_norm            norm of the whole gradient, averaged over the ranks; the loop of train.py clips nothing
+    train/tokens_per_second    of this step, over all ranks; waiting for data, and sampling rollouts, included
+    train/mfu                  model FLOPs utilization, on GPUs whose peak cards.py knows
+    lr/<group>                 learning rate of each parameter group in this step
+    rl/reward, rl/length …     of the rollouts (rollout.summarize)
+    epochs/<source>            passes over each source of a mixture
+
+After an evaluation: val/bpb, with a mixture also val/bpb/<source>; in reinforcement learning eval/pass@1, eval/pass@2 …
+After sampling:      samples, a list of {"prompt": text, "completion": text}; greedy, the same prompts each time
+
+base_eval and chat_eval append one line per evaluation; the last one of a model and kind is its current result:
+
+    time, model        when (seconds since 1970) and which checkpoint (its folder)
+    stage, step        of the checkpoint
+    limits             how it differs from the full greedy evaluation, a list of texts
+    numbers            by name: CORE, CORE ±, train bpb, val bpb, ChatCORE, ChatCORE ±
+    scores             by task: accuracy, low and high (95 % interval), centered, correct, total, baseline, pass@<k>
+    samples            as above
 """
 
 import json
@@ -18,7 +61,7 @@ from rich.table import Table
 
 from nanochat.common import UserError, atomic_path, base_dir, duration
 from nanochat.distributed import Dist
-from nanochat.hardware import gpu_card, peak_memory
+from nanochat.hardware import describe, gpu_card, peak_memory
 from nanochat.train import UNTIMED_STEPS, TrainState
 
 CONSOLE_SECONDS = 5.0  # between two console lines about the loss (heuristic, not tuned)
@@ -52,7 +95,14 @@ class Logger:
         self.wandb: Any = None
         self.file: Any = None
         if dist.is_main:
-            self.file = append_after(first_step, path, {"config": config})
+            head = {
+                "config": config,
+                "num_steps": num_steps,
+                "flops_per_token": flops_per_token,
+                "device": describe(dist.device),
+                "world_size": dist.world_size,
+            }
+            self.file = append_after(first_step, path, head)
             if wandb_run:
                 self.wandb = start_wandb(wandb_run, path.name.lstrip(".").partition(".jsonl")[0], config)
 
@@ -65,8 +115,7 @@ class Logger:
             flops = metrics["train/tokens_per_second"] * self.flops_per_token
             metrics = metrics | {"train/mfu": flops / (self.card.flops * self.dist.world_size)}
         self.latest |= metrics
-        self.file.write(json.dumps({"step": state.step, "seconds": round(state.seconds, 3)} | metrics) + "\n")
-        self.file.flush()
+        self._write(state, metrics)
         if self.wandb:
             self.wandb.log(metrics, step=state.step)
         is_loss = "train/loss" in metrics
@@ -75,6 +124,23 @@ class Logger:
             self.last_line = now if is_loss else self.last_line
             shown = [_format(name, value) for name, value in metrics.items() if not name.startswith("lr/")]
             print(f"{self._progress(state)} | {' | '.join(shown)}", flush=True)
+
+    def log_samples(self, state: TrainState, samples: list[dict[str, str]]) -> None:
+        """Writes completions as text to the metrics file. They have been printed before."""
+        if self.dist.is_main:
+            self._write(state, {"samples": samples})
+
+    def _write(self, state: TrainState, values: dict[str, Any]) -> None:
+        line = {
+            "step": state.step,
+            "seconds": round(state.seconds, 3),
+            "elapsed": round(state.elapsed, 3),
+            "tokens": state.total_tokens,
+            "flops": state.total_tokens * self.flops_per_token,
+            "peak_memory": peak_memory(self.dist.device),
+        }
+        self.file.write(json.dumps(line | values) + "\n")
+        self.file.flush()
 
     def finish(self, stage: str, state: TrainState, **numbers: Any) -> None:
         """Ends the run: adds its final numbers to the report, the last evaluations among them."""
@@ -198,6 +264,14 @@ def save_numbers(stage: str, numbers: dict[str, Any]) -> None:
         numbers = earlier | numbers
     with atomic_path(report_dir() / f"{stage}.json") as temporary:
         temporary.write_text(json.dumps(numbers | {"time": time.time()}, indent=1))
+
+
+def append_evaluation(script: str, tag: str, result: dict[str, Any]) -> None:
+    """Appends a line to the metrics file of base_eval or chat_eval; the keys are listed at the top of this file."""
+    path = report_dir() / "metrics" / f"{script}-{tag}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": round(time.time(), 3)} | result) + "\n")
 
 
 def _saved_numbers(stage: str) -> dict[str, Any]:

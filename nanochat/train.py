@@ -59,6 +59,8 @@ class TrainState:
     loss_scale: float = 2.0**16  # float16 only
     good_steps: int = 0  # float16 only: steps since the last overflow
     data_state: dict[str, Any] = field(default_factory=dict)  # of the last Step
+    total_tokens: int = 0  # trained on since the first step, for the log
+    elapsed: float = 0.0  # seconds since training started, evaluations and samples included, pauses excluded
 
     @property
     def smooth_loss(self) -> float:
@@ -98,6 +100,7 @@ class Trainer:
     scales_loss: bool = False  # dynamic loss scaling, for float16
     last_saved: Callable[[], str] = lambda: "no checkpoint"  # for error messages
     after_step: Callable[[Step, float], None] = lambda step, seconds: None  # before the hooks; may replace the model
+    start_time: float = field(default=0.0, init=False)  # on time.perf_counter, see fit
 
     def fit(self, steps: Iterable[Step], loss_fn: LossFunction, schedule: Schedule, hooks: list[Hook]) -> TrainState:
         """
@@ -106,6 +109,7 @@ class Trainer:
         """
         state = self.state
         first_step = state.step
+        self.start_time = time.perf_counter() - state.elapsed  # as if a resumed run had never paused
         just_run: list[Hook] = []
         self.model.train()
         with stop_signals() as stop:
@@ -116,7 +120,8 @@ class Trainer:
                 if state.step - first_step > UNTIMED_STEPS:
                     state.seconds += seconds
                     state.tokens += step.num_tokens
-                self.log(state, metrics | step.metrics | {"train/tokens_per_second": step.num_tokens / seconds})
+                state.total_tokens += step.num_tokens
+                self._log(metrics | step.metrics | {"train/tokens_per_second": step.num_tokens / seconds})
                 self.after_step(step, seconds)
                 if stopped:
                     self._run_hooks([hook for hook in hooks if hook.when_stopped])
@@ -205,8 +210,12 @@ class Trainer:
         for hook in hooks:
             metrics = hook.run(self.state)
             if metrics:
-                self.log(self.state, metrics)
+                self._log(metrics)
         self.model.train()
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        self.state.elapsed = time.perf_counter() - self.start_time
+        self.log(self.state, metrics)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ reading and reasoning (0 = guessing, 1 = all correct).
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from nanochat import checkpoint_manager, distributed, hardware, mixture
 from nanochat.checkpoint_manager import Checkpoint
@@ -21,7 +22,7 @@ from nanochat.eval.core import REFERENCES, evaluate_core, save_scores
 from nanochat.eval.core_tasks import CoreTask, load_tasks, resolve_bundle
 from nanochat.eval.metrics import TaskScore, core_metric
 from nanochat.gpt import GPT
-from nanochat.logging import progress, save_numbers
+from nanochat.logging import append_evaluation, progress, save_numbers
 from nanochat.recipe import load_hyperparameters
 from nanochat.tokenizer import Tokenizer
 
@@ -62,6 +63,8 @@ def main(flags: Flags) -> dict[str, float]:
         dist.print0(f"{checkpoint.path}, {hardware.describe(dist.device)}, {dtype}")
 
         numbers = {}
+        scores: list[TaskScore] = []
+        samples: list[dict[str, str]] = []
         if "core" in evaluations:
             scores = run_core(model, tokenizer, tasks, dist)
             numbers["CORE"], numbers["CORE ±"] = core_metric(scores)
@@ -85,9 +88,11 @@ def main(flags: Flags) -> dict[str, float]:
                     of_source = f" of {source_name}" if source_name else ""
                     dist.print0(f"{split} bits per byte{of_source}: {value:.4f}")
         if "sample" in evaluations and dist.is_main:
-            print_samples(model, tokenizer)
+            samples = print_samples(model, tokenizer)
         if dist.is_main:
             save_numbers("base_eval", {"model": str(checkpoint.path)} | numbers)
+            result = {"numbers": numbers, "scores": {score.label: score.to_dict() for score in scores}}
+            append_evaluation("base_eval", checkpoint.tag, describe(flags, checkpoint) | result | {"samples": samples})
     return numbers
 
 
@@ -98,6 +103,12 @@ def check(flags: Flags) -> None:
             raise UserError(f"--eval {name}: choose among {', '.join(EVALUATIONS)}")
     require_positive(flags, "device_batch_size", "max_per_task", or_default=True)
     require_positive(flags, "split_tokens")
+
+
+def describe(flags: Flags, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Returns which model was evaluated and how, for the metrics file."""
+    limits = [f"first {flags.max_per_task}"] if flags.max_per_task > 0 else []
+    return {"model": str(checkpoint.path), "stage": flags.source, "step": checkpoint.step, "limits": limits}
 
 
 # ---- CORE ----
@@ -140,13 +151,15 @@ def core_path(flags: Flags, checkpoint: Checkpoint) -> str:
 # ---- samples ----
 
 
-def print_samples(model: GPT, tokenizer: Tokenizer) -> None:
+def print_samples(model: GPT, tokenizer: Tokenizer) -> list[dict[str, str]]:
+    """Returns what sample_prompts does."""
     engine = Engine(model, tokenizer)
-    sample_prompts(engine)
+    samples = sample_prompts(engine)
     print("Without a prompt, at temperature 1:")
     requests = [Request([tokenizer.bos], SAMPLE_TOKENS, seed=seed) for seed in range(NUM_SAMPLES)]
     for completion in engine.generate(requests):
         print(f"  {tokenizer.decode(completion.tokens)!r}")
+    return samples
 
 
 if __name__ == "__main__":

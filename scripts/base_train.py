@@ -30,7 +30,7 @@ class Flags(RunFlags, recipe.RecipeFlags):
     data_dir: str = flag("", "folder of shards, or mixture: climbmix=0.8,cosmopedia=0.2; default $NANOCHAT_DATA_DIR")
     eval_every: int = flag(250, "steps between validations; 0 = only at the end, -1 = never")
     eval_tokens: int = flag(80 * 524288, "validation tokens over all GPUs; the default is 80 x 2^19")
-    sample_every: int = flag(2000, "steps between samples; 0 = only at the end, -1 = never")
+    sample_every: int = flag(500, "steps between samples; 0 = only at the end, -1 = never")
     compile: bool = flag(True, "use torch.compile, if the machine can and the run is long enough to save time")
     attention: str = flag("auto", f"auto (the fastest) or a kernel of attention.py: {', '.join(attention.LOADERS)}")
     fp8: bool = flag(False, "train the large matrices in FP8 (GPUs from Ada and Hopper on); evaluation is not affected")
@@ -103,7 +103,7 @@ def pretrain(flags: Flags, dist: Dist) -> None:
 
         def sample(state: TrainState) -> None:
             if dist.is_main:
-                sample_prompts(Engine(run.model, tokenizer))
+                run.logger.log_samples(state, sample_prompts(Engine(run.model, tokenizer)))
 
         hooks = [Hook(flags.eval_every, evaluate), Hook(flags.sample_every, sample), run.save_hook()]
         schedule = partial(recipe.pretrain_schedule, flags, plan.num_iterations)

@@ -23,7 +23,7 @@ from nanochat.common import UserError, duration
 from nanochat.engine import Engine, Request, pays_to_compile
 from nanochat.eval.chat import CHATCORE, ChatScore, Sampling, evaluate_task
 from nanochat.eval.metrics import core_metric
-from nanochat.logging import report_dir, save_numbers
+from nanochat.logging import append_evaluation, report_dir, save_numbers
 from tasks.arc import ARC
 from tasks.common import Task, limited
 from tasks.gsm8k import GSM8K
@@ -99,6 +99,7 @@ def main(flags: Flags) -> dict[str, ChatScore]:
         dist.print0(f"completions in {folder}; peak memory {peak:.2f} GiB")
         if dist.is_main:
             save_numbers(f"chat_eval_{flags.source}", summary(flags, checkpoint, scores))
+            append_evaluation("chat_eval", checkpoint.tag, metrics_line(flags, checkpoint, scores))
     return scores
 
 
@@ -151,6 +152,21 @@ def summary(flags: Flags, checkpoint: Checkpoint, scores: dict[str, ChatScore]) 
         numbers[f"ChatCORE{suffix}"] = core
         numbers[f"ChatCORE{suffix} ±"] = margin
     return numbers
+
+
+def metrics_line(flags: Flags, checkpoint: Checkpoint, scores: dict[str, ChatScore]) -> dict[str, Any]:
+    """Returns the results for the metrics file, whose keys logging.py lists."""
+    numbers = {}
+    if scores.keys() >= CHATCORE.keys():
+        numbers["ChatCORE"], numbers["ChatCORE ±"] = core_metric([scores[name] for name in CHATCORE])
+    return {
+        "model": str(checkpoint.path),
+        "stage": flags.source,
+        "step": checkpoint.step,
+        "limits": limits(flags),
+        "numbers": numbers,
+        "scores": {name: score.to_dict() for name, score in scores.items()},
+    }
 
 
 def describe_score(score: ChatScore) -> str:

@@ -19,7 +19,7 @@ from nanochat.checkpoint_manager import Checkpoint
 from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError, human
 from nanochat.costs import Memory, TrainingSetup, param_counts, rl_memory
-from nanochat.engine import Engine, pays_to_compile
+from nanochat.engine import Engine, pays_to_compile, sample_greedily
 from nanochat.gpt import GPTConfig
 from nanochat.logging import append_after, print_table
 from nanochat.planner import Target
@@ -41,6 +41,7 @@ TASKS: dict[str, Callable[[str], Task]] = {  # each called with a split; the tas
 }
 
 
+NUM_SAMPLES = 3  # test questions whose greedy completions are logged at each evaluation
 # If a run does not fit into memory.
 REMEDY = "lower --rollout-batch-size or --device-batch-size, or use --activation-checkpointing"
 
@@ -130,7 +131,11 @@ def train_on_rollouts(flags: Flags, run: Run, source: Checkpoint) -> None:
 
     def evaluate(state: TrainState) -> dict[str, float]:
         engine.refresh_weights()
-        return rollout.evaluate_pass_at_k(engine, test_questions, eval_sampling, dist)
+        scores = rollout.evaluate_pass_at_k(engine, test_questions, eval_sampling, dist)
+        if dist.is_main:
+            prompts = {tokenizer.decode(question.prompt): question.prompt for question in test_questions[:NUM_SAMPLES]}
+            logger.log_samples(state, sample_greedily(engine, prompts, flags.max_new_tokens))
+        return scores
 
     if flags.eval_every >= 0 and run.state.step == 0:
         logger.log(run.state, evaluate(run.state))

@@ -19,9 +19,11 @@ from nanochat import checkpoint_manager, distributed, hardware, lora, planner, r
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.cli import command, flag, require_positive
 from nanochat.common import UserError, human
+from nanochat.conversation import render_for_completion
 from nanochat.costs import TrainingSetup, flops_per_token
 from nanochat.dataloader import ConversationLoader, prefetch
 from nanochat.distributed import Dist
+from nanochat.engine import Engine, sample_greedily
 from nanochat.eval.bpb import evaluate_bpb
 from nanochat.logging import print_table
 from nanochat.run import Run, RunFlags
@@ -34,6 +36,8 @@ from tasks.mmlu import MMLU
 from tasks.quiz import PrimerChat
 from tasks.smoltalk import SmolTalk
 from tasks.spelling import SimpleSpelling, SpellingBee
+
+SAMPLE_QUESTIONS = ("What is the capital of France?", "What is 47 + 85?", "Who are you?")
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class FinetuneFlags(RunFlags):
     load_optimizer: bool = flag(True, "start with the optimizer's state from the end of the source's run")
     eval_every: int = flag(200, "steps between validations; 0 = only at the end, -1 = never")
     eval_examples: int = flag(1000, "held-out conversations to validate on")
+    sample_every: int = flag(200, "steps between samples; 0 = only at the end, -1 = never")
     compile: bool = flag(True, "use torch.compile, if the machine can and the run is long enough to save time")
 
 
@@ -124,10 +129,22 @@ def finetune_on(dist: Dist, stage: str, source_stage: str, flags: FinetuneFlags)
             val_loader = ConversationLoader(tokenizer, val_data, batch_size=B, sequence_len=T, dist=dist)
             return {"val/bpb": evaluate_bpb(run.eval_model, val_loader.batches(), tokenizer.token_bytes(), dist)}
 
-        hooks = [Hook(flags.eval_every, evaluate), run.save_hook()]
+        def sample(state: TrainState) -> None:
+            if dist.is_main:
+                run.logger.log_samples(state, sample_questions(Engine(run.model, tokenizer)))
+
+        hooks = [Hook(flags.eval_every, evaluate), Hook(flags.sample_every, sample), run.save_hook()]
         state = run.train(steps, token_loss, recipe.finetune_schedule, hooks)
         truncated = state.data_state.get("truncated", 0)
         run.finish(**{"conversations": len(train_data), "conversations truncated to a row": truncated})
+
+
+def sample_questions(engine: Engine, max_tokens: int = 48) -> list[dict[str, str]]:
+    """Asks a few questions: a quick look at what a chat model has learned. Returns what sample_greedily does."""
+    prompts = {}
+    for text in SAMPLE_QUESTIONS:
+        prompts[text] = render_for_completion({"messages": [{"role": "user", "content": text}]}, engine.tokenizer)
+    return sample_greedily(engine, prompts, max_tokens)
 
 
 def print_plan(flags: FinetuneFlags, source: Checkpoint) -> None:

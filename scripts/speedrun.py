@@ -177,9 +177,10 @@ def choose_chat(settings: Settings, facts: Facts, text: Text) -> Chat:
     """The conversations to fine-tune and evaluate on."""
     questions = ["What is the capital of France?", "What is 47 + 85?", "Who are you?"]
     primer_sft = [f"--{name}-epochs=0" for name in PUBLIC_SOURCES] + ["--primer-epochs", "3"]
+    primer_sft += ["--sample-every", "50"]
     primer_evaluation = ["-a", "QuizFree,QuizChoice,Sums", "-m", "64"]
     if settings.mode == "tiny":
-        sft = [*primer_sft, "--num-iterations", "20", "--eval-examples", "32", "--no-compile"]
+        sft = [*primer_sft, "--num-iterations", "20", "--sample-every", "10", "--eval-examples", "32", "--no-compile"]
         evaluation = [*primer_evaluation, "-x", "16"]
         return Chat("the embedded conversations (NANOCHAT_SPEEDRUN=tiny)", sft, 20 * 2048, evaluation, questions[:1])
     if settings.datasets_dir:
@@ -211,11 +212,12 @@ def choose_size(settings: Settings, facts: Facts, text: Text) -> Size:
     if settings.mode == "tiny":
         recipe = ["--depth", "2", "--head-dim", "64", "--max-seq-len", "256"]
         recipe += ["--total-batch-size", "2048", "--num-iterations", "40"]
-        return Size(min(vocab_size, 1024), recipe, ["--eval-every", "0", "--no-compile"], 8192, save_every=10)
+        options = ["--eval-every", "0", "--sample-every", "10", "--no-compile"]
+        return Size(min(vocab_size, 1024), recipe, options, 8192, save_every=10)
     small = ["--depth", "4", "--head-dim", "64", "--max-seq-len", "512"]
     if text.kind == "primer":
         recipe = [*small, "--total-batch-size", "4096", "--num-iterations", "640"]
-        return Size(2048, recipe, ["--eval-every", "0"], 65536)
+        return Size(2048, recipe, ["--eval-every", "160", "--sample-every", "160"], 65536)
     if facts.device != "cuda":
         vocab_size = min(vocab_size, 8192)
         eval_tokens = 524288 if vocab_size == 8192 else 65536

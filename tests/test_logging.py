@@ -15,7 +15,7 @@ from nanochat import logging
 from nanochat.cards import CARDS
 from nanochat.common import UserError
 from nanochat.distributed import Dist
-from nanochat.logging import Logger, print_summary, report_dir, save_numbers, start_wandb
+from nanochat.logging import Logger, append_evaluation, print_summary, report_dir, save_numbers, start_wandb
 from nanochat.train import TrainState
 
 CPU = Dist(torch.device("cpu"))
@@ -41,19 +41,40 @@ def logger(dist=CPU, **options):
 
 def log_steps(log, steps):
     for step in steps:
-        log.log(TrainState(step, seconds=step / 3), {"train/loss": 1 / step})
+        state = TrainState(step, seconds=step / 3, elapsed=float(step), total_tokens=10 * step)
+        log.log(state, {"train/loss": 1 / step})
 
 
 def test_metrics_file_has_one_json_object_per_line():
-    log = logger()
+    log = logger(num_steps=7, flops_per_token=100.0)
     log_steps(log, (1, 2))
-    log.log(TrainState(2, seconds=2 / 3), {"val/bpb": 0.9})
-    assert lines() == [
-        {"config": {"flags": {"depth": 2}}},
-        {"step": 1, "seconds": 0.333, "train/loss": 1.0},
-        {"step": 2, "seconds": 0.667, "train/loss": 0.5},
-        {"step": 2, "seconds": 0.667, "val/bpb": 0.9},
+    log.log(TrainState(2, seconds=2 / 3, elapsed=3.0, total_tokens=50), {"val/bpb": 0.9})
+    head, *steps = lines()
+    assert head.pop("device").startswith("cpu")
+    assert head == {"config": {"flags": {"depth": 2}}, "num_steps": 7, "flops_per_token": 100.0, "world_size": 1}
+    assert all(line.pop("peak_memory") > 2**20 for line in steps)
+    assert steps == [
+        {"step": 1, "seconds": 0.333, "elapsed": 1.0, "tokens": 10, "flops": 1000.0, "train/loss": 1.0},
+        {"step": 2, "seconds": 0.667, "elapsed": 2.0, "tokens": 20, "flops": 2000.0, "train/loss": 0.5},
+        {"step": 2, "seconds": 0.667, "elapsed": 3.0, "tokens": 50, "flops": 5000.0, "val/bpb": 0.9},
     ]
+
+
+def test_samples_are_in_the_file_and_not_in_the_final_numbers():
+    samples = [{"prompt": "2 + 2 =", "completion": " 5"}]
+    log = logger()
+    log.log_samples(TrainState(3), samples)
+    assert lines()[-1]["step"] == 3 and lines()[-1]["samples"] == samples
+    log.finish("base_train", TrainState(3))
+    assert "samples" not in json.loads((report_dir() / "base_train.json").read_text())
+
+
+def test_evaluations_of_a_tag_are_appended():
+    append_evaluation("base_eval", "d2", {"step": 1, "numbers": {"CORE": 0.1}})
+    append_evaluation("base_eval", "d2", {"step": 2, "numbers": {"CORE": 0.2}})
+    first, second = lines("base_eval-d2")
+    assert (first["numbers"], second["numbers"]) == ({"CORE": 0.1}, {"CORE": 0.2})
+    assert 0 < first["time"] <= second["time"]
 
 
 def test_new_run_starts_a_new_metrics_file():

@@ -81,7 +81,7 @@ def workspace(tmp_path_factory):
 def metrics(workspace, name):
     """The metrics file without values that depend on the clock."""
     lines = [json.loads(line) for line in (workspace / f"report/metrics/{name}.jsonl").read_text().splitlines()]
-    timed = ("seconds", "train/tokens_per_second")
+    timed = ("seconds", "elapsed", "peak_memory", "train/tokens_per_second")
     return [{key: value for key, value in line.items() if key not in timed} for line in lines if "step" in line]
 
 
@@ -130,6 +130,10 @@ def test_base_train_logs_samples_and_saves(workspace):
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert len(losses) == 6 and losses[-1] < losses[0]
     assert [line["step"] for line in lines if "val/bpb" in line] == [3, 6]
+    assert [line["tokens"] for line in lines if "train/loss" in line] == [1024 * step for step in range(1, 7)]
+    assert lines[0]["train/grad_norm"] > 0 and lines[0]["lr/wte"] > 0 and lines[-1]["flops"] > 1e9
+    (sampled,) = [line for line in lines if "samples" in line]
+    assert sampled["step"] == 6 and sampled["samples"][0].keys() == {"prompt", "completion"}
     folder = workspace / "base_checkpoints/d2"
     assert sorted(path.name for path in folder.iterdir()) == ["step_000003", "step_000006"]
 
@@ -138,6 +142,8 @@ def test_chat_sft_starts_from_the_base_model(workspace):
     lines = metrics(workspace, "chat_sft-d2")
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert len(losses) == 6 and losses[-1] < losses[0]
+    (sampled,) = [line for line in lines if "samples" in line]
+    assert sampled["step"] == 6 and sampled["samples"][0]["prompt"] == "What is the capital of France?"
     checkpoint = checkpoint_manager.find("sft")
     assert (checkpoint.tag, checkpoint.step) == ("d2", 6)
     assert checkpoint.meta["base"].endswith("base_checkpoints/d2/step_000006")
@@ -293,6 +299,8 @@ def test_interrupted_and_resumed_rl_run_is_bitwise_equal(workspace, monkeypatch,
     assert summary in capsys.readouterr().out
     lines = metrics(workspace, "chat_rl-whole")
     assert [line["step"] for line in lines if "eval/pass@2" in line] == [0, 3, 6]
+    sampled = [line for line in lines if "samples" in line]
+    assert [line["step"] for line in sampled] == [0, 3, 6] and "<|user_start|>" in sampled[0]["samples"][0]["prompt"]
     rewards = [line["rl/reward"] for line in lines if "rl/reward" in line]
     assert len(rewards) == 6 and len(set(rewards)) == (3 if options else 6)
     shown = transcripts(workspace, "whole")
@@ -348,8 +356,12 @@ def test_base_eval_repeats_the_last_validation(workspace, capsys):
     numbers = base_eval.main([*CPU, "--split-tokens", "2048", "--device-batch-size", "4"])
     out = capsys.readouterr().out
     assert "val bits per byte" in out and "The capital of France is" in out and "Without a prompt" in out
-    expected = metrics(workspace, "base_train-d2")[-1]["val/bpb"]  # the same batches as the last validation
-    assert numbers["val bpb"] == pytest.approx(expected, rel=1e-9)
+    validations = [line for line in metrics(workspace, "base_train-d2") if "val/bpb" in line]
+    assert numbers["val bpb"] == pytest.approx(validations[-1]["val/bpb"], rel=1e-9)  # the same batches
+    line = metrics(workspace, "base_eval-d2")[-1]
+    assert (line["stage"], line["step"], line["numbers"]) == ("base", 6, numbers)
+    assert line["model"].endswith("base_checkpoints/d2/step_000006")
+    assert "Once upon a time" in [sample["prompt"] for sample in line["samples"]]
     assert list(base_eval.main([*CPU, "--eval", "sample"])) == []
 
 
@@ -366,6 +378,9 @@ def test_chat_eval_scores_and_records_each_task(workspace, capsys):
     assert out.count("95 % interval") == 3 and "chatsft_checkpoints/d2" in out
     assert chat_eval.main([*argv, "-i", "base"]).keys() == scores.keys()
     assert "ChatCORE" not in out  # which is of other tasks
+    evaluations = metrics(workspace, "chat_eval-d2")[-2:]
+    assert [(line["stage"], line["limits"]) for line in evaluations] == [("sft", ["first 4"]), ("base", ["first 4"])]
+    assert evaluations[0]["scores"]["Sums"]["accuracy"] == scores["Sums"].accuracy
     lines = (workspace / "report/chat_eval/sft-d2-000006-first-4/Sums.jsonl").read_text().splitlines()
     assert [json.loads(line)["problem"] for line in lines] == [0, 1, 2, 3]
 
@@ -377,6 +392,7 @@ def test_chat_eval_with_several_samples_reports_pass_at_k(workspace, capsys):
     assert "pass@4" in capsys.readouterr().out
     numbers = json.loads((workspace / "report/chat_eval_sft.json").read_text())
     assert numbers["SpellingBee (first 3, temperature 1.0), pass@4"] == score.pass_at[4]
+    assert metrics(workspace, "chat_eval-d2")[-1]["scores"]["SpellingBee"]["pass@4"] == score.pass_at[4]
 
 
 def test_chatcore_is_the_mean_of_centered_scores(workspace, monkeypatch, capsys):

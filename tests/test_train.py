@@ -83,6 +83,17 @@ def test_resumed_run_is_bitwise_equal_to_uninterrupted_run(after):
     assert losses["again"] == losses["whole"][after:]
 
 
+def test_resumed_run_counts_tokens_and_time_of_the_whole_run():
+    logged = []
+    model, optimizer = make()
+    state = run(model, optimizer, list(steps(4))[:2])
+    assert state.total_tokens == 2 * B * T and state.elapsed > 0
+    model, optimizer, state = restored(snapshot(model, optimizer, replace(state, elapsed=1000.0)))
+    run(model, optimizer, steps(4, start=2), state, log=lambda s, _: logged.append((s.total_tokens, s.elapsed)))
+    assert [tokens for tokens, _ in logged] == [3 * B * T, 4 * B * T]
+    assert 1000 < logged[0][1] < logged[1][1] < 2000
+
+
 def test_micro_batches_sum_to_the_full_batch():
     (step,) = steps(1)
     ((x, y, num_targets),) = step.micro_batches

@@ -86,6 +86,11 @@ class ChatScore(TaskScore):
         """
         return self.correct / (self.total * self.num_samples)
 
+    def to_dict(self) -> dict[str, float]:
+        """For the metrics file (logging.py)."""
+        pass_at = {f"pass@{k}": value for k, value in self.pass_at.items()}
+        return super().to_dict() | {"num_samples": self.num_samples} | pass_at
+
 
 def evaluate_task(
     engine: Engine,

@@ -28,6 +28,19 @@ class TaskScore:
         """The accuracy rescaled so that guessing is 0 and all correct is 1."""
         return (self.accuracy - self.baseline) / (1 - self.baseline)
 
+    def to_dict(self) -> dict[str, float]:
+        """For the metrics file (logging.py)."""
+        low, high = self.interval
+        return {
+            "accuracy": self.accuracy,
+            "low": low,
+            "high": high,
+            "centered": self.centered,
+            "correct": self.correct,
+            "total": self.total,
+            "baseline": self.baseline,
+        }
+
 
 def wilson_interval(fraction: float, total: int) -> tuple[float, float]:
     """
