@@ -423,7 +423,7 @@ def metrics(base_dir, tag):
     lines = [
         json.loads(line) for line in (base_dir / f"report/metrics/base_train-{tag}.jsonl").read_text().splitlines()
     ]
-    timed = ("seconds", "train/tokens_per_second")
+    timed = ("seconds", "elapsed", "peak_memory", "train/tokens_per_second")
     return [{key: value for key, value in line.items() if key not in timed} for line in lines if "step" in line]
 
 
