@@ -1,6 +1,6 @@
 """
-Logging of training runs and evaluations: console lines, a metrics file to plot, wandb on request, and the final numbers
-of all stages.
+Logging of training runs and evaluations: console lines, a metrics file to plot, a tracker on request (tracking.py), and
+the final numbers of all stages.
 
     <base>/report/metrics/<script>-<tag>.jsonl    the history of a run, or of the evaluations of a tag's models
     <base>/report/<script>.json                   the final numbers
@@ -59,9 +59,10 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
-from nanochat.common import UserError, atomic_path, base_dir, duration
+from nanochat.common import atomic_path, base_dir, duration
 from nanochat.distributed import Dist
 from nanochat.hardware import describe, gpu_card, peak_memory
+from nanochat.tracking import Tracker
 from nanochat.train import UNTIMED_STEPS, TrainState
 
 CONSOLE_SECONDS = 5.0  # between two console lines about the loss (heuristic, not tuned)
@@ -81,7 +82,7 @@ class Logger:
         dist: Dist,
         *,
         config: dict[str, Any],
-        wandb_run: str = "",  # name; empty = no wandb
+        tracker: Tracker | None = None,  # gets the metrics too, on rank 0
         num_steps: int = 0,  # of the whole run, for the time left; 0 = unknown
         flops_per_token: float = 0.0,  # for the utilization (MFU) on GPUs whose peak is known
         first_step: int = 0,  # of a resumed run: lines after it are removed from the file
@@ -92,7 +93,7 @@ class Logger:
         self.card = gpu_card(dist.device)
         self.last_line = 0.0  # time of the last console line about the loss
         self.latest: dict[str, float] = {}
-        self.wandb: Any = None
+        self.tracker = tracker
         self.file: Any = None
         if dist.is_main:
             head = {
@@ -103,8 +104,6 @@ class Logger:
                 "world_size": dist.world_size,
             }
             self.file = append_after(first_step, path, head)
-            if wandb_run:
-                self.wandb = start_wandb(wandb_run, path.name.lstrip(".").partition(".jsonl")[0], config)
 
     def log(self, state: TrainState, metrics: dict[str, float]) -> None:
         """Writes the metrics of a step. The console shows evaluations always and the loss every few seconds."""
@@ -116,8 +115,8 @@ class Logger:
             metrics = metrics | {"train/mfu": flops / (self.card.flops * self.dist.world_size)}
         self.latest |= metrics
         self._write(state, metrics)
-        if self.wandb:
-            self.wandb.log(metrics, step=state.step)
+        if self.tracker:
+            self.tracker.log(state.step, metrics)
         is_loss = "train/loss" in metrics
         now = time.monotonic()
         if not is_loss or now - self.last_line > CONSOLE_SECONDS or state.step in (1, self.num_steps):
@@ -154,9 +153,8 @@ class Logger:
         final["peak memory"] = f"{peak_memory(self.dist.device) / 2**30:.2f} GiB"
         save_numbers(stage, final | numbers)
         self.file.close()
-        if self.wandb:
-            self.wandb.summary.update(final | numbers)
-            self.wandb.finish()
+        if self.tracker:
+            self.tracker.finish(final | numbers)
 
     def _progress(self, state: TrainState) -> str:
         if not self.num_steps:
@@ -233,28 +231,6 @@ def print_table(title: str, rows: list[tuple[str, ...]]) -> None:
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         print("  " + "  ".join(cells).rstrip(), flush=True)
-
-
-def check_wandb(run: str) -> None:
-    """UserError if the run asks for wandb and it is not installed."""
-    if not run:
-        return
-    try:
-        import wandb  # noqa: F401
-    except ImportError as error:
-        raise UserError("--run logs to wandb, which is not installed: pip install 'nanochat[wandb]'") from error
-
-
-def start_wandb(run: str, group: str, config: dict[str, Any]) -> Any:
-    """Starts a wandb run; without an account or network, prints a notice and logs offline."""
-    import wandb
-
-    options: Any = {"project": "nanochat", "name": run, "group": group, "config": config, "dir": str(base_dir())}
-    try:
-        return wandb.init(**options)
-    except wandb.errors.Error as error:
-        print(f"wandb is not reachable ({error}); logging offline, upload later with `wandb sync`", flush=True)
-        return wandb.init(**options, mode="offline")
 
 
 def save_numbers(stage: str, numbers: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ A run of a training stage, for the stage scripts: checks, builds and restores ev
 `source` is what a new run starts from: a model configuration (random weights) or a checkpoint of another stage.
 """
 
+import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ from nanochat.muon import MuonAdamW, ParamGroup, build_optimizer
 from nanochat.planner import check_fits, count_rows, gib, local_target, training_setup
 from nanochat.recipe import RecipeFlags, Schedule, load_hyperparameters
 from nanochat.tokenizer import Tokenizer
+from nanochat.tracking import Tracker, check_tracker
 from nanochat.train import Hook, LossFunction, Step, Stopped, Trainer, TrainState
 
 TRIAL_STEPS = 3  # steps of a run on a CPU before it is decided whether to compile
@@ -57,7 +59,8 @@ class RunFlags:
     activation_checkpointing: bool = flag(
         False, "compute each layer again in the backward pass: a fraction of the memory, about a third more time"
     )
-    run: str = flag("", "wandb run name; empty = console and metrics file only")
+    run: str = flag("", "name of the run in the tracker; empty = console and metrics file only")
+    tracker: str = flag("", "wandb | trackio | mlflow, with --run; default: wandb")
     plan: bool = flag(False, "print what the run needs (memory, time, cost) and exit, without reading data or weights")
     for_: str = flag("", "with --plan: another machine to plan for, such as 8xH100 or 1xRTX4090")
 
@@ -93,7 +96,7 @@ class Run:
         self.trial_seconds: list[float] = []  # of the steps before it is decided whether to compile
         if flags.for_:
             raise UserError("--for plans for another machine: use it with --plan")
-        logging.check_wandb(flags.run)
+        check_tracker(flags.tracker, flags.run)
         if self.parent:
             self.parent.check_tokenizer(tokenizer)
         self.resumed = self._find_resumed() if flags.resume else None
@@ -179,6 +182,9 @@ class Run:
             "compiled": self.compiled,
             "mlp": mlp_name,
         }
+        if self.flags.run:
+            saved = self.resumed.meta.get("tracking_id") if self.resumed else None
+            self.metadata["tracking_id"] = saved or secrets.token_hex(4)
         if self.lora_rank:
             self.metadata["lora"] = {"rank": self.lora_rank, "base_crc32": self._lora_base().weights_crc32}
 
@@ -195,12 +201,26 @@ class Run:
             self.log_file("metrics"),
             self.dist,
             config=self.metadata,
-            wandb_run=self.flags.run,
+            tracker=self._start_tracker(),
             num_steps=num_steps,
             flops_per_token=flops_per_token(self.config),
             first_step=self.state.step,
         )
         return self.logger
+
+    def _start_tracker(self) -> Tracker | None:
+        """The tracker of --run, on rank 0. A resumed run continues in it under the id that its checkpoint holds."""
+        if not self.flags.run or not self.dist.is_main:
+            return None
+        run_id = self.metadata["tracking_id"]
+        return Tracker(
+            self.flags.tracker or "wandb",
+            run=self.flags.run,
+            group=f"{STAGES[self.stage][1]}-{self.tag}",
+            run_id=run_id,
+            config=self.metadata,
+            resumed=self.resumed is not None and self.resumed.meta.get("tracking_id") == run_id,
+        )
 
     def log_file(self, folder: str) -> Path:
         """The file with JSON lines that this run writes in a folder of the report: <folder>/<script>-<tag>.jsonl."""

@@ -41,6 +41,7 @@ PACKAGE_OF = {
     "PIL": "pillow",
     "flash_attn": "flash-attn-4",
     "flash_attn_interface": "flash-attn-3",
+    "mlflow": "mlflow-skinny",
     "yaml": "pyyaml",
 }
 

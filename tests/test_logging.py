@@ -1,11 +1,10 @@
 """
-Logging: the metrics file, console lines, wandb, and the final numbers of all stages.
+Logging: the metrics file, console lines, and the final numbers of all stages.
 
     python -m pytest tests/test_logging.py
 """
 
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +12,8 @@ import torch
 
 from nanochat import logging
 from nanochat.cards import CARDS
-from nanochat.common import UserError
 from nanochat.distributed import Dist
-from nanochat.logging import Logger, append_evaluation, print_summary, report_dir, save_numbers, start_wandb
+from nanochat.logging import Logger, append_evaluation, print_summary, report_dir, save_numbers
 from nanochat.train import TrainState
 
 CPU = Dist(torch.device("cpu"))
@@ -103,7 +101,7 @@ def test_stages_and_tags_have_separate_files():
 
 
 def test_only_rank_0_writes(base_dir, capsys):
-    log = logger(Dist(CPU.device, rank=1, world_size=2), wandb_run="x")
+    log = logger(Dist(CPU.device, rank=1, world_size=2))
     log_steps(log, (1,))
     log.finish("base_train", TrainState(1))
     assert not report_dir().exists() and not capsys.readouterr().out
@@ -183,50 +181,11 @@ def test_summary_shows_very_large_and_small_numbers_in_scientific_notation(capsy
     assert "| 1.234e+18 |" in text and "| 1.5e-05 |" in text and "| 0.0000 |" in text
 
 
-# ---- wandb ----
-
-
-def test_missing_wandb_raises_with_the_install_command(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # what makes an import fail
-    with pytest.raises(UserError, match=r"pip install 'nanochat\[wandb\]'"):
-        logging.check_wandb("mine")
-
-
-class FakeWandb:
-    class errors:
-        class Error(Exception):
-            pass
-
-    def __init__(self, reachable=True):
-        self.reachable, self.inits, self.logged, self.summary = reachable, [], [], {}
-
-    def init(self, **options):
-        self.inits.append(options)
-        if not self.reachable and options.get("mode") != "offline":
-            raise self.errors.Error("no network")
-        return SimpleNamespace(
-            log=lambda metrics, step: self.logged.append((step, metrics)),
-            summary=self.summary,
-            finish=lambda: self.logged.append("end"),
-        )
-
-
-def test_metrics_are_sent_to_wandb(monkeypatch):
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    log = logger(wandb_run="mine")
+def test_tracker_gets_the_metrics_and_the_final_numbers():
+    sent = []
+    tracker = SimpleNamespace(log=lambda step, metrics: sent.append((step, metrics)), finish=sent.append)
+    log = logger(tracker=tracker)
     log_steps(log, (1,))
     log.finish("base_train", TrainState(1), parameters=7)
-    assert (
-        fake.inits[0].items() >= {"name": "mine", "group": "base_train-d2", "config": {"flags": {"depth": 2}}}.items()
-    )
-    assert fake.logged == [(1, {"train/loss": 1.0}), "end"]
-    assert fake.summary["parameters"] == 7
-
-
-def test_wandb_without_network_logs_offline_with_a_notice(monkeypatch, capsys):
-    fake = FakeWandb(reachable=False)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    start_wandb("mine", "group", {})
-    assert [options.get("mode") for options in fake.inits] == [None, "offline"]
-    assert "no network" in capsys.readouterr().out
+    assert sent[0] == (1, {"train/loss": 1.0})
+    assert sent[1].items() >= {"train/loss": 1.0, "parameters": 7}.items()

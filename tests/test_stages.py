@@ -12,6 +12,7 @@ import shutil
 import signal
 from contextlib import redirect_stdout
 from functools import partial
+from importlib.util import find_spec
 from unittest.mock import Mock
 
 import pyarrow
@@ -20,7 +21,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 
-from nanochat import checkpoint_manager, hardware, rollout
+from nanochat import checkpoint_manager, hardware, rollout, tracking
 from nanochat.eval.chat import CHATCORE
 from nanochat.eval.metrics import core_metric
 from nanochat.gpt import GPT
@@ -213,6 +214,24 @@ def test_run_continued_with_activation_checkpointing_is_bitwise_equal(workspace,
     assert "activation_checkpointing False → True" in capsys.readouterr().out
     assert files_of(recomputed / "step_000006") == files_of(whole / "step_000006")
     shutil.rmtree(recomputed)
+
+
+def test_resumed_run_continues_under_the_same_id_in_the_tracker(workspace, monkeypatch):
+    if find_spec("wandb") is None:
+        pytest.skip("wandb is not installed")
+    starts, backend = [], Mock()
+    monkeypatch.setitem(tracking.BACKENDS, "wandb", lambda **start: starts.append(start) or backend)
+    argv = [*BASE, "--model-tag", "tracked", "--sample-every", "-1", "--run", "mine"]
+    base_train.main([*argv, "--num-iterations", "3"])
+    base_train.main([*argv, "--num-iterations", "4", "--resume"])
+    base_train.main([*argv, "--num-iterations", "1", "--model-tag", "other"])
+    assert [start["resumed"] for start in starts] == [False, True, False]
+    assert starts[0]["run_id"] == starts[1]["run_id"] != starts[2]["run_id"]
+    assert starts[0]["run"] == "mine" and starts[0]["group"] == "base_train-tracked"
+    steps = [call.args[0] for call in backend.log.call_args_list if "train/loss" in call.args[1]]
+    assert steps == [1, 2, 3, 4, 1] and backend.finish.call_count == 3
+    for tag in ("tracked", "other"):
+        shutil.rmtree(workspace / "base_checkpoints" / tag)
 
 
 def test_new_run_that_fails_before_its_first_checkpoint_leaves_the_earlier_run(workspace, monkeypatch, capsys):
