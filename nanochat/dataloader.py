@@ -6,7 +6,7 @@ Two loaders of the same shape:
 - ConversationLoader reads conversations, once or for a number of steps.
 
         loader = PretrainLoader(tokenizer, RowGroups(shards), batch_size=B, sequence_len=T, dist=dist)
-        for step in prefetch(loader.steps(accumulation, num_steps), dist.device):
+        for step in prefetch(loader.steps(accumulation, num_steps), dist.device, reading=loader.reading):
             for x_BT, y_BT, num_targets in step.micro_batches:
                 ...
 
@@ -26,7 +26,7 @@ import functools
 import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +36,7 @@ import torch
 from nanochat.common import UserError
 from nanochat.conversation import render
 from nanochat.dataset import RowGroups
-from nanochat.distributed import Dist, warn0
+from nanochat.distributed import Dist, warn0, warn_of_rank
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Step
 
@@ -50,6 +50,7 @@ TEXTS_PER_CALL = 128  # documents tokenized per call: keeps all threads busy wit
 #   T = 2048                  21 %     14 %       8 %
 #   T = 512                   74 %     72 %      50 %
 MIN_DOCUMENTS_IN_BUFFER = 1000
+STALL_SECONDS = 60  # of waiting for data before a warning: a shared disk may take seconds (heuristic, not tuned)
 MIN_CONVERSATIONS_IN_BUFFER = 256  # heuristic, not tuned
 
 
@@ -175,6 +176,11 @@ class PretrainLoader:
     def describe_position(self) -> str:
         shard, row_group, epoch = self.position()
         return f"shard {shard}, row group {row_group}, epoch {epoch}"
+
+    def reading(self) -> str:
+        """The file and row group that is read now, or next."""
+        shard, row_group = self.row_groups.locate(self.row_group % len(self.row_groups))
+        return f"{self.row_groups.shards[shard]}, row group {row_group}"
 
     def warn_of_second_epoch(self, text: str, step: int) -> None:
         """Warns when the second epoch starts. `text` names what the shards hold."""
@@ -316,6 +322,10 @@ class ConversationLoader:
             position = f"conversation {self.next_index}, {self.truncated} truncated to a row"
             yield Step(micro_batches, progress, num_rows * self.sequence_len, self.state(), position)
 
+    def reading(self) -> str:
+        """The conversation that is read now, or next."""
+        return f"conversation {self.next_index % max(1, len(self.conversations))} of {len(self.conversations)}"
+
     def batches(self) -> Iterator[Batch]:
         """Yields the batches of one pass that have a target on this rank, for evaluation."""
         for step in self.steps(accumulation=1):
@@ -416,10 +426,13 @@ def to_device(step: Step, device: torch.device) -> Step:
     return replace(step, micro_batches=micro_batches)
 
 
-def prefetch(steps: Iterator[Step], device: torch.device, ahead: int = 2) -> Iterator[Step]:
+def prefetch(
+    steps: Iterator[Step], device: torch.device, ahead: int = 2, reading: Callable[[], str] = lambda: "the data"
+) -> Iterator[Step]:
     """
     Yields the steps with their tensors on the device. A thread builds up to `ahead` of them while the current one is
     trained on, so that tokenizing and packing do not delay the GPU. An exception is raised at the step that failed.
+    Warns when training has to wait for long; `reading` returns the place in the data that the thread is at.
     """
 
     def build_next() -> Step | None:
@@ -429,8 +442,17 @@ def prefetch(steps: Iterator[Step], device: torch.device, ahead: int = 2) -> Ite
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
     try:
         pending = deque(executor.submit(build_next) for _ in range(ahead))
-        while (step := pending.popleft().result()) is not None:
+        while (step := _wait_for(pending.popleft(), reading)) is not None:
             pending.append(executor.submit(build_next))
             yield step
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def _wait_for(step: Future[Step | None], reading: Callable[[], str]) -> Step | None:
+    """The result of the thread; a warning every STALL_SECONDS until it is there."""
+    seconds = 0
+    while not wait([step], timeout=STALL_SECONDS).done:
+        seconds += STALL_SECONDS
+        warn_of_rank(f"training has waited {seconds} s for {reading()}")
+    return step.result()

@@ -7,6 +7,7 @@ data between the ranks: all of them have to call it, and in the same order.
 """
 
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,15 @@ class Dist:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def host(self) -> str:
+        return socket.gethostname()
+
+    @property
+    def name(self) -> str:
+        """Rank and host, for messages."""
+        return f"rank {self.rank} on {self.host}"
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place."""
@@ -88,3 +98,10 @@ def warn0(message: str) -> None:
     """Prints a warning to stderr, on rank 0 only; for code that has no Dist."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def warn_of_rank(message: str) -> None:
+    """Prints a warning about this rank to stderr; with several ranks, it starts with rank and host."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        message = f"rank {os.environ['RANK']} on {socket.gethostname()}: {message}"
+    print(f"warning: {message}", file=sys.stderr, flush=True)

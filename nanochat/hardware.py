@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -154,6 +155,33 @@ def describe(device: torch.device) -> str:
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     return f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}"
+
+
+# Reasons for a GPU to lower its clock, bits of NVML's nvmlClocksEventReasons. Idling is not among them.
+THROTTLE_REASONS = {
+    0x04: "power cap",
+    0x08: "hardware slowdown",
+    0x20: "heat",
+    0x40: "heat (hardware limit)",
+    0x80: "power brake",
+}
+
+
+def gpu_health(device: torch.device) -> str:
+    """Clock, temperature and reasons to slow down of a GPU, by nvidia-smi; empty if it cannot be asked."""
+    if device.type != "cuda" or not shutil.which("nvidia-smi"):
+        return ""
+    fields = "clocks.sm,clocks.max.sm,temperature.gpu,clocks_event_reasons.active"
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        clock, max_clock, temperature, reasons = (field.strip() for field in answer.split(","))
+        active = [name for bit, name in THROTTLE_REASONS.items() if int(reasons, 16) & bit]
+    except (OSError, subprocess.SubprocessError, ValueError):  # an old driver does not know all fields
+        return ""
+    slowed = f", slowed down by {' and '.join(active)}" if active else ""
+    return f"{clock} of {max_clock} MHz, {temperature} °C{slowed}"
 
 
 def synchronize(device: torch.device) -> None:

@@ -214,6 +214,7 @@ class MixtureLoader:
         # Rows per source so far. Rank r starts r rows later in the sequence of sources. Otherwise, with one row per
         # rank, all rows of a step would be from the same source.
         self.rows = [0] * len(sources)
+        self._source = 0  # of the last row
         for _ in range(dist.rank):
             self._count_row()
         if len(states) == dist.world_size:
@@ -247,8 +248,13 @@ class MixtureLoader:
             state |= {f"{i}.{key}": value for key, value in loader.state().items()}
         return state
 
+    def reading(self) -> str:
+        """The file and row group that is read now, or next."""
+        return self.loaders[self._source].reading()
+
     def _pack(self, row: np.ndarray) -> None:
-        self.loaders[self._count_row()].pack(row)
+        self._source = self._count_row()
+        self.loaders[self._source].pack(row)
 
     def _count_row(self) -> int:
         """Counts the next row and returns its source."""

@@ -151,6 +151,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 group["momentum"] = schedule.muon_momentum
                 group["decay"] = group["initial_decay"] * schedule.decay_multiplier
 
+    def params(self) -> list[torch.Tensor]:
+        """All parameters that this optimizer updates."""
+        return [p for group in self.param_groups for p in group["params"]]
+
     def learning_rates(self) -> dict[str, float]:
         """The learning rates of the next step by group, for the log; Muon's groups share one."""
         return {group["name"]: group["lr"] for group in self.param_groups}

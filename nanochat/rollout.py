@@ -26,7 +26,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -222,8 +222,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 # ---- rollouts → micro-batches ----
 
 
-@dataclass(frozen=True)
-class RolloutBatch:
+class RolloutBatch(NamedTuple):
     """A micro-batch: rollouts of similar length, padded on the right. Only the sampled tokens are trained."""
 
     idx_BT: torch.Tensor

@@ -59,6 +59,7 @@ class RunFlags:
     activation_checkpointing: bool = flag(
         False, "compute each layer again in the backward pass: a fraction of the memory, about a third more time"
     )
+    skip_bad_steps: int = flag(0, "steps to leave out, at most, because their loss or gradient norm is not finite")
     run: str = flag("", "name of the run in the tracker; empty = console and metrics file only")
     tracker: str = flag("", "wandb | trackio | mlflow, with --run; default: wandb")
     plan: bool = flag(False, "print what the run needs (memory, time, cost) and exit, without reading data or weights")
@@ -246,6 +247,7 @@ class Run:
             scales_loss=self.dtype == torch.float16,
             last_saved=lambda: self.writer.last_saved,
             after_step=self._decide_on_compiling,
+            skip_bad_steps=self.flags.skip_bad_steps,
         )
         self.start = time.perf_counter()
         try:

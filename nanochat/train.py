@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from nanochat.common import UserError
 from nanochat.distributed import Dist
+from nanochat.guards import CHECK_EVERY, Guards
 from nanochat.muon import MuonAdamW
 from nanochat.recipe import Schedule
 
@@ -38,7 +38,7 @@ LossFunction = Callable[[torch.nn.Module, Any], torch.Tensor]
 class Step:
     """The data of one optimizer step."""
 
-    micro_batches: list[Any]  # of this rank
+    micro_batches: list[Any]  # of this rank; the first item of each is its input tokens, (B, T)
     progress: float  # share of the run done before this step, in [0, 1)
     # Tokens over all ranks: all that the model computes, padding included; in reinforcement learning only the sampled
     # tokens that are trained on. 0 = nothing to learn: the step counts, but no weight changes.
@@ -58,6 +58,7 @@ class TrainState:
     tokens: int = 0  # trained on in these seconds
     loss_scale: float = 2.0**16  # float16 only
     good_steps: int = 0  # float16 only: steps since the last overflow
+    skipped_steps: int = 0  # because their loss or gradient was not finite
     data_state: dict[str, Any] = field(default_factory=dict)  # of the last Step
     total_tokens: int = 0  # trained on since the first step, for the log
     elapsed: float = 0.0  # seconds since training started, evaluations and samples included, pauses excluded
@@ -65,7 +66,8 @@ class TrainState:
     @property
     def smooth_loss(self) -> float:
         """The moving average of the loss, without the bias of its start at 0 (as Adam corrects its moments)."""
-        return self.loss_ema / (1 - LOSS_EMA_BETA**self.step) if self.step else math.nan
+        num_losses = self.step - self.skipped_steps
+        return self.loss_ema / (1 - LOSS_EMA_BETA**num_losses) if num_losses else math.nan
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers. The state of the data differs between the ranks and is saved separately."""
@@ -100,6 +102,7 @@ class Trainer:
     scales_loss: bool = False  # dynamic loss scaling, for float16
     last_saved: Callable[[], str] = lambda: "no checkpoint"  # for error messages
     after_step: Callable[[Step, float], None] = lambda step, seconds: None  # before the hooks; may replace the model
+    skip_bad_steps: int = 0  # steps without a finite loss and gradient that may be skipped in the whole run
     start_time: float = field(default=0.0, init=False)  # on time.perf_counter, see fit
 
     def fit(self, steps: Iterable[Step], loss_fn: LossFunction, schedule: Schedule, hooks: list[Hook]) -> TrainState:
@@ -108,6 +111,7 @@ class Trainer:
         then it runs the hooks with when_stopped and raises Stopped. UserError when loss or gradient are not finite.
         """
         state = self.state
+        self.guards = Guards(self.dist, self.skip_bad_steps, self.last_saved)
         first_step = state.step
         self.start_time = time.perf_counter() - state.elapsed  # as if a resumed run had never paused
         just_run: list[Hook] = []
@@ -120,6 +124,9 @@ class Trainer:
                 if state.step - first_step > UNTIMED_STEPS:
                     state.seconds += seconds
                     state.tokens += step.num_tokens
+                    self.guards.note_time(sum(micro_batch[0].numel() for micro_batch in step.micro_batches))
+                if state.step == first_step + 1 or state.step % CHECK_EVERY == 0:
+                    self.guards.check_ranks(self.optimizer.params(), state.step)
                 state.total_tokens += step.num_tokens
                 self._log(metrics | step.metrics | {"train/tokens_per_second": step.num_tokens / seconds})
                 self.after_step(step, seconds)
@@ -147,24 +154,41 @@ class Trainer:
             can_step = self._unscale_gradients()
         square_norm = optimizer.reduce_gradients() if can_step else torch.zeros_like(loss)
 
-        # The only host-device synchronization of a step (float16 has one more). It comes before the optimizer,
-        # so that a loss that is not finite never reaches the weights.
+        # The only host-device synchronization of a step (float16 has one more, and every 100 steps guards.py has two).
+        # It comes before the optimizer, so that a loss that is not finite never reaches the weights.
         numbers = torch.stack([loss, square_norm, torch.full_like(loss, float(stopping))])
         loss_value, square_norm_value, num_stopping = self.dist.sum(numbers).tolist()
         grad_norm = math.sqrt(square_norm_value)
-        for name, value in (("loss", loss_value), ("gradient norm", grad_norm)):
-            if not math.isfinite(value):
-                where = f"step {state.step} (data: {step.position})"
-                raise UserError(f"the {name} is {value} at {where}; last checkpoint: {self.last_saved()}")
-
-        if can_step:
+        is_good = self._is_good(step, loss, loss_value, grad_norm)
+        if is_good:
+            state.loss_ema = LOSS_EMA_BETA * state.loss_ema + (1 - LOSS_EMA_BETA) * loss_value
+        else:
+            state.skipped_steps += 1
+        if is_good and can_step:
             optimizer.step()
+        optimizer.pending.clear()
         optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        state.loss_ema = LOSS_EMA_BETA * state.loss_ema + (1 - LOSS_EMA_BETA) * loss_value
         state.data_state = step.data_state
+        metrics = {"train/skipped_steps": float(state.skipped_steps)}
+        if is_good:
+            metrics = {"train/loss": state.smooth_loss, "train/grad_norm": grad_norm}
         rates = {f"lr/{name}": lr for name, lr in optimizer.learning_rates().items()}
-        return {"train/loss": state.smooth_loss, "train/grad_norm": grad_norm} | rates, num_stopping > 0
+        return metrics | rates, num_stopping > 0
+
+    def _is_good(self, step: Step, own_loss: torch.Tensor, loss: float, grad_norm: float) -> bool:
+        """
+        Whether loss and gradient norm, which are those over all ranks, are finite. False: this step may be skipped.
+        UserError if it may not. The arguments are equal on all ranks but for own_loss, and so is the decision.
+        """
+        where = f"step {self.state.step} (data: {step.position})"
+        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+            if not math.isfinite(value):
+                problem = f"the {name} is {value}"
+                self.guards.skip_or_stop(problem, where, own_loss.item(), self.state.skipped_steps)
+                return False
+        self.guards.check_loss(loss, where)
+        return True
 
     def _accumulate(self, micro_batches: list[Any], loss_fn: LossFunction) -> torch.Tensor:
         """
@@ -175,12 +199,14 @@ class Trainer:
         memory for two sets of gradients.
         """
         total = torch.zeros((), device=self.dist.device)
+        self.guards.stopwatch.start()
         for micro_batch in micro_batches:
             loss = loss_fn(self.model, micro_batch)
             total += loss.detach()
             if self.scales_loss:
                 loss = loss * self.state.loss_scale
             loss.backward()
+        self.guards.stopwatch.stop()
         return total
 
     def _unscale_gradients(self) -> bool:
@@ -190,8 +216,7 @@ class Trainer:
         look at the other ranks.
         """
         state = self.state
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        grads = [p.grad for p in params if p.grad is not None]
+        grads = [p.grad for p in self.optimizer.params() if p.grad is not None]
         if grads:  # a rank may have no supervised tokens in a step
             torch._foreach_mul_(grads, 1 / state.loss_scale)
         overflow = self.dist.any_rank(not all(bool(torch.isfinite(grad).all()) for grad in grads))

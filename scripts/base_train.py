@@ -85,7 +85,8 @@ def pretrain(flags: Flags, dist: Dist) -> None:
         loader = mixture.create_loader(
             tokenizer, sources, batch_size=B, sequence_len=T, dist=dist, states=run.data_states
         )
-        steps = prefetch(loader.steps(accumulation, plan.num_iterations, run.state.step), dist.device)
+        steps = loader.steps(accumulation, plan.num_iterations, run.state.step)
+        steps = prefetch(steps, dist.device, reading=loader.reading)
         run.open_log(plan.num_iterations)
         dist.print0(
             f"{tag}: {param_counts(plan.model)['total']:,} parameters, {plan.num_iterations} steps of "

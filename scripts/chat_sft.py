@@ -113,7 +113,7 @@ def finetune_on(dist: Dist, stage: str, source_stage: str, flags: FinetuneFlags)
         loader = ConversationLoader(
             tokenizer, train_data, batch_size=B, sequence_len=T, dist=dist, states=run.data_states
         )
-        steps = prefetch(loader.steps(accumulation, flags.num_iterations), dist.device)
+        steps = prefetch(loader.steps(accumulation, flags.num_iterations), dist.device, reading=loader.reading)
         run.open_log(max(flags.num_iterations, 0))
         if dist.is_main:
             rows = recipe.explain_groups(groups, inherited, source.config.n_embd, flags.init_lr_frac)

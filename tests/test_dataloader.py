@@ -4,6 +4,7 @@ Data loaders: golden batches, packing against a linear scan, exact resume, ranks
     python -m pytest tests/test_dataloader.py
 """
 
+import re
 import threading
 import time
 from collections import Counter
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import golden
-from factories import wait_until
+from factories import wait_until, write_shard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -590,6 +591,29 @@ def test_prefetch_builds_a_bounded_number_of_steps_ahead():
     time.sleep(0.05)
     assert len(built) == 4
     steps.close()
+
+
+def test_prefetch_warns_of_a_source_that_stalls_and_names_the_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dataloader, "STALL_SECONDS", 0.01)
+    shard = write_shard(tmp_path / "shard_00000.parquet", ["1 2 3"])
+    row_groups = RowGroups([shard])
+    loader = PretrainLoader(NumberTokenizer(), row_groups, batch_size=1, sequence_len=8, dist=Dist(CPU))
+    is_read, warned = row_groups.texts, threading.Event()
+
+    def slow_disk(index):
+        assert warned.wait(20)
+        return is_read(index)
+
+    loader._read = slow_disk
+
+    def reading():
+        warned.set()
+        return loader.reading()
+
+    steps = prefetch(loader.steps(1, 2), CPU, reading=reading)
+    assert next(steps).num_tokens == 8
+    steps.close()
+    assert re.search(rf"warning: training has waited .* s for {shard}, row group 0\n", capsys.readouterr().err)
 
 
 def test_prefetch_closed_ends_its_thread():

@@ -7,6 +7,7 @@ Distributed training: two processes over gloo train like one with twice the accu
 import contextlib
 import os
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from nanochat import distributed
 from nanochat.common import UserError
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.guards import Guards
 from nanochat.muon import SHARD_MIN_NUMEL, StepSchedule, build_optimizer
 from nanochat.recipe import param_groups
 from nanochat.train import Step, Trainer, TrainState, token_loss
@@ -22,6 +24,7 @@ from nanochat.train import Step, Trainer, TrainState, token_loss
 pytestmark = pytest.mark.slow  # the fixture starts two processes
 
 WORLD_SIZE, NUM_STEPS = 2, 3
+STEADY = StepSchedule(0.1, 0.9)
 V, T, ROWS = 256, 48, 4  # vocabulary, tokens per row, rows per optimizer step
 
 
@@ -73,6 +76,38 @@ def report(dist, restore_from=None):
     return {"weights": weights, "state": optimizer.full_state()} | metrics
 
 
+def report_bad_step(dist, skip_bad_steps):
+    """The first loss is not finite on the last rank only: (optimizer steps, skipped steps, error) of this rank."""
+    model, optimizer = make(dist)
+    state = TrainState()
+
+    def loss_fn(model, micro_batch):
+        is_bad = state.step == 0 and dist.rank == dist.world_size - 1
+        return token_loss(model, micro_batch) * (float("nan") if is_bad else 1.0)
+
+    trainer = Trainer(model, optimizer, state, dist, log=lambda state, metrics: None, skip_bad_steps=skip_bad_steps)
+    data = [replace(step, position=f"text {dist.rank}") for step in steps(dist, 0, 2)]
+    error = ""
+    try:
+        trainer.fit(data, loss_fn, lambda step, progress: STEADY, [])
+    except UserError as caught:
+        error = str(caught)
+    return [optimizer.num_steps, state.skipped_steps, error]
+
+
+def report_drift(dist):
+    """One bit of one weight differs on the last rank: the error."""
+    model, optimizer = make(dist)
+    guards = Guards(dist, 0, lambda: "")
+    guards.check_ranks(optimizer.params(), 1)
+    if dist.rank == dist.world_size - 1:
+        model.lm_head.weight.data.view(torch.int32)[3, 5] ^= 1
+    try:
+        guards.check_ranks(optimizer.params(), 2)
+    except UserError as error:
+        return str(error)
+
+
 def worker(rank, port, folder):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -87,6 +122,9 @@ def worker(rank, port, folder):
             "gather": dist.gather({"rank": rank}),
             "trained": report(dist),
             "restored": report(dist, torch.load(folder / "one.pt", weights_only=True)),
+            "skipped": report_bad_step(dist, skip_bad_steps=1),
+            "stopped": report_bad_step(dist, skip_bad_steps=0),
+            "drifted": report_drift(dist),
         }
     torch.save(result, folder / f"rank{rank}.pt")
 
@@ -138,6 +176,27 @@ def test_full_state_of_one_rank_loads_on_two(results):
         assert_close(rank["restored"]["weights"], second["weights"])
         assert rank["restored"]["losses"] == pytest.approx(second["losses"], rel=1e-5)
     assert_close(ranks[0]["restored"]["state"], second["state"])
+
+
+def test_all_ranks_skip_a_step_that_is_bad_on_one_of_them(results):
+    *_, ranks = results
+    assert [rank["skipped"] for rank in ranks] == [[1, 1, ""]] * WORLD_SIZE
+
+
+def test_all_ranks_stop_and_name_the_rank_with_the_bad_batch(results):
+    *_, ranks = results
+    for rank in ranks:
+        num_steps, _, error = rank["stopped"]
+        assert num_steps == 0
+        assert f"the loss is nan at step 0 (data: text 1), rank 1 on {socket.gethostname()};" in error
+        assert "text 0" not in error and "--skip-bad-steps" in error
+
+
+def test_ranks_with_different_weights_stop_and_are_named(results):
+    *_, ranks = results
+    for rank in ranks:  # of two ranks none is in the majority
+        for part in ("after step 2", "rank 0 on", "rank 1 on", socket.gethostname()):
+            assert part in rank["drifted"]
 
 
 def test_collectives_agree_on_all_ranks(results):

@@ -255,6 +255,37 @@ def test_gradient_that_is_not_finite_raises_before_the_optimizer_step():
     assert torch.equal(weights(model), before)
 
 
+def test_bad_step_is_skipped_and_the_run_goes_on_without_it():
+    """Its weights and its smoothed loss are those of a run that never had this step."""
+    results = []
+    for bad_step in (None, 1):
+        model, optimizer = make()
+        state, logged = TrainState(), []
+
+        def loss_fn(model, batch, state=state, bad_step=bad_step):
+            return token_loss(model, batch) * (math.inf if state.step == bad_step else 1.0)
+
+        data = [step for i, step in enumerate(steps(4)) if bad_step or i != 1]
+        schedule = StepSchedule(0.5, 0.9)
+        trainer = Trainer(
+            model, optimizer, state, CPU, log=lambda state, m, logged=logged: logged.append(m), skip_bad_steps=1
+        )
+        trainer.fit(data, loss_fn, lambda step, progress, schedule=schedule: schedule, [])
+        results.append((weights(model), state.smooth_loss, state.skipped_steps, optimizer.num_steps, logged))
+    without, skipped = results
+    assert torch.equal(without[0], skipped[0]) and skipped[1] == pytest.approx(without[1])
+    assert without[2:4] == (0, 3) and skipped[2:4] == (1, 3)
+    assert skipped[4][1]["train/skipped_steps"] == 1 and "train/loss" not in skipped[4][1]
+
+
+def test_more_bad_steps_than_allowed_end_the_run():
+    model, optimizer = make()
+    state = TrainState()
+    with pytest.raises(UserError, match=r"step 2 \(data: rows 2\).*2 bad steps were skipped before"):
+        run(model, optimizer, steps(4), state, loss_fn=lambda m, b: token_loss(m, b) * math.nan, skip_bad_steps=2)
+    assert (state.step, state.skipped_steps) == (2, 2)
+
+
 def test_gradient_norm_and_learning_rates_are_logged():
     model, optimizer = make()
     logged = []
