@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
-from nanochat.cli import command, flag
+from nanochat.cli import COUNT_OR_DEFAULT, command, flag
 from nanochat.common import UserError, base_dir
 
 PUBLIC_REPO = "karpathy/climbmix-400b-shuffle"  # https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle
@@ -229,7 +229,9 @@ def _may_have_text(row_group: pq.RowGroupMetaData, column: int) -> bool:
 
 @dataclass(frozen=True)
 class Flags:
-    num_files: int = flag(170, "training shards of about 100 MB, -1 = all; plus the validation shard", short="-n")
+    num_files: int = flag(
+        170, "training shards of about 100 MB, -1 = all; plus the validation shard", COUNT_OR_DEFAULT, short="-n"
+    )
     num_workers: int = flag(4, "parallel downloads", short="-w", choices=(1, 2, 4, 8, 16, 32))
     data_dir: str = flag("", "folder to download to; default $NANOCHAT_DATA_DIR, else under $NANOCHAT_BASE_DIR")
 

@@ -22,7 +22,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from nanochat.cli import flag, require_positive
+from nanochat.cli import (
+    COUNT,
+    COUNT_OR_AUTO,
+    COUNT_OR_DEFAULT,
+    DEPTH,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    Range,
+    flag,
+)
 from nanochat.common import UserError, human
 from nanochat.costs import flops_per_token, param_counts
 from nanochat.gpt import PORTABLE, GPTConfig
@@ -58,27 +68,47 @@ class Hyperparameters:
 class RecipeFlags:
     """The flags of pretraining that decide the recipe. Their defaults stand here and nowhere else."""
 
-    depth: int = flag(20, "transformer layers; width, batch, steps and learning rates follow (nanochat/recipe.py)")
-    aspect_ratio: int = flag(64, "channels of width per layer")
-    head_dim: int = flag(128, "channels per attention head")
-    max_seq_len: int = flag(2048, "tokens of context")
+    depth: int = flag(
+        20, "transformer layers; width, batch, steps and learning rates follow (nanochat/recipe.py)", DEPTH
+    )
+    aspect_ratio: int = flag(64, "channels of width per layer", COUNT)
+    head_dim: int = flag(128, "channels per attention head", Range(16))
+    max_seq_len: int = flag(2048, "tokens of context", COUNT)
     window_pattern: str = flag("SSSL", "a letter per layer, repeated: S sees 1/4 of the context, L all; last layer: L")
     portable: bool = flag(False, "only standard parts, which other programs support; see also tok_train --portable")
-    num_iterations: int = flag(-1, "optimizer steps; -1 = from --target-flops, else from --target-param-data-ratio")
-    target_flops: float = flag(-1.0, "training FLOPs to spend; -1 = from --target-param-data-ratio")
-    target_param_data_ratio: float = flag(12.0, "training tokens / parameters (of block matrices and lm_head)")
-    device_batch_size: int = flag(-1, "sequences per GPU and pass; auto = as many as fit into memory", auto=True)
-    total_batch_size: int = flag(-1, "tokens per optimizer step over all GPUs; -1 = from the training tokens")
-    embedding_lr: float = flag(Hyperparameters.embedding_lr, "learning rate of the embeddings at batch 2^19, width 768")
-    unembedding_lr: float = flag(Hyperparameters.unembedding_lr, "learning rate of lm_head at batch 2^19, width 768")
-    matrix_lr: float = flag(Hyperparameters.matrix_lr, "learning rate of the block matrices (Muon), at batch 2^19")
-    scalar_lr: float = flag(
-        Hyperparameters.scalar_lr, "learning rate of x0_lambdas at batch 2^19; resid_lambdas use 1/100 of it"
+    num_iterations: int = flag(
+        -1, "optimizer steps; -1 = from --target-flops, else from --target-param-data-ratio", COUNT_OR_DEFAULT
     )
-    weight_decay: float = flag(0.28, "Muon's weight decay at depth 12; scaled with batch and number of training tokens")
-    warmup_steps: int = flag(40, "steps of linear learning-rate warm-up")
-    warmdown_ratio: float = flag(0.65, "share of the run, at its end, in which the learning rate falls linearly")
-    final_lr_frac: float = flag(0.05, "learning rate at the end, as a share of the full one")
+    target_flops: float = flag(
+        -1.0, "training FLOPs to spend; -1 = from --target-param-data-ratio", Range(0, above=True, default=True)
+    )
+    target_param_data_ratio: float = flag(
+        12.0, "training tokens / parameters (of block matrices and lm_head)", POSITIVE
+    )
+    device_batch_size: int = flag(-1, "sequences per GPU and pass; auto = as many as fit into memory", COUNT_OR_AUTO)
+    total_batch_size: int = flag(
+        -1, "tokens per optimizer step over all GPUs; -1 = from the training tokens", COUNT_OR_DEFAULT
+    )
+    embedding_lr: float = flag(
+        Hyperparameters.embedding_lr, "learning rate of the embeddings at batch 2^19, width 768", NOT_NEGATIVE
+    )
+    unembedding_lr: float = flag(
+        Hyperparameters.unembedding_lr, "learning rate of lm_head at batch 2^19, width 768", NOT_NEGATIVE
+    )
+    matrix_lr: float = flag(
+        Hyperparameters.matrix_lr, "learning rate of the block matrices (Muon), at batch 2^19", NOT_NEGATIVE
+    )
+    scalar_lr: float = flag(
+        Hyperparameters.scalar_lr,
+        "learning rate of x0_lambdas at batch 2^19; resid_lambdas use 1/100 of it",
+        NOT_NEGATIVE,
+    )
+    weight_decay: float = flag(
+        0.28, "Muon's weight decay at depth 12; scaled with batch and number of training tokens", NOT_NEGATIVE
+    )
+    warmup_steps: int = flag(40, "steps of linear learning-rate warm-up", NOT_NEGATIVE)
+    warmdown_ratio: float = flag(0.65, "share of the run, at its end, in which the learning rate falls linearly", SHARE)
+    final_lr_frac: float = flag(0.05, "learning rate at the end, as a share of the full one", SHARE)
 
 
 @dataclass(frozen=True)
@@ -107,9 +137,6 @@ def derive(flags: RecipeFlags, vocab_size: int) -> Recipe:
     Returns the recipe that the flags ask for. A given number of steps or FLOPs determines the horizon; batch size and
     weight decay follow from the horizon. UserError names the flag that makes the recipe impossible.
     """
-    require_positive(flags, "num_iterations", "total_batch_size", "device_batch_size", or_default=True)
-    if flags.target_param_data_ratio <= 0:
-        raise UserError(f"--target-param-data-ratio {flags.target_param_data_ratio}: must be above 0")
     config = model_config(flags, vocab_size)
     flops = flops_per_token(config)
     reference_horizon = reference_horizon_of(flags, vocab_size)
@@ -145,10 +172,8 @@ def model_config(flags: RecipeFlags, vocab_size: int) -> GPTConfig:
     The model that the flags ask for. A portable one has only parts that other programs implement (gpt.PORTABLE), and
     full windows whatever the pattern.
     """
-    require_positive(flags, "depth", "aspect_ratio", "max_seq_len")
-    # Even, because rotary rotates pairs. A model has at least one head, and its value gates read 12 channels.
-    if flags.head_dim < 16 or flags.head_dim % 2:
-        raise UserError(f"--head-dim {flags.head_dim}: must be even and at least 16")
+    if flags.head_dim % 2:
+        raise UserError(f"--head-dim {flags.head_dim}: must be even, as rotary embeddings rotate pairs")
     n_head = math.ceil(flags.depth * flags.aspect_ratio / flags.head_dim)
     config = GPTConfig(
         sequence_len=flags.max_seq_len,
@@ -200,8 +225,6 @@ def accumulation_steps(total_batch_size: int, device_batch_size: int, sequence_l
     Micro-batches per rank and optimizer step. UserError when that is not a whole number; it names the nearest batch
     sizes that work.
     """
-    if device_batch_size < 1 or total_batch_size < 1:
-        raise UserError("--device-batch-size and --total-batch-size must be at least 1")
     tokens_per_pass = device_batch_size * sequence_len * world_size
     if total_batch_size % tokens_per_pass == 0:
         return total_batch_size // tokens_per_pass

@@ -31,7 +31,7 @@ from nanochat.checkpoint_manager import (
     provisional,
     run_lock,
 )
-from nanochat.cli import Restart, flag
+from nanochat.cli import COUNT_OR_DEFAULT, INTERVAL, Restart, flag
 from nanochat.common import UserError, duration, seed_everything
 from nanochat.costs import TrainingSetup, flops_per_token, training_memory
 from nanochat.distributed import Dist, warn0
@@ -52,8 +52,8 @@ class RunFlags:
     """The flags that all training stages share."""
 
     model_tag: str = flag("", "name of the run's checkpoints; default: d<depth>, in later stages the source's tag")
-    save_every: int = flag(-1, "steps between checkpoints; 0 or -1 = only one, at the end")
-    keep_last: int = flag(-1, "checkpoints to keep; -1 = all")
+    save_every: int = flag(-1, "steps between checkpoints; 0 or -1 = only one, at the end", INTERVAL)
+    keep_last: int = flag(-1, "checkpoints to keep; -1 = all", COUNT_OR_DEFAULT)
     resume: bool = flag(False, "continue from the newest intact checkpoint of this tag, if there is one")
     device: str = flag("auto", "cuda | mps | cpu | auto")
     activation_checkpointing: bool = flag(

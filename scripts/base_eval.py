@@ -13,7 +13,7 @@ from typing import Any
 
 from nanochat import checkpoint_manager, distributed, hardware, mixture
 from nanochat.checkpoint_manager import Checkpoint
-from nanochat.cli import command, flag, require_positive
+from nanochat.cli import COUNT, COUNT_OR_DEFAULT, STEP, command, flag
 from nanochat.common import UserError, base_dir, duration
 from nanochat.distributed import Dist
 from nanochat.engine import Engine, Request, sample_prompts
@@ -35,10 +35,12 @@ class Flags:
     eval: str = flag("bpb,sample", "comma-separated evaluations: core, bpb = bits per byte, sample = samples")
     source: str = flag("base", "stage of the model", short="-i", choices=("base", "mid", "sft", "rl"))
     model_tag: str = flag("", "name of the checkpoints; default: the one written last", short="-g")
-    step: int = flag(-1, "step of the checkpoint; -1 = the newest", short="-s")
-    device_batch_size: int = flag(-1, "rows per forward pass and rank, for bits per byte; -1 = as in training")
-    split_tokens: int = flag(40 * 524288, "tokens per split for bits per byte, over all ranks")
-    max_per_task: int = flag(-1, "items of each CORE task, always the same ones; -1 = all")
+    step: int = flag(-1, "step of the checkpoint; -1 = the newest", STEP, short="-s")
+    device_batch_size: int = flag(
+        -1, "rows per forward pass and rank, for bits per byte; -1 = as in training", COUNT_OR_DEFAULT
+    )
+    split_tokens: int = flag(40 * 524288, "tokens per split for bits per byte, over all ranks", COUNT)
+    max_per_task: int = flag(-1, "items of each CORE task, always the same ones; -1 = all", COUNT_OR_DEFAULT)
     eval_bundle: str = flag("", "folder of CORE's tasks; default: $NANOCHAT_EVAL_BUNDLE, else downloaded")
     data_dir: str = flag("", "folder of shards or mixture; default: $NANOCHAT_DATA_DIR, else the public shards")
     device: str = flag("auto", "cuda | mps | cpu | auto")
@@ -101,8 +103,6 @@ def check(flags: Flags) -> None:
     for name in flags.eval.split(","):
         if name not in EVALUATIONS:
             raise UserError(f"--eval {name}: choose among {', '.join(EVALUATIONS)}")
-    require_positive(flags, "device_batch_size", "max_per_task", or_default=True)
-    require_positive(flags, "split_tokens")
 
 
 def describe(flags: Flags, checkpoint: Checkpoint) -> dict[str, Any]:

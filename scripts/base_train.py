@@ -12,7 +12,7 @@ from functools import partial
 
 from nanochat import attention, distributed, fp8, hardware, mixture, planner, recipe
 from nanochat.checkpoint_manager import CheckpointReader
-from nanochat.cli import command, flag
+from nanochat.cli import COUNT, INTERVAL, NOT_NEGATIVE, SEED, command, flag
 from nanochat.common import UserError, duration
 from nanochat.costs import TrainingSetup, param_counts
 from nanochat.dataloader import prefetch
@@ -28,15 +28,17 @@ from nanochat.train import Hook, TrainState, token_loss
 @dataclass(frozen=True)
 class Flags(RunFlags, recipe.RecipeFlags):
     data_dir: str = flag("", "folder of shards, or mixture: climbmix=0.8,cosmopedia=0.2; default $NANOCHAT_DATA_DIR")
-    eval_every: int = flag(250, "steps between validations; 0 = only at the end, -1 = never")
-    eval_tokens: int = flag(80 * 524288, "validation tokens over all GPUs; the default is 80 x 2^19")
-    sample_every: int = flag(500, "steps between samples; 0 = only at the end, -1 = never")
+    eval_every: int = flag(250, "steps between validations; 0 = only at the end, -1 = never", INTERVAL)
+    eval_tokens: int = flag(80 * 524288, "validation tokens over all GPUs; the default is 80 x 2^19", COUNT)
+    sample_every: int = flag(500, "steps between samples; 0 = only at the end, -1 = never", INTERVAL)
     compile: bool = flag(True, "use torch.compile, if the machine can and the run is long enough to save time")
     attention: str = flag("auto", f"auto (the fastest) or a kernel of attention.py: {', '.join(attention.LOADERS)}")
     fp8: bool = flag(False, "train the large matrices in FP8 (GPUs from Ada and Hopper on); evaluation is not affected")
-    seed: int = flag(42, "seed of initial weights and samples")
-    hours: float = flag(0.0, "choose the largest --depth that this machine (or that of --for) trains in this time")
-    budget: float = flag(0.0, "choose the largest --depth that costs at most this many dollars; 0 = off")
+    seed: int = flag(42, "seed of initial weights and samples", SEED)
+    hours: float = flag(
+        0.0, "choose the largest --depth that this machine (or that of --for) trains in this time", NOT_NEGATIVE
+    )
+    budget: float = flag(0.0, "choose the largest --depth that costs at most this many dollars; 0 = off", NOT_NEGATIVE)
 
 
 @command  # main() reads the flags from the command line (nanochat/cli.py)
@@ -125,8 +127,6 @@ def pick_tokenizer(tag: str, resume: bool) -> Tokenizer:
 
 def choose_depth(flags: Flags) -> Flags:
     """Returns the flags with the depth that --hours or --budget allows."""
-    if flags.hours < 0 or flags.budget < 0:
-        raise UserError("--hours and --budget must be above 0")
     if flags.hours and flags.budget:
         raise UserError("--hours and --budget both choose the depth: give only one of them")
     if not flags.hours and not flags.budget:

@@ -10,7 +10,6 @@ In the chat, /help lists the commands; Ctrl-C stops a response, Ctrl-D quits.
 """
 
 import io
-import math
 import sys
 import threading
 from collections.abc import Generator, Iterable, Iterator
@@ -22,7 +21,7 @@ from rich.console import Console
 from nanochat import checkpoint_manager, hardware
 from nanochat.chat.session import ChatSession, format_tool_calls
 from nanochat.chat.terminal import LineEditor, can_redraw, interruptible, make_console, printable, show
-from nanochat.cli import command, flag
+from nanochat.cli import COUNT, NOT_NEGATIVE, SEED, STEP, command, flag
 from nanochat.common import UserError, base_dir
 from nanochat.engine import Engine, Request
 
@@ -39,20 +38,20 @@ Ctrl-C stops a response; the arrow keys bring back earlier messages."""
 class Flags:
     source: str = flag("sft", "stage of the model", short="-i", choices=("base", "mid", "sft", "rl"))
     model_tag: str = flag("", "name of the checkpoints; default: the one written last", short="-g")
-    step: int = flag(-1, "step of the checkpoint; -1 = the newest", short="-s")
+    step: int = flag(-1, "step of the checkpoint; -1 = the newest", STEP, short="-s")
     prompt: str = flag("", "print the response to this message, - for standard input, and quit", short="-p")
-    temperature: float = flag(0.6, "sampling temperature; 0 = greedy", short="-t")
-    top_k: int = flag(50, "sample among the k most likely tokens; 0 = among all", short="-k")
-    max_tokens: int = flag(512, "tokens per response", short="-m")
-    seed: int = flag(42, "seed of sampling")
-    speculate: int = flag(0, "tokens drafted per step where text repeats (4: 1.2 times as fast on a CPU); 0 = off")
+    temperature: float = flag(0.6, "sampling temperature; 0 = greedy", NOT_NEGATIVE, short="-t")
+    top_k: int = flag(50, "sample among the k most likely tokens; 0 = among all", NOT_NEGATIVE, short="-k")
+    max_tokens: int = flag(512, "tokens per response", COUNT, short="-m")
+    seed: int = flag(42, "seed of sampling", SEED)
+    speculate: int = flag(
+        0, "tokens drafted per step where text repeats (4: 1.2 times as fast on a CPU); 0 = off", NOT_NEGATIVE
+    )
     device: str = flag("auto", "cuda | mps | cpu | auto")
 
 
 @command
 def main(flags: Flags) -> None:
-    if not 0 <= flags.temperature < math.inf or flags.top_k < 0 or flags.max_tokens < 1:
-        raise UserError("--temperature and --top-k must be at least 0, --max-tokens at least 1")
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # characters that the encoding lacks must not end the program

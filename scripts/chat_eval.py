@@ -9,7 +9,6 @@ Evaluate a chat model on tasks, and compute ChatCORE, the mean over six of them 
 All questions, completions and grades are written to <base>/report/chat_eval/<model>/<task>.jsonl.
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 
 from nanochat import checkpoint_manager, distributed, hardware
 from nanochat.checkpoint_manager import Checkpoint
-from nanochat.cli import command, flag, require_positive
+from nanochat.cli import COUNT, COUNT_OR_DEFAULT, NOT_NEGATIVE, STEP, command, flag
 from nanochat.common import UserError, duration
 from nanochat.engine import Engine, Request, pays_to_compile
 from nanochat.eval.chat import CHATCORE, ChatScore, Sampling, evaluate_task
@@ -50,15 +49,15 @@ TASKS: dict[str, Callable[[], Task]] = {
 class Flags:
     source: str = flag("sft", "stage of the model", short="-i", choices=("base", "mid", "sft", "rl"))
     model_tag: str = flag("", "name of the checkpoints; default: the one written last", short="-g")
-    step: int = flag(-1, "step of the checkpoint; -1 = the newest", short="-s")
+    step: int = flag(-1, "step of the checkpoint; -1 = the newest", STEP, short="-s")
     task_name: str = flag("", f"comma-separated tasks; default: all of {', '.join(TASKS)}", short="-a")
-    max_problems: int = flag(-1, "questions per task; -1 = all", short="-x")
-    max_new_tokens: int = flag(256, "tokens per completion", short="-m")
-    temperature: float = flag(0.0, "sampling temperature of completions; 0 = greedy", short="-t")
-    top_k: int = flag(50, "sample among the k most likely tokens; 0 = among all", short="-k")
-    num_samples: int = flag(1, "completions per question", short="-n")
-    pass_k: str = flag("", "comma-separated k of pass@k; at most --num-samples")
-    batch_size: int = flag(32, "completions generated at a time", short="-b")
+    max_problems: int = flag(-1, "questions per task; -1 = all", COUNT_OR_DEFAULT, short="-x")
+    max_new_tokens: int = flag(256, "tokens per completion", COUNT, short="-m")
+    temperature: float = flag(0.0, "sampling temperature of completions; 0 = greedy", NOT_NEGATIVE, short="-t")
+    top_k: int = flag(50, "sample among the k most likely tokens; 0 = among all", NOT_NEGATIVE, short="-k")
+    num_samples: int = flag(1, "completions per question", COUNT, short="-n")
+    pass_k: tuple[int, ...] = flag((), "comma-separated k of pass@k; at most --num-samples", COUNT)
+    batch_size: int = flag(32, "completions generated at a time", COUNT, short="-b")
     device: str = flag("auto", "cuda | mps | cpu | auto")
 
 
@@ -67,7 +66,6 @@ def main(flags: Flags) -> dict[str, ChatScore]:
     """Evaluates; returns the scores by task."""
     check(flags)
     names = flags.task_name.split(",") if flags.task_name else list(TASKS)
-    pass_k = [int(k) for k in flags.pass_k.split(",")] if flags.pass_k else []
     with distributed.init(flags.device) as dist:
         trained = checkpoint_manager.find(flags.source, flags.model_tag, flags.step)
         dtype = hardware.pick_evaluation_dtype(dist.device, trained.meta.get("dtype", ""))
@@ -83,7 +81,7 @@ def main(flags: Flags) -> dict[str, ChatScore]:
         compile = pays_to_compile(num_completions, flags.max_new_tokens)
         engine = Engine(model, tokenizer, flags.batch_size, compile=compile)
         template = Request([], flags.max_new_tokens, flags.temperature, flags.top_k)
-        sampling = Sampling(template, flags.num_samples, pass_k)
+        sampling = Sampling(template, flags.num_samples, flags.pass_k)
         folder = record_folder(flags, checkpoint)
         scores = {}
         for name, task in tasks.items():
@@ -108,19 +106,13 @@ def check(flags: Flags) -> None:
     for name in flags.task_name.split(",") if flags.task_name else []:
         if name not in TASKS:
             raise UserError(f"unknown task {name!r}: choose among {', '.join(TASKS)}")
-    require_positive(flags, "batch_size", "max_new_tokens", "num_samples")
-    require_positive(flags, "max_problems", or_default=True)
-    if not 0 <= flags.temperature < math.inf or flags.top_k < 0:
-        raise UserError("--temperature and --top-k must be numbers of at least 0")
     if flags.num_samples > 1 and flags.temperature == 0:
         raise UserError(
             f"--num-samples {flags.num_samples}: greedy completions are all the same, add --temperature 0.8"
         )
-    for k in flags.pass_k.split(",") if flags.pass_k else []:
-        if not k.isdecimal() or not 1 <= int(k) <= flags.num_samples:
-            raise UserError(
-                f"--pass-k {flags.pass_k}: give numbers from 1 to --num-samples, which is {flags.num_samples}"
-            )
+    for k in flags.pass_k:
+        if k > flags.num_samples:
+            raise UserError(f"--pass-k {k}: must be at most --num-samples, which is {flags.num_samples}")
 
 
 def limits(flags: Flags) -> list[str]:

@@ -16,7 +16,18 @@ from dataclasses import asdict, dataclass, replace
 
 from nanochat import checkpoint_manager, distributed, hardware, planner, rollout
 from nanochat.checkpoint_manager import Checkpoint
-from nanochat.cli import command, flag, require_positive
+from nanochat.cli import (
+    COUNT,
+    COUNT_OR_DEFAULT,
+    INTERVAL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    STEP,
+    Range,
+    command,
+    flag,
+)
 from nanochat.common import UserError, human
 from nanochat.costs import Memory, TrainingSetup, param_counts, rl_memory
 from nanochat.engine import Engine, pays_to_compile, sample_greedily
@@ -50,25 +61,29 @@ REMEDY = "lower --rollout-batch-size or --device-batch-size, or use --activation
 class Flags(RunFlags):
     source: str = flag("sft", "stage to start from", short="-i", choices=("base", "mid", "sft", "rl"))
     base_tag: str = flag("", "tag of the checkpoint to start from; default: the one written last")
-    base_step: int = flag(-1, "step of the checkpoint to start from; -1 = the newest")
+    base_step: int = flag(-1, "step of the checkpoint to start from; -1 = the newest", STEP)
     task: str = flag("gsm8k", "questions to train on", choices=tuple(TASKS))
-    num_epochs: int = flag(1, "passes over the task's training questions")
-    num_iterations: int = flag(-1, "optimizer steps; -1 = as many as the epochs need")
-    examples_per_step: int = flag(16, "questions per batch of rollouts, over all ranks")
-    num_samples: int = flag(16, "completions sampled per question")
-    max_new_tokens: int = flag(256, "maximum tokens of a completion")
-    temperature: float = flag(1.0, "sampling temperature")
-    top_k: int = flag(50, "sample among the k most likely tokens; 0 = all tokens")
-    rollout_batch_size: int = flag(256, "completions sampled at a time per rank")
-    device_batch_size: int = flag(16, "completions per forward and backward pass and rank")
-    init_lr_frac: float = flag(0.05, "initial learning rates as a fraction of pretraining's")
-    updates_per_batch: int = flag(1, "optimizer steps on each batch of rollouts; more than 1 needs --clip-ratio")
-    clip_ratio: float = flag(0.0, "PPO's clipping of the probability ratio, such as 0.2; 0 = no ratio")
-    kl_coef: float = flag(0.0, "weight of the KL divergence from the model that the run starts from; 0 = none")
-    eval_every: int = flag(60, "optimizer steps between evaluations; 0 = only before and after, -1 = never")
-    eval_examples: int = flag(400, "test questions to evaluate on")
-    eval_samples: int = flag(8, "completions per test question: pass@1, pass@2, pass@4 … up to this")
-    save_every: int = flag(60, "optimizer steps between checkpoints, besides the last; 0 or -1 = only the last")
+    num_epochs: int = flag(1, "passes over the task's training questions", COUNT)
+    num_iterations: int = flag(-1, "optimizer steps; -1 = as many as the epochs need", COUNT_OR_DEFAULT)
+    examples_per_step: int = flag(16, "questions per batch of rollouts, over all ranks", COUNT)
+    num_samples: int = flag(16, "completions sampled per question, which are compared with each other", Range(2))
+    max_new_tokens: int = flag(256, "maximum tokens of a completion", COUNT)
+    temperature: float = flag(1.0, "sampling temperature", POSITIVE)
+    top_k: int = flag(50, "sample among the k most likely tokens; 0 = all tokens", NOT_NEGATIVE)
+    rollout_batch_size: int = flag(256, "completions sampled at a time per rank", COUNT)
+    device_batch_size: int = flag(16, "completions per forward and backward pass and rank", COUNT)
+    init_lr_frac: float = flag(0.05, "initial learning rates as a fraction of pretraining's", POSITIVE)
+    updates_per_batch: int = flag(1, "optimizer steps on each batch of rollouts; more than 1 needs --clip-ratio", COUNT)
+    clip_ratio: float = flag(0.0, "PPO's clipping of the probability ratio, such as 0.2; 0 = no ratio", SHARE)
+    kl_coef: float = flag(
+        0.0, "weight of the KL divergence from the model that the run starts from; 0 = none", NOT_NEGATIVE
+    )
+    eval_every: int = flag(60, "optimizer steps between evaluations; 0 = only before and after, -1 = never", INTERVAL)
+    eval_examples: int = flag(400, "test questions to evaluate on", COUNT)
+    eval_samples: int = flag(8, "completions per test question: pass@1, pass@2, pass@4 … up to this", COUNT)
+    save_every: int = flag(
+        60, "optimizer steps between checkpoints, besides the last; 0 or -1 = only the last", INTERVAL
+    )
 
 
 @command
@@ -169,18 +184,9 @@ def planned_memory(flags: Flags, config: GPTConfig, target: Target) -> Memory:
 
 
 def validate_flags(flags: Flags) -> None:
-    """UserError for values that are out of range or do not fit together."""
-    require_positive(flags, "num_epochs", "examples_per_step", "max_new_tokens", "rollout_batch_size")
-    require_positive(flags, "device_batch_size", "updates_per_batch", "eval_examples", "eval_samples")
-    require_positive(flags, "num_iterations", or_default=True)
-    if flags.num_samples < 2:
-        raise UserError(f"--num-samples {flags.num_samples}: must be at least 2, as completions are compared")
-    if not 0 < flags.temperature < math.inf or flags.top_k < 0 or flags.top_k == 1:
-        raise UserError(
-            "completions must differ to be compared: use --temperature above 0, and --top-k at least 2 or 0 (all)"
-        )
-    if not (0 <= flags.clip_ratio < 1 and 0 <= flags.kl_coef < math.inf and 0 < flags.init_lr_frac < math.inf):
-        raise UserError("--clip-ratio must be in [0, 1), --kl-coef at least 0, --init-lr-frac above 0")
+    """UserError for values that do not fit together."""
+    if flags.top_k == 1:
+        raise UserError("--top-k 1: completions must differ to be compared, use at least 2, or 0 for all tokens")
     if flags.updates_per_batch > 1 and not flags.clip_ratio:
         raise UserError("--updates-per-batch above 1 needs a limit on the change: give --clip-ratio, such as 0.2")
 

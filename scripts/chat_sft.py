@@ -17,7 +17,17 @@ from dataclasses import asdict, dataclass, replace
 
 from nanochat import checkpoint_manager, distributed, hardware, lora, planner, recipe
 from nanochat.checkpoint_manager import Checkpoint
-from nanochat.cli import command, flag, require_positive
+from nanochat.cli import (
+    COUNT,
+    COUNT_OR_AUTO,
+    COUNT_OR_DEFAULT,
+    INTERVAL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    STEP,
+    command,
+    flag,
+)
 from nanochat.common import UserError, human
 from nanochat.conversation import render_for_completion
 from nanochat.costs import TrainingSetup, flops_per_token
@@ -45,27 +55,29 @@ class FinetuneFlags(RunFlags):
     """The flags of the stages that train on conversations: this one and scripts/mid_train.py."""
 
     base_tag: str = flag("", "tag of the checkpoint to start from; default: the one written last")
-    base_step: int = flag(-1, "step of the checkpoint to start from; -1 = the newest")
-    smoltalk_epochs: int = flag(1, "times through SmolTalk; 0 = without")
-    mmlu_epochs: int = flag(3, "times through MMLU's auxiliary training questions; 0 = without")
-    gsm8k_epochs: int = flag(4, "times through GSM8K's training problems; 0 = without")
-    simplespelling_epochs: int = flag(1, "times through 200,000 words to spell; 0 = without")
-    spellingbee_epochs: int = flag(1, "times through 80,000 words with letters to count; 0 = without")
-    identity_epochs: int = flag(2, "times through the conversations about who the model is; 0 = without")
+    base_step: int = flag(-1, "step of the checkpoint to start from; -1 = the newest", STEP)
+    smoltalk_epochs: int = flag(1, "times through SmolTalk; 0 = without", NOT_NEGATIVE)
+    mmlu_epochs: int = flag(3, "times through MMLU's auxiliary training questions; 0 = without", NOT_NEGATIVE)
+    gsm8k_epochs: int = flag(4, "times through GSM8K's training problems; 0 = without", NOT_NEGATIVE)
+    simplespelling_epochs: int = flag(1, "times through 200,000 words to spell; 0 = without", NOT_NEGATIVE)
+    spellingbee_epochs: int = flag(1, "times through 80,000 words with letters to count; 0 = without", NOT_NEGATIVE)
+    identity_epochs: int = flag(2, "times through the conversations about who the model is; 0 = without", NOT_NEGATIVE)
     identity_file: str = flag("", "JSONL file of them instead of the built-in ones, an array of messages per line")
-    primer_epochs: int = flag(0, "times through the conversations of the embedded corpus; 0 = without")
-    num_iterations: int = flag(-1, "optimizer steps; -1 = once through the mixture")
-    device_batch_size: int = flag(-1, "sequences per GPU and pass; auto = as in the source's run", auto=True)
-    total_batch_size: int = flag(-1, "tokens per optimizer step over all GPUs; -1 = as in the source's run")
-    init_lr_frac: float = flag(0.8, "initial learning rates, as a share of pretraining's")
-    lora_rank: int = flag(
-        0, "train adapters of this rank instead of the model, for small GPUs (lora.py); 0 = the model"
+    primer_epochs: int = flag(0, "times through the conversations of the embedded corpus; 0 = without", NOT_NEGATIVE)
+    num_iterations: int = flag(-1, "optimizer steps; -1 = once through the mixture", COUNT_OR_DEFAULT)
+    device_batch_size: int = flag(-1, "sequences per GPU and pass; auto = as in the source's run", COUNT_OR_AUTO)
+    total_batch_size: int = flag(
+        -1, "tokens per optimizer step over all GPUs; -1 = as in the source's run", COUNT_OR_DEFAULT
     )
-    lora_lr: float = flag(0.01, "with --lora-rank: initial learning rate of the adapters, at batch 2^19")
+    init_lr_frac: float = flag(0.8, "initial learning rates, as a share of pretraining's", POSITIVE)
+    lora_rank: int = flag(
+        0, "train adapters of this rank instead of the model, for small GPUs (lora.py); 0 = the model", NOT_NEGATIVE
+    )
+    lora_lr: float = flag(0.01, "with --lora-rank: initial learning rate of the adapters, at batch 2^19", POSITIVE)
     load_optimizer: bool = flag(True, "start with the optimizer's state from the end of the source's run")
-    eval_every: int = flag(200, "steps between validations; 0 = only at the end, -1 = never")
-    eval_examples: int = flag(1000, "held-out conversations to validate on")
-    sample_every: int = flag(200, "steps between samples; 0 = only at the end, -1 = never")
+    eval_every: int = flag(200, "steps between validations; 0 = only at the end, -1 = never", INTERVAL)
+    eval_examples: int = flag(1000, "held-out conversations to validate on", COUNT)
+    sample_every: int = flag(200, "steps between samples; 0 = only at the end, -1 = never", INTERVAL)
     compile: bool = flag(True, "use torch.compile, if the machine can and the run is long enough to save time")
 
 
@@ -81,7 +93,6 @@ def main(flags: Flags) -> None:
 
 def finetune(stage: str, source_stage: str, flags: FinetuneFlags) -> None:
     """Trains a model of source_stage on conversations; both are stages of checkpoint_manager.STAGES."""
-    require_positive(flags, "num_iterations", "device_batch_size", "total_batch_size", or_default=True)
     if flags.plan:
         print_plan(flags, checkpoint_manager.find(source_stage, flags.base_tag, flags.base_step))
         return

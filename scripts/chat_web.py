@@ -24,7 +24,7 @@ import uvicorn
 
 from nanochat import checkpoint_manager, hardware, planner
 from nanochat.checkpoint_manager import STAGES
-from nanochat.cli import command, flag, require_positive
+from nanochat.cli import COUNT, NOT_NEGATIVE, STEP, Range, command, flag
 from nanochat.common import UserError
 from nanochat.costs import generation_memory
 from nanochat.decoder import can_compile
@@ -45,19 +45,25 @@ class Flags:
     model_tag: str = flag(
         "", "name of the checkpoints, for stages without /TAG; default: the one saved last", short="-g"
     )
-    step: int = flag(-1, "step of the checkpoint; -1 = the newest", short="-s")
-    temperature: float = flag(0.6, "sampling temperature of requests that set none; 0 = greedy", short="-t")
-    top_k: int = flag(50, "sample from the k most likely tokens, for requests that set none; 0 = all", short="-k")
-    max_tokens: int = flag(512, "maximum new tokens per completion, for requests that set none", short="-m")
+    step: int = flag(-1, "step of the checkpoint; -1 = the newest", STEP, short="-s")
+    temperature: float = flag(
+        0.6, "sampling temperature of requests that set none; 0 = greedy", Range(0, MAX_TEMPERATURE), short="-t"
+    )
+    top_k: int = flag(
+        50, "sample from the k most likely tokens, for requests that set none; 0 = all", Range(0, MAX_TOP_K), short="-k"
+    )
+    max_tokens: int = flag(
+        512, "maximum new tokens per completion, for requests that set none", Range(1, MAX_TOKENS), short="-m"
+    )
     device: str = flag("auto", "cuda (all GPUs) | mps | cpu | auto")
     host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 = all interfaces")
-    port: int = flag(8000, "port to listen on; 0 = any free one")
-    num_rows: int = flag(32, "slots per engine: completions that each device generates at a time")
+    port: int = flag(8000, "port to listen on; 0 = any free one", Range(0, 65535))
+    num_rows: int = flag(32, "slots per engine: completions that each device generates at a time", COUNT)
     compile: bool = flag(True, "compile the decode step at the start, if the machine can")
-    queue: int = flag(128, "completions that may wait, per model")
+    queue: int = flag(128, "completions that may wait, per model", NOT_NEGATIVE)
     api_key: str = flag("", "key that clients must send; $NANOCHAT_API_KEY keeps it out of the process list")
     cors_origin: str = flag("", "web sites whose pages may use the API, separated by commas; * = all")
-    shutdown_seconds: float = flag(30.0, "time limit for running completions at shutdown, in seconds")
+    shutdown_seconds: float = flag(30.0, "time limit for running completions at shutdown, in seconds", NOT_NEGATIVE)
     log_text: bool = flag(False, "log prompts and completions")
     plan: bool = flag(False, "print the memory that the models need and exit, without loading them")
     for_: str = flag("", "with --plan: another machine to plan for, such as 1xRTX4090")
@@ -112,14 +118,7 @@ def print_plan(flags: Flags) -> None:
 
 
 def check(flags: Flags, api_key: str, origins: list[str]) -> None:
-    """Raises UserError for flags that are not valid."""
-    limits = [("temperature", 0, MAX_TEMPERATURE), ("top_k", 0, MAX_TOP_K), ("max_tokens", 1, MAX_TOKENS)]
-    for name, low, high in [*limits, ("port", 0, 65535)]:
-        if not low <= getattr(flags, name) <= high:
-            raise UserError(f"--{name.replace('_', '-')} must be {low} to {high:g}")
-    require_positive(flags, "num_rows")
-    if flags.queue < 0 or not flags.shutdown_seconds >= 0:
-        raise UserError("--queue and --shutdown-seconds must be at least 0")
+    """Raises UserError for an API key, origins or models that are not valid."""
     if not all("!" <= character <= "~" for character in api_key):
         raise UserError("the API key may have only ASCII letters, digits and punctuation: browsers send no others")
     if not all(origin == "*" or ("://" in origin and origin.count("/") == 2) for origin in origins):

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from nanochat import checkpoint_manager
-from nanochat.cli import command, flag
+from nanochat.cli import STEP, command, flag
 from nanochat.common import UserError
 from nanochat.export.common import Source, describe_size, export
 from nanochat.export.formats import FORMATS
@@ -30,7 +30,7 @@ from nanochat.export.formats import FORMATS
 class Flags:
     source: str = flag("sft", "stage of the model", short="-i", choices=("base", "mid", "sft", "rl"))
     model_tag: str = flag("", "name of the checkpoints; default: the one written last", short="-g")
-    step: int = flag(-1, "step of the checkpoint; -1 = the newest", short="-s")
+    step: int = flag(-1, "step of the checkpoint; -1 = the newest", STEP, short="-s")
     to: str = flag("hf", "format", choices=tuple(FORMATS))
     out: str = flag("", "file or folder to write; it must not exist, or be an empty folder")
     dtype: str = flag("", "dtype of the weights; default: the first that the format offers")

@@ -16,8 +16,8 @@ import time
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from nanochat.cli import command, flag, require_positive
-from nanochat.common import UserError, duration
+from nanochat.cli import COUNT, NOT_NEGATIVE, SEED, command, flag
+from nanochat.common import duration
 from nanochat.shards import Options, make_shards
 from nanochat.sources import find_sources
 
@@ -28,22 +28,21 @@ class Flags:
     out: str = flag(MISSING, "folder for the shards: new, empty, or written by an earlier run, which is replaced")
     text_field: str = flag("text", "name of the field or column that holds the text; without effect on .txt and .md")
     # Shorter documents are remnants of a few tokens, such as "404" or "n/a", and each would cost a BOS token.
-    min_chars: int = flag(16, "shorter documents are skipped; spaces around the text do not count")
+    min_chars: int = flag(16, "shorter documents are skipped; spaces around the text do not count", COUNT)
     # Pretraining crops a document to the length of a row, 2,048 tokens by default, and discards its rest. 8,000
     # characters of English are about 1,700 tokens.
-    max_chars: int = flag(8000, "longer documents are split, because training discards what exceeds a row")
-    max_gigabytes: float = flag(0.0, "read the sources in order and stop after this much text; 0 = read all")
-    seed: int = flag(0, "seed of the shuffle")
+    max_chars: int = flag(8000, "longer documents are split, because training discards what exceeds a row", COUNT)
+    max_gigabytes: float = flag(
+        0.0, "read the sources in order and stop after this much text; 0 = read all", NOT_NEGATIVE
+    )
+    seed: int = flag(0, "seed of the shuffle", SEED)
 
 
 @command
 def main(flags: Flags) -> None:
-    require_positive(flags, "min_chars", "max_chars")
     start = time.perf_counter()
     out = Path(flags.out).expanduser().resolve()
     sources, ignored = find_sources(flags.sources, flags.text_field, exclude=out)
-    if flags.max_gigabytes < 0:
-        raise UserError(f"--max-gigabytes {flags.max_gigabytes}: must be at least 0")
     max_bytes = 1e9 * flags.max_gigabytes or math.inf
     summary = make_shards(sources, out, Options(flags.min_chars, flags.max_chars, flags.seed, max_bytes))
     seconds = time.perf_counter() - start

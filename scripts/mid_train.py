@@ -11,16 +11,16 @@ scripts/chat_sft.py with other defaults: one epoch of questions and problems, at
 
 from dataclasses import dataclass
 
-from nanochat.cli import command, flag
+from nanochat.cli import NOT_NEGATIVE, POSITIVE, command, flag
 from scripts.chat_sft import FinetuneFlags, finetune
 
 
 @dataclass(frozen=True)
 class Flags(FinetuneFlags):
-    mmlu_epochs: int = flag(1, "times through MMLU's auxiliary training questions; 0 = without")
-    gsm8k_epochs: int = flag(1, "times through GSM8K's training problems; 0 = without")
+    mmlu_epochs: int = flag(1, "times through MMLU's auxiliary training questions; 0 = without", NOT_NEGATIVE)
+    gsm8k_epochs: int = flag(1, "times through GSM8K's training problems; 0 = without", NOT_NEGATIVE)
     # 0.085 bits per byte on the primer's conversations against 0.088 with 0.8 (depth 4, one run each).
-    init_lr_frac: float = flag(1.0, "initial learning rates, as a share of pretraining's")
+    init_lr_frac: float = flag(1.0, "initial learning rates, as a share of pretraining's", POSITIVE)
 
 
 @command

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat import primer
-from nanochat.cli import command, flag
+from nanochat.cli import SEED, command, flag
 from nanochat.common import base_dir
 
 
 @dataclass(frozen=True)
 class Flags:
     data_dir: str = flag("", "folder for the shards: empty or with an older primer; default: $NANOCHAT_BASE_DIR/primer")
-    seed: int = flag(0, "seed for the choice and order of the wordings")
+    seed: int = flag(0, "seed for the choice and order of the wordings", SEED)
 
 
 @command

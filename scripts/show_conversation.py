@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from nanochat.cli import command, flag, require_positive
+from nanochat.cli import COUNT, command, flag
 from nanochat.conversation import render
 from nanochat.tokenizer import Tokenizer, default_dir
 from tasks.common import Task, limited
@@ -41,14 +41,13 @@ SOURCES: dict[str, Callable[[Tokenizer], Task]] = {
 class Flags:
     path: str = flag("", "JSONL file, one array of messages per line; empty = --source")
     source: str = flag("primer", "dataset whose training conversations are shown", choices=tuple(SOURCES))
-    num: int = flag(5, "number of conversations")
-    max_tokens: int = flag(2048, "tokens to which a conversation is truncated, as in training")
+    num: int = flag(5, "number of conversations", COUNT)
+    max_tokens: int = flag(2048, "tokens to which a conversation is truncated, as in training", COUNT)
     tokenizer_dir: str = flag("", "folder of the tokenizer; empty = tokenizer/ in $NANOCHAT_BASE_DIR")
 
 
 @command
 def main(flags: Flags) -> None:
-    require_positive(flags, "num", "max_tokens")
     tokenizer = Tokenizer.load(Path(flags.tokenizer_dir or default_dir()))
     task = CustomJSON(flags.path) if flags.path else SOURCES[flags.source](tokenizer)
     console = Console()

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from nanochat import mixture
-from nanochat.cli import command, flag
+from nanochat.cli import COUNT, command, flag
 from nanochat.common import duration, human
 from nanochat.logging import save_numbers
 from nanochat.tokenizer import PORTABLE_SPLIT_PATTERN, SPLIT_PATTERN, Tokenizer, bytes_per_token, default_dir
@@ -26,9 +26,9 @@ NUM_SAMPLES = 200  # validation documents for the check at the end (heuristic, n
 
 @dataclass(frozen=True)
 class Flags:
-    vocab_size: int = flag(32_768, "tokens, special ones included")
-    max_chars: int = flag(2_000_000_000, "characters to train on")
-    doc_cap: int = flag(10_000, "characters used of each document, so that long ones do not dominate")
+    vocab_size: int = flag(32_768, "tokens, special ones included", COUNT)
+    max_chars: int = flag(2_000_000_000, "characters to train on", COUNT)
+    doc_cap: int = flag(10_000, "characters used of each document, so that long ones do not dominate", COUNT)
     portable: bool = flag(False, "split numbers into single digits, for models trained with base_train --portable")
     data_dir: str = flag("", "folder of parquet shards or mixture; empty = $NANOCHAT_DATA_DIR or the default")
     tokenizer_dir: str = flag("", "folder to write to; empty = tokenizer/ in $NANOCHAT_BASE_DIR")

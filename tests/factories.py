@@ -170,6 +170,21 @@ def conversation(*contents: Any, system: str = "") -> dict[str, Any]:
     return {"messages": messages}
 
 
+# ---- commands that fail ----
+
+
+def refusal(script: Any, argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs a script that has to end with an error; returns its message, which must be one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        script.main(argv)
+    code = caught.value.code
+    message = code if isinstance(code, str) else capsys.readouterr().err.strip()
+    assert code not in (0, None)
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
 # ---- waiting for threads and processes ----
 
 

@@ -174,7 +174,6 @@ def test_benchmark_at_toy_size_finds_no_problems(capsys):
 @pytest.mark.slow
 def test_benchmark_reports_invalid_flags_in_one_line():
     for flags, message in [
-        (["--users", "0"], "at least 1"),
         (["--users", "9", "--num-rows", "4", "--queue", "4"], "room for"),
         (["-i", "sft", "-g", "nothing"], "did not start"),
     ]:

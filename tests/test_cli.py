@@ -4,12 +4,30 @@ Command-line flags from a dataclass, and one-line errors.
     python -m pytest tests/test_cli.py
 """
 
-from dataclasses import MISSING, dataclass
+import importlib
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
-from nanochat.cli import command, flag, parse, require_positive
+from nanochat.cli import (
+    COUNT,
+    COUNT_OR_AUTO,
+    COUNT_OR_DEFAULT,
+    NUMBERS,
+    POSITIVE,
+    SEED,
+    SHARE,
+    Range,
+    command,
+    flag,
+    parse,
+    to_argv,
+)
 from nanochat.common import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -133,10 +151,77 @@ def test_ctrl_c_prints_one_line():
         endless([])
 
 
-def test_require_positive_names_the_flag_and_its_value():
-    require_positive(Flags(), "depth", "workers")
-    with pytest.raises(UserError, match="^--matrix-lr -1: must be at least 1$"):
-        require_positive(Flags(matrix_lr=-1), "depth", "matrix_lr")
-    require_positive(Flags(matrix_lr=-1), "depth", "matrix_lr", or_default=True)
-    with pytest.raises(UserError, match="^--depth -2: must be at least 1, or -1 for the default$"):
-        require_positive(Flags(depth=-2), "depth", or_default=True)
+# ---- ranges ----
+
+
+@dataclass(frozen=True)
+class Numbers:
+    steps: int = flag(-1, "optimizer steps; -1 = once through the data", COUNT_OR_DEFAULT)
+    rows: int = flag(-1, "rows per pass; auto = as many as fit", COUNT_OR_AUTO)
+    rate: float = flag(0.02, "learning rate", POSITIVE)
+    share: float = flag(0.5, "share of the run", SHARE)
+    seed: int = flag(42, "seed of the samples", SEED)
+    sizes: tuple[int, ...] = flag((1, 8), "batch sizes, separated by commas", COUNT)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--steps", "0"], "--steps: 0 must be at least 1 or -1 (optimizer steps; -1 = once through the data)"),
+        (["--steps", "-2"], "--steps: -2 must be at least 1 or -1"),
+        (["--steps", "2.5"], "--steps: '2.5' is not a whole number (optimizer steps"),
+        (["--steps", "9" * 30], f"--steps: {'9' * 30} is too large (optimizer steps"),
+        (["--steps", "9" * 9000], f"--steps: '{'9' * 40}…' is not a whole number"),
+        (["--rows", "0"], "--rows: 0 must be at least 1 or auto (rows per pass"),
+        (["--rows", "many"], "--rows: 'many' is not a whole number or auto"),
+        (["--rate", "0"], "--rate: 0 must be above 0 (learning rate)"),
+        (["--rate", "nan"], "--rate: nan must be above 0 (learning rate)"),
+        (["--rate", "inf"], "--rate: inf must be above 0 (learning rate)"),
+        (["--share", "1.5"], "--share: 1.5 must be from 0 to 1 (share of the run)"),
+        (["--seed", "9223372036854775808"], "must be from 0 to 9,223,372,036,854,775,807 (seed of the samples)"),
+        (["--sizes", "4,0"], "--sizes: 0 must be at least 1 (batch sizes, separated by commas)"),
+        (["--sizes", "4,,8"], "--sizes: '' is not a whole number"),
+    ],
+)
+def test_number_out_of_range_names_flag_range_and_unit(capsys, argv, message):
+    with pytest.raises(SystemExit) as caught:
+        parse(Numbers, argv)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1
+    assert message in error and error.startswith("error: argument ")
+
+
+def test_number_in_range_is_accepted():
+    argv = ["--steps=-1", "--rows", "auto", "--rate", "1e-9", "--share", "1", "--seed", str(2**63 - 1), "--sizes", "4"]
+    assert parse(Numbers, argv) == Numbers(-1, -1, 1e-9, 1.0, 2**63 - 1, (4,))
+
+
+def test_to_argv_is_the_inverse_of_parse(capsys):
+    numbers = Numbers(steps=3, rate=0.5, sizes=(2, 3))
+    assert parse(Numbers, to_argv(numbers)) == numbers
+    assert parse(Numbers, to_argv(Numbers())) == Numbers()
+    with pytest.raises(SystemExit):
+        parse(Numbers, ["--help"])
+    shown = capsys.readouterr().out
+    assert "default: auto" in shown and "default: 1,8" in shown
+
+
+def test_range_without_upper_limit_excludes_infinity():
+    assert 10**400 in Range(0) and float("inf") not in Range(0) and float("nan") not in Range(-1)
+
+
+SCRIPTS = [path for path in (ROOT / "scripts").rglob("*.py") if "@command" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "nanochat/dataset.py"], ids=lambda path: path.stem)
+def test_every_number_of_every_script_has_a_range_that_its_default_is_in(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    flags = importlib.import_module(name).Flags
+    hints = get_type_hints(flags)
+    for f in fields(flags):
+        if hints[f.name] not in (int, float, NUMBERS) or f.metadata["choices"]:
+            continue
+        within = f.metadata["within"]
+        assert within is not None, f"{name}: {f.name} has no range"
+        values = f.default if isinstance(f.default, tuple) else (f.default,)
+        assert all(value in within for value in values), f"{name}: the default of {f.name} is not in its range"

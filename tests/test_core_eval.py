@@ -443,7 +443,6 @@ def test_base_eval_core_prints_and_saves_scores(base_folder, bundle, capsys):
     "argv, words",
     [
         (["--eval", "cor"], "choose among core, bpb, sample"),
-        (["--eval", "core", "--max-per-task", "0"], "at least 1"),
         (["--eval", "core", "--max-per-task", "2"], "because .* it has 2: raise --max-per-task"),
         (["--eval", "core", "--eval-bundle", "nowhere"], "no core.yaml"),
     ],

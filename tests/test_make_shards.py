@@ -412,11 +412,6 @@ def test_unreachable_hub_is_one_line(source, out, monkeypatch):
     assert "hub:some/texts cannot be reached: check the network" in error_of("hub:some/texts", out=out)
 
 
-@pytest.mark.parametrize("flags", [{"min_chars": 0}, {"max_chars": -5}])
-def test_impossible_lengths_are_refused(source, out, flags):
-    assert "must be at least 1" in error_of(source, out=out, **flags)
-
-
 # ---- the folder ----
 
 

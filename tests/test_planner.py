@@ -160,7 +160,6 @@ def test_hours_or_budget_choose_the_depth(base_dir, capsys, limit):
         (["--for", "8xH100", "--budget", "5", "--hours", "1"], "give only one"),
         (["--device", "cpu", "--budget", "5"], "use --hours, or name a machine"),
         (["--for", "8xH10", "--budget", "5"], "cards: "),
-        (["--hours", "-1"], "must be above 0"),
         (["--for", "1xT4", "--depth", "20"], r"use --depth \d+ or less"),
         (["--for", "1xA100-40", "--depth", "24", "--device-batch-size", "32"], "use --device-batch-size 4"),
     ],

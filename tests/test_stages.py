@@ -20,6 +20,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import GOLDEN
+from factories import refusal
 
 from nanochat import checkpoint_manager, hardware, rollout, tracking
 from nanochat.eval.chat import CHATCORE
@@ -589,7 +590,6 @@ WRONG = [  # what was done, script, flags, words of the error
     (nothing, mid_train, [*SFT, "--base-tag", "d9"], "there are d2"),
     (nothing, chat_sft, [*SFT, "--base-tag", "d9"], "there are d2"),
     (nothing, chat_sft, [*SFT, "-i", "mid", "--base-tag", "d9"], "there are d2"),
-    (nothing, chat_sft, [*SFT, "-i", "rl"], "choose from"),
     (nothing, chat_eval, [*CPU, "-g", "d9"], "there are d2"),
     (nothing, chat_cli, [*CPU, "-g", "d9"], "there are d2"),
     (nothing, chat_cli, [*CPU, "-s", "5"], "it has 3, 6"),
@@ -599,34 +599,20 @@ WRONG = [  # what was done, script, flags, words of the error
     (damage(3, 6), base_train, [*BASE, "--resume"], "no intact checkpoint"),
     (nothing, base_train, [*BASE, "--resume", "--max-seq-len", "64"], "another model"),
     (nothing, base_train, [*BASE, "--total-batch-size", "1000"], "--total-batch-size 512 or 1024"),
-    (nothing, base_train, [*BASE, "--total-batch-size", "0"], "at least 1"),
     (nothing, mid_train, [*SFT, "--total-batch-size", "1000"], "--total-batch-size 896 or 1024"),
     (nothing, chat_sft, [*SFT, "--total-batch-size", "1000"], "--total-batch-size 896 or 1024"),
-    (nothing, chat_sft, [*SFT, "--total-batch-size", "0"], "at least 1"),
     (nothing, base_train, [*BASE, "--window-pattern", "SXL"], "use the letters S (short) and L (full)"),
     (nothing, base_train, [*BASE, "--window-pattern", ""], "use the letters S (short) and L (full)"),
-    (nothing, base_train, [*BASE, "--depth", "0"], "at least 1"),
-    (nothing, base_train, [*BASE, "--head-dim", "7"], "even and at least 16"),
-    (nothing, base_train, [*BASE, "--max-seq-len", "0"], "at least 1"),
-    (nothing, base_train, [*BASE, "--num-iterations", "0"], "at least 1"),
-    (nothing, base_train, [*BASE, "--num-iterations", "-5"], "at least 1"),
-    (nothing, chat_sft, [*SFT, "--num-iterations", "0"], "at least 1"),
-    (nothing, base_train, [*BASE, "--target-param-data-ratio", "0", "--num-iterations", "-1"], "above 0"),
-    (nothing, base_train, [*BASE, "--device-batch-size", "-4"], "at least 1"),
-    (nothing, base_train, [*BASE, "--device-batch-size", "0"], "at least 1"),
     (nothing, base_train, [*BASE, "--fp8"], "the device is cpu: leave out --fp8"),
-    (nothing, base_eval, [*CPU, "--device-batch-size", "0"], "at least 1"),
-    (nothing, chat_sft, [*SFT, "--device-batch-size", "0"], "at least 1"),
-    (nothing, chat_eval, [*CPU, "-b", "0"], "at least 1"),
-    (nothing, chat_eval, [*CPU, "-x", "0"], "at least 1"),
-    (nothing, chat_eval, [*CPU, "-k", "-1"], "at least 0"),
-    (nothing, chat_eval, [*CPU, "-n", "0", "-t", "1"], "at least 1"),
     (nothing, chat_eval, [*CPU, "-n", "8"], "add --temperature"),
-    (nothing, chat_eval, [*CPU, "-n", "8", "-t", "1", "--pass-k", "1,16"], "from 1 to --num-samples, which is 8"),
-    (nothing, chat_eval, [*CPU, "-n", "8", "-t", "1", "--pass-k", "all"], "from 1 to --num-samples, which is 8"),
+    (
+        nothing,
+        chat_eval,
+        [*CPU, "-n", "8", "-t", "1", "--pass-k", "1,16"],
+        "at most --num-samples, which is 8",
+    ),
     (nothing, chat_eval, [*CPU, "-a", "Quiz"], "choose among ARC-Easy"),
     (nothing, base_eval, [*CPU, "--eval", "bpb,cor"], "choose among core, bpb, sample"),
-    (nothing, chat_cli, [*CPU, "-t", "-1"], "at least 0"),
     (nothing, chat_cli, [*CPU, "-p", "so " * 500], "at most 64 fit"),
     (nothing, mid_train, [*SFT, "--identity-epochs", "0", "--primer-epochs", "0"], "--smoltalk-epochs 1"),
     (nothing, chat_sft, [*SFT, "--identity-epochs", "0", "--primer-epochs", "0"], "--smoltalk-epochs 1"),
@@ -637,22 +623,11 @@ WRONG = [  # what was done, script, flags, words of the error
     (nothing, chat_rl, [*RL, "-i", "rl"], "scripts.chat_rl"),
     (nothing, chat_rl, [*RL, "--base-tag", "d9"], "there are d2"),
     (nothing, chat_rl, [*RL, "--base-step", "5"], "it has 3, 6"),
-    (nothing, chat_rl, [*RL, "--task", "poems"], "--task"),
     (nothing, chat_rl, [*RL, "--max-new-tokens", "128"], "no question fits"),
-    (nothing, chat_rl, [*RL, "--num-samples", "1"], "at least 2"),
-    (nothing, chat_rl, [*RL, "--temperature", "0"], "--temperature above 0"),
-    (nothing, chat_rl, [*RL, "--top-k", "1"], "--top-k at least 2"),
+    (nothing, chat_rl, [*RL, "--top-k", "1"], "use at least 2"),
     (nothing, chat_rl, [*RL, "--updates-per-batch", "2"], "--clip-ratio, such as 0.2"),
-    (nothing, chat_rl, [*RL, "--clip-ratio", "1.5"], "in [0, 1)"),
-    (nothing, chat_rl, [*RL, "--num-iterations", "0"], "at least 1"),
-    (nothing, chat_rl, [*RL, "--examples-per-step", "0"], "--examples-per-step 0: must be at least 1"),
-    (nothing, chat_rl, [*RL, "--device-batch-size", "0"], "--device-batch-size 0: must be at least 1"),
     (nothing, tok_train, ["--vocab-size", "100"], "too small"),
     (nothing, show_conversation, ["--path", "nowhere.jsonl"], "nowhere.jsonl"),
-    (nothing, base_train, [*BASE, "--device", "tpu"], "use auto, cuda, mps or cpu"),
-    (nothing, base_train, [*BASE, "--depht", "2"], "--depht"),
-    (nothing, base_train, [*BASE, "--depth", "two"], "--depth"),
-    (nothing, chat_cli, [*CPU, "-i", "raw"], "base"),
 ]
 
 
@@ -677,16 +652,6 @@ def test_models_keep_their_tokenizer_when_another_takes_its_place(broken, capsys
     for tag in ("d2", "again"):
         chat_cli.main([*CPU, "-g", tag, "-p", "hi", "-m", "2"])
     assert checkpoint_manager.find("sft", "again").config.vocab_size == 600
-
-
-def refusal(script, argv, capsys):
-    with pytest.raises(SystemExit) as caught:
-        script.main(argv)
-    code = caught.value.code
-    message = code if isinstance(code, str) else capsys.readouterr().err.strip()
-    assert code not in (0, None)
-    assert message.startswith("error: ") and "\n" not in message
-    return message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import checkpoint_manager, dataset, hardware
-from nanochat.cli import command, flag
+from nanochat.cli import COUNT, command, flag
 from nanochat.eval.core import grade_items
 from nanochat.eval.core_tasks import CoreTask, load_tasks, resolve_bundle, tokenize_items
 from nanochat.gpt import GPT, GPTConfig
@@ -33,7 +33,7 @@ CONFIG = GPTConfig(sequence_len=2048, vocab_size=8192, n_layer=4, n_head=4, n_kv
 
 @dataclass(frozen=True)
 class Flags:
-    max_per_task: int = flag(12, "items of each task")
+    max_per_task: int = flag(12, "items of each task", COUNT)
     eval_bundle: str = flag("", "folder of CORE's tasks; default: $NANOCHAT_EVAL_BUNDLE, else downloaded")
     data_dir: str = flag("", "folder of parquet shards to learn a vocabulary from; default: $NANOCHAT_DATA_DIR")
     model_tag: str = flag("", "tag of a base model; empty = random weights")

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nanochat import checkpoint_manager, hardware
-from nanochat.cli import command, flag, require_positive
-from nanochat.common import UserError
+from nanochat.cli import COUNT, DEPTH, NOT_NEGATIVE, Range, command, flag
 from nanochat.costs import decode_bytes, decode_flops
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT, GPTConfig
@@ -37,19 +36,19 @@ Generate = Callable[[Request, int], object]  # a request and how many at a time;
 
 @dataclass(frozen=True)
 class Flags:
-    depth: int = flag(4, "layers of a model with initial weights")
-    head_dim: int = flag(128, "channels per attention head")
-    vocab_size: int = flag(32768, "tokens")
-    max_seq_len: int = flag(2048, "tokens of context")
+    depth: int = flag(4, "layers of a model with initial weights", DEPTH)
+    head_dim: int = flag(128, "channels per attention head", Range(16))
+    vocab_size: int = flag(32768, "tokens", COUNT)
+    max_seq_len: int = flag(2048, "tokens of context", COUNT)
     source: str = flag("", "stage of a trained model to use instead: base, mid, sft or rl", short="-i")
     model_tag: str = flag("", "tag of its checkpoint; default the one written last", short="-g")
-    batch_sizes: str = flag("1,8,32", "requests at a time")
-    prompt_tokens: int = flag(64, "tokens of each prompt")
-    max_tokens: int = flag(128, "new tokens of each request")
-    temperature: float = flag(1.0, "sampling temperature; 0 = greedy")
-    top_k: int = flag(50, "sample among the k most likely tokens; 0 = all tokens")
+    batch_sizes: tuple[int, ...] = flag((1, 8, 32), "requests at a time", COUNT)
+    prompt_tokens: int = flag(64, "tokens of each prompt", COUNT)
+    max_tokens: int = flag(128, "new tokens of each request", COUNT)
+    temperature: float = flag(1.0, "sampling temperature; 0 = greedy", NOT_NEGATIVE)
+    top_k: int = flag(50, "sample among the k most likely tokens; 0 = all tokens", NOT_NEGATIVE)
     int8: bool = flag(False, "also measure the engine with 8-bit weights")
-    rounds: int = flag(5, "runs of each side, in turn; the medians count")
+    rounds: int = flag(5, "runs of each side, in turn; the medians count", COUNT)
     device: str = flag("auto", "cuda | mps | cpu | auto")
 
 
@@ -63,24 +62,22 @@ class Side(NamedTuple):
 @command
 def main(flags: Flags) -> dict[str, float]:
     """Returns the ratios."""
-    batch_sizes = parse_batch_sizes(flags.batch_sizes)
-    require_positive(flags, "prompt_tokens", "max_tokens", "rounds")
     device = hardware.pick_device(flags.device)
     dtype = hardware.pick_dtype(device)
     bandwidth, matmul_rate = hardware.copy_bandwidth(device), hardware.matmul_rate(device, dtype)
     sides = make_sides(device, flags.int8)
     workers = {name: Worker(work, side, flags) for name, side in sides.items()}
     configs: list[GPTConfig] = [worker.receive() for worker in workers.values()]
-    seconds = measure(workers, flags, batch_sizes)
+    seconds = measure(workers, flags, flags.batch_sizes)
     for worker in workers.values():
         worker.connection.send(None)
 
-    speeds = {name: {B: B * flags.max_tokens / seconds[name][B] for B in batch_sizes} for name in sides}
+    speeds = {name: {B: B * flags.max_tokens / seconds[name][B] for B in flags.batch_sizes} for name in sides}
     ratios: dict[str, float] = {}
     columns: dict[str, dict[str, str]] = {}
     context = flags.prompt_tokens + flags.max_tokens // 2  # tokens that a step reads, on average
     cache_dtype = torch.float32 if device.type == "cpu" else dtype
-    for B in batch_sizes:
+    for B in flags.batch_sizes:
         column = columns[str(B)] = {name: f"{speed[B]:,.0f}" for name, speed in speeds.items()}
         engine = speeds["engine"][B]
         for baseline in ("nanochat", "static"):
@@ -102,16 +99,6 @@ def transposed(columns: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
         for row, cell in cells.items():
             rows.setdefault(row, {})[column] = cell
     return rows
-
-
-def parse_batch_sizes(text: str) -> list[int]:
-    try:
-        batch_sizes = [int(size) for size in text.split(",")]
-    except ValueError:
-        raise UserError(f"--batch-sizes {text}: give whole numbers with commas, such as 1,8,32") from None
-    if min(batch_sizes) < 1:
-        raise UserError(f"--batch-sizes {text}: each must be at least 1")
-    return batch_sizes
 
 
 def load(flags: Flags, device: torch.device, dtype: torch.dtype) -> GPT:
@@ -167,7 +154,7 @@ def static_side(model: GPT) -> Generate:
 # ---- measuring ----
 
 
-def measure(workers: dict[str, Worker], flags: Flags, batch_sizes: list[int]) -> dict[str, dict[int, float]]:
+def measure(workers: dict[str, Worker], flags: Flags, batch_sizes: Sequence[int]) -> dict[str, dict[int, float]]:
     """
     Seconds of each side by batch size, prompts included, medians of alternating runs; and those of the engine until
     every request has its first token.

@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 
 from nanochat import costs, hardware, planner, primer, recipe
-from nanochat.cli import command, flag
-from nanochat.common import UserError
+from nanochat.cli import COUNT, DEPTH, Range, command, flag
 from nanochat.primer import generate_documents
 from nanochat.tokenizer import Tokenizer
 from scripts import base_train
@@ -29,11 +28,11 @@ ACCUMULATION = 2  # so that a micro-batch also runs while the gradients of the f
 
 @dataclass(frozen=True)
 class Flags:
-    depths: str = flag("4,6,8", "depths to measure, separated by commas")
-    head_dim: int = flag(64, "channels per attention head")
-    max_seq_len: int = flag(512, "tokens of context")
-    vocab_size: int = flag(2048, "tokens")
-    device_batch_size: int = flag(16, "rows per forward pass")
+    depths: tuple[int, ...] = flag((4, 6, 8), "depths to measure, separated by commas", DEPTH)
+    head_dim: int = flag(64, "channels per attention head", Range(16))
+    max_seq_len: int = flag(512, "tokens of context", COUNT)
+    vocab_size: int = flag(2048, "tokens", COUNT)
+    device_batch_size: int = flag(16, "rows per forward pass", COUNT)
     device: str = flag("auto", "cuda | mps | cpu | auto")
     activation_checkpointing: bool = flag(False, "train with this flag of the training stages")
 
@@ -41,11 +40,9 @@ class Flags:
 @command
 def main(flags: Flags) -> dict[str, float]:
     """Returns the ratios by name of the run."""
-    if not all(depth.isdigit() and int(depth) for depth in flags.depths.split(",")):
-        raise UserError(f"--depths {flags.depths}: write numbers separated by commas, as in 4,6,8")
     device = hardware.pick_device(flags.device)
     ratios, table = {}, {}
-    for depth in map(int, flags.depths.split(",")):
+    for depth in flags.depths:
         for dtype in (torch.float32, torch.bfloat16):
             for compiled in (False, True) if device.type == "cuda" else (False,):  # CPUs: runs start without
                 measured, predicted = run_in_process(measure, flags, depth, dtype, compiled, device)

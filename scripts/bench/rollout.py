@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from nanochat import checkpoint_manager, hardware, rollout
-from nanochat.cli import command, flag, require_positive
+from nanochat.cli import COUNT, DEPTH, NOT_NEGATIVE, Range, command, flag
 from nanochat.distributed import Dist
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
@@ -37,21 +37,22 @@ ALL_AT_ONCE = "all at once"
 class Flags:
     source: str = flag("sft", "stage of the model", short="-i", choices=("base", "mid", "sft", "rl"))
     model_tag: str = flag("", "tag of its checkpoint; default the one written last", short="-g")
-    fresh_depth: int = flag(0, "layers of a model with initial weights to use instead; 0 = the checkpoint")
-    examples_per_step: int = flag(16, "questions of a batch")
-    num_samples: int = flag(16, "completions per question")
-    max_new_tokens: int = flag(64, "maximum tokens of a completion")
-    temperature: float = flag(1.0, "sampling temperature")
-    top_k: int = flag(50, "sample among the k most likely tokens; 0 = all tokens")
-    rollout_batch_size: int = flag(256, "completions sampled at a time")
-    rounds: int = flag(5, "runs of each side, in turn; the medians count")
+    fresh_depth: int = flag(
+        0, "layers of a model with initial weights to use instead; 0 = the checkpoint", Range(0, DEPTH.high)
+    )
+    examples_per_step: int = flag(16, "questions of a batch", COUNT)
+    num_samples: int = flag(16, "completions per question", COUNT)
+    max_new_tokens: int = flag(64, "maximum tokens of a completion", COUNT)
+    temperature: float = flag(1.0, "sampling temperature", NOT_NEGATIVE)
+    top_k: int = flag(50, "sample among the k most likely tokens; 0 = all tokens", NOT_NEGATIVE)
+    rollout_batch_size: int = flag(256, "completions sampled at a time", COUNT)
+    rounds: int = flag(5, "runs of each side, in turn; the medians count", COUNT)
     device: str = flag("auto", "cuda | mps | cpu | auto")
 
 
 @command
 def main(flags: Flags) -> dict[str, float]:
     """Returns the ratios."""
-    require_positive(flags, "examples_per_step", "num_samples", "rollout_batch_size", "rounds")
     device = hardware.pick_device(flags.device)
     model, tokenizer = load(flags, device)
     hardware.tune_process(device)

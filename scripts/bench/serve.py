@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 
 from nanochat.checkpoint_manager import STAGES, CheckpointWriter
-from nanochat.cli import command, flag, require_positive
+from nanochat.cli import COUNT, NOT_NEGATIVE, command, flag
 from nanochat.common import UserError, base_dir, human
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT
@@ -61,21 +61,20 @@ MAX_GROWTH = 2**27  # bytes the server may grow by over the rounds of one kind; 
 class Flags:
     source: str = flag("", "stage of a trained model: base, mid, sft or rl; default: a fresh model", short="-i")
     model_tag: str = flag("", "name of its checkpoints; default: the one saved last", short="-g")
-    num_rows: int = flag(64, "completions that the server generates at a time")
-    queue: int = flag(128, "completions that may wait")
-    users: int = flag(64, "concurrent requests of `together`")
-    crowd: int = flag(500, "concurrent requests of `crowd`")
-    vanish: int = flag(300, "disconnecting clients, `users` at a time")
-    max_tokens: int = flag(64, "maximum new tokens per completion")
-    rounds: int = flag(3, "rounds of all kinds of load; medians count")
-    minutes: float = flag(0.0, "minutes of `crowd` and `vanish` mixed, after the rounds")
+    num_rows: int = flag(64, "completions that the server generates at a time", COUNT)
+    queue: int = flag(128, "completions that may wait", NOT_NEGATIVE)
+    users: int = flag(64, "concurrent requests of `together`", COUNT)
+    crowd: int = flag(500, "concurrent requests of `crowd`", COUNT)
+    vanish: int = flag(300, "disconnecting clients, `users` at a time", COUNT)
+    max_tokens: int = flag(64, "maximum new tokens per completion", COUNT)
+    rounds: int = flag(3, "rounds of all kinds of load; medians count", COUNT)
+    minutes: float = flag(0.0, "minutes of `crowd` and `vanish` mixed, after the rounds", NOT_NEGATIVE)
     device: str = flag("auto", "cuda | mps | cpu | auto")
 
 
 @command
 def main(flags: Flags) -> dict[str, float]:
     """Returns the ratios."""
-    require_positive(flags, "users", "crowd", "vanish", "max_tokens", "rounds")
     if flags.users > flags.num_rows + flags.queue:
         raise UserError(f"--users {flags.users}: the server has room for only --num-rows + --queue of them")
     with tempfile.TemporaryDirectory() as folder:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import dataset
-from nanochat.cli import command, flag, require_positive
+from nanochat.cli import COUNT, command, flag
 from nanochat.tokenizer import SPLIT_PATTERN
 from scripts.bench.harness import alternate, medians, print_table, report, run_in_process
 
@@ -36,17 +36,16 @@ Encode = Callable[[list[str]], Any]
 
 @dataclass(frozen=True)
 class Flags:
-    vocab_size: int = flag(32_768, "tokens")
+    vocab_size: int = flag(32_768, "tokens", COUNT)
     data_dir: str = flag("", "folder of parquet shards; empty = $NANOCHAT_DATA_DIR or the default")
-    max_chars: int = flag(100_000_000, "characters to train on")
+    max_chars: int = flag(100_000_000, "characters to train on", COUNT)
     published_dir: str = flag("", "folder of the published rustbpe, see above (pip install --target); empty = skip it")
-    rounds: int = flag(3, "runs of each tokenizer; the medians count")
+    rounds: int = flag(3, "runs of each tokenizer; the medians count", COUNT)
 
 
 @command
 def main(flags: Flags) -> dict[str, float]:
     """Returns the ratios."""
-    require_positive(flags, "rounds")
     names = available(flags)
     runs = {name: lambda name=name: run_in_process(measure, name, flags) for name in names}
     results = {name: medians(measured) for name, measured in alternate(runs, flags.rounds, warmup=0).items()}

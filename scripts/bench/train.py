@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import attention, dataset, hardware, primer, recipe
-from nanochat.cli import command, flag, require_positive
+from nanochat.cli import COUNT, COUNT_OR_DEFAULT, DEPTH, Range, command, flag
 from nanochat.common import human
 from nanochat.costs import flops_per_token
 from nanochat.dataloader import PretrainLoader, prefetch, to_device
@@ -45,19 +45,21 @@ TOKENIZER_DOCUMENTS = 3000  # enough to learn a vocabulary for a benchmark (heur
 
 @dataclass(frozen=True)
 class Flags:
-    depth: int = flag(4, "transformer layers")
-    head_dim: int = flag(64, "channels per attention head")
-    vocab_size: int = flag(-1, "tokens; -1 = 8192, or 4096 with the primer, which has too little text for more")
-    max_seq_len: int = flag(512, "tokens of context")
+    depth: int = flag(4, "transformer layers", DEPTH)
+    head_dim: int = flag(64, "channels per attention head", Range(16))
+    vocab_size: int = flag(
+        -1, "tokens; -1 = 8192, or 4096 with the primer, which has too little text for more", COUNT_OR_DEFAULT
+    )
+    max_seq_len: int = flag(512, "tokens of context", COUNT)
     window_pattern: str = flag("SSSL", "attention windows, tiled over the layers: S short, L full")
-    device_batch_size: int = flag(16, "sequences per forward pass")
-    total_batch_size: int = flag(8192, "tokens per optimizer step")
+    device_batch_size: int = flag(16, "sequences per forward pass", COUNT)
+    total_batch_size: int = flag(8192, "tokens per optimizer step", COUNT)
     attention: str = flag("auto", f"attention kernel of nanochat: auto | {' | '.join(attention.LOADERS)}")
     dtype: str = flag("auto", "compute dtype of nanochat; auto as in base_train", choices=("auto", *hardware.DTYPES))
     compile: bool = flag(True, "compile both sides with torch.compile")
     plain: bool = flag(True, "measure the plain side too; both sides must fit into memory at once")
-    rounds: int = flag(5, "turns per side; the medians count")
-    steps: int = flag(3, "optimizer steps per turn")
+    rounds: int = flag(5, "turns per side; the medians count", COUNT)
+    steps: int = flag(3, "optimizer steps per turn", COUNT)
     data_dir: str = flag("", "folder of parquet shards; empty = the primer")
     device: str = flag("auto", "cuda | mps | cpu | auto")
 
@@ -65,7 +67,6 @@ class Flags:
 @command
 def main(flags: Flags) -> dict[str, float]:
     """Returns the ratios."""
-    require_positive(flags, "rounds", "steps")
     hardware.pick_device(flags.device)
     recipe.accumulation_steps(flags.total_batch_size, flags.device_batch_size, flags.max_seq_len, 1)
     shape = recipe.RecipeFlags(
