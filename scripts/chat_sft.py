@@ -4,7 +4,7 @@ Fine-tune a base model on conversations (SFT).
     python -m scripts.chat_sft                                                        # the usual mixture
     python -m scripts.chat_sft --smoltalk-epochs 0 --mmlu-epochs 0 --gsm8k-epochs 0 \
         --simplespelling-epochs 0 --spellingbee-epochs 0 --primer-epochs 2            # the primer's conversations only
-    python -m scripts.chat_sft --identity-file mine.jsonl                             # with conversations of your own
+    python -m scripts.chat_sft --identity-file mine.jsonl                             # from scripts.make_identity
     python -m scripts.chat_sft -i mid                                                 # from a model of mid_train
     python -m scripts.chat_sft --lora-rank 16                                         # LoRA, for a small GPU
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft
@@ -36,6 +36,7 @@ from nanochat.distributed import Dist
 from nanochat.engine import Engine, sample_greedily
 from nanochat.eval.bpb import evaluate_bpb
 from nanochat.logging import print_table
+from nanochat.primer import CONVERSATION_MIX
 from nanochat.run import Run, RunFlags
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Hook, TrainState, token_loss
@@ -48,6 +49,8 @@ from tasks.smoltalk import SmolTalk
 from tasks.spelling import SimpleSpelling, SpellingBee
 
 SAMPLE_QUESTIONS = ("What is the capital of France?", "What is 47 + 85?", "Who are you?")
+
+IDENTITY_KINDS = ("identity", "greeting")  # the primer's conversations about who the model is
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,9 @@ def mixture(flags: FinetuneFlags, tokenizer: Tokenizer) -> tuple[TaskMixture, Ta
     Conversations to train on and to validate on. Validation uses no questions of the test splits, which chat_eval
     reports. A mixture without held-out conversations is validated on training conversations.
     """
+    kinds: list[str] = []  # of the primer's conversations; empty = all
+    if flags.identity_file and flags.identity_epochs > 0:  # leave out those that give the model another name
+        kinds = [kind for kind in CONVERSATION_MIX if kind not in IDENTITY_KINDS]
     # (epochs, function for the training split, function for the held-out split or None). The functions are called only
     # if epochs is above 0, because they download data.
     sources: list[tuple[int, Callable[[], Task], Callable[[], Task] | None]] = [
@@ -202,7 +208,7 @@ def mixture(flags: FinetuneFlags, tokenizer: Tokenizer) -> tuple[TaskMixture, Ta
         (flags.simplespelling_epochs, lambda: SimpleSpelling("train", 200_000, tokenizer), None),
         (flags.spellingbee_epochs, lambda: SpellingBee("train", 80_000, tokenizer), None),
         (flags.identity_epochs, lambda: identity(flags.identity_file), None),
-        (flags.primer_epochs, lambda: PrimerChat("train"), lambda: PrimerChat("val")),
+        (flags.primer_epochs, lambda: PrimerChat("train", kinds), lambda: PrimerChat("val", kinds)),
     ]
     train_tasks: list[Task] = []
     val_tasks: list[Task] = []
@@ -220,7 +226,7 @@ def mixture(flags: FinetuneFlags, tokenizer: Tokenizer) -> tuple[TaskMixture, Ta
 
 
 def identity(file: str) -> Task:
-    return CustomJSON(file) if file else PrimerChat("train", kinds=("identity", "greeting"))
+    return CustomJSON(file) if file else PrimerChat("train", kinds=IDENTITY_KINDS)
 
 
 if __name__ == "__main__":

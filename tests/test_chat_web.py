@@ -29,7 +29,7 @@ from nanochat.serve import app as serve_app
 from nanochat.serve.app import create_app
 from nanochat.serve.scheduler import ServedModel, Service
 from nanochat.tokenizer import Tokenizer
-from scripts import chat_web
+from scripts import chat_web, make_identity
 
 CONTEXT, V = 256, 1024
 HELLO = [{"role": "user", "content": "hello"}]
@@ -304,6 +304,18 @@ def test_stop_string_is_never_sent(tiny, golden_tokenizer, stop, expected):
         for tokens in (choice["logprobs"]["content"], streamed):
             assert b"".join(bytes(token["bytes"]) for token in tokens).decode() == expected
         wait_until(lambda: not service.stats()["running"] and service.stats()["answers"]["stop"] == 2)
+
+
+def test_make_identity_takes_its_replies_from_this_server(tiny, golden_tokenizer, tmp_path):
+    facts = tmp_path / "facts.yaml"
+    facts.write_text("name: Pim\n")
+    out = tmp_path / "identity.jsonl"
+    tokens = golden_tokenizer.encode("Pim it is, at your service.")
+    with scripted(tiny, golden_tokenizer, tokens, queue_size=10) as (address, _, _):
+        make_identity.main([str(facts), "--out", str(out), "--num", "5", "--endpoint", f"{address}/v1"])
+    conversations = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(conversations) == 5
+    assert all(any(message["content"] == "Pim it is, at your service." for message in talk) for talk in conversations)
 
 
 # ---- invalid requests ----
