@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import primer
-from nanochat.cli import command, flag, require_positive
+from nanochat.cli import POSITIVE, SEED, Range, command, flag
 from nanochat.common import UserError, atomic_path
 from nanochat.conversation import turns
-from nanochat.primer.identity import Exchange, Identity, generate_identity, read_identity
+from nanochat.primer.identity import MAX_CONVERSATIONS, Exchange, Identity, generate_identity, read_identity
 
 ATTEMPTS = 3  # per request
 RETRY_SECONDS = 2.0  # before the second attempt; twice as long before each further one
@@ -46,16 +46,15 @@ MAX_REPLY_CHARACTERS = 600  # longer replies are replaced: a small model cannot 
 class Flags:
     facts: list[str] = flag(MISSING, "YAML file of facts, such as scripts/samples/identity.yaml")
     out: str = flag("identity.jsonl", "file for the conversations, one array of messages per line")
-    num: int = flag(600, "conversations to write")
-    seed: int = flag(0, "seed for the choice of questions and wordings")
+    num: int = flag(600, "conversations to write", Range(1, MAX_CONVERSATIONS))
+    seed: int = flag(0, "seed for the choice of questions and wordings", SEED)
     endpoint: str = flag("", "base URL of an OpenAI-compatible API that writes the replies; empty = wordings")
     model: str = flag("", "with --endpoint: name of the model; default: the only one that the endpoint lists")
-    timeout: float = flag(60.0, "with --endpoint: seconds to wait for a response")
+    timeout: float = flag(60.0, "with --endpoint: seconds to wait for a response", POSITIVE)
 
 
 @command
 def main(flags: Flags) -> None:
-    require_positive(flags, "num")
     if len(flags.facts) != 1:
         raise UserError("give one YAML file of facts")
     identity = read_identity(Path(flags.facts[0]))

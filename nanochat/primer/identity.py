@@ -22,6 +22,7 @@ import yaml
 from nanochat.common import UserError
 from nanochat.primer.conversations import ConversationWriter
 from nanochat.primer.data import load_entries, load_wordings, read_sections
+from nanochat.primer.questions import distinct
 
 WORDINGS = Path(__file__).with_name("identity.txt")
 NOT_TOPICS = ("greeting", "other assistants")  # sections of the file that are not topics of a conversation
@@ -36,7 +37,7 @@ ANSWER_WEIGHT = 2
 GREETING_SHARE = 0.3
 CASUAL_SHARE = 0.15  # of the questions are in lower case without punctuation, as people type
 CATCHPHRASE_SHARE = 0.4
-MAX_MISSES = 1000  # repeated conversations in a row, after which there are no more different ones
+MAX_CONVERSATIONS = 10_000  # a name alone gives more different ones
 
 
 @dataclass(frozen=True)
@@ -220,14 +221,7 @@ class IdentityWriter:
 
 
 def generate_identity(identity: Identity, number: int, seed: int = 0) -> list[list[Exchange]]:
-    """Returns different conversations. UserError if the facts do not give so many."""
+    """Returns `number` different conversations, at most MAX_CONVERSATIONS."""
+    assert number <= MAX_CONVERSATIONS, number
     writer = IdentityWriter(identity, Random(f"identity {seed}"))
-    conversations: dict[str, list[Exchange]] = {}
-    misses = 0
-    while len(conversations) < number and misses < MAX_MISSES:
-        exchanges = writer.conversation()
-        misses = misses + 1 if repr(exchanges) in conversations else 0
-        conversations[repr(exchanges)] = exchanges
-    if len(conversations) < number:
-        raise UserError(f"these facts give only about {len(conversations)} different conversations: ask for fewer")
-    return list(conversations.values())
+    return list(distinct(writer.conversation, number, repr, set()))
