@@ -6,6 +6,7 @@ Fine-tune a base model on conversations (SFT).
         --simplespelling-epochs 0 --spellingbee-epochs 0 --primer-epochs 2            # the primer's conversations only
     python -m scripts.chat_sft --identity-file mine.jsonl                             # from scripts.make_identity
     python -m scripts.chat_sft -i mid                                                 # from a model of mid_train
+    python -m scripts.chat_sft -i sft --model-tag better                              # further from a chat model
     python -m scripts.chat_sft --lora-rank 16                                         # LoRA, for a small GPU
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft
 
@@ -86,7 +87,7 @@ class FinetuneFlags(RunFlags):
 
 @dataclass(frozen=True)
 class Flags(FinetuneFlags):
-    source: str = flag("base", "stage to start from", short="-i", choices=("base", "mid"))
+    source: str = flag("base", "stage to start from", short="-i", choices=("base", "mid", "sft"))
 
 
 @command
@@ -108,6 +109,8 @@ def finetune_on(dist: Dist, stage: str, source_stage: str, flags: FinetuneFlags)
     source = checkpoint_manager.find(source_stage, flags.base_tag, flags.base_step)
     tokenizer = source.load_tokenizer()
     tag = flags.model_tag or source.tag
+    if source_stage == stage and tag == source.tag:
+        raise UserError(f"the run would overwrite {source.path}, which it starts from: give another --model-tag")
     with Run.open(stage, tag, source, flags, tokenizer=tokenizer, dist=dist) as run:
         run.use_lora(flags.lora_rank)
         inherited = inherited_hyperparameters(flags, run.resumed or source)

@@ -617,6 +617,7 @@ WRONG = [  # what was done, script, flags, words of the error
     (nothing, mid_train, [*SFT, "--identity-epochs", "0", "--primer-epochs", "0"], "--smoltalk-epochs 1"),
     (nothing, chat_sft, [*SFT, "--identity-epochs", "0", "--primer-epochs", "0"], "--smoltalk-epochs 1"),
     (nothing, chat_sft, [*SFT, "--identity-file", "nowhere.jsonl"], "nowhere.jsonl"),
+    (nothing, chat_sft, [*SFT, "-i", "sft"], "give another --model-tag"),
     (no_tokenizer, chat_rl, RL, "scripts.tok_train"),
     (lost_tokenizer, chat_rl, RL, "another tokenizer"),
     (no_checkpoints, chat_rl, RL, "scripts.chat_sft"),

@@ -1,5 +1,5 @@
 """
-README's guide to adding a task, followed step by step in a copy of the code.
+docs/new-ability.md, "Your own task": followed step by step in a copy of the code.
 
     python -m pytest tests/test_tasks_guide.py
 """
@@ -25,8 +25,8 @@ def chat_model(base_dir, golden_tokenizer):
 
 @pytest.mark.slow
 def test_guide_to_adding_a_task_works_as_written(tmp_path, chat_model):
-    guide = (ROOT / "README.md").read_text(encoding="utf-8").split("**A task.**")[1].split("\n\n**")[0]
-    file, lines, command = re.findall(r"```(?:python|diff|bash)\n(.*?)```", guide, re.DOTALL)
+    guide = (ROOT / "docs/new-ability.md").read_text(encoding="utf-8").split("## Your own task\n")[1]
+    file, lines, command = re.findall(r"```(?:python|diff|sh)\n(.*?)```", guide, re.DOTALL)
     path = re.search(r"`(tasks/\w+\.py)`", guide)[1]
     copy = tmp_path / "copy"
     for folder in ("nanochat", "tasks", "scripts"):
