@@ -42,8 +42,8 @@ GUIDES = [
 SFT = "--num-iterations 1 --eval-examples 2 --no-compile --smoltalk-epochs 0 --mmlu-epochs 0 --gsm8k-epochs 0"
 TOY = {
     "scripts.tok_train": "--vocab-size 600 --max-chars 100000",
-    "scripts.base_train": "--aspect-ratio 16 --head-dim 16 --max-seq-len 128 --device-batch-size 4 --total-batch-size 512 "
-    "--num-iterations 2 --eval-tokens 512 --no-compile --depth 2",
+    "scripts.base_train": "--depth 2 --aspect-ratio 16 --head-dim 16 --max-seq-len 128 --device-batch-size 4 "
+    "--total-batch-size 512 --num-iterations 2 --eval-tokens 512 --no-compile",
     "scripts.base_eval": "--split-tokens 512 --device-batch-size 4",
     "scripts.chat_sft": f"{SFT} --primer-epochs 1",
     "scripts.chat_eval": "-x 2 -m 4",
