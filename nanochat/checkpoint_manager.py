@@ -33,7 +33,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanochat import legacy, lora
-from nanochat.common import UserError, atomic_path, base_dir, exclusive_lock
+from nanochat.common import UserError, atomic_path, base_dir, check_writable, describe_error, exclusive_lock
 from nanochat.distributed import Dist, warn0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.logging import report_dir
@@ -156,9 +156,12 @@ class Checkpoint:
         if same_size and fingerprint in (None, tokenizer.fingerprint):
             return
         file = kept_file(default_dir(), fingerprint) if fingerprint else default_dir() / FILE_NAME
+        difference = f"fingerprint {fingerprint}, here {tokenizer.fingerprint}"
+        if not same_size:
+            difference = f"vocabulary {self.config.vocab_size}, here {tokenizer.vocab_size}"
         raise UserError(
-            f"{self.path} was trained with another tokenizer (vocabulary {self.config.vocab_size}, here "
-            f"{tokenizer.vocab_size}): put its own into {file}, or train a new model"
+            f"{self.path} was trained with another tokenizer ({difference}): put its own into {file}, or train a new "
+            "model"
         )
 
     def check_resumable(self, tokenizer: Tokenizer, config: GPTConfig, dtype: torch.dtype) -> None:
@@ -210,8 +213,8 @@ class CheckpointReader:
         self.path = tag_dir(stage, tag)
 
     def steps(self) -> list[int]:
-        """The saved steps in order: those with a manifest, and .pt files of older versions."""
-        numbers = [file.parent.name.removeprefix("step_") for file in self.path.glob("step_*/manifest.json")]
+        """The saved steps in order, damaged ones too, and the steps of .pt files of older versions."""
+        numbers = [folder.name.removeprefix("step_") for folder in self.path.glob("step_*") if folder.is_dir()]
         steps = {int(number) for number in numbers if number.isdigit()}
         return sorted(steps | legacy.checkpoint_steps(self.path))
 
@@ -236,7 +239,7 @@ class CheckpointReader:
     def last_written(self) -> float:
         """Time of the last write, in seconds since the epoch."""
         files = [*self.path.glob("step_*/manifest.json"), *self.path.glob("model_*.pt")]
-        return max(file.stat().st_mtime for file in files)
+        return max((file.stat().st_mtime for file in files), default=0.0)
 
     def _read(self, step: int) -> Checkpoint | str:
         """The checkpoint if it is intact (its files match the manifest), otherwise an error message."""
@@ -245,6 +248,8 @@ class CheckpointReader:
             if not path.exists():
                 model_file, meta = legacy.read_checkpoint(self.path, step)
                 return Checkpoint(model_file, step, meta)
+            if not (path / "manifest.json").exists():
+                return f"{path} has no manifest.json"
             manifest = json.loads((path / "manifest.json").read_text())
             if not REQUIRED <= manifest.keys():
                 return f"{path / 'manifest.json'} is incomplete"
@@ -365,6 +370,8 @@ class CheckpointWriter:
         self.replaces_earlier = dist.is_main and not resumed and bool(CheckpointReader(stage, tag).steps())
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.pending: Future[None] | None = None  # the last save, until its success has been checked
+        if dist.is_main:
+            check_writable(self.path if self.path.exists() else self.path.parent)
         if self.replaces_earlier:  # an attempt that failed may have left files under the provisional names
             shutil.rmtree(provisional(self.path), ignore_errors=True)
             for file in log_files(stage, tag):
@@ -388,7 +395,7 @@ class CheckpointWriter:
             return
         error = self._failure()
         if error:
-            warn0(f"the last checkpoint could not be written ({error}); trying again")
+            warn0(f"the last checkpoint could not be written ({describe_error(error)}); trying again")
         meta = meta | {
             "format": FORMAT,
             "step": state.step,
@@ -408,13 +415,14 @@ class CheckpointWriter:
         """Waits for the last write; raises UserError if it failed."""
         error = self._failure()
         if error:
-            raise UserError(f"no checkpoint could be written to {self.path}: {error}; last one: {self.last_saved}")
+            problem = describe_error(error)
+            raise UserError(f"no checkpoint could be written to {self.path}: {problem}; last one: {self.last_saved}")
 
     def close(self) -> None:
         """Waits for the last write and warns if it failed, for runs that end with another error."""
         error = self._failure()
         if error:
-            warn0(f"no checkpoint could be written to {self.path}: {error}")
+            warn0(f"no checkpoint could be written to {self.path}: {describe_error(error)}")
 
     def _failure(self) -> BaseException | None:
         """Waits for the last write; returns its error, once."""
@@ -434,7 +442,7 @@ class CheckpointWriter:
         if self.keep_last > 0:
             saved = [other for other in CheckpointReader(self.stage, self.tag).steps() if other <= step]
             for old in saved[: -self.keep_last]:
-                shutil.rmtree(step_dir(self.path, old), ignore_errors=True)
+                _remove_step(step_dir(self.path, old))
 
 
 def save_weights(
@@ -461,6 +469,11 @@ def _write_step(folder: Path, files: dict[str, dict[str, torch.Tensor]], meta: d
         written = sorted(temporary.iterdir())
         manifest = {file.name: {"bytes": file.stat().st_size, "crc32": _crc32(file)} for file in written}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def _remove_step(folder: Path) -> None:
+    """Deletes a checkpoint. After a kill meanwhile, no part of it looks like a checkpoint, and the next save cleans up."""
+    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.tmp")), ignore_errors=True)
 
 
 def _crc32(path: Path) -> int:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar, get_type_hints
 
-from nanochat.common import UserError
+from nanochat.common import UserError, describe_error
 
 T = TypeVar("T")
 NUMBERS = tuple[int, ...]
@@ -188,10 +188,10 @@ def command(main: Callable[[Any], T]) -> Callable[..., T]:
             print(restart, flush=True)
             program = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv[1:])]  # such as -m scripts.base_train
             os.execv(sys.executable, [sys.executable, *program, *to_argv(restart.flags)])
-        except (UserError, OSError) as error:  # OSErrors name their file: no permission, no space left
+        except (UserError, OSError) as error:
             if os.environ.get("NANOCHAT_DEBUG"):
                 raise
-            raise SystemExit(f"error: {' '.join(str(error).split())}") from error
+            raise SystemExit(f"error: {describe_error(error)}") from error
         except KeyboardInterrupt as interrupt:
             raise SystemExit("interrupted") from interrupt
 

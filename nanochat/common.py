@@ -17,8 +17,32 @@ class UserError(ValueError):
 
 
 def base_dir() -> Path:
-    """The folder of all generated files: $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat."""
-    return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
+    """The folder of all files: $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. UserError if that is a file."""
+    folder = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
+    if folder.is_file():
+        raise UserError(f"NANOCHAT_BASE_DIR is {folder}, which is a file: set it to a folder")
+    return folder
+
+
+def describe_error(error: BaseException) -> str:
+    """The message of an error as one line; for errors of the operating system with the remedy."""
+    if not isinstance(error, OSError) or not error.filename or error.errno is None:
+        return " ".join(str(error).split())
+    name = os.fsdecode(error.filename)
+    problem = f"{name}: {error.strerror}"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        path = Path(name)
+        file = next((part for part in (path, *path.parents) if part.is_file()), path)
+        return f"{file} is a file, where a folder is needed: choose another folder, or move the file"
+    if error.errno == errno.EISDIR:
+        return f"{name} is a folder, where a file is needed: name a file"
+    if error.errno == errno.ENOENT:
+        return f"{name} does not exist: check the path"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{problem}: change its permissions, or choose another place"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{problem}: free some space, or choose another disk"
+    return problem
 
 
 def seed_everything(seed: int) -> None:
@@ -78,6 +102,14 @@ def exclusive_lock(file: Path, problem: str) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(problem) from None
         yield  # closing the file releases the lock
+
+
+def check_writable(folder: Path) -> None:
+    """OSError if the folder, which need not exist, cannot be written to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe.{os.getpid()}.tmp"
+    probe.touch()
+    probe.unlink()
 
 
 def fsync(path: Path) -> None:

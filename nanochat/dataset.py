@@ -61,6 +61,8 @@ def split_shards(directory: Path) -> tuple[list[Path], list[Path]]:
     shards = sorted(directory.glob("*.parquet"))
     if not shards:
         problem = "has no parquet shards" if directory.is_dir() else "does not exist"
+        if directory.is_file():
+            problem = "is a file, not a folder"
         raise UserError(
             f"{directory} {problem}: download some with `python -m nanochat.dataset -n 8`, convert your own text with "
             "scripts.make_shards, or pass --data-dir"
@@ -223,7 +225,10 @@ def _may_have_text(row_group: pq.RowGroupMetaData, column: int) -> bool:
     if statistics is None:
         return True
     only_null = statistics.has_null_count and statistics.null_count == row_group.num_rows
-    only_empty = statistics.has_min_max and not statistics.max
+    try:
+        only_empty = statistics.has_min_max and not statistics.max
+    except UnicodeDecodeError:  # reported with its row group when it is read
+        return True
     return not only_null and not only_empty
 
 

@@ -25,6 +25,7 @@ from nanochat.costs import (
     TrainingSetup,
     expected_mfu,
     flops_per_token,
+    generation_memory,
     largest_batch,
     param_counts,
     recomputed_share,
@@ -222,6 +223,12 @@ def check_memory(memory: Memory, target: Target, remedy: str) -> None:
         raise UserError(
             f"this needs about {gib(memory.peak)} per rank, {target.name} has {gib(target.memory)}: {remedy}"
         )
+
+
+def check_generation_fits(config: GPTConfig, slots: int, length: int, target: Target) -> None:
+    """UserError if a model does not fit into memory that generates in `slots` rows of `length` tokens."""
+    memory = generation_memory(config, slots, length, target.dtype, target.device)
+    check_memory(memory, target, "use a smaller --depth or fewer rows")
 
 
 def depth_for(

@@ -220,6 +220,8 @@ class Tokenizer:
         if not path.exists():
             path = Path(directory) / PICKLE_NAME
         if not path.exists():
+            if not Path(directory).is_dir() and Path(directory).exists():
+                raise UserError(f"{directory} is a file: name the folder of a tokenizer")
             raise UserError(f"no tokenizer in {directory}: train one with `python -m scripts.tok_train`")
         return cls._read(path)
 

@@ -30,6 +30,7 @@ from nanochat.planner import Target
 from nanochat.recipe import RecipeFlags, derive
 from nanochat.sources import COMPRESSION_RATIO, HubSource, find_sources
 from scripts import base_train
+from tasks.hub import find_in_mirror
 
 # The public recipe reaches GPT-2's CORE score in 99 minutes on 8xH100 with FP8. It is used on GPUs that need at most
 # MAX_HOURS for it; other GPUs train the deepest model that they finish in this time.
@@ -51,6 +52,9 @@ SFT_TOKENS_PRIMER = 1.0e6
 SFT_TOKENS_PUBLIC = 500e6
 
 CHAT_CORE = "ARC-Easy,ARC-Challenge,MMLU,GSM8K,HumanEval,SpellingBee"  # the six tasks of ChatCORE
+PUBLIC_DATASETS = (  # that fine-tuning and ChatCORE need
+    "HuggingFaceTB/smol-smoltalk", "cais/mmlu", "openai/gsm8k", "allenai/ai2_arc", "openai/openai_humaneval"
+)  # fmt: skip
 PUBLIC_SOURCES = ("smoltalk", "mmlu", "gsm8k", "simplespelling", "spellingbee", "identity")
 
 
@@ -269,11 +273,17 @@ def read_settings(start_dir: Path) -> Settings:
     if data_dir and path.exists():
         data_dir = str(path.resolve())
     elif data_dir and not dataset.is_mixture(data_dir) and data_dir not in mixture.KNOWN:
-        raise UserError(f"NANOCHAT_DATA_DIR is {data_dir}, which is no folder, file or mixture (name=weight,…)")
+        raise UserError(
+            f"NANOCHAT_DATA_DIR is {data_dir}, which is no folder, file or mixture: correct it, as in name=0.8,name=0.2"
+        )
+    datasets_dir = folder_of("NANOCHAT_DATASETS_DIR", start_dir)
+    if datasets_dir and not mode:
+        for repo in PUBLIC_DATASETS:
+            find_in_mirror(Path(datasets_dir), repo)
     return Settings(
         mode=mode,
         data_dir=data_dir,
-        datasets_dir=folder_of("NANOCHAT_DATASETS_DIR", start_dir),
+        datasets_dir=datasets_dir,
         dtype=os.environ.get("NANOCHAT_DTYPE", ""),
     )
 
@@ -285,7 +295,7 @@ def folder_of(variable: str, start_dir: Path) -> str:
         return ""
     path = start_dir / Path(value).expanduser()
     if not path.is_dir():
-        raise UserError(f"{variable} is {value}, which is not a folder")
+        raise UserError(f"{variable} is {value}, which is not a folder: correct it or unset it")
     return str(path.resolve())
 
 

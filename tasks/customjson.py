@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UserError
+from nanochat.common import UserError, describe_error
 from nanochat.conversation import validate
 from tasks.common import Task
 
@@ -17,8 +17,10 @@ class CustomJSON(Task):
     def __init__(self, path: str | Path) -> None:
         try:
             lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would split at U+2028 too
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from error
+        except OSError as error:
+            raise UserError(describe_error(error)) from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text ({error}): convert it") from error
         self.rows = []
         for number, line in enumerate(lines, start=1):
             if line.strip():

@@ -4,6 +4,8 @@ Files and folders that are whole or absent, paths, seeds, formatting.
     python -m pytest tests/test_common.py
 """
 
+import errno
+import os
 import random
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from nanochat.common import (
     UserError,
     atomic_path,
     base_dir,
+    describe_error,
     duration,
     exclusive_lock,
     human,
@@ -94,6 +97,38 @@ def test_base_dir_is_read_when_asked_for(monkeypatch):
     assert base_dir() == Path.home() / ".cache" / "nanochat"
     monkeypatch.setenv("NANOCHAT_BASE_DIR", "~/elsewhere")
     assert base_dir() == Path.home() / "elsewhere"
+
+
+def test_base_dir_that_is_a_file_raises(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="file, which is a file: set it to a folder"):
+        base_dir()
+
+
+@pytest.mark.parametrize(
+    "number, name, message",
+    [
+        (errno.EEXIST, "file/new", "{tmp}/file is a file, where a folder is needed: choose another folder, or move"),
+        (errno.ENOTDIR, "file/a/b", "{tmp}/file is a file, where a folder is needed"),
+        (errno.EISDIR, "", "{tmp} is a folder, where a file is needed: name a file"),
+        (errno.ENOENT, "gone", "{tmp}/gone does not exist: check the path"),
+        (errno.EACCES, "file", "{tmp}/file: Permission denied: change its permissions"),
+        (errno.EROFS, "file", "{tmp}/file: Read-only file system: change its permissions, or choose another place"),
+        (errno.ENOSPC, "file", "{tmp}/file: No space left on device: free some space, or choose another disk"),
+        (errno.EIO, "file", "{tmp}/file: Input/output error"),
+    ],
+)
+def test_describe_error_names_the_file_and_the_remedy(tmp_path, number, name, message):
+    (tmp_path / "file").touch()
+    path = tmp_path / name
+    shown = describe_error(OSError(number, os.strerror(number), str(path)))
+    assert shown.startswith(message.format(tmp=tmp_path)) and "Errno" not in shown
+
+
+def test_describe_error_of_another_error_is_one_line():
+    assert describe_error(ValueError("two\n  lines")) == "two lines"
+    assert describe_error(OSError("no name")) == "no name"
 
 
 def test_one_seed_for_all():

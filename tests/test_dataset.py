@@ -149,7 +149,9 @@ def test_row_groups_damaged_data_raises(tmp_path):
 
 def test_row_groups_text_that_is_not_utf8_raises(tmp_path):
     texts = pa.array([b"fine", b"caf\xe9"]).view(pa.string())
-    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    for name in ("a.parquet", "b.parquet"):
+        pq.write_table(pa.table({"text": texts}), tmp_path / name)
+    split_shards(tmp_path)  # the statistics are not UTF-8 either
     with pytest.raises(UserError, match="a.parquet, row group 0 is damaged.*utf-8"):
         RowGroups([tmp_path / "a.parquet"]).texts(0)
 

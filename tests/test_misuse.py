@@ -109,8 +109,46 @@ WORDS = [
     ("export", "", "--out is missing: name the file or folder to write"),
     ("import_model", "owner/name", "--model-tag is missing: choose a name for the model"),
     ("make_shards", "nowhere --out shards", "nowhere does not exist: check the path"),
+    ("bench.infer", "--depth 150 --device cpu", "use a smaller --depth or fewer rows"),
+    ("bench.train", "--depth 150 --device cpu", "or less"),
+    ("bench.rollout", "--fresh-depth 150 --device cpu", "use a smaller --depth or fewer rows"),
+    ("base_train", "--depth 150 --device cpu", "or less"),
     ("scaling_laws", "", "has no finished run of runs/scaling_laws.sh: run it first"),
     ("speedrun", "--for 8xH100", "--for plans for another machine: use it with --plan"),
+]
+
+
+FOLDERS = [  # what a variable or a flag names is a file, or missing
+    ("tok_train", "", "NANOCHAT_BASE_DIR", "file", "NANOCHAT_BASE_DIR is file, which is a file: set it to a folder"),
+    ("base_train", "--depth 2", "NANOCHAT_DATA_DIR", "file", "file is a file, not a folder: download some"),
+    ("base_train", "--depth 2 --data-dir file=1.0", "", "", "file is neither a folder nor one of the known datasets"),
+    ("base_train", "--depth 2 --data-dir nowhere", "", "", "nowhere does not exist: download some"),
+    ("primer", "--data-dir file", "", "", "file is a file, where a folder is needed: choose another folder"),
+    ("tok_train", "--tokenizer-dir file", "", "", "file is a file, where a folder is needed: choose another folder"),
+    ("tok_train", "--tokenizer-dir file/below", "", "", "file is a file, where a folder is needed"),
+    ("tok_eval", "--tokenizer-dir file", "", "", "file is a file: name the folder of a tokenizer"),
+    ("base_eval", "--eval core --eval-bundle file --device cpu", "", "", "file has no core.yaml: pass the folder"),
+    ("show_conversation", "--path .", "", "", ". is a folder, where a file is needed: name a file"),
+    ("show_conversation", "--path nowhere.jsonl", "", "", "nowhere.jsonl does not exist: check the path"),
+    ("export", "--out file", "", "", "file exists and is not an empty folder: choose another --out"),
+    ("export", "--out file/below", "", "", "file is a file, where a folder is needed: choose another folder"),
+    ("import_model", "./file -g d2", "", "", "there is no folder ./file: give a folder, or a repository"),
+    (
+        "speedrun",
+        "",
+        "NANOCHAT_DATASETS_DIR",
+        "file",
+        "NANOCHAT_DATASETS_DIR is file, which is not a folder: correct it",
+    ),
+    ("speedrun", "", "NANOCHAT_DATASETS_DIR", ".", "lacks HuggingFaceTB/smol-smoltalk: copy it there, or unset"),
+    (
+        "speedrun",
+        "",
+        "NANOCHAT_DATA_DIR",
+        "nowhere",
+        "NANOCHAT_DATA_DIR is nowhere, which is no folder, file or mixture",
+    ),
+    ("base_train", "--depth 2 --model-tag taken", "", "", "base_checkpoints/taken is a file, where a folder is needed"),
 ]
 
 
@@ -123,6 +161,7 @@ def models(tmp_path_factory, golden_tokenizer):
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         for stage in ("base", "sft"):
             save_checkpoint(tiny_gpt(initial=True), stage, tokenizer=golden_tokenizer)
+        (folder / "base_checkpoints/taken").touch()
     return folder
 
 
@@ -134,6 +173,7 @@ def user(base_dir, models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for kind, method in ((GPT, "__init__"), (Engine, "__init__"), (Tokenizer, "train")):
         monkeypatch.setattr(kind, method, lambda *args, **options: pytest.fail("expensive work came first"))
+    (tmp_path / "file").touch()
     return tmp_path
 
 
@@ -149,4 +189,13 @@ def test_number_out_of_range_ends_in_one_line(user, capsys, script, arguments, w
 
 @pytest.mark.parametrize("script, arguments, words", WORDS, ids=lambda value: value[:40])
 def test_wrong_word_ends_in_one_line(user, capsys, script, arguments, words):
+    check(script, arguments, words, capsys)
+
+
+@pytest.mark.parametrize("script, arguments, variable, value, words", FOLDERS, ids=lambda value: value[:40])
+def test_file_in_place_of_a_folder_ends_in_one_line(
+    user, monkeypatch, capsys, script, arguments, variable, value, words
+):
+    if variable:
+        monkeypatch.setenv(variable, value)
     check(script, arguments, words, capsys)

@@ -8,6 +8,7 @@ Tasks: datasets from a local mirror and from a hub, items, grading.
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from decimal import Decimal
@@ -239,8 +240,17 @@ def test_hub_load_from_a_server_is_cached_for_offline_use(tmp_path):
 def test_hub_load_offline_without_mirror_names_the_remedy(tmp_path):
     code = "from tasks.gsm8k import GSM8K; GSM8K('train')"
     environment = {"NANOCHAT_BASE_DIR": str(tmp_path / "base"), "HF_HOME": str(tmp_path / "hf")}
-    result = run_python(code, HF_HUB_OFFLINE="1", NANOCHAT_DATASETS_DIR=str(tmp_path), **environment)
+    result = run_python(code, HF_HUB_OFFLINE="1", **environment)
     assert "openai/gsm8k cannot be reached" in result.stderr and "NANOCHAT_DATASETS_DIR" in result.stderr
+
+
+def test_dataset_missing_in_the_mirror_is_not_downloaded(mirror, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: pytest.fail("it was loaded from the hub"))
+    shutil.rmtree(mirror / "openai")
+    with pytest.raises(UserError, match="lacks openai/gsm8k: copy it there, or unset the variable"):
+        GSM8K("train")
 
 
 REAL = {

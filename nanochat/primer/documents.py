@@ -191,6 +191,7 @@ def write_shards(directory: Path, seed: int = 0, num_shards: int = 4) -> list[Pa
     Raises UserError if the folder holds files that this function has not written.
     """
     assert num_shards >= 2, "at least one shard for training and one for validation"
+    directory.mkdir(parents=True, exist_ok=True)  # an unusable folder is reported before the documents are generated
     shards = _split_documents(generate_documents(seed), num_shards)
     hashes = {name: _hash_texts(texts) for name, texts in shards.items()}
     _require_own_folder(directory, hashes)

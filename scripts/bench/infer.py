@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanochat import checkpoint_manager, hardware
+from nanochat import checkpoint_manager, hardware, planner
 from nanochat.cli import COUNT, DEPTH, NOT_NEGATIVE, Range, command, flag
 from nanochat.costs import decode_bytes, decode_flops
 from nanochat.engine import Engine, Request
@@ -63,6 +63,11 @@ class Side(NamedTuple):
 def main(flags: Flags) -> dict[str, float]:
     """Returns the ratios."""
     device = hardware.pick_device(flags.device)
+    if not flags.source:
+        length = flags.prompt_tokens + flags.max_tokens
+        planner.check_generation_fits(
+            fresh_config(flags), max(flags.batch_sizes), length, planner.find_target("", flags.device)
+        )
     dtype = hardware.pick_dtype(device)
     bandwidth, matmul_rate = hardware.copy_bandwidth(device), hardware.matmul_rate(device, dtype)
     sides = make_sides(device, flags.int8)
@@ -101,13 +106,17 @@ def transposed(columns: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
     return rows
 
 
+def fresh_config(flags: Flags) -> GPTConfig:
+    shape = RecipeFlags(depth=flags.depth, head_dim=flags.head_dim, max_seq_len=flags.max_seq_len)
+    return model_config(shape, flags.vocab_size)
+
+
 def load(flags: Flags, device: torch.device, dtype: torch.dtype) -> GPT:
     """The model, ready for inference."""
     if flags.source:
         return checkpoint_manager.load_model(flags.source, flags.model_tag, -1, device, dtype)[0]
-    shape = RecipeFlags(depth=flags.depth, head_dim=flags.head_dim, max_seq_len=flags.max_seq_len)
     torch.manual_seed(0)
-    model = GPT.create(model_config(shape, flags.vocab_size), device, dtype)
+    model = GPT.create(fresh_config(flags), device, dtype)
     model.cast_weights()
     return model.requires_grad_(False)
 

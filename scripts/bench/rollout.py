@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from nanochat import checkpoint_manager, hardware, rollout
+from nanochat import checkpoint_manager, hardware, planner, rollout
 from nanochat.cli import COUNT, DEPTH, NOT_NEGATIVE, Range, command, flag
 from nanochat.distributed import Dist
 from nanochat.engine import Engine, Request
@@ -80,7 +80,10 @@ def load(flags: Flags, device: torch.device) -> tuple[GPT, Tokenizer]:
     if flags.fresh_depth:
         tokenizer = Tokenizer.load(default_dir())
         shape = RecipeFlags(depth=flags.fresh_depth, head_dim=64, max_seq_len=512)
-        return GPT.create(model_config(shape, tokenizer.vocab_size), device, dtype), tokenizer
+        config = model_config(shape, tokenizer.vocab_size)
+        target = planner.find_target("", flags.device)
+        planner.check_generation_fits(config, flags.rollout_batch_size, config.sequence_len, target)
+        return GPT.create(config, device, dtype), tokenizer
     checkpoint = checkpoint_manager.find(flags.source, flags.model_tag)
     return checkpoint.build_model(device, dtype), checkpoint.load_tokenizer()
 

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nanochat import attention, dataset, hardware, primer, recipe
+from nanochat import attention, dataset, hardware, planner, primer, recipe
 from nanochat.cli import COUNT, COUNT_OR_DEFAULT, DEPTH, Range, command, flag
 from nanochat.common import human
-from nanochat.costs import flops_per_token
+from nanochat.costs import TrainingSetup, flops_per_token
 from nanochat.dataloader import PretrainLoader, prefetch, to_device
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT, GPTConfig
@@ -79,6 +79,9 @@ def main(flags: Flags) -> dict[str, float]:
     if vocab_size == -1:
         vocab_size = 8192 if flags.data_dir else 4096
     config = recipe.model_config(shape, vocab_size)
+    target = planner.find_target("", flags.device)
+    wanted = TrainingSetup(flags.device_batch_size, compiled=flags.compile)
+    planner.check_fits(config, planner.training_setup(config, target, flags.total_batch_size, wanted), target, shape)
     sides = {"nanochat": nanochat_side}
     if flags.plain:
         sides["plain"] = plain_side
