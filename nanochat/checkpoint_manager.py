@@ -472,7 +472,7 @@ def _write_step(folder: Path, files: dict[str, dict[str, torch.Tensor]], meta: d
 
 
 def _remove_step(folder: Path) -> None:
-    """Deletes a checkpoint. After a kill meanwhile, no part of it looks like a checkpoint, and the next save cleans up."""
+    """Deletes a checkpoint under another name: after a kill, what is left of it is not taken for a checkpoint."""
     shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.tmp")), ignore_errors=True)
 
 
