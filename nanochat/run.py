@@ -31,7 +31,7 @@ from nanochat.checkpoint_manager import (
     provisional,
     run_lock,
 )
-from nanochat.cli import COUNT_OR_DEFAULT, INTERVAL, Restart, flag
+from nanochat.cli import COUNT_OR_DEFAULT, INTERVAL, NOT_NEGATIVE, Restart, flag
 from nanochat.common import UserError, duration, seed_everything
 from nanochat.costs import TrainingSetup, flops_per_token, training_memory
 from nanochat.distributed import Dist, warn0
@@ -59,7 +59,9 @@ class RunFlags:
     activation_checkpointing: bool = flag(
         False, "compute each layer again in the backward pass: a fraction of the memory, about a third more time"
     )
-    skip_bad_steps: int = flag(0, "steps to leave out, at most, because their loss or gradient norm is not finite")
+    skip_bad_steps: int = flag(
+        0, "steps to leave out, at most, because their loss or gradient norm is not finite", NOT_NEGATIVE
+    )
     run: str = flag("", "name of the run in the tracker; empty = console and metrics file only")
     tracker: str = flag("", "wandb | trackio | mlflow, with --run; default: wandb")
     plan: bool = flag(False, "print what the run needs (memory, time, cost) and exit, without reading data or weights")
