@@ -21,11 +21,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.progress import track
 
 from nanochat.cli import COUNT_OR_DEFAULT, command, flag
 from nanochat.common import UserError, base_dir
+from nanochat.progress import track
 
 PUBLIC_REPO = "karpathy/climbmix-400b-shuffle"  # https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle
 PUBLIC_PREFIX = "base_data_"  # folders of public datasets, see KNOWN in mixture.py
@@ -187,8 +186,8 @@ def _download_shards(names: Sequence[str], directory: Path, workers: int) -> Non
     # The threads of a ThreadPool are daemons, so that Ctrl-C ends the program without waiting for them.
     with ThreadPool(workers) as pool:
         results = pool.imap_unordered(download, names)
-        bar = track(results, "downloading shards", total=len(names), console=Console(stderr=True))
-        errors = sorted((name, message) for name, message in bar if message)
+        arrived = track(results, "downloading shards", len(names), "shards")
+        errors = sorted((name, message) for name, message in arrived if message)
     if errors:
         listed = ", ".join(f"{name} ({message})" for name, message in errors[:5])
         if len(errors) > 5:

@@ -26,7 +26,7 @@ Shapes: B sequences, T new tokens, S tokens in the cache, K key/value heads, D h
 
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -383,9 +383,18 @@ class Engine:
 
     # ---- all at once ----
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Returns the completions in the order of the requests. UserError as in `stream`."""
-        completions = {index: completion for index, _, completion in self.stream(requests)}
+    def generate(
+        self, requests: Sequence[Request], report: Callable[[int], object] = lambda num_done: None
+    ) -> list[Completion]:
+        """
+        Returns the completions in the order of the requests. UserError as in `stream`. report: called with the number
+        of completions so far.
+        """
+        completions: dict[int, Completion] = {}
+        for index, token, completion in self.stream(requests):
+            if token is None:
+                completions[index] = completion
+                report(len(completions))
         return [completions[index] for index in range(len(requests))]
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Event]:

@@ -52,7 +52,8 @@ base_eval and chat_eval append one line per evaluation; the last one of a model 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -62,11 +63,11 @@ from rich.table import Table
 from nanochat.common import atomic_path, base_dir, duration
 from nanochat.distributed import Dist
 from nanochat.hardware import describe, gpu_card, peak_memory
+from nanochat.progress import RunBlock, is_live
 from nanochat.tracking import Tracker
 from nanochat.train import UNTIMED_STEPS, TrainState
 
 CONSOLE_SECONDS = 5.0  # between two console lines about the loss (heuristic, not tuned)
-PROGRESS_SECONDS = 30.0  # between two console lines about an evaluation (heuristic, not tuned)
 
 
 def report_dir() -> Path:
@@ -94,6 +95,8 @@ class Logger:
         self.last_line = 0.0  # time of the last console line about the loss
         self.latest: dict[str, float] = {}
         self.tracker = tracker
+        self.block: RunBlock | None = None  # while it is shown
+        self.title = path.name.lstrip(".").partition(".jsonl")[0]
         self.file: Any = None
         if dist.is_main:
             head = {
@@ -105,8 +108,23 @@ class Logger:
             }
             self.file = append_after(first_step, path, head)
 
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """Shows a live block about the run while this context lasts, if there is a terminal for it (progress.py)."""
+        if not self.dist.is_main or not is_live():
+            yield
+            return
+        with RunBlock(self.title, num_steps=self.num_steps, device=self.dist.device) as self.block:
+            try:
+                yield
+            finally:
+                self.block = None
+
     def log(self, state: TrainState, metrics: dict[str, float]) -> None:
-        """Writes the metrics of a step. The console shows evaluations always and the loss every few seconds."""
+        """
+        Writes the metrics of a step. The console shows evaluations always, and the loss in the live block or, without
+        one, every few seconds.
+        """
         if not self.dist.is_main:
             return
         if self.card and self.flops_per_token and "train/tokens_per_second" in metrics:
@@ -118,6 +136,10 @@ class Logger:
         if self.tracker:
             self.tracker.log(state.step, metrics)
         is_loss = "train/loss" in metrics
+        if self.block:
+            self.block.update(state, metrics)
+            if is_loss:
+                return
         now = time.monotonic()
         if not is_loss or now - self.last_line > CONSOLE_SECONDS or state.step in (1, self.num_steps):
             self.last_line = now if is_loss else self.last_line
@@ -200,28 +222,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
-
-
-def progress(total: int, dist: Dist, unit: str = "items") -> Callable[[int], None]:
-    """
-    Returns a function to call with the number of items done. It prints the progress every 30 seconds. total: 0 if
-    unknown.
-    """
-    start = time.monotonic()
-    last = start
-
-    def report(done: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last > PROGRESS_SECONDS:
-            if total and done:
-                left = (total - done) * (now - start) / done
-                dist.print0(f"{done:,} of {total:,} {unit}, about {duration(left)} left")
-            else:
-                dist.print0(f"{done:,} {unit}")
-            last = now
-
-    return report
 
 
 def print_table(title: str, rows: list[tuple[str, ...]]) -> None:

@@ -35,6 +35,7 @@ from nanochat.conversation import completion_text, render_for_completion
 from nanochat.distributed import Dist
 from nanochat.engine import Completion, Engine, Request
 from nanochat.gpt import GPT
+from nanochat.progress import Bar
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Step
 
@@ -128,7 +129,9 @@ def sample_rollouts(
     for question, number in zip(own_questions, numbers[dist.rank :: dist.world_size], strict=True):
         for i in range(config.num_samples):
             requests.append(replace(template, prompt=question.prompt, seed=number * config.num_samples + i))
-    groups = _split(engine.generate(requests), config.num_samples)
+    with Bar(f"rollouts of {len(own_questions)} questions", len(requests), unit="completions") as bar:
+        completions = engine.generate(requests, bar.update)
+    groups = _split(completions, config.num_samples)
     graded = [
         grade_group(question, group, engine.tokenizer) for question, group in zip(own_questions, groups, strict=True)
     ]

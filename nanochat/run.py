@@ -248,12 +248,13 @@ class Run:
             log=self.logger.log,
             scales_loss=self.dtype == torch.float16,
             last_saved=lambda: self.writer.last_saved,
-            after_step=self._decide_on_compiling,
+            after_step=self._after_step,
             skip_bad_steps=self.flags.skip_bad_steps,
         )
         self.start = time.perf_counter()
         try:
-            self.trainer.fit(steps, loss_fn, schedule, hooks)
+            with self.logger.live():
+                self.trainer.fit(steps, loss_fn, schedule, hooks)
         except (RuntimeError, MemoryError) as error:
             if not hardware.is_out_of_memory(error):
                 raise
@@ -405,8 +406,13 @@ class Run:
             return self.resumed.meta.get("compiled", True)
         return None if self.dist.device.type == "cpu" else True
 
+    def _after_step(self, step: Step, seconds: float) -> None:
+        if self.logger.block:
+            self.logger.block.seek(step.progress, step.position)
+        self._decide_on_compiling(step, seconds)
+
     def _decide_on_compiling(self, step: Step, seconds: float) -> None:
-        """Called after each step. After step TRIAL_STEPS it decides, from the time that the steps so far have taken."""
+        """After step TRIAL_STEPS it decides, from the time that the steps so far have taken."""
         if self.compiled is not None:
             return
         self.trial_seconds.append(seconds)

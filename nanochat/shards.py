@@ -28,11 +28,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from nanochat.common import UserError, atomic_path, base_dir, exclusive_lock, remove_leftovers
-from nanochat.distributed import Dist
-from nanochat.logging import progress
+from nanochat.progress import Bar
 from nanochat.sources import Source
 
 MB = 1_000_000
@@ -183,20 +181,20 @@ def _fill_buckets(
     total = sum(size for _, size in sized_sources) if is_known else 0
     if options.max_bytes < math.inf:
         total = min(total, int(options.max_bytes)) if total else int(options.max_bytes)
-    report = progress(total // MB, Dist(torch.device("cpu")), unit="MB read")
     finished = 0  # estimated bytes of the sources that were read to their end
-    for source, size in sized_sources:
-        name = source.name
-        start = summary.num_bytes
-        for text in source.documents():
-            summary.num_documents += 1
-            for piece in _usable_pieces(text, name, options, summary):
-                buckets.add(piece)
-            if summary.num_bytes >= options.max_bytes:
-                return
-            position = finished + min(summary.num_bytes - start, size) if total else summary.num_bytes
-            report(position // MB)
-        finished += size
+    with Bar("reading text", total // MB, unit="MB read", lines=True) as bar:
+        for source, size in sized_sources:
+            name = source.name
+            start = summary.num_bytes
+            for text in source.documents():
+                summary.num_documents += 1
+                for piece in _usable_pieces(text, name, options, summary):
+                    buckets.add(piece)
+                if summary.num_bytes >= options.max_bytes:
+                    return
+                position = finished + min(summary.num_bytes - start, size) if total else summary.num_bytes
+                bar.update(position // MB)
+            finished += size
 
 
 def _usable_pieces(text: str | None, source: str, options: Options, summary: Summary) -> Iterator[bytes]:
@@ -253,13 +251,13 @@ def _write_shards(folder: Path, buckets: Buckets, summary: Summary) -> None:
     max_bytes = min(VAL_SHARE * buckets.num_bytes, SHARD_BYTES)
     summary.num_val, num_bytes = _write_shard(validation, documents, max_bytes)
     paths: list[Path] = []
-    report = progress(buckets.num_bytes // MB, Dist(torch.device("cpu")), unit="MB sorted")
-    for document in documents:  # the first of a shard; _write_shard takes the others from the same iterator
-        paths.append(folder / f"shard_{len(paths):05d}.parquet")
-        count, size = _write_shard(paths[-1], itertools.chain([document], documents), SHARD_BYTES)
-        summary.num_train += count
-        num_bytes += size
-        report(num_bytes // MB)
+    with Bar("writing shards", buckets.num_bytes // MB, unit="MB sorted", lines=True) as bar:
+        for document in documents:  # the first of a shard; _write_shard takes the others from the same iterator
+            paths.append(folder / f"shard_{len(paths):05d}.parquet")
+            count, size = _write_shard(paths[-1], itertools.chain([document], documents), SHARD_BYTES)
+            summary.num_train += count
+            num_bytes += size
+            bar.update(num_bytes // MB)
     if not paths:
         counts = ", ".join(f"{count:,} {cause}" for cause, count in summary.skipped.items())
         raise UserError(

@@ -8,7 +8,9 @@ reading and reasoning (0 = guessing, 1 = all correct).
 """
 
 import time
+from bisect import bisect
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from nanochat import checkpoint_manager, distributed, hardware, mixture
@@ -22,7 +24,8 @@ from nanochat.eval.core import REFERENCES, evaluate_core, save_scores
 from nanochat.eval.core_tasks import CoreTask, load_tasks, resolve_bundle
 from nanochat.eval.metrics import TaskScore, core_metric
 from nanochat.gpt import GPT
-from nanochat.logging import append_evaluation, progress, save_numbers
+from nanochat.logging import append_evaluation, save_numbers
+from nanochat.progress import Bar
 from nanochat.recipe import load_hyperparameters
 from nanochat.tokenizer import Tokenizer
 
@@ -126,7 +129,14 @@ def run_core(model: GPT, tokenizer: Tokenizer, tasks: list[CoreTask], dist: Dist
     """Evaluates CORE and prints the scores."""
     start = time.monotonic()
     num_items = sum(len(task) for task in tasks)
-    scores = evaluate_core(model, tokenizer, tasks, dist, progress=progress(num_items // dist.world_size, dist))
+    with Bar("CORE", num_items // dist.world_size, lines=True) as bar:
+        ends = list(accumulate(len(task) for task in tasks))  # the number of items up to the end of each task
+
+        def report(num_graded: int) -> None:
+            i = min(bisect(ends, num_graded * dist.world_size), len(tasks) - 1)
+            bar.update(num_graded, f"CORE: {tasks[i].label} ({i + 1} of {len(tasks)})")
+
+        scores = evaluate_core(model, tokenizer, tasks, dist, progress=report)
     for score in scores:
         low, high = score.interval
         interval = f"{score.correct}/{score.total}, 95 % interval {low:.1%} to {high:.1%}"

@@ -11,19 +11,15 @@ Export a trained model for other programs.
 --to html: a page with the model in 8 bits, which chats with it in any browser, offline and without a server.
 """
 
-import sys
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import track
 
 from nanochat import checkpoint_manager
 from nanochat.cli import STEP, command, flag
 from nanochat.common import UserError
 from nanochat.export.common import Source, describe_size, export
 from nanochat.export.formats import FORMATS
+from nanochat.progress import track
 
 
 @dataclass(frozen=True)
@@ -47,13 +43,8 @@ def main(flags: Flags) -> None:
     checkpoint = checkpoint_manager.find(flags.source, flags.model_tag, flags.step)
     tokenizer = checkpoint.load_tokenizer()
     out = Path(flags.out).expanduser()
-    export(Source(checkpoint, tokenizer, flags.source, dtype, show_progress), target_format, out)
+    export(Source(checkpoint, tokenizer, flags.source, dtype, track), target_format, out)
     print(f"exported {checkpoint.path} to {out} ({describe_size(out)})")
-
-
-def show_progress(items: Sequence[str], description: str) -> Iterable[str]:
-    """Counts the items on a progress line on stderr, if that is a terminal."""
-    return track(items, description, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
 if __name__ == "__main__":

@@ -6,19 +6,16 @@ Train the tokenizer on the training shards. This is the first stage: every later
 """
 
 import itertools
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-
 from nanochat import mixture
 from nanochat.cli import COUNT, command, flag
 from nanochat.common import duration, human
 from nanochat.logging import save_numbers
+from nanochat.progress import Bar, track
 from nanochat.tokenizer import PORTABLE_SPLIT_PATTERN, SPLIT_PATTERN, Tokenizer, bytes_per_token, default_dir
 
 NUM_SAMPLES = 200  # validation documents for the check at the end (heuristic, not tuned)
@@ -46,13 +43,17 @@ def main(flags: Flags) -> Tokenizer:
 
     texts = CappedTexts(mixture.iterate_texts(weights, train_shards, flags.doc_cap), flags.max_chars, flags.doc_cap)
     start = time.perf_counter()
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("reading", total=None)
+    with Bar("merging", unit="merges") as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done)
+
         tokenizer = Tokenizer.train(
-            texts,
+            track(texts, "reading text", unit="documents"),
             flags.vocab_size,
             pattern=PORTABLE_SPLIT_PATTERN if flags.portable else SPLIT_PATTERN,
-            progress=lambda done, total: bar.update(task, description="merging", completed=done, total=total),
+            progress=report,
         )
     seconds = time.perf_counter() - start
     tokenizer.save(directory)

@@ -11,6 +11,7 @@ import torch
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import RowGroups
 from nanochat.distributed import Dist
+from nanochat.progress import track
 from nanochat.tokenizer import Tokenizer
 
 
@@ -25,7 +26,7 @@ def evaluate_bpb(
     hold no bytes. A batch is a pair of inputs and targets, (B, T) each. `token_bytes`, (V,), has the length of each
     token. Special tokens (0 bytes) and ignored targets (-1) count in neither sum.
     """
-    nats, num_bytes, _ = _sums(model, batches, token_bytes, dist)
+    nats, num_bytes, _ = _sums(model, track(batches, "bits per byte", unit="batches"), token_bytes, dist)
     return _bits_per_byte(nats, num_bytes)
 
 
@@ -54,8 +55,10 @@ def evaluate_bpb_of_sources(
     mean_nats = mean_bytes = 0.0  # per token of the mixture
     for name, weight, shards in sources:
         loader = PretrainLoader(tokenizer, RowGroups(shards), batch_size=batch_size, sequence_len=T, dist=reader)
-        batches = islice(loader.batches(), rank, max(1, round(weight * num_batches)), world_size)
-        nats, num_bytes, num_targets = _sums(model, batches, tokenizer.token_bytes(), dist)
+        num_own = max(1, round(weight * num_batches))
+        batches = islice(loader.batches(), rank, num_own, world_size)
+        counted = track(batches, f"bits per byte of {name}", num_own / world_size, "batches")
+        nats, num_bytes, num_targets = _sums(model, counted, tokenizer.token_bytes(), dist)
         bpb[f"bpb/{name}"] = _bits_per_byte(nats, num_bytes)
         mean_nats += weight * nats / num_targets
         mean_bytes += weight * num_bytes / num_targets

@@ -30,12 +30,12 @@ import torch.nn.functional as F
 from nanochat.common import atomic_path
 from nanochat.conversation import completion_text, render_for_completion
 from nanochat.distributed import Dist
-from nanochat.engine import Completion, Engine, Request
+from nanochat.engine import Engine, Request
 from nanochat.eval.core import BATCH_COLUMNS, TreeBatch, batch_trees, build_prefix_trees, scored_states
 from nanochat.eval.core_tasks import ScoredPrompt
 from nanochat.eval.metrics import TaskScore
-from nanochat.logging import progress
 from nanochat.loss import softcap
+from nanochat.progress import Bar
 from nanochat.rollout import pass_at_k
 
 # The tasks of ChatCORE and the accuracy of guessing.
@@ -115,7 +115,7 @@ def evaluate_task(
         if record and dist.is_main:
             temporary = stack.enter_context(atomic_path(record))
             file = stack.enter_context(temporary.open("w", encoding="utf-8"))
-        for graded in grade_task(engine, task, dist, sampling):
+        for graded in grade_task(engine, task, dist, sampling=sampling, label=label):
             num_correct[graded.problem] += graded.correct
             if graded.sample == 0:
                 num_cut += graded.cut
@@ -130,25 +130,25 @@ def evaluate_task(
     return ChatScore(label, sum(num_correct), len(task), baseline, num_samples, num_cut, pass_at)
 
 
-def grade_task(engine: Engine, task: Task, dist: Dist, sampling: Sampling) -> Iterator[GradedCompletion]:
+def grade_task(engine: Engine, task: Task, dist: Dist, *, sampling: Sampling, label: str) -> Iterator[GradedCompletion]:
     """Yields the graded completions of all ranks, on every rank, in order of problems and samples."""
     num_samples = sampling.num_samples
     problems_at_a_time = max(1, COMPLETIONS_AT_A_TIME // num_samples) * dist.world_size
     num_done = 0  # by this rank
-    report_all = progress(len(task) * num_samples // dist.world_size, dist)
 
     def report(num_new: int) -> None:
-        report_all(num_done + num_new)
+        bar.update(num_done + num_new)
 
-    for first in range(0, len(task), problems_at_a_time):
-        stop = min(first + problems_at_a_time, len(task))
-        own_problems = range(first + dist.rank, stop, dist.world_size)
-        if task.kind == "categorical":
-            own = choose_letters(engine, task, own_problems, report=report)
-        else:
-            own = grade_completions(engine, task, own_problems, sampling, report=report)
-        num_done += len(own)
-        yield from sorted(chain(*dist.gather(own)), key=lambda graded: (graded.problem, graded.sample))
+    with Bar(label, len(task) * num_samples // dist.world_size, lines=True) as bar:
+        for first in range(0, len(task), problems_at_a_time):
+            stop = min(first + problems_at_a_time, len(task))
+            own_problems = range(first + dist.rank, stop, dist.world_size)
+            if task.kind == "categorical":
+                own = choose_letters(engine, task, own_problems, report=report)
+            else:
+                own = grade_completions(engine, task, own_problems, sampling, report=report)
+            num_done += len(own)
+            yield from sorted(chain(*dist.gather(own)), key=lambda graded: (graded.problem, graded.sample))
 
 
 # ---- categorical tasks: the most likely letter ----
@@ -230,7 +230,7 @@ def grade_completions(
     by_length = sorted(problems, key=lambda i: len(prompts[i]), reverse=True)
     order = [(i, sample) for i in by_length for sample in range(num_samples)]
     requests = [replace(template, prompt=prompts[i], seed=i * num_samples + sample) for i, sample in order]
-    completions = generate(engine, requests, report)
+    completions = engine.generate(requests, report)
     texts = [completion_text(completion.tokens, tokenizer) for completion in completions]
     with ThreadPoolExecutor(GRADING_THREADS) as pool:
         verdicts = list(pool.map(task.grade, [conversations[i] for i, _ in order], texts))
@@ -250,16 +250,6 @@ def grade_completions(
             )
         )
     return graded
-
-
-def generate(engine: Engine, requests: Sequence[Request], report: Report) -> list[Completion]:
-    """Engine.generate with progress reports."""
-    completions: dict[int, Completion] = {}
-    for index, token, completion in engine.stream(requests):
-        if token is None:
-            completions[index] = completion
-            report(len(completions))
-    return [completions[index] for index in range(len(requests))]
 
 
 def truncate_prompt(prompt: list[int], max_tokens: int) -> list[int]:
