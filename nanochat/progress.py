@@ -40,7 +40,7 @@ from nanochat.train import UNTIMED_STEPS, TrainState
 
 T = TypeVar("T")
 
-REFRESH_SECONDS = 0.25  # drawing takes 0.6 ms of a Xeon core (median, measured): 0.25 % of the time
+REFRESH_SECONDS = 0.25  # drawing takes 0.6 ms of an EPYC core (median): 0.25 % of the time
 LINE_SECONDS = 30.0  # between two lines of a Bar without a terminal (heuristic, not tuned)
 SPARK_LEVELS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 32  # characters

@@ -228,6 +228,7 @@ def test_killed_speedrun_resumes_and_its_model_answers(speedrun, tmp_path):
     code = process.wait(timeout=600)
     output = log.read_text()
     assert code == 0, output
+    assert "\x1b" not in output  # plain lines in a file
     for stage in ("data", "tok_train", "tok_eval"):
         assert f"== {stage}: skipped, finished before" in output
     assert re.search(r"^== base_train: .* --resume$", output, re.MULTILINE)
