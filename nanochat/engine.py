@@ -52,8 +52,8 @@ SAMPLE_PROMPTS = (
     "The planets of the solar system are:",
     "Once upon a time",
 )
-# From this many tokens on, compiling the decode step saves more time than it takes: 20 to 40 s against about 0.2 ms a
-# token, at depth 4 on two cores.
+# From this many tokens on, compiling the decode step saves more time than it takes the first time: 40 s against about
+# 0.2 ms a token, at depth 4 on two cores.
 MIN_TOKENS_TO_COMPILE = 200_000
 # Tokens of a prompt per forward pass, during which requests in slots wait. On a GPU a pass of 512 takes hardly longer
 # than one of 128. On a CPU, 128 at a time are 7 % slower than 512 (depth 4), but of a prompt whose beginning is cached
@@ -322,9 +322,8 @@ class Engine:
         precisions: what the decode step on a CPU may use if it is faster than the model's dtype, though it changes the
         logits a little: "bfloat16", or "int8" for weights of 8 bits with one scale per output. Prompts are always read
         in the model's own dtype.
-        compile: compile the decode step at its first use, where torch.compile works. On a CPU this takes 20 to 50 s at
-        depth 4, and 20 s later too, though torch keeps a part of the code on the disk; so it pays for a server or for
-        many completions, not for one. On CUDA the step has a fifth of the kernels.
+        compile: compile the decode step at its first use, where torch can. On a CPU this takes 20 to 40 s at depth 4;
+        later 1 s, as the code is kept in the base folder (aot.py). On CUDA the step has a fifth of the kernels.
         speculate: number of tokens to draft per step where text repeats (speculation.py); 0 = off. With 4, greedy
         continuations of repetitive text are 1.55 times as fast on a CPU at 1 row and 1.2 times at 8, and chats 1.1 to
         1.2 times; sampled text that hardly repeats takes up to 1.3 times as long at 8 rows.

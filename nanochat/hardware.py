@@ -373,7 +373,7 @@ def measured(question: str, measure: Callable[[], Any]) -> Any:
     The result of `measure`, plain data; from the base folder if this machine has measured it before. Each machine has a
     file there. Its name is a hash of the chip, the number of threads and torch's version: a change measures again.
     """
-    machine = "|".join([_cpu_name(), str(torch.get_num_threads()), torch.__version__])
+    machine = "|".join([cpu_name(), str(torch.get_num_threads()), torch.__version__])
     path = base_dir() / "measurements" / f"{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
     results: dict[str, Any] = {"machine": machine}
     with suppress(OSError, ValueError):  # absent, damaged, not readable: measure again
@@ -386,7 +386,7 @@ def measured(question: str, measure: Callable[[], Any]) -> Any:
     return results[question]
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The name of the CPU; on Linux with model and stepping, which tell generations of one name apart."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():

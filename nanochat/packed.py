@@ -32,6 +32,9 @@ class PackedLinear(nn.Module):
     steps need no copy. Everything else is a copy, which `refresh` makes again.
     """
 
+    weight: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(
         self,
         layers: list[nn.Linear],
@@ -48,7 +51,8 @@ class PackedLinear(nn.Module):
         self.dtype, self.layout, self.num_rows = dtype, layout, num_rows
         self.norms_input = norms_input
         self.sizes = [layer.out_features for layer in layers]
-        self.weight = self.scale = torch.empty(0)
+        for name in ("weight", "scale"):  # buffers, so that compiled code finds them
+            self.register_buffer(name, torch.empty(0), persistent=False)
         self.is_shared = False  # the weight is the original layer's own tensor
         self.refresh()
 
