@@ -13,4 +13,5 @@ if command -v cargo >/dev/null; then
 else
   echo "no cargo: the Rust code is not checked"
 fi
+export GOMP_SPINCOUNT=3000  # as in scripts/__init__.py
 python -m pytest -q "$@"

@@ -102,7 +102,6 @@ def measure_sides(
     sides: Mapping[str, Callable[..., "Side"]], flags: Flags, config: GPTConfig
 ) -> dict[str, dict[str, float]]:
     """Runs the sides in turn, each in its process. Returns the measurements of each, with the medians of its turns."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # runs/setup.sh sets it too
     with tempfile.TemporaryDirectory() as folder:
         if not flags.data_dir:
             primer.write_shards(Path(folder))
