@@ -24,7 +24,7 @@ Each other line has these keys:
     elapsed            seconds since training started, those included; not the time between a stop and its --resume
     tokens             trained on so far, over all ranks; padding included, except in reinforcement learning
     flops              of training on these tokens: tokens x flops_per_token
-    peak_memory        bytes on rank 0 so far: of torch on a GPU, of the process on other devices
+    peak_memory        bytes on rank 0 so far, read once a second: of torch on a GPU, of the process on other devices
 
 After each optimizer step:
 
@@ -67,6 +67,7 @@ from nanochat.progress import RunBlock, is_live
 from nanochat.tracking import Tracker
 from nanochat.train import UNTIMED_STEPS, TrainState
 
+MEMORY_SECONDS = 1.0  # between two readings of the peak memory: torch takes about 0.1 ms for one on a GPU (estimated)
 CONSOLE_SECONDS = 5.0  # between two console lines about the loss (heuristic, not tuned)
 
 
@@ -93,6 +94,8 @@ class Logger:
         self.flops_per_token = flops_per_token
         self.card = gpu_card(dist.device)
         self.last_line = 0.0  # time of the last console line about the loss
+        self.last_memory = -math.inf  # time of the last reading of `memory`
+        self.memory = 0  # peak, in bytes
         self.latest: dict[str, float] = {}
         self.tracker = tracker
         self.block: RunBlock | None = None  # while it is shown
@@ -152,13 +155,17 @@ class Logger:
             self._write(state, {"samples": samples})
 
     def _write(self, state: TrainState, values: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if now - self.last_memory > MEMORY_SECONDS:
+            self.last_memory = now
+            self.memory = peak_memory(self.dist.device)
         line = {
             "step": state.step,
             "seconds": round(state.seconds, 3),
             "elapsed": round(state.elapsed, 3),
             "tokens": state.total_tokens,
             "flops": state.total_tokens * self.flops_per_token,
-            "peak_memory": peak_memory(self.dist.device),
+            "peak_memory": self.memory,
         }
         self.file.write(json.dumps(line | values) + "\n")
         self.file.flush()

@@ -123,6 +123,7 @@ def decide(settings: Settings, facts: Facts, base: Path) -> Decisions:
         data = ["python", "-m", "nanochat.dataset", "-n", str(num_shards)]
         evals = "core,bpb,sample"
     eval_tokens = str(size.eval_tokens)
+    validation_tokens = str(size.validation_tokens or size.eval_tokens)
     return Decisions(
         device=facts.device,
         gpus=facts.gpus,
@@ -135,7 +136,7 @@ def decide(settings: Settings, facts: Facts, base: Path) -> Decisions:
         sft_tokens=chat.tokens,
         data=data,
         launch=launch,
-        base_train=[*size.recipe_flags, *size.options, "--eval-tokens", eval_tokens, *shared],
+        base_train=[*size.recipe_flags, *size.options, "--eval-tokens", validation_tokens, *shared],
         base_eval=["-g", "speedrun", "--eval", evals, "--max-per-task", "500", "--split-tokens", eval_tokens],
         chat_sft=["--base-tag", "speedrun", *chat.sft, *shared],
         chat_eval=["-i", "sft", "-g", "speedrun", *chat.evaluation],
@@ -181,7 +182,6 @@ def choose_chat(settings: Settings, facts: Facts, text: Text) -> Chat:
     """The conversations to fine-tune and evaluate on."""
     questions = ["What is the capital of France?", "What is 47 + 85?", "Who are you?"]
     primer_sft = [f"--{name}-epochs=0" for name in PUBLIC_SOURCES] + ["--primer-epochs", "3"]
-    primer_sft += ["--sample-every", "50"]
     primer_evaluation = ["-a", "QuizFree,QuizChoice,Sums", "-m", "64"]
     if settings.mode == "tiny":
         sft = [*primer_sft, "--num-iterations", "20", "--sample-every", "10", "--eval-examples", "32", "--no-compile"]
@@ -193,7 +193,9 @@ def choose_chat(settings: Settings, facts: Facts, text: Text) -> Chat:
         description = "the public datasets"
     else:
         description = "the embedded conversations (no network, or the embedded corpus as text)"
-        return Chat(description, primer_sft, SFT_TOKENS_PRIMER, primer_evaluation, questions)
+        return Chat(
+            description, [*primer_sft, "--sample-every", "100"], SFT_TOKENS_PRIMER, primer_evaluation, questions
+        )
     if facts.device == "cuda":
         return Chat(description, [], SFT_TOKENS_PUBLIC, ["-a", CHAT_CORE], questions)
     # Without the spelling tasks, which would fill most of the 250 optimizer steps.
@@ -206,8 +208,9 @@ class Size:
     vocab_size: int
     recipe_flags: list[str]
     options: list[str]  # further flags of base_train
-    eval_tokens: int
+    eval_tokens: int  # of base_eval
     save_every: int = 250
+    validation_tokens: int = 0  # of each validation during training; 0 = eval_tokens
 
 
 def choose_size(settings: Settings, facts: Facts, text: Text) -> Size:
@@ -221,7 +224,9 @@ def choose_size(settings: Settings, facts: Facts, text: Text) -> Size:
     small = ["--depth", "4", "--head-dim", "64", "--max-seq-len", "512"]
     if text.kind == "primer":
         recipe = [*small, "--total-batch-size", "4096", "--num-iterations", "640"]
-        return Size(2048, recipe, ["--eval-every", "160", "--sample-every", "160"], 65536)
+        # Four validations of a quarter of the text take as long as one of all of it.
+        options = ["--eval-every", "160", "--sample-every", "160"]
+        return Size(2048, recipe, options, 65536, validation_tokens=16384)
     if facts.device != "cuda":
         vocab_size = min(vocab_size, 8192)
         eval_tokens = 524288 if vocab_size == 8192 else 65536
