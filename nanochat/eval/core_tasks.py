@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.common import UserError, base_dir
+from nanochat.progress import Bar
 from nanochat.tokenizer import Tokenizer
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -89,7 +90,11 @@ def download_bundle(url: str, path: Path) -> None:
         archive = Path(folder) / "bundle.zip"
         try:
             with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, archive.open("wb") as file:
-                shutil.copyfileobj(response, file)
+                size = int(response.headers.get("Content-Length", 0))
+                with Bar("downloading the tasks of CORE", size / 1e6, unit="MB") as bar:
+                    while block := response.read(2**18):
+                        file.write(block)
+                        bar.update(file.tell() / 1e6)
         except OSError as error:  # HTTP errors and timeouts too
             raise UserError(
                 f"{url} cannot be downloaded ({error}): check the network and run the same command again"
