@@ -30,10 +30,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanochat import legacy, lora
-from nanochat.common import UserError, atomic_path, base_dir, check_writable, describe_error, exclusive_lock
+from nanochat.common import (
+    UserError,
+    atomic_path,
+    base_dir,
+    check_writable,
+    describe_error,
+    exclusive_lock,
+    parse_json,
+)
+from nanochat.costs import param_counts
 from nanochat.distributed import Dist, warn0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.logging import report_dir
@@ -104,7 +114,7 @@ class Checkpoint:
 
     def saved_weights(self) -> dict[str, torch.Tensor]:
         """The content of model.safetensors: the weights, or the adapters alone if the model was trained with LoRA."""
-        return load_file(self.path / "model.safetensors")
+        return _read_tensors(self.path / "model.safetensors")
 
     @property
     def weights_crc32(self) -> int:
@@ -128,8 +138,12 @@ class Checkpoint:
 
     def build_model(self, device: torch.device, dtype: torch.dtype) -> GPT:
         """Returns the model on the device. UserError names the parameters that do not match the configuration."""
-        model = GPT(self.config, device, dtype)
         weights = {name: weight.float() for name, weight in self.weights().items()}
+        found = sum(weight.numel() for weight in weights.values())
+        expected = param_counts(self.config)["total"]
+        if expected > 2 * found:  # memory for them is not even allocated: the numbers come from a damaged file
+            raise UserError(f"{self.path} has {found:,} parameters, its configuration {expected:,}: use another step")
+        model = GPT(self.config, device, dtype)
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
@@ -181,7 +195,7 @@ class Checkpoint:
         file = self.path / "optimizer.safetensors"
         if not file.exists():
             return False
-        optimizer.load_full_state(load_file(file))
+        optimizer.load_full_state(_read_tensors(file))
         return True
 
     def restore_run(self, optimizer: MuonAdamW, dist: Dist) -> tuple[TrainState, list[dict[str, Any]]]:
@@ -191,7 +205,7 @@ class Checkpoint:
         """
         self.restore_optimizer(optimizer)
         data_states: list[dict[str, Any]] = [dict(numbers) for numbers in self.meta["data_states"]]
-        for name, tensor in load_file(self.path / "data.safetensors").items():
+        for name, tensor in _read_tensors(self.path / "data.safetensors").items():
             rank, key = name.split(".", 1)
             if not key.startswith("rng."):
                 data_states[int(rank)][key] = tensor
@@ -250,19 +264,20 @@ class CheckpointReader:
                 return Checkpoint(model_file, step, meta)
             if not (path / "manifest.json").exists():
                 return f"{path} has no manifest.json"
-            manifest = json.loads((path / "manifest.json").read_text())
+            manifest = parse_json((path / "manifest.json").read_bytes())
             if not REQUIRED <= manifest.keys():
                 return f"{path / 'manifest.json'} is incomplete"
             for name, expected in manifest.items():
                 file = path / name
                 if file.stat().st_size != expected["bytes"] or _crc32(file) != expected["crc32"]:
                     return f"{file} is corrupt"
-            meta = json.loads((path / "state.json").read_text())
+            meta = parse_json((path / "state.json").read_bytes())
+            saved_format = meta["format"]
         except legacy.UNREADABLE as error:
             first_line = str(error).partition("\n")[0]  # torch's messages have many
             return f"step {step} of {self.path} is not readable ({type(error).__name__}: {first_line})"
-        if meta["format"] != FORMAT:
-            raise UserError(f"{path} has format {meta['format']}, this nanochat reads {FORMAT}: use a newer nanochat")
+        if saved_format != FORMAT:
+            raise UserError(f"{path} has format {saved_format}, this nanochat reads {FORMAT}: use a newer nanochat")
         return Checkpoint(path, step, meta)
 
 
@@ -474,6 +489,14 @@ def _write_step(folder: Path, files: dict[str, dict[str, torch.Tensor]], meta: d
 def _remove_step(folder: Path) -> None:
     """Deletes a checkpoint under another name: after a kill, what is left of it is not taken for a checkpoint."""
     shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.tmp")), ignore_errors=True)
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The content of a safetensors file. UserError if it is damaged."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}): use another step, or restore it") from error
 
 
 def _crc32(path: Path) -> int:

@@ -1,6 +1,7 @@
 """Shared by all modules: the base folder, errors for users, atomic file writes, seeds, formatting of numbers."""
 
 import errno
+import json
 import os
 import random
 import re
@@ -8,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -110,6 +112,14 @@ def check_writable(folder: Path) -> None:
     probe = folder / f".probe.{os.getpid()}.tmp"
     probe.touch()
     probe.unlink()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. ValueError if it is none, and also if it is nested too deeply to be parsed."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def fsync(path: Path) -> None:

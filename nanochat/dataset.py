@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -99,7 +100,7 @@ class RowGroups:
         self.shards = list(shards)
         counts = [pq.read_metadata(shard).num_row_groups for shard in self.shards]
         self._ends = list(itertools.accumulate(counts))  # per shard, the number of its last row group plus 1
-        self._open = functools.lru_cache(maxsize=1)(pq.ParquetFile)
+        self._open = functools.lru_cache(maxsize=1)(partial(pq.ParquetFile, page_checksum_verification=True))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0

@@ -35,6 +35,7 @@ VOCAB_MULTIPLE = 64  # embedding tables are padded to this: round shapes multipl
 SHORT_WINDOW_MULTIPLE = 128  # block size of the attention kernels
 SMEAR_CHANNELS = 24  # channels that the smear gate reads
 VE_GATE_CHANNELS = 12  # channels that the gate of the value embeddings reads
+MAX_SIZE = 1 << 20  # of any size in GPTConfig: larger ones come from damaged files
 VE_GATE_SCALE = 3.0  # a value embedding is added with a weight between 0 and this
 
 
@@ -74,6 +75,7 @@ class GPTConfig:
     logit_softcap: float = 15.0
 
     def __post_init__(self) -> None:
+        self._check_values()
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             raise UserError(
                 f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, "
@@ -83,6 +85,23 @@ class GPTConfig:
             raise UserError(f"n_embd {self.n_embd} must be at least {SMEAR_CHANNELS}: raise --depth or --head-dim")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise UserError(f"window pattern {self.window_pattern!r}: use the letters S (short) and L (full)")
+
+    def _check_values(self) -> None:
+        """Checks each field alone: configurations are also read from files, where anything may stand."""
+        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+            size = getattr(self, name)
+            if type(size) is not int or not 1 <= size <= MAX_SIZE:
+                raise UserError(f"{name} is {size!r:.40}: it must be a whole number from 1 to {MAX_SIZE:,}")
+        for name in ADDITIONS:
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name} is {getattr(self, name)!r:.40}: it must be true or false")
+        for name in ("qk_gain", "rope_base", "logit_softcap"):
+            number = getattr(self, name)
+            is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+            if not is_number or not 0 <= number < math.inf or (number == 0 and name != "logit_softcap"):
+                raise UserError(f"{name} is {number!r:.40}: it must be a positive number")
+        if not isinstance(self.window_pattern, str):
+            raise UserError(f"the window pattern is {self.window_pattern!r:.40}: it must be a text")
 
     @property
     def head_dim(self) -> int:

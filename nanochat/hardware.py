@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 
 from nanochat.cards import Card, find_card
-from nanochat.common import UserError, atomic_path, base_dir
+from nanochat.common import UserError, atomic_path, base_dir, parse_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -281,8 +282,8 @@ def keep_freed_pages() -> None:
 def pick_matmul_precision(device: torch.device, resumed_precision: str = "") -> str:
     """
     The precision of float32 products: on GPUs "high" (TF32). On a CPU "medium" if that is faster and exact enough, else
-    "highest". Because that is measured, a resumed run passes the precision that it was started with: another one would
-    change the last bits of every loss.
+    "highest". Another precision would change the last bits of every loss. So it is measured once per machine, which lets
+    a run be repeated, and a resumed run passes the precision that it was started with.
 
     On a CPU "medium" uses oneDNN for float32 products. On AMD chips oneDNN is up to twice as fast as MKL, with an error
     of 7e-7. On chips with AMX it rounds the factors to bfloat16: 1,650 instead of 430 GFLOP/s, but an error of 2e-3,
@@ -292,6 +293,10 @@ def pick_matmul_precision(device: torch.device, resumed_precision: str = "") -> 
         return "high"
     if resumed_precision:
         return resumed_precision
+    return measured("precision of float32 products", _faster_precision)
+
+
+def _faster_precision() -> str:
     a, b = _probe_matrices()
     exact = a.double() @ b.double()
 
@@ -375,15 +380,22 @@ def measured(question: str, measure: Callable[[], Any]) -> Any:
     """
     machine = "|".join([cpu_name(), str(torch.get_num_threads()), torch.__version__])
     path = base_dir() / "measurements" / f"{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
-    results: dict[str, Any] = {"machine": machine}
-    with suppress(OSError, ValueError):  # absent, damaged, not readable: measure again
-        results |= json.loads(path.read_text())
+    results: dict[str, Any] = {}
+    with suppress(OSError, ValueError, LookupError, TypeError):  # absent, damaged, not readable: measure again
+        saved = parse_json(path.read_bytes())
+        if saved["crc32"] == _checksum(saved["results"]):
+            results = dict(saved["results"])
     if question not in results:
         results[question] = measure()
+        content = {"machine": machine, "crc32": _checksum(results), "results": results}
         with suppress(OSError):  # a base folder that cannot be written: measure again next time
             with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(results, indent=1))
+                temporary.write_text(json.dumps(content, indent=1))
     return results[question]
+
+
+def _checksum(value: Any) -> int:
+    return zlib.crc32(json.dumps(value).encode())
 
 
 def cpu_name() -> str:

@@ -10,8 +10,9 @@ Nothing here executes code from a file, and nothing writes these formats any mor
 """
 
 import io
-import json
 import pickle
+import pickletools
+import zipfile
 from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from nanochat.common import UserError
+from nanochat.common import UserError, parse_json
 from nanochat.gpt import ADDITIONS
 
 # The fields of GPTConfig that each vintage stands for.
@@ -33,6 +34,7 @@ VINTAGES: dict[str, dict[str, Any]] = {
 # What reading a damaged file can raise, in any format. LookupError: a field is missing.
 UNREADABLE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.PickleError,
+    zipfile.BadZipFile,
 )  # fmt: skip
 
 
@@ -73,7 +75,10 @@ def read_checkpoint(directory: Path, step: int) -> tuple[Path, dict[str, Any]]:
     UNREADABLE if either is damaged.
     """
     model_file = directory / f"model_{step:06d}.pt"
-    meta = json.loads((directory / f"meta_{step:06d}.json").read_text())
+    with zipfile.ZipFile(model_file) as archive:  # torch.load does not compare the checksums if it maps the file
+        if damaged := archive.testzip():
+            raise ValueError(f"{model_file}: {damaged} is corrupt")
+    meta = parse_json((directory / f"meta_{step:06d}.json").read_bytes())
     meta["model_config"] = upgrade_config(meta["model_config"], read_weights(model_file).keys())
     return model_file, meta
 
@@ -85,6 +90,15 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
 
 
 # ---- tokenizers: tokenizer.pkl ----
+
+
+# The instructions of a pickled tiktoken.Encoding (protocols 3 to 5). A pickle with others could exhaust the memory, or
+# crash Python with deeply nested keys.
+ENCODING_OPCODES = frozenset(
+    "PROTO FRAME STOP MARK GLOBAL STACK_GLOBAL NEWOBJ BUILD EMPTY_TUPLE EMPTY_DICT SETITEM SETITEMS NONE "
+    "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BININT BININT1 BININT2 BINPUT LONG_BINPUT BINGET LONG_BINGET "
+    "MEMOIZE".split()
+)
 
 
 def read_encoding_pickle(content: bytes) -> tuple[str, dict[bytes, int], dict[str, int]]:
@@ -103,6 +117,7 @@ def read_encoding_pickle(content: bytes) -> tuple[str, dict[bytes, int], dict[st
             return SimpleNamespace
 
     try:
+        _check_opcodes(content)
         found = Unpickler(io.BytesIO(content)).load()
     except (*UNREADABLE, MemoryError, OverflowError) as error:  # a damaged pickle may raise almost anything
         raise ValueError(str(error) or type(error).__name__) from error
@@ -113,3 +128,12 @@ def read_encoding_pickle(content: bytes) -> tuple[str, dict[bytes, int], dict[st
     if not all(type(token) is bytes and type(rank) is int for token, rank in ranks.items()):
         raise ValueError("its ranks are not bytes → number")
     return pattern, ranks, getattr(found, "special_tokens", {})
+
+
+def _check_opcodes(content: bytes) -> None:
+    """ValueError if a pickle has other instructions than those above, or would reserve memory beyond its size."""
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name not in ENCODING_OPCODES:
+            raise ValueError(f"it contains {opcode.name}, which was not run")
+        if opcode.name == "LONG_BINPUT" and int(argument or 0) > len(content):  # the size of a table
+            raise ValueError("it has a damaged index")

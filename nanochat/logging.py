@@ -50,7 +50,6 @@ base_eval and chat_eval append one line per evaluation; the last one of a model 
 """
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,10 +57,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from nanochat.common import atomic_path, base_dir, duration
-from nanochat.distributed import Dist
+from nanochat.common import atomic_path, base_dir, duration, parse_json
+from nanochat.distributed import Dist, warn0
 from nanochat.hardware import describe, gpu_card, peak_memory
 from nanochat.progress import RunBlock, is_live
 from nanochat.tracking import Tracker
@@ -214,20 +214,22 @@ def append_after(step: int, path: Path, *head: dict[str, Any]) -> TextIO:
     Rewrites a JSON-lines file and opens it for appending. It then has the lines `head` and, for a run that is resumed
     after `step`, its old lines up to this step. A new run (step 0) keeps no old lines.
     """
-    kept = [line for line in _lines(path) if line.get("step", math.inf) <= step] if step else []
+    kept = [line for line in read_lines(path) if type(line.get("step")) is int and line["step"] <= step] if step else []
     with atomic_path(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in [*head, *kept]))
     return path.open("a")
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one per line; a last line that a crash truncated is left out."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one per line. Damaged lines, such as the last one after a crash, are left out."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
+            value = parse_json(line)
         except ValueError:
-            break
+            continue
+        if isinstance(value, dict):
+            lines.append(value)
     return lines
 
 
@@ -258,8 +260,15 @@ def append_evaluation(script: str, tag: str, result: dict[str, Any]) -> None:
 
 
 def _saved_numbers(stage: str) -> dict[str, Any]:
+    """The numbers that a stage saved; empty if there are none or the file is damaged."""
     path = report_dir() / f"{stage}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        return dict(parse_json(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        warn0(f"{path} is damaged ({error}): it is left out, run {stage} again to replace it")
+        return {}
 
 
 def print_summary(stages: list[str]) -> None:
@@ -270,7 +279,7 @@ def print_summary(stages: list[str]) -> None:
         for name, value in _saved_numbers(stage).items():
             if name != "time":
                 shown = _shown(value)
-                table.add_row(stage, name, shown)
+                table.add_row(stage, escape(name), escape(shown))
                 markdown.append(f"| {stage} | {name} | {shown} |")
     Console().print(table)
     with atomic_path(report_dir() / "report.md") as temporary:

@@ -303,9 +303,13 @@ def load_hyperparameters(meta: dict[str, Any]) -> Hyperparameters:
     """
     known: dict[str, Any] = {}  # later sections override earlier ones
     for section in (meta.get("user_config"), meta.get("flags"), meta, meta.get("recipe"), meta.get("settings")):
-        known |= {name: value for name, value in (section or {}).items() if value not in (None, -1)}
-    names = [field.name for field in fields(Hyperparameters)]
-    return Hyperparameters(**{name: known[name] for name in names if name in known})
+        if isinstance(section, dict):
+            known |= {name: value for name, value in section.items() if value not in (None, -1)}
+    chosen = {field.name: known[field.name] for field in fields(Hyperparameters) if field.name in known}
+    for name, value in chosen.items():
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise UserError(f"the checkpoint's {name} is {value!r:.40}, not a number: restore it, or use another")
+    return Hyperparameters(**chosen)
 
 
 # ---- schedules: pure functions of the step ----

@@ -29,7 +29,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import UserError, atomic_path, base_dir, exclusive_lock, remove_leftovers
+from nanochat.common import UserError, atomic_path, base_dir, exclusive_lock, parse_json, remove_leftovers
 from nanochat.progress import Bar
 from nanochat.sources import Source
 
@@ -273,7 +273,8 @@ def _write_shard(path: Path, documents: Iterable[bytes], max_bytes: float) -> tu
     """Writes documents until the shard has max_bytes of text; returns the number of documents and of bytes."""
     rows: list[bytes] = []
     count = size = group_start = 0
-    with pq.ParquetWriter(path, pa.schema({"text": pa.string()}), compression="zstd") as writer:
+    schema = pa.schema({"text": pa.string()})
+    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
         for data in documents:
             rows.append(data)
             count += 1
@@ -316,7 +317,7 @@ def require_own_folder(out: Path) -> None:
 def _read_marker(path: Path) -> dict[str, int]:
     """The size of each shard by name; empty if there is no marker file, or if it is not from this module."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["sizes"])
+        return dict(parse_json(path.read_bytes())["sizes"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

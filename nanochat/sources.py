@@ -17,7 +17,6 @@ that are not UTF-8 become lone surrogates (Python's "surrogateescape"), so that 
 
 import csv
 import io
-import json
 import os
 import sys
 from collections import Counter
@@ -29,7 +28,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import UserError
+from nanochat.common import UserError, parse_json
 from nanochat.distributed import warn0
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -110,7 +109,9 @@ class FileSource:
                 yield row[column] if column < len(row) else None
 
     def _read_parquet(self) -> Iterator[str | None]:
-        with pq.ParquetFile(self.path, buffer_size=READ_BYTES, pre_buffer=False) as file:
+        with pq.ParquetFile(
+            self.path, buffer_size=READ_BYTES, pre_buffer=False, page_checksum_verification=True
+        ) as file:
             schema = file.schema_arrow
             self._require_field(schema.names)
             kind = schema.field(self.text_field).type
@@ -236,8 +237,8 @@ def _visible_files(root: Path, exclude: Path) -> Iterator[Path]:
 
 def _parse_object(line: str) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse_json(line)
+    except ValueError:
         return None
     return row if isinstance(row, dict) else None
 

@@ -28,7 +28,7 @@ import tiktoken
 import torch
 
 from nanochat import legacy
-from nanochat.common import UserError, atomic_path, base_dir
+from nanochat.common import UserError, atomic_path, base_dir, parse_json
 
 # Their ids follow the ordinary vocabulary in this order. encode() never returns one: in a text their names are ordinary
 # characters, so that users cannot forge the structure of a conversation.
@@ -83,6 +83,8 @@ class Tokenizer:
         self.tokens = sorted(ranks, key=ranks.__getitem__)  # id → bytes, without the special tokens
         if [ranks[token] for token in self.tokens] != list(range(len(ranks))):
             raise ValueError("the ids of the tokens are not 0, 1, 2, …")
+        if b"" in ranks:
+            raise ValueError("one of the tokens is empty")
         if any(bytes([byte]) not in ranks for byte in range(NUM_BYTES)):
             raise ValueError("some single bytes have no token")
         self._special_ids = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
@@ -239,7 +241,7 @@ class Tokenizer:
             ) from error
 
     def _to_json(self) -> str:
-        return json.dumps({"format": FORMAT, "version": VERSION, **self._to_data()})
+        return json.dumps({"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint, **self._to_data()})
 
     def _to_data(self) -> dict[str, Any]:
         return {
@@ -250,7 +252,7 @@ class Tokenizer:
 
     @classmethod
     def _from_json(cls, content: bytes) -> "Tokenizer":
-        data = json.loads(content)
+        data = parse_json(content)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         if data.get("version") != VERSION:
@@ -262,7 +264,10 @@ class Tokenizer:
             raise ValueError(f"a part is missing or malformed: {error}") from error
         if special_tokens != list(SPECIAL_TOKENS) or not isinstance(pattern, str):
             raise ValueError(f"its special tokens are not {', '.join(SPECIAL_TOKENS)}, or its pattern is missing")
-        return cls(pattern, ranks)
+        tokenizer = cls(pattern, ranks)
+        if data.get("fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:  # version 1 had none at first
+            raise ValueError("its content does not match its fingerprint, so the file is damaged")
+        return tokenizer
 
     @classmethod
     def _from_pickle(cls, content: bytes) -> "Tokenizer":

@@ -4,13 +4,12 @@ Print the table of runs/scaling_laws.sh: validation bits per byte by FLOP budget
     python -m scripts.scaling_laws
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.cli import command
 from nanochat.common import UserError, human
-from nanochat.logging import print_table, report_dir
+from nanochat.logging import print_table, read_lines, report_dir
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,19 @@ class Result:
 
 
 def read_result(path: Path) -> Result | None:
-    """The result in a metrics file of base_train; None for a run without a validation."""
-    head, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    """The result in a metrics file of base_train; None for a run without a validation. UserError if it is damaged."""
+    lines = read_lines(path)
     validations = [line["val/bpb"] for line in lines if "val/bpb" in line]
     if not validations:
         return None
-    flags, recipe = head["config"]["flags"], head["config"]["recipe"]
-    return Result(flags["target_flops"], flags["depth"], recipe["horizon"], validations[-1])
+    try:
+        flags, recipe = lines[0]["config"]["flags"], lines[0]["config"]["recipe"]
+        numbers = flags["target_flops"], flags["depth"], recipe["horizon"], validations[-1]
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise TypeError("a value is not a number")
+    except (LookupError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, and run this training again") from error
+    return Result(*numbers)
 
 
 def table(results: list[Result]) -> list[tuple[str, ...]]:

@@ -1,10 +1,9 @@
 """Conversations from a JSONL file, one array of messages per line: [{"role": "user", "content": "Hi"}, …]."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UserError, describe_error
+from nanochat.common import UserError, describe_error, parse_json
 from nanochat.conversation import validate
 from tasks.common import Task
 
@@ -34,8 +33,8 @@ class CustomJSON(Task):
 
 def _parse(path: str | Path, number: int, line: str) -> dict[str, Any]:
     try:
-        conversation = {"messages": json.loads(line)}
+        conversation = {"messages": parse_json(line)}
         validate(conversation)
-    except ValueError as error:  # from json.loads or validate
+    except ValueError as error:  # not JSON, or not valid
         raise UserError(f"{path}, line {number}: {error}") from error
     return conversation

@@ -15,7 +15,6 @@ Prompts and scored tokens are exactly those of the public implementation, so tha
 """
 
 import csv
-import json
 import os
 import random
 import shutil
@@ -28,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UserError, base_dir
+from nanochat.common import UserError, base_dir, parse_json
 from nanochat.progress import Bar
 from nanochat.tokenizer import Tokenizer
 
@@ -110,29 +109,40 @@ def download_bundle(url: str, path: Path) -> None:
 def load_tasks(bundle: Path, max_per_task: int = -1) -> list[CoreTask]:
     """
     Loads the tasks of core.yaml. The items of each task are shuffled and limited to max_per_task (-1 = all). Raises
-    UserError if a file is damaged or a task has too few items for its few-shot examples, OSError if a file is missing.
+    UserError if a file is missing or damaged, or a task has too few items for its few-shot examples.
     """
     import yaml
 
     try:
         with (bundle / "eval_meta_data.csv").open(encoding="utf-8", newline="") as file:
-            baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
+            baselines = {row["Eval Task"]: _baseline(row["Random baseline"]) for row in csv.DictReader(file)}
         entries = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
         tasks = [_load_task(bundle, entry, baselines, max_per_task) for entry in entries]
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{bundle}: core.yaml or eval_meta_data.csv is damaged ({error}): {DOWNLOAD_AGAIN}") from error
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, csv.Error, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())  # messages of yaml have several lines
+        raise UserError(f"{bundle}: core.yaml or eval_meta_data.csv is damaged ({reason}): {DOWNLOAD_AGAIN}") from error
     return tasks
+
+
+def _baseline(percent: str) -> float:
+    baseline = float(percent) / 100
+    if not 0 <= baseline < 1:
+        raise ValueError(f"a baseline of {percent} %")
+    return baseline
 
 
 def _load_task(bundle: Path, entry: dict[str, Any], baselines: dict[str, float], max_per_task: int) -> CoreTask:
     label = entry["label"]
     kind = entry["icl_task_type"]
     num_fewshot = entry["num_fewshot"][0]
+    delimiter = entry.get("continuation_delimiter", " ")
     if kind not in FIELDS or label not in baselines:
         raise UserError(f"{bundle}: {label} has an unknown kind or no baseline: {DOWNLOAD_AGAIN}")
-    items = read_items(bundle / "eval_data" / entry["dataset_uri"], FIELDS[kind])
+    if type(num_fewshot) is not int or num_fewshot < 0 or not isinstance(delimiter, str):
+        raise UserError(f"{bundle}: num_fewshot or continuation_delimiter of {label} is not usable: {DOWNLOAD_AGAIN}")
+    items = read_items(bundle / "eval_data" / entry["dataset_uri"], kind)
     random.Random(SHUFFLE_SEED).shuffle(items)
     if max_per_task >= 0:
         items = items[:max_per_task]
@@ -142,22 +152,36 @@ def _load_task(bundle: Path, entry: dict[str, Any], baselines: dict[str, float],
             f"{label} needs {num_fewshot + 1} items, because each prompt starts with {num_fewshot} other items, "
             f"but it has {len(items)}: {remedy}"
         )
-    delimiter = entry.get("continuation_delimiter", " ")
     return CoreTask(label, kind, num_fewshot, delimiter, baselines[label], items)
 
 
-def read_items(path: Path, fields: set[str]) -> list[dict[str, Any]]:
-    """Reads a file of JSON objects, one per line. Raises UserError if one is damaged or lacks a field."""
+def read_items(path: Path, kind: str) -> list[dict[str, Any]]:
+    """Reads a file of items, one JSON object per line. Raises UserError if it is missing or one of them is damaged."""
     try:
         with path.open(encoding="utf-8") as file:
-            items = [dict(json.loads(line)) for line in file if line.strip()]
-    except (ValueError, TypeError) as error:  # not UTF-8, not JSON, not an object
-        raise UserError(f"{path} is damaged ({error}): {DOWNLOAD_AGAIN}") from error
+            items = [dict(parse_json(line)) for line in file if line.strip()]
+    except (OSError, ValueError, TypeError) as error:  # not there, not UTF-8, not JSON, not an object
+        raise UserError(f"{path} is missing or damaged ({error}): {DOWNLOAD_AGAIN}") from error
     for item in items:
-        missing = fields - item.keys()
-        if missing:
-            raise UserError(f"{path}: an item lacks {', '.join(sorted(missing))}: {DOWNLOAD_AGAIN}")
+        if problem := _problem(item, kind):
+            raise UserError(f"{path}: {problem}: {DOWNLOAD_AGAIN}")
     return items
+
+
+def _problem(item: dict[str, Any], kind: str) -> str:
+    """What is wrong with an item; "" if nothing."""
+    missing = FIELDS[kind] - item.keys()
+    if missing:
+        return f"an item lacks {', '.join(sorted(missing))}"
+    texts = [item[name] for name in ("query", "context", "continuation") if name in FIELDS[kind]]
+    if kind != "language_modeling":
+        options = item["choices" if kind == "multiple_choice" else "context_options"]
+        if not isinstance(options, list) or type(item["gold"]) is not int or not 0 <= item["gold"] < len(options):
+            return f"{item['gold']!r:.50} is not the number of a choice"
+        texts += options
+    if not all(isinstance(text, str) for text in texts):
+        return "a text of an item is not a string"
+    return ""
 
 
 # ---- from an item to its prompts and their scored tokens ----

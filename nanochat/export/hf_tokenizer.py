@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UserError
+from nanochat.common import UserError, parse_json
 from nanochat.tokenizer import NUM_BYTES, SPECIAL_TOKENS, Tokenizer
 
 CHAT_TEMPLATE = Path(__file__).with_name("hf_files") / "chat_template.jinja"
@@ -137,7 +137,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     if not file.exists():
         raise UserError(f"{folder} has no tokenizer.json: download all files of the model")
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = parse_json(file.read_bytes())
         return _from_json(data)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error

@@ -10,7 +10,6 @@ A source is a folder, or a repository of the hub, which is downloaded. It may be
 No code from the source is executed.
 """
 
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from nanochat import checkpoint_manager, legacy
-from nanochat.common import UserError, base_dir
+from nanochat.common import UserError, base_dir, parse_json
 from nanochat.export.hf import TABLES, our_name
 from nanochat.export.hf_tokenizer import read_tokenizer
 from nanochat.gpt import ADDITIONS, GPT, GPTConfig
@@ -109,15 +108,20 @@ def read(folder: Path) -> Model:
 def read_hf(folder: Path) -> Model:
     config_file = folder / "config.json"
     try:
-        saved = json.loads(config_file.read_text(encoding="utf-8"))
+        saved = parse_json(config_file.read_bytes())
         config = model_config(saved)
         notes = saved.get("nanochat", {})
+        fingerprint = notes.get("tokenizer")
+        step = notes.get("step", 0)
+        settings = notes.get("settings", {})
+        if type(step) is not int or step < 0 or not isinstance(settings, dict):
+            raise ValueError("step or settings of the training run are not usable")
     except UserError as error:
         raise UserError(f"{config_file}: {error}: import another model") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{config_file} is not usable ({type(error).__name__}: {error}): download it again") from error
     tokenizer = read_tokenizer(folder)
-    if notes.get("tokenizer") not in (None, tokenizer.fingerprint):
+    if fingerprint not in (None, tokenizer.fingerprint):
         raise UserError(
             f"{folder}/tokenizer.json is not the tokenizer that the model was exported with: "
             "restore the file, or export the model again"
@@ -128,7 +132,7 @@ def read_hf(folder: Path) -> Model:
         if ours is None:
             raise UserError(f"{folder} has the weight {name}, which no nanochat model has: import another model")
         weights[ours] = padded(weight.float(), config) if ours.startswith(TABLES) else weight.float()
-    return Model(config, weights, tokenizer, notes.get("step", 0), {"settings": notes.get("settings", {})})
+    return Model(config, weights, tokenizer, step, {"settings": settings})
 
 
 def model_config(saved: Mapping[str, Any]) -> GPTConfig:
@@ -180,7 +184,7 @@ def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     try:
         if index.exists():
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            files = [folder / name for name in sorted(set(parse_json(index.read_bytes())["weight_map"].values()))]
         if not files:
             raise UserError(f"{folder} has no *.safetensors: download all files of the model")
         weights: dict[str, torch.Tensor] = {}
@@ -243,6 +247,11 @@ def check(model: Model, folder: Path) -> None:
         raise UserError(
             f"{folder}: the tokenizer has {num_tokens} tokens, the model {model.config.vocab_size}: "
             "put the model's own tokenizer into it"
+        )
+    if model.config.n_layer > len(model.weights):  # a damaged number: building such a model could take forever
+        raise UserError(
+            f"{folder}: the configuration has {model.config.n_layer} layers, and there are weights for fewer: "
+            "download all files of the model again"
         )
     expected = {name: tuple(weight.shape) for name, weight in GPT(model.config, "meta").state_dict().items()}
     found = {name: tuple(weight.shape) for name, weight in model.weights.items()}

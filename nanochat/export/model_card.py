@@ -5,13 +5,12 @@ Nothing is written by hand: parameters, the training of each stage, scores with 
 limits, licence, and code to run. Scores are those that base_eval and chat_eval saved for this very checkpoint.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint_manager import Checkpoint
-from nanochat.common import duration, human
+from nanochat.common import duration, human, parse_json
 from nanochat.costs import param_counts
 from nanochat.export.common import Source
 from nanochat.gpt import ADDITIONS, GPTConfig
@@ -146,7 +145,7 @@ def ancestors(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
         state = parent / "state.json"
         if not meta.get("base") or not state.exists() or parent.parent.parent.name not in STAGE_OF_FOLDER:
             return
-        stage, meta = STAGE_OF_FOLDER[parent.parent.parent.name], json.loads(state.read_text())
+        stage, meta = STAGE_OF_FOLDER[parent.parent.parent.name], parse_json(state.read_bytes())
 
 
 def evaluation(source: Source) -> str:
@@ -168,7 +167,7 @@ def saved_scores(script: str, checkpoint: Checkpoint) -> dict[str, Any]:
     file = report_dir() / f"{script}.json"
     if not file.exists():
         return {}
-    numbers = json.loads(file.read_text())
+    numbers = parse_json(file.read_bytes())
     if numbers.get("model") != str(checkpoint.path):
         return {}
     return {name: value for name, value in numbers.items() if name not in ("model", "time")}

@@ -9,7 +9,7 @@ from random import Random
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import UserError, atomic_path
+from nanochat.common import UserError, atomic_path, parse_json
 from nanochat.primer.conversations import GREETINGS, IDENTITY_REPLIES
 from nanochat.primer.data import Fact, load_entries, load_wordings
 from nanochat.primer.facts import SPELLING_WORDS, number_words
@@ -197,7 +197,13 @@ def write_shards(directory: Path, seed: int = 0, num_shards: int = 4) -> list[Pa
     _require_own_folder(directory, hashes)
     for name, texts in shards.items():
         with atomic_path(directory / name) as temporary:
-            pq.write_table(pa.table({"text": texts}), temporary, row_group_size=ROWS_PER_GROUP, compression="zstd")
+            pq.write_table(
+                pa.table({"text": texts}),
+                temporary,
+                row_group_size=ROWS_PER_GROUP,
+                compression="zstd",
+                write_page_checksum=True,
+            )
     with atomic_path(directory / MARKER) as temporary:
         temporary.write_text(json.dumps({"seed": seed, "sha256": hashes}, indent=1), encoding="utf-8")
     return [directory / name for name in shards]
@@ -232,7 +238,7 @@ def _require_own_folder(directory: Path, hashes: dict[str, str]) -> None:
 def _read_marker(path: Path) -> dict[str, str]:
     """Returns the hash of each shard; empty if the file does not exist or is not a marker file."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["sha256"])
+        return dict(parse_json(path.read_bytes())["sha256"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return {}
 
