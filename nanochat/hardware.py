@@ -282,8 +282,8 @@ def keep_freed_pages() -> None:
 def pick_matmul_precision(device: torch.device, resumed_precision: str = "") -> str:
     """
     The precision of float32 products: on GPUs "high" (TF32). On a CPU "medium" if that is faster and exact enough, else
-    "highest". Another precision would change the last bits of every loss. So it is measured once per machine, which lets
-    a run be repeated, and a resumed run passes the precision that it was started with.
+    "highest". Another precision would change the last bits of every loss. So it is measured once per machine: a run can
+    be repeated. A resumed run passes the precision that it was started with.
 
     On a CPU "medium" uses oneDNN for float32 products. On AMD chips oneDNN is up to twice as fast as MKL, with an error
     of 7e-7. On chips with AMX it rounds the factors to bfloat16: 1,650 instead of 430 GFLOP/s, but an error of 2e-3,

@@ -6,7 +6,7 @@ Fault injection: trainings that are killed at random moments, damaged checkpoint
     python tests/faults.py rl --count 30
     python tests/faults.py speedrun --count 10  # the whole speedrun.sh at toy size: half an hour or more
     python tests/faults.py damage --count 300   # files of checkpoints cut off, or with a flipped bit
-    python tests/faults.py disk                 # a full disk, a read-only one, a file in place of a folder: needs root
+    python tests/faults.py disk                 # a full disk, a read-only one, a file in place of a folder: only as root
 
 A run that was killed starts again with --resume, until it ends. After each kill every complete checkpoint must equal
 that of the same step of an uninterrupted run, and at the end the losses in the metrics file must, too: bit for bit.
@@ -355,11 +355,12 @@ def damage(file: Path, rng: random.Random) -> None:
 
 @contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
-    """Mounts a disk of this size at the folder. UserError where that is not permitted."""
+    """Mounts a disk of this size at the folder. PermissionError where that is not permitted."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
-        raise UserError("mounting a small disk is not permitted: run this part as root")
+        folder.rmdir()
+        raise PermissionError("mounting a small disk is not permitted: run this part as root")
     try:
         yield
     finally:
@@ -433,6 +434,8 @@ def main(flags: Flags) -> None:
     try:
         for part in flags.parts:
             results[part] = run_part(part, folder / part, flags.count, random.Random(flags.seed))
+    except PermissionError as error:
+        print(f"left out: {error}")
     except Failed as failure:
         raise SystemExit(f"FAILED: {failure}; all files are in {folder}") from failure
     if not flags.folder:

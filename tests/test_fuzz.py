@@ -387,7 +387,7 @@ def test_damaged_file_is_read_correctly_or_refused_in_one_line(base_dir, capsys,
         else:
             assert not must_be_equal or result == expected
 
-    options = {"max_examples": NUM_CASES or 20, "derandomize": not NUM_CASES, "deadline": None, "database": None}
+    options = {"max_examples": NUM_CASES or 4, "derandomize": not NUM_CASES, "deadline": None, "database": None}
 
     @settings(**options)
     @given(BYTE_EDITS)
