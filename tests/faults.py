@@ -6,7 +6,7 @@ Fault injection: trainings that are killed at random moments, damaged checkpoint
     python tests/faults.py rl --count 30
     python tests/faults.py speedrun --count 10  # the whole speedrun.sh at toy size: half an hour or more
     python tests/faults.py damage --count 300   # files of checkpoints cut off, or with a flipped bit
-    python tests/faults.py disk                 # a full disk, a read-only one, a file in place of a folder: only as root
+    python tests/faults.py disk                 # a full disk, a read-only one, a file in the way of a folder (root)
 
 A run that was killed starts again with --resume, until it ends. After each kill every complete checkpoint must equal
 that of the same step of an uninterrupted run, and at the end the losses in the metrics file must, too: bit for bit.
