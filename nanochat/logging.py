@@ -50,6 +50,7 @@ base_eval and chat_eval append one line per evaluation; the last one of a model 
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
