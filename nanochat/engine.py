@@ -6,13 +6,14 @@ the result is copied into a slot of the decoder (decoder.py), where every step a
 request has its own sampling parameters, random numbers and tools.
 
 What several prompts begin with is read once: a bounded cache keeps the keys and values of whole chunks, by their tokens
-and all tokens before them. So the next turn of a conversation reads only what is new since the last whole chunk.
-Answers are read again: their keys and values come from decode steps, which compute in other shapes.
+and all tokens before them. A chunk is whole if it has the full length or ends with a turn of the assistant. So the next
+turn of a conversation reads only the new message, if `read_ahead` has read the last completion in the meantime. (It has
+to be read: its keys and values come from decode steps, which compute in other shapes.)
 
 In float32 on a CPU, a completion does not depend on the other requests. In 16 bits or on a GPU it may: kernels of
 matrix products differ with the size of the batch, and so do the last bits of logits, which decide between close tokens.
-The cache is exact in float32 on a CPU: chunks end at multiples of a constant, and a whole chunk is read in a forward
-pass of its own, so all shapes of its computation follow from its position, and with them every bit of its result. (The
+The cache is exact in float32 on a CPU: where chunks end follows from the tokens, and a whole chunk is read in a forward
+pass of its own, so all shapes of its computation follow from the tokens, and with them every bit of its result. (The
 rows of a matrix product alone do not ensure that: MKL's change with the number of rows below 12, oneDNN's for narrow
 matrices at any number.) Elsewhere whole chunks of several prompts are read together, as that is faster.
 
@@ -157,9 +158,12 @@ class Prompt:
     def is_read(self) -> bool:
         return self.last_chunk.stop == len(self.tokens)
 
-    def next_chunk(self, size: int) -> ChunkKey:
+    def next_chunk(self, size: int, end_of_turn: int) -> ChunkKey:
         start = self.last_chunk.stop
-        return self.last_chunk, self.tokens[start : start + size]
+        tokens = self.tokens[start : start + size]
+        if end_of_turn in tokens:
+            tokens = tokens[: tokens.index(end_of_turn) + 1]
+        return self.last_chunk, tokens
 
     def prefix(self) -> Prefix:
         """The state of a prompt that has been read."""
@@ -336,7 +340,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_slots = max_slots
         # BOS too: a base model has no end token, but predicts the start of the next document.
-        self.stop_tokens = {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
+        self.end_of_turn = tokenizer.special("<|assistant_end|>")
+        self.stop_tokens = {self.end_of_turn, tokenizer.bos}
         with torch.inference_mode():
             self.decoder = Decoder(model, max_slots, precisions=precisions, compile=compile, max_drafted=speculate)
         self.speculate = speculate
@@ -348,6 +353,7 @@ class Engine:
         # Requests with the same prompt share an object, until none of them is waiting.
         self.prompts: WeakValueDictionary[tuple[int, ...], Prompt] = WeakValueDictionary()
         self.cached: dict[ChunkKey, Chunk] = {}  # whole chunks; those used last are at the end
+        self.num_cached_prefix_tokens = 0
         self.num_requests = 0  # so far
 
     @torch.inference_mode()
@@ -356,6 +362,7 @@ class Engine:
         assert not self.is_busy, "the KV cache of requests in progress comes from the old weights"
         self.decoder.refresh_weights()
         self.cached.clear()
+        self.num_cached_prefix_tokens = 0
 
     def warm_up(self) -> None:
         """Generates a few tokens, so that later requests need not wait for a first use: compiling, captured graphs."""
@@ -370,10 +377,6 @@ class Engine:
     @property
     def is_busy(self) -> bool:
         return bool(self.waiting or self.active)
-
-    @property
-    def num_cached_prefix_tokens(self) -> int:
-        return len(self.cached) * self.prefill_chunk
 
     @property
     def prefix_cache_bytes(self) -> int:
@@ -505,17 +508,40 @@ class Engine:
         num_free = self.max_slots - len(self.active)
         readers: dict[ChunkKey, list[Prompt]] = {}
         for prompt in dict.fromkeys(prompt for _, prompt in islice(self.waiting, num_free)):  # each one once
-            while (key := prompt.next_chunk(self.prefill_chunk)) in self.cached:
-                prompt.last_chunk = self.cached[key]
-                self._cache(prompt.last_chunk)
+            self._skip_cached(prompt)
             if not prompt.is_read:
-                readers.setdefault(key, []).append(prompt)
+                readers.setdefault(self._next_chunk(prompt), []).append(prompt)
         for chunks in self._passes(readers):
             for key, chunk in zip(chunks, Prefill(self.model).read(chunks), strict=True):
                 for prompt in readers[key]:
                     prompt.last_chunk = chunk
-                if len(chunk.tokens) == self.prefill_chunk:
+                if self._is_whole(chunk.tokens):
                     self._cache(chunk)
+
+    @torch.inference_mode()
+    def read_ahead(self, prompt: list[int], completion: Completion) -> None:
+        """Reads a completion into the cache, for the next turn of its conversation."""
+        conversation = Prompt((*prompt, *completion.tokens, self.end_of_turn))
+        if len(conversation.tokens) > self.model.config.sequence_len:
+            return
+        self._skip_cached(conversation)
+        while not conversation.is_read:
+            (chunk,) = Prefill(self.model).read([self._next_chunk(conversation)])
+            conversation.last_chunk = chunk
+            self._cache(chunk)
+
+    def _next_chunk(self, prompt: Prompt) -> ChunkKey:
+        return prompt.next_chunk(self.prefill_chunk, self.end_of_turn)
+
+    def _is_whole(self, tokens: tuple[int, ...]) -> bool:
+        """Whether every prompt that continues these tokens has them as a chunk, so that caching it is of use."""
+        return len(tokens) == self.prefill_chunk or tokens[-1] == self.end_of_turn
+
+    def _skip_cached(self, prompt: Prompt) -> None:
+        """Takes the next chunks of a prompt from the cache, as far as they are there."""
+        while not prompt.is_read and (chunk := self.cached.get(self._next_chunk(prompt))):
+            prompt.last_chunk = chunk
+            self._cache(chunk)
 
     def _passes(self, chunks: Iterable[ChunkKey]) -> Iterable[list[ChunkKey]]:
         """Divides the chunks into those that are read together; leaves out those for which there is no room."""
@@ -526,7 +552,7 @@ class Engine:
             longest = max(longest, len(tokens))
             if i and (i + 1) * longest > self.max_prefill_tokens:
                 break
-            is_alone = self.read_alone and len(tokens) == self.prefill_chunk
+            is_alone = self.read_alone and self._is_whole(tokens)
             passes.setdefault((previous.stop, key if is_alone else None), []).append(key)
         return passes.values()
 
@@ -537,11 +563,13 @@ class Engine:
         """
         while chunk.previous:
             key = (chunk.previous, chunk.tokens)
-            self.cached.pop(key, None)
+            if not self.cached.pop(key, None):
+                self.num_cached_prefix_tokens += len(chunk.tokens)
             self.cached[key] = chunk
             chunk = chunk.previous
         while self.prefix_cache_bytes > self.max_cached_bytes:
-            del self.cached[next(iter(self.cached))]
+            oldest = next(iter(self.cached))
+            self.num_cached_prefix_tokens -= len(self.cached.pop(oldest).tokens)
 
     def _fill_slots(self) -> None:
         """

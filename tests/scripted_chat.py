@@ -44,6 +44,9 @@ class ScriptedEngine:
         completion.finish = "stop"
         yield 0, None, completion
 
+    def read_ahead(self, prompt, completion):
+        """There is nothing to read."""
+
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])

@@ -826,6 +826,26 @@ def test_next_turn_reads_only_what_is_new(modern, golden_tokenizer, monkeypatch)
     assert engine.num_cached_prefix_tokens == 200
 
 
+def test_read_ahead_next_turn_reads_only_the_new_message(modern, golden_tokenizer, monkeypatch):
+    """And the completions are, bit by bit, those of an engine that has read nothing before."""
+    engine = make_engine(modern, golden_tokenizer, prefill_chunk=16)
+    fresh = make_engine(modern, golden_tokenizer, prefill_chunk=16)
+    shapes = spy_on_prefills(engine, monkeypatch)
+    prompt: list[int] = []
+    for turn in range(5):
+        prompt = prompt + prompt_of(10, seed=turn)
+        shapes.clear()
+        (completion,) = engine.generate([greedy(prompt, 20, logprobs=True)])
+        assert shapes == [(1, 9)]  # all but the last token
+        engine.read_ahead(prompt, completion)
+        assert shapes == [(1, 9), (1, 16), (1, 15)]  # message, completion, end of turn: 31 tokens
+        assert completion == cold(fresh, greedy(prompt, 20, logprobs=True))
+        prompt = prompt + completion.tokens + [engine.end_of_turn]
+    assert engine.num_cached_prefix_tokens == len(prompt)
+    engine.read_ahead(prompt_of(CONTEXT), completion)  # no next turn fits the context
+    assert engine.num_cached_prefix_tokens == len(prompt)
+
+
 def test_common_prefix_is_read_once_by_requests_at_the_same_time_and_later(modern, golden_tokenizer, monkeypatch):
     engine = make_engine(modern, golden_tokenizer, prefill_chunk=8)
     shapes = spy_on_prefills(engine, monkeypatch)

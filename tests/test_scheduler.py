@@ -154,6 +154,20 @@ def test_engine_thread_copies_each_new_token_once(golden_tokenizer, with_logprob
     assert not thread.queue.running
 
 
+def test_ended_conversation_is_read_ahead_while_the_engine_is_idle(golden_tokenizer):
+    engine = tiny_engine(tiny_gpt(n_layer=1), golden_tokenizer)
+    thread = EngineThread(0, queue_of(9, 2), lambda: engine)
+    thread.engine = engine
+    requests = [Request([1, 2], 3), Request([3, 4], 4)]
+    thread.queue.put([Generation(request, SimpleNamespace(client="a")) for request in requests])
+    for each in thread.queue.take(0, 0):
+        thread.generations[engine.add(each.request)] = each
+    for num_tokens in (0, 0, 0, 2 + 4 + 1):  # the first one ends while the second one continues
+        thread._step()
+        thread._read_ahead()
+        assert thread.stats(1)["cached_prefix_tokens"] == num_tokens
+
+
 def test_stats_report_the_memory_of_cached_prefixes(golden_tokenizer):
     engine = tiny_engine(tiny_gpt(n_layer=1), golden_tokenizer)
     engine.prefill_chunk = 8
@@ -163,7 +177,7 @@ def test_stats_report_the_memory_of_cached_prefixes(golden_tokenizer):
     engine.add(Request(list(range(20)), 1))
     while engine.is_busy:
         engine.step()
-    thread._step()
+    thread._read_ahead()
     stats = thread.stats(1)
     assert stats["cached_prefix_tokens"] == engine.num_cached_prefix_tokens >= 8
     assert stats["prefix_cache_bytes"] == engine.prefix_cache_bytes > 0

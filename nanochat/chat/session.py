@@ -53,6 +53,7 @@ class ChatSession:
                 self.completion = completion
                 if token is not None:
                     yield reader.read(token)
+            self.engine.read_ahead(prompt, self.completion)
         finally:
             parts = read_parts(self.completion.tokens, tokenizer)
             self.messages += [user_message, {"role": "assistant", "content": parts}]

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanochat.common import UserError
-from nanochat.engine import Engine, Request
+from nanochat.engine import Completion, Engine, Request
 from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import Tokenizer
 
@@ -261,6 +261,7 @@ class EngineThread(threading.Thread):
         self.queue = queue
         self.make_engine = make_engine
         self.generations: dict[int, Generation] = {}  # by their number in the engine
+        self.ended: list[tuple[list[int], Completion]] = []  # prompts and completions that ended in the last step
         self.state = "loading"  # or "ready", "failed"
         self.num_tokens = 0
         self.cached_prefix_tokens = 0  # of prompts whose keys and values the engine keeps
@@ -313,9 +314,11 @@ class EngineThread(threading.Thread):
                     self._drop(number)
             if updates := self._step():
                 self._call_in_loop(self._deliver, updates)
+            self._read_ahead()
 
     def _step(self) -> list[Update]:
         updates: list[Update] = []
+        self.ended.clear()
         completions = {number: completion for number, _, completion in self.engine.step()}
         for number, completion in completions.items():
             generation = self.generations[number]
@@ -325,10 +328,17 @@ class EngineThread(threading.Thread):
             updates.append((generation, completion.tokens[new], completion.logprobs[new], completion.finish))
             generation.num_delivered = stop
             if completion.finish:
+                self.ended.append((generation.request.prompt, completion))
                 self._drop(number)
+        return updates
+
+    def _read_ahead(self) -> None:
+        """Reads the completions that have just ended, if there is time before the next turn of their conversations."""
+        if not self.engine.is_busy:
+            for prompt, completion in self.ended:
+                self.engine.read_ahead(prompt, completion)
         self.cached_prefix_tokens = self.engine.num_cached_prefix_tokens
         self.prefix_cache_bytes = self.engine.prefix_cache_bytes
-        return updates
 
     def _drop(self, number: int) -> Generation:
         generation = self.generations.pop(number)
