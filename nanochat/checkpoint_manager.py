@@ -6,7 +6,7 @@ Each stage and tag has a folder, with one folder per saved step:
     base_checkpoints/d12/step_001000/
         model.safetensors        weights, float32; with LoRA the adapters alone
         optimizer.safetensors    whole tensors by parameter name, whatever the number of ranks
-        data.safetensors         each rank's data position, packing buffer and random generators
+        data.safetensors         positions in the data, packing buffers, and the random generators of each rank
         state.json               format version, model configuration, loop state, flags, tokenizer fingerprint
         manifest.json            size and CRC-32 of each file
 
@@ -201,7 +201,7 @@ class Checkpoint:
     def restore_run(self, optimizer: MuonAdamW, dist: Dist) -> tuple[TrainState, list[dict[str, Any]]]:
         """
         Restores optimizer and random generators for --resume; check_resumable has passed. Returns the state of the loop
-        and the data states of all ranks that saved.
+        and the saved data states: one per stream of the text in pretraining, otherwise one per rank.
         """
         self.restore_optimizer(optimizer)
         data_states: list[dict[str, Any]] = [dict(numbers) for numbers in self.meta["data_states"]]
@@ -400,12 +400,10 @@ class CheckpointWriter:
         if self.resumed and self.resumed.step == state.step:
             return  # nothing was trained since: this checkpoint exists
         optimizer_state = optimizer.full_state()
-        numbers = {key: value for key, value in state.data_state.items() if not isinstance(value, torch.Tensor)}
-        tensors = {key: value for key, value in state.data_state.items() if isinstance(value, torch.Tensor)}
-        tensors["rng.cpu"] = torch.get_rng_state()
+        generators = {"rng.cpu": torch.get_rng_state()}
         if self.dist.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.dist.device)
-        of_all_ranks = self.dist.gather((numbers, tensors))
+            generators["rng.cuda"] = torch.cuda.get_rng_state(self.dist.device)
+        of_all_ranks = self.dist.gather((state.data_state.get("streams", [state.data_state]), generators))
         if not self.dist.is_main:
             return
         error = self._failure()
@@ -416,13 +414,17 @@ class CheckpointWriter:
             "step": state.step,
             "model_config": asdict(model.config),
             "train_state": state.to_dict(),
-            "data_states": [numbers for numbers, _ in of_all_ranks],
         }
         parameters = lora.adapters(model) if "lora" in meta else dict(model.named_parameters())
         weights = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in parameters.items()}
         data: dict[str, torch.Tensor] = {}
-        for rank, (_, tensors) in enumerate(of_all_ranks):
-            data |= {f"{rank}.{key}": tensor.clone() for key, tensor in tensors.items()}
+        for rank, (_, generators) in enumerate(of_all_ranks):
+            data |= {f"{rank}.{key}": generator.clone() for key, generator in generators.items()}
+        meta["data_states"] = []
+        for number, data_state in enumerate(part for parts, _ in of_all_ranks for part in parts):
+            tensors = {key: value for key, value in data_state.items() if isinstance(value, torch.Tensor)}
+            data |= {f"{number}.{key}": tensor.clone() for key, tensor in tensors.items()}
+            meta["data_states"].append({key: data_state[key] for key in data_state if key not in tensors})
         files = {"model": weights, "optimizer": optimizer_state, "data": data}
         self.pending = self.thread.submit(self._write, state.step, files, meta)
 

@@ -18,6 +18,10 @@ document starts with BOS, and so does every row. Inputs are a row's first T toke
 A step's `data_state` holds the position in the data and the documents in the buffer. A loader that is constructed with
 such `states` yields exactly the batches that an uninterrupted run would yield next.
 
+**The data of a step does not depend on the number of ranks**, so a run can be resumed on more or fewer of them. The
+conversations are packed by every rank, which keeps its share of the rows. That would be too slow for pretraining, where
+the text is read as several streams, one for each rank that the run was started with (StreamsLoader).
+
 Shapes: B rows per micro-batch and rank, T tokens per row.
 """
 
@@ -28,7 +32,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -95,17 +99,14 @@ class PackingBuffer:
 
 class PretrainLoader:
     """
-    Endless batches of packed documents for one rank.
+    Endless batches of packed documents: those of one rank, or of one stream of many (StreamsLoader), which `dist`
+    describes as rank `dist.rank` of `dist.world_size`.
 
     Row groups are numbered consecutively over all epochs, and rank r reads r, r + world_size, r + 2 * world_size, …
     With fewer row groups than ranks, every rank reads all row groups and takes every world_size-th text.
 
-    `states` are the data states of all ranks of the run to resume. If the number of ranks has changed, the buffered
-    documents are distributed over the new ranks, and reading continues at the earliest row group that any
-    old rank had still to finish: no document is lost, some are read twice.
-
-    Raises UserError if the states belong to other shards; also, at the first batch, if no row group has text for this
-    rank.
+    `states` are the data states of all ranks of the run to resume. Raises UserError if they belong to other shards;
+    also, at the first batch, if no row group has text for this rank.
     """
 
     def __init__(
@@ -139,10 +140,8 @@ class PretrainLoader:
 
         if any(state["num_units"] != len(row_groups) for state in states):
             raise UserError("the checkpoint was trained on other shards: resume with the same --data-dir")
-        if len(states) == dist.world_size:
+        if states:
             self._restore(states[dist.rank])
-        elif states:
-            self._restore_resharded(states, dist)
         self._last_row_group = self.row_group  # for messages
         self._is_repeating = self.epochs >= 1
 
@@ -208,13 +207,6 @@ class PretrainLoader:
         self.texts_done = state["texts_done"]
         self.buffer = PackingBuffer(_buffered_documents(state))
 
-    def _restore_resharded(self, states: Sequence[dict[str, Any]], dist: Dist) -> None:
-        earliest = min(state["unit"] for state in states)
-        # The first row group from there on that belongs to this rank: rank, rank + stride, rank + 2 * stride, …
-        self.row_group = earliest + (dist.rank - earliest) % self._stride
-        documents = [document for state in states for document in _buffered_documents(state)]
-        self.buffer = PackingBuffer(documents[dist.rank :: dist.world_size])
-
     def pack(self, row: np.ndarray) -> None:
         """Fills the row with documents from the buffer."""
         filled = 0
@@ -259,6 +251,69 @@ def pack_batch(pack: Callable[[np.ndarray], None], batch_size: int, sequence_len
         pack(row)
     rows_BT = torch.from_numpy(rows)
     return rows_BT[:, :-1].contiguous(), rows_BT[:, 1:].contiguous()
+
+
+class Stream(Protocol):
+    """A PretrainLoader, or a mixture of several (mixture.py)."""
+
+    def steps(self, accumulation: int, num_steps: int, first_step: int = 0) -> Iterator[Step]: ...
+
+
+class StreamsLoader:
+    """
+    This rank's share of the rows of each step of pretraining, whatever the number of ranks.
+
+    The text is read as num_streams streams, as many as the run was started with ranks. Each has its own position and
+    packing buffer, and yields an equal share of the rows of a step. The rows are numbered, and each rank takes a
+    contiguous range of them: that of one stream as long as the number of ranks stays the same. A rank of a run that
+    was resumed on fewer ranks reads several streams. On more ranks, several of them read the same stream and drop the
+    rows of the others: twice the number of ranks means twice the work of tokenizing and packing.
+
+    So a step has the same rows on any number of ranks, and no document is skipped or read twice. The data state of a
+    stream is saved by the rank that takes its first row.
+    """
+
+    def __init__(self, make_stream: Callable[[int], Stream], num_streams: int, batch_size: int, dist: Dist):
+        self.make_stream = make_stream  # from the number of a stream
+        self.num_streams = num_streams
+        self.batch_size = batch_size  # B
+        self.dist = dist
+
+    def steps(self, accumulation: int, num_steps: int, first_step: int = 0) -> Iterator[Step]:
+        """
+        Yields steps first_step … num_steps - 1, each with `accumulation` micro-batches on this rank. UserError if the
+        streams cannot have equal shares of the rows.
+        """
+        num_rows = self.batch_size * accumulation * self.dist.world_size
+        if num_rows % self.num_streams:
+            raise UserError(
+                f"the {num_rows} rows of a step cannot be divided among {self.num_streams} streams of text (one per "
+                "rank that the run was started on): keep its --total-batch-size"
+            )
+        num_own = num_rows // self.dist.world_size
+        return self._steps(num_rows // self.num_streams, num_steps, first_step, num_own)
+
+    def _steps(self, rows_per_stream: int, num_steps: int, first_step: int, num_own: int) -> Iterator[Step]:
+        own = range(self.dist.rank * num_own, (self.dist.rank + 1) * num_own)
+        numbers = range(own[0] // rows_per_stream, own[-1] // rows_per_stream + 1)
+        num_skipped = own[0] - numbers[0] * rows_per_stream  # at the start of the first stream
+        streams = [self.make_stream(number).steps(rows_per_stream, num_steps, first_step) for number in numbers]
+        for parts in zip(*streams, strict=True):  # the micro-batches of a part have one row each
+            rows = [row for part in parts for row in part.micro_batches][num_skipped : num_skipped + num_own]
+            states = [
+                part.data_state
+                for number, part in zip(numbers, parts, strict=True)
+                if number * rows_per_stream in own  # otherwise the rank before this one saves it
+            ]
+            yield replace(parts[0], micro_batches=self._batches(rows), data_state={"streams": states})
+
+    def _batches(self, rows: list[MicroBatch]) -> list[MicroBatch]:
+        """Joins micro-batches of one row to those of B rows."""
+        batches = []
+        for first in range(0, len(rows), self.batch_size):
+            inputs, targets, (num_targets, *_) = zip(*rows[first : first + self.batch_size], strict=True)
+            batches.append((torch.cat(inputs), torch.cat(targets), num_targets))
+        return batches
 
 
 def _buffered_documents(state: dict[str, Any]) -> list[np.ndarray]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from nanochat import dataset
 from nanochat.common import UserError, base_dir
-from nanochat.dataloader import Batch, MicroBatch, PretrainLoader, pack_batch
+from nanochat.dataloader import Batch, MicroBatch, PretrainLoader, StreamsLoader, pack_batch
 from nanochat.dataset import RowGroups
 from nanochat.distributed import Dist
 from nanochat.tokenizer import Tokenizer
@@ -145,10 +145,29 @@ def create_loader(
     batch_size: int,  # B
     sequence_len: int,  # T
     dist: Dist,
-    states: Sequence[dict[str, Any]] = (),  # of all ranks of the run to resume
-) -> "PretrainLoader | MixtureLoader":
-    """Returns the loader of the training split. With a single source, its batches and states are PretrainLoader's."""
+    states: Sequence[dict[str, Any]] = (),  # of all streams of the run to resume
+) -> StreamsLoader:
+    """Returns this rank's loader of the training split. UserError if the states belong to other sources."""
     check_resumable(sources, states)
+    num_streams = len(states) or dist.world_size
+
+    def make_stream(number: int) -> PretrainLoader | MixtureLoader:
+        stream = Dist(dist.device, number, num_streams)
+        return create_stream(tokenizer, sources, batch_size=1, sequence_len=sequence_len, dist=stream, states=states)
+
+    return StreamsLoader(make_stream, num_streams, batch_size, dist)
+
+
+def create_stream(
+    tokenizer: Tokenizer,
+    sources: Sequence[Source],
+    *,
+    batch_size: int,  # B
+    sequence_len: int,  # T
+    dist: Dist,  # its number among the streams
+    states: Sequence[dict[str, Any]] = (),
+) -> "PretrainLoader | MixtureLoader":
+    """Returns the loader of one stream (StreamsLoader): with a single source, a PretrainLoader."""
     if len(sources) > 1:
         return MixtureLoader(
             tokenizer, sources, batch_size=batch_size, sequence_len=sequence_len, dist=dist, states=states
@@ -180,9 +199,7 @@ class MixtureLoader:
     Endless batches of packed rows from several sources, for one rank: one PretrainLoader per source, each with its own
     position and packing buffer. The weights hold on each rank, and therefore over all ranks.
 
-    `states` are the data states of all ranks of the run to resume. As in PretrainLoader, the number of ranks may have
-    changed. Then the counts of rows per source are divided among the new ranks, so that the weights of the whole run
-    stay exact.
+    `states` are the data states of all ranks of the run to resume.
     """
 
     def __init__(
@@ -217,11 +234,8 @@ class MixtureLoader:
         self._source = 0  # of the last row
         for _ in range(dist.rank):
             self._count_row()
-        if len(states) == dist.world_size:
+        if states:
             self.rows = list(states[dist.rank]["rows"])
-        elif states:
-            totals = [sum(counts) for counts in zip(*(state["rows"] for state in states), strict=True)]
-            self.rows = [(total + dist.rank) // dist.world_size for total in totals]  # summed over ranks: total
 
     def steps(self, accumulation: int, num_steps: int, first_step: int = 0) -> Iterator[Step]:
         """

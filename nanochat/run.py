@@ -77,7 +77,7 @@ class Run:
     optimizer: MuonAdamW
     compiled: bool | None  # whether the model is, and on CUDA the optimizer too; None = not decided yet
     state: TrainState
-    data_states: Sequence[dict[str, Any]]  # of all ranks that saved the resumed checkpoint; empty for a new run
+    data_states: Sequence[dict[str, Any]]  # of the resumed checkpoint (restore_run); empty for a new run
     metadata: dict[str, Any]  # saved with each checkpoint
     logger: logging.Logger
     lora_rank = 0  # of the adapters that are trained instead of the model (use_lora); 0 = the model is trained

@@ -43,7 +43,9 @@ class Step:
     # Tokens over all ranks: all that the model computes, padding included; in reinforcement learning only the sampled
     # tokens that are trained on. 0 = nothing to learn: the step counts, but no weight changes.
     num_tokens: int
-    data_state: dict[str, Any]  # the state of the data source after this step, for resuming
+    # The state of the data source after this step, for resuming. If this rank reads several sources (StreamsLoader), or
+    # shares one with the rank before it, then a list of their states as the only value, "streams".
+    data_state: dict[str, Any]
     position: str = ""  # the position in the data as text, for error messages
     metrics: dict[str, float] = field(default_factory=dict)  # of the data itself, logged with the loss
 

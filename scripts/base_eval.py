@@ -85,7 +85,7 @@ def main(flags: Flags) -> dict[str, float]:
             val = [(source.name, source.weight, source.val_shards) for source in sources]
             for split, shards in (("train", train), ("val", val)):
                 bpb = evaluate_bpb_of_sources(
-                    model, tokenizer, shards, batch_size=B, num_tokens=flags.split_tokens, dist=dist, same_text=True
+                    model, tokenizer, shards, batch_size=B, num_tokens=flags.split_tokens, dist=dist
                 )
                 for name, value in bpb.items():
                     numbers[f"{split} {name}"] = value

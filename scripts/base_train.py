@@ -100,7 +100,13 @@ def pretrain(flags: Flags, dist: Dist) -> None:
         def evaluate(state: TrainState) -> dict[str, float]:
             shards = [(source.name, source.weight, source.val_shards) for source in sources]
             bpb = evaluate_bpb_of_sources(
-                run.eval_model, tokenizer, shards, batch_size=B, num_tokens=flags.eval_tokens, dist=dist
+                run.eval_model,
+                tokenizer,
+                shards,
+                batch_size=B,
+                num_tokens=flags.eval_tokens,
+                dist=dist,
+                num_streams=loader.num_streams,
             )
             return {f"val/{name}": value for name, value in bpb.items()}
 

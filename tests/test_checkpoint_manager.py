@@ -246,8 +246,8 @@ class TwoRanks(Dist):
     """Rank 0 of two; the other one is simulated."""
 
     def gather(self, value):
-        numbers, tensors = value
-        return [value, (numbers | {"unit": 1}, tensors | {"waiting": tensors["waiting"] + 10})]
+        (state,), generators = value
+        return [value, ([state | {"unit": 1, "waiting": state["waiting"] + 10}], generators)]
 
 
 def test_data_states_of_all_ranks_are_saved():

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from nanochat import dataloader
 from nanochat.common import UserError
 from nanochat.conversation import render
-from nanochat.dataloader import ConversationLoader, PackingBuffer, PretrainLoader, prefetch, to_device
+from nanochat.dataloader import ConversationLoader, PackingBuffer, PretrainLoader, StreamsLoader, prefetch, to_device
 from nanochat.dataset import RowGroups, split_shards
 from nanochat.distributed import Dist
 from nanochat.train import Step
@@ -296,33 +296,36 @@ def test_pretrain_loader_ranks_read_disjoint_row_groups():
     assert sorted(set().union(*reads_by_rank)) == list(range(12))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (2, 3), (4, 2)])
-def test_pretrain_loader_other_number_of_ranks_loses_no_document(before, after):
-    row_groups = random_row_groups(24, 300)
-    loaders = [pretrain_loader(row_groups, 4, 64, rank=rank, world_size=before) for rank in range(before)]
-    trained, num_hidden = set(), 0
-
-    def train(loader):
-        nonlocal num_hidden
-        x, y = loader.next_batch()
-        trained.update(x.flatten().tolist(), y.flatten().tolist())
-        num_hidden += int((y[:, -1] == BOS).sum())  # a document cropped to its BOS does not show its serial number
-
-    for rank, loader in enumerate(loaders):
-        for _ in range(5 + 20 * rank):  # some far ahead of the others
-            train(loader)
-    buffered = [number for loader in loaders for number in serial_numbers(loader.buffer)]
-    states = [loader.state() for loader in loaders]
-    resumed = [pretrain_loader(row_groups, 4, 64, rank=r, world_size=after, states=states) for r in range(after)]
-    distributed = [number for loader in resumed for number in serial_numbers(loader.buffer)]
-    assert sorted(distributed) == sorted(buffered)
-    for loader in resumed:  # read the rest of the epoch
-        while loader.row_group < len(row_groups):
-            train(loader)
-    still_buffered = {number for loader in resumed for number in serial_numbers(loader.buffer)}
-    everything = {int(text.split()[0]) for texts in row_groups for text in texts}
-    assert len(everything - trained - still_buffered) <= num_hidden
+@pytest.mark.parametrize("row_groups", [random_row_groups(20, 400), random_row_groups(2, 4000)])
+def test_streams_other_numbers_of_ranks_neither_skip_nor_repeat_documents(row_groups):
+    """1 → 2 → 4 → 3 → 1 ranks from four streams. With two row groups, the streams share their texts."""
+    states, trained, num_hidden = [], Counter(), 0
+    for i, world_size in enumerate((4, 2, 1, 3, 4)):
+        ranks = []
+        for rank in range(world_size):
+            loader = StreamsLoader(
+                lambda n, states=states: pretrain_loader(row_groups, 1, 64, rank=n, world_size=4, states=states),
+                num_streams=4, batch_size=2, dist=Dist(CPU, rank, world_size),
+            )  # fmt: skip
+            ranks.append(list(loader.steps(12 // world_size, num_steps=4 * i + 4, first_step=4 * i)))
+        states = [state for steps in ranks for state in steps[-1].data_state["streams"]]
+        for step in [step for steps in ranks for step in steps]:
+            for x, y, num_targets in step.micro_batches:
+                assert num_targets == step.num_tokens == 24 * 64
+                for row in torch.cat([x, y[:, -1:]], dim=1).tolist():
+                    starts = [i for i, token in enumerate(row) if token == BOS]
+                    trained.update(row[start + 1] for start in starts if start < 64)
+                    num_hidden += row[64] == BOS  # a document cropped to its BOS does not show its serial number
+    streams = [pretrain_loader(row_groups, 1, 64, rank=n, world_size=4, states=states) for n in range(4)]
+    trained.update(number for stream in streams for number in serial_numbers(stream.buffer))
+    while any(stream.row_group < len(row_groups) for stream in streams):
+        for stream in streams:
+            if stream.row_group < len(row_groups):
+                before = set(serial_numbers(stream.buffer))
+                stream._refill()
+                trained.update(set(serial_numbers(stream.buffer)) - before)
+    assert set(trained.values()) == {1}
+    assert 8000 - num_hidden <= len(trained) <= 8000
 
 
 def test_pretrain_steps_from_first_step_have_progress_and_token_counts():

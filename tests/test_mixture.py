@@ -24,8 +24,17 @@ from nanochat.common import UserError
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import RowGroups
 from nanochat.distributed import Dist
+from nanochat.eval import bpb
 from nanochat.eval.bpb import evaluate_bpb, evaluate_bpb_of_sources
-from nanochat.mixture import MixtureLoader, Source, create_loader, find_sources, furthest_behind
+from nanochat.mixture import (
+    MixtureLoader,
+    Source,
+    check_resumable,
+    create_loader,
+    create_stream,
+    find_sources,
+    furthest_behind,
+)
 from scripts import base_eval, base_train, tok_eval, tok_train
 
 CPU = torch.device("cpu")
@@ -59,7 +68,7 @@ def sources(tmp_path):
 
 
 def make_loader(sources, *, batch_size=4, rank=0, world_size=1, states=()):
-    return create_loader(
+    return create_stream(
         NumberTokenizer(), sources, batch_size=batch_size, sequence_len=64, dist=Dist(CPU, rank, world_size),
         states=states,
     )  # fmt: skip
@@ -235,42 +244,35 @@ def json_and_tensors(state):
     return json.loads(json.dumps({key: value for key, value in state.items() if key not in tensors})) | tensors
 
 
-@pytest.mark.slow
-def test_mixture_other_numbers_of_ranks_lose_no_document_and_keep_the_weights(sources):
-    """1 → 2 → 4 → 2 → 1 ranks; the rest of the first epoch is read by the last one."""
-    trained, num_hidden, num_rows = set(), 0, Counter()
+def steps_of_all_ranks(sources, world_size, first, last, *, rows_per_step=12, states=()):
+    """For each step the rows of all ranks, and the states of all streams after the last step."""
+    rows, states_after = [], []
+    for rank in range(world_size):
+        loader = create_loader(
+            NumberTokenizer(), sources, batch_size=1, sequence_len=64, dist=Dist(CPU, rank, world_size), states=states
+        )
+        steps = list(loader.steps(rows_per_step // world_size, last, first))
+        rows.append([[row for x, _, _ in step.micro_batches for row in x.tolist()] for step in steps])
+        states_after += [json_and_tensors(state) for state in steps[-1].data_state["streams"]]
+    return [sum(parts, []) for parts in zip(*rows, strict=True)], states_after
 
-    def train(loader, num_batches):
-        nonlocal num_hidden
-        for row in rows_of(loader, num_batches):
-            trained.update(row.tolist())
-            num_hidden += int(row[-1] == BOS)  # a document cropped to its BOS does not show its serial number
-            num_rows[source_of(row)] += 1
 
-    states = []
-    for world_size in (1, 2, 4, 2, 1):
-        loaders = [make_loader(sources, rank=rank, world_size=world_size, states=states) for rank in range(world_size)]
-        if states:
-            buffered_before = Counter(
-                tokens for state in states for i in range(3) for tokens in state[f"{i}.waiting"].tolist()
-            )
-            assert sum(sum(map(len, part.buffer)) for loader in loaders for part in loader.loaders) == sum(
-                buffered_before.values()
-            )
-            for i in range(3):
-                assert sum(loader.rows[i] for loader in loaders) == sum(state["rows"][i] for state in states)
-        for rank, loader in enumerate(loaders):
-            train(loader, 5 + rank)
-        states = [json_and_tensors(loader.state()) for loader in loaders]
-    (loader,) = loaders
-    while min(part.epochs for part in loader.loaders) < 1:
-        train(loader, 1)
-    buffered = {int(document[1]) for part in loader.loaders for document in part.buffer}
-    everything = {first + i for first in FIRST_TOKENS for i in range(1200)}
-    assert len(everything - trained - buffered) <= num_hidden
-    total = sum(num_rows.values())
-    for number, source in enumerate(sources):
-        assert abs(num_rows[number] - source.weight * total) < 8
+@pytest.mark.parametrize("world_sizes", [(1, 2, 4, 1), (4, 2, 1, 3), (2, 3, 6, 2)])
+def test_streams_rows_of_each_step_do_not_depend_on_the_number_of_ranks(sources, world_sizes):
+    """Two streams on three ranks: the second rank reads both of them."""
+    expected, _ = steps_of_all_ranks(sources, world_sizes[0], 0, 8)
+    found, states = [], []
+    for i, world_size in enumerate(world_sizes):
+        rows, states = steps_of_all_ranks(sources, world_size, 2 * i, 2 * i + 2, states=states)
+        assert len(states) == world_sizes[0]
+        found += rows
+    assert found == expected
+
+
+def test_streams_other_batch_size_that_they_do_not_divide_is_refused(sources):
+    _, states = steps_of_all_ranks(sources, 4, 0, 1)
+    with pytest.raises(UserError, match="among 4 streams.*--total-batch-size"):
+        steps_of_all_ranks(sources, 1, 1, 2, rows_per_step=10, states=states)
 
 
 def test_mixture_counts_epochs_and_warns_once_per_source(tmp_path, capsys):
@@ -300,7 +302,7 @@ def test_check_resumable_other_sources_or_weights_are_refused(sources):
     ]
     for now, saved, message in cases:
         with pytest.raises(UserError, match=message):
-            make_loader(now, states=saved)
+            check_resumable(now, saved)
 
 
 # ---- evaluation ----
@@ -350,9 +352,9 @@ class Rank(Dist):
         return torch.stack(self.parts).sum(0)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_bpb_of_the_same_text_does_not_depend_on_the_number_of_ranks(
-    golden_tokenizer, tmp_path, monkeypatch, world_size
+@pytest.mark.parametrize("world_size, num_streams", [(2, 1), (3, 1), (2, 4), (3, 2)])
+def test_bpb_of_streams_does_not_depend_on_the_number_of_ranks(
+    golden_tokenizer, tmp_path, monkeypatch, world_size, num_streams
 ):
     model = tiny_gpt(sequence_len=32)
     generator = random.Random(1)
@@ -360,10 +362,20 @@ def test_bpb_of_the_same_text_does_not_depend_on_the_number_of_ranks(
         write_shard(tmp_path / f"{i}.parquet", [random_text(generator, 5, 50) for _ in range(400)]) for i in range(4)
     ]
 
+    num_batches = Counter()
+
+    def count(model, batches, token_bytes, dist):
+        for batch in batches:
+            num_batches[dist.rank, dist.world_size] += 1
+            yield batch
+
+    sums = bpb._sums
+    monkeypatch.setattr(bpb, "_sums", lambda *args: sums(args[0], count(*args), *args[2:]))
+
     def evaluate(dist):
         sources = [("words", 1.0, files)]
         return evaluate_bpb_of_sources(
-            model, golden_tokenizer, sources, batch_size=2, num_tokens=11 * 64, dist=dist, same_text=True
+            model, golden_tokenizer, sources, batch_size=2, num_tokens=11 * 64, dist=dist, num_streams=num_streams
         )
 
     monkeypatch.setattr(Rank, "parts", [], raising=False)
@@ -372,6 +384,8 @@ def test_bpb_of_the_same_text_does_not_depend_on_the_number_of_ranks(
         found = list(pool.map(evaluate, [Rank(CPU, rank, world_size) for rank in range(world_size)]))
     for result in found:
         assert result["bpb"] == pytest.approx(evaluate(Dist(CPU))["bpb"], rel=1e-6)
+    # A sharded model needs all ranks to compute a batch, so each rank must have as many as the others.
+    assert len({num_batches[rank, world_size] for rank in range(world_size)}) == 1
 
 
 # ---- texts for the tokenizer ----

@@ -1,14 +1,14 @@
 """Bits per byte: the loss per byte of text instead of per token, so that tokenizers can be compared."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanochat.dataloader import PretrainLoader
+from nanochat.dataloader import Batch, PretrainLoader
 from nanochat.dataset import RowGroups
 from nanochat.distributed import Dist
 from nanochat.progress import track
@@ -38,26 +38,35 @@ def evaluate_bpb_of_sources(
     batch_size: int,
     num_tokens: int,  # over all sources and ranks
     dist: Dist,
-    same_text: bool = False,
+    num_streams: int = 1,
 ) -> dict[str, float]:
     """
     Returns bits per byte of text that takes its tokens from the sources in the proportions of their weights, as "bpb".
     With several sources it also returns those of each source, as "bpb/<name>".
 
-    same_text: any number of ranks evaluates the text that one rank does, and differs from it by rounding only. To that
-    end each rank tokenizes and packs all of it. That is too slow during training, where the ranks read different texts.
+    num_streams: the text is read as this many streams (dataloader.py), and does not depend on the number of ranks: the
+    result does by rounding only. With fewer streams than ranks, a rank also tokenizes and packs what others evaluate,
+    which is too slow during training.
     """
     T = model.config.sequence_len
-    rank, world_size = (dist.rank, dist.world_size) if same_text else (0, 1)
-    reader = Dist(dist.device) if same_text else dist
-    num_batches = max(1, num_tokens // (batch_size * T * reader.world_size))
+    num_batches = max(1, num_tokens // (batch_size * T * num_streams))  # per stream
     bpb = {}
     mean_nats = mean_bytes = 0.0  # per token of the mixture
     for name, weight, shards in sources:
-        loader = PretrainLoader(tokenizer, RowGroups(shards), batch_size=batch_size, sequence_len=T, dist=reader)
-        num_own = max(1, round(weight * num_batches))
-        batches = islice(loader.batches(), rank, num_own, world_size)
-        counted = track(batches, f"bits per byte of {name}", num_own / world_size, "batches")
+        streams = [
+            PretrainLoader(
+                tokenizer,
+                RowGroups(shards),
+                batch_size=batch_size,
+                sequence_len=T,
+                dist=Dist(dist.device, number, num_streams),
+            )
+            for number in range(num_streams)
+        ]
+        of_stream = max(1, round(weight * num_batches))
+        batches = _own_batches(streams, of_stream, dist)
+        of_rank = num_streams * of_stream / dist.world_size
+        counted = track(batches, f"bits per byte of {name}", of_rank, "batches")
         nats, num_bytes, num_targets = _sums(model, counted, tokenizer.token_bytes(), dist)
         bpb[f"bpb/{name}"] = _bits_per_byte(nats, num_bytes)
         mean_nats += weight * nats / num_targets
@@ -65,6 +74,24 @@ def evaluate_bpb_of_sources(
     if len(sources) == 1:
         return {"bpb": bpb[f"bpb/{sources[0][0]}"]}
     return {"bpb": _bits_per_byte(mean_nats, mean_bytes)} | bpb
+
+
+def _own_batches(streams: Sequence[PretrainLoader], num_batches: int, dist: Dist) -> Iterator[Batch]:
+    """
+    This rank's share of the first num_batches of each stream. Every rank gets the same number of batches, as a sharded
+    model needs all ranks to compute anything: the last ranks may get batches without targets.
+    """
+    num_own = math.ceil(len(streams) * num_batches / dist.world_size)
+    first = dist.rank * num_own  # of all streams, one after the other
+    last = min(first + num_own, len(streams) * num_batches)
+    for number, stream in enumerate(streams):
+        skipped = max(first - number * num_batches, 0)
+        end = min(last - number * num_batches, num_batches)
+        if skipped < end:
+            yield from islice(stream.batches(), skipped, end)
+    for _ in range(num_own - max(last - first, 0)):
+        x_BT = torch.zeros(streams[0].batch_size, streams[0].sequence_len, dtype=torch.int64)
+        yield x_BT, torch.full_like(x_BT, -1)
 
 
 @torch.no_grad()
