@@ -30,6 +30,7 @@ from nanochat.muon import MuonAdamW, build_optimizer
 from nanochat.recipe import param_groups
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import TrainState
+from tasks.common import Task
 
 CPU = torch.device("cpu")
 # On the null GPU, stub libraries that take the place of CUDA, kernels do nothing: whatever they compute is garbage.
@@ -183,6 +184,27 @@ def refusal(script: Any, argv: Sequence[str], capsys: pytest.CaptureFixture[str]
     assert code not in (0, None)
     assert message.startswith("error: ") and "\n" not in message
     return message
+
+
+# ---- tasks ----
+
+
+class Letters(Task):
+    """A task that rewards even an untrained model: the share of vowels in its completion."""
+
+    kind = "generative"
+
+    def __init__(self, split):
+        self.words = ("oak", "elm", "yew", "ash", "fir") if split == "train" else ("box", "bay")
+
+    def __len__(self):
+        return len(self.words)
+
+    def __getitem__(self, index):
+        return {"messages": [{"role": "user", "content": self.words[index]}]}
+
+    def reward(self, conversation, completion):
+        return sum(letter in "aeiou" for letter in completion) / (len(completion) + 1)
 
 
 # ---- waiting for threads and processes ----

@@ -20,7 +20,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import GOLDEN
-from factories import refusal
+from factories import Letters, refusal
 
 from nanochat import checkpoint_manager, hardware, rollout, tracking
 from nanochat.eval.chat import CHATCORE
@@ -42,7 +42,6 @@ from scripts import (
     tok_eval,
     tok_train,
 )
-from tasks.common import Task
 
 pytestmark = pytest.mark.slow  # the fixture runs all stages
 
@@ -282,24 +281,6 @@ def test_resumed_run_keeps_its_source_and_batch_size(workspace, capsys):
     assert "base_checkpoints/d2/step_000006" in out and "(2 x 4 x 128 x 1 ranks)" in out
     shutil.rmtree(workspace / "base_checkpoints/other")
     shutil.rmtree(workspace / "chatsft_checkpoints/kept")
-
-
-class Letters(Task):
-    """A task that rewards even an untrained model: the share of vowels in its completion."""
-
-    kind = "generative"
-
-    def __init__(self, split):
-        self.words = ("oak", "elm", "yew", "ash", "fir") if split == "train" else ("box", "bay")
-
-    def __len__(self):
-        return len(self.words)
-
-    def __getitem__(self, index):
-        return {"messages": [{"role": "user", "content": self.words[index]}]}
-
-    def reward(self, conversation, completion):
-        return sum(letter in "aeiou" for letter in completion) / (len(completion) + 1)
 
 
 def transcripts(workspace, tag):
