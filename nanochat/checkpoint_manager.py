@@ -22,7 +22,7 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from nanochat import legacy, lora
@@ -47,7 +47,7 @@ from nanochat.costs import param_counts
 from nanochat.distributed import Dist, warn0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.logging import report_dir
-from nanochat.muon import MuonAdamW
+from nanochat.muon import MuonAdamW, gather_weights
 from nanochat.tokenizer import FILE_NAME, Tokenizer, default_dir, kept_file
 from nanochat.train import TrainState
 
@@ -111,6 +111,10 @@ class Checkpoint:
             rank, base = self.meta["lora"]["rank"], self.lora_base().weights()
             return lora.merge(base, self.saved_weights(), rank, self.config.vocab_size)
         return self.saved_weights()
+
+    def stored_weights(self) -> "StoredTensors":
+        """The weights, each read when it is asked for: a sharded model never has all of them on one rank."""
+        return StoredTensors(self.path / "model.safetensors")
 
     def saved_weights(self) -> dict[str, torch.Tensor]:
         """The content of model.safetensors: the weights, or the adapters alone if the model was trained with LoRA."""
@@ -195,7 +199,7 @@ class Checkpoint:
         file = self.path / "optimizer.safetensors"
         if not file.exists():
             return False
-        optimizer.load_full_state(_read_tensors(file))
+        optimizer.load_full_state(StoredTensors(file))
         return True
 
     def restore_run(self, optimizer: MuonAdamW, dist: Dist) -> tuple[TrainState, list[dict[str, Any]]]:
@@ -215,6 +219,28 @@ class Checkpoint:
                 torch.cuda.set_rng_state(tensor, dist.device)
         own = data_states[min(dist.rank, len(data_states) - 1)]
         return TrainState(**self.meta["train_state"], data_state=own), data_states
+
+
+class StoredTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a safetensors file by name; each is read when it is asked for. UserError if it is damaged."""
+
+    def __init__(self, path: Path):
+        try:
+            self.file = safe_open(path, "pt")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise _damaged(path, error) from error
+        self.names = list(self.file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 # ---- reading ----
@@ -404,6 +430,8 @@ class CheckpointWriter:
         if self.dist.device.type == "cuda":
             generators["rng.cuda"] = torch.cuda.get_rng_state(self.dist.device)
         of_all_ranks = self.dist.gather((state.data_state.get("streams", [state.data_state]), generators))
+        parameters = lora.adapters(model) if "lora" in meta else dict(model.named_parameters())
+        weights = gather_weights(parameters, self.dist.rank, self.dist.world_size)
         if not self.dist.is_main:
             return
         error = self._failure()
@@ -415,8 +443,6 @@ class CheckpointWriter:
             "model_config": asdict(model.config),
             "train_state": state.to_dict(),
         }
-        parameters = lora.adapters(model) if "lora" in meta else dict(model.named_parameters())
-        weights = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in parameters.items()}
         data: dict[str, torch.Tensor] = {}
         for rank, (_, generators) in enumerate(of_all_ranks):
             data |= {f"{rank}.{key}": generator.clone() for key, generator in generators.items()}
@@ -498,7 +524,11 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}): use another step, or restore it") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is missing or damaged ({error}): use another step, or restore it")
 
 
 def _crc32(path: Path) -> int:

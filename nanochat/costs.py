@@ -12,12 +12,15 @@ keeps for the backward pass is a multiple of tokens x layers x channels: the fac
 Units: bytes, seconds, FLOPs. A micro-batch has rows x sequence_len tokens.
 """
 
+import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
 
 from nanochat.gpt import SMEAR_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 from nanochat.loss import chunk_rows
+from nanochat.muon import SHARD_MIN_NUMEL
 from nanochat.tokenizer import SPECIAL_TOKENS
 
 GIB = 2**30
@@ -121,6 +124,64 @@ def _num_keys(config: GPTConfig, context: int) -> int:
     return sum(min(window, context) + 1 for window in config.windows)
 
 
+# ---- communication of training ----
+
+
+def bytes_communicated(config: GPTConfig, setup: "TrainingSetup") -> dict[str, float]:
+    """
+    Bytes that each rank sends per optimizer step, by purpose (and receives as many). W ranks exchange n bytes in a
+    ring: an all-gather or a reduce-scatter sends n (W - 1) / W, an all-reduce twice that, and an all-to-all, where n
+    are the bytes of one rank, n (W - 1) / W too. muon.py and sharding.py say what is exchanged. The few numbers that
+    the training loop exchanges are left out.
+    """
+    W = setup.world_size
+    sent = 4 * (W - 1) / W  # bytes per number in float32
+    matrices = matrix_shapes(config)
+    tables = Counter({(config.padded_vocab_size, config.n_embd): 2})
+    tables[config.padded_vocab_size, config.kv_width] += len(config.layers_with_value_embeds)
+
+    def is_large(shape: tuple[int, int]) -> bool:
+        return setup.sharded and math.prod(shape) >= SHARD_MIN_NUMEL
+
+    def per_rank(count: int) -> int:
+        """Matrices or rows of each rank, padding included."""
+        return math.ceil(count / W)
+
+    # Replicated parameters: gradients to their owner, updated weights back.
+    replicated = param_counts(config)["scalars"]
+    replicated += sum(rows * columns * n for (rows, columns), n in tables.items() if not is_large((rows, columns)))
+    replicated += sum(math.prod(shape) * per_rank(n) * W for shape, n in matrices.items() if not is_large(shape))
+    if not setup.sharded:
+        return {"gradients": sent * replicated, "weights": sent * replicated}
+
+    large_matrices = [(columns, rows, n) for (rows, columns), n in matrices.items() if is_large((rows, columns))]
+    blocks = sum(columns * per_rank(rows) * W * n for columns, rows, n in large_matrices)
+    edges = sum(columns * per_rank(rows) * W * n for (rows, columns), n in tables.items() if is_large((rows, columns)))
+    dedicated = sum(columns * per_rank(rows) * per_rank(n) * W for columns, rows, n in large_matrices)
+    block_bytes = setup.dtype.itemsize / 4 * blocks  # gathered in the compute dtype
+    return {
+        "gathered weights": setup.accumulation * sent * (2 * block_bytes + edges),  # blocks: forward and backward pass
+        "gradients": setup.accumulation * sent * (blocks + edges) + sent * replicated,
+        "Muon": 2 * sent * dedicated,
+        "weights": sent * replicated,
+    }
+
+
+def matrix_shapes(config: GPTConfig) -> Counter[tuple[int, int]]:
+    """The matrices that Muon trains: shape → number of them. Those of one shape are exchanged together."""
+    C, L = config.n_embd, config.n_layer
+    shapes: Counter[tuple[int, int]] = Counter()
+    for shape, count in (
+        ((C, C), 2 * L),  # queries, output
+        ((config.kv_width, C), 2 * L),  # keys, values
+        ((4 * C, C), L),
+        ((C, 4 * C), L),
+        ((config.n_kv_head, VE_GATE_CHANNELS), len(config.layers_with_value_embeds)),
+    ):
+        shapes[shape] += count
+    return shapes
+
+
 # ---- memory of training ----
 
 
@@ -138,6 +199,7 @@ class TrainingSetup:
     device: str = "cuda"
     activation_checkpointing: bool = False
     lora_rank: int = 0  # of the adapters that are trained (lora.py); 0 = the model is trained
+    sharded: bool = False  # each rank keeps its rows of the parameters only (sharding.py)
 
 
 @dataclass(frozen=True)
@@ -179,6 +241,7 @@ def training_memory(config: GPTConfig, setup: TrainingSetup) -> Memory:
         "optimizer state": (8 * others + 4 * matrices) * share,  # two moments for AdamW, a momentum for Muon
         "cast weights": itemsize * matrices * cast_layers / config.n_layer if itemsize < 4 and not setup.fp8 else 0.0,
         "FP8 weights": 2.0 * matrices if setup.fp8 else 0.0,  # two layouts
+        "gathered weights": 0.0,
         "loss": _loss_bytes(config, setup),
         "update": 4.0 * matrices + MUON_COPIES[setup.compiled] * largest_stack,
         "communication": 4.0 * matrices + 4 * counts["total"] * share if setup.world_size > 1 else 0.0,
@@ -186,7 +249,9 @@ def training_memory(config: GPTConfig, setup: TrainingSetup) -> Memory:
     }
     if setup.lora_rank:
         parts |= _lora_parts(config, setup)
-    always = ("process", "weights", "gradients", "optimizer state", "FP8 weights")
+    if setup.sharded:
+        parts |= _sharded_parts(config, setup)
+    always = ("process", "weights", "gradients", "optimizer state", "FP8 weights", "gathered weights")
     phases = {
         "loss": (*always, "cast weights", "activations", "loss"),
         "backward pass": (*always, "cast weights", "activations", "layer in backward"),
@@ -207,6 +272,29 @@ def _lora_parts(config: GPTConfig, setup: TrainingSetup) -> dict[str, float]:
         "loss": _loss_bytes(config, setup) + head,
         "update": 0.0,
         "communication": 4.0 * trained if setup.world_size > 1 else 0.0,
+    }
+
+
+def _sharded_parts(config: GPTConfig, setup: TrainingSetup) -> dict[str, float]:
+    """
+    What sharded training needs instead. While a block computes, the next one's weights are gathered; in the backward
+    pass, its gradient exists besides, and in float32 while it is summed. On a GPU the joint product of queries, keys
+    and values keeps a copy of these weights in each layer, unless layers are computed again.
+    """
+    counts = param_counts(config)
+    share = 1 / setup.world_size
+    block = counts["transformer_matrices"] / config.n_layer
+    table = config.padded_vocab_size * config.n_embd
+    joined = (config.n_embd + 2 * config.kv_width) * config.n_embd * config.n_layer
+    keeps_joined = setup.device == "cuda" and not setup.activation_checkpointing
+    matrices = counts["transformer_matrices"] * share
+    return {
+        "weights": 4.0 * counts["total"] * share,
+        "gradients": 4.0 * counts["total"] * share,
+        "cast weights": float(setup.dtype.itemsize * joined) if keeps_joined else 0.0,
+        "gathered weights": 3.0 * setup.dtype.itemsize * block + 4 * block + 2 * 4.0 * table,
+        "update": MUON_COPIES[setup.compiled] * 16.0 * config.n_embd**2 * config.n_layer * share,
+        "communication": 4 * 4.0 * matrices,  # gradients and updates, each sent and received
     }
 
 

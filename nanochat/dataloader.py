@@ -258,6 +258,8 @@ class Stream(Protocol):
 
     def steps(self, accumulation: int, num_steps: int, first_step: int = 0) -> Iterator[Step]: ...
 
+    def reading(self) -> str: ...
+
 
 class StreamsLoader:
     """
@@ -278,6 +280,11 @@ class StreamsLoader:
         self.num_streams = num_streams
         self.batch_size = batch_size  # B
         self.dist = dist
+        self.streams: list[Stream] = []  # those that this rank reads
+
+    def reading(self) -> str:
+        """The files and row groups that this rank reads now, or next."""
+        return "; ".join(stream.reading() for stream in self.streams)
 
     def steps(self, accumulation: int, num_steps: int, first_step: int = 0) -> Iterator[Step]:
         """
@@ -297,8 +304,9 @@ class StreamsLoader:
         own = range(self.dist.rank * num_own, (self.dist.rank + 1) * num_own)
         numbers = range(own[0] // rows_per_stream, own[-1] // rows_per_stream + 1)
         num_skipped = own[0] - numbers[0] * rows_per_stream  # at the start of the first stream
-        streams = [self.make_stream(number).steps(rows_per_stream, num_steps, first_step) for number in numbers]
-        for parts in zip(*streams, strict=True):  # the micro-batches of a part have one row each
+        self.streams = [self.make_stream(number) for number in numbers]
+        steps = [stream.steps(rows_per_stream, num_steps, first_step) for stream in self.streams]
+        for parts in zip(*steps, strict=True):  # the micro-batches of a part have one row each
             rows = [row for part in parts for row in part.micro_batches][num_skipped : num_skipped + num_own]
             states = [
                 part.data_state

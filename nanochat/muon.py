@@ -13,6 +13,14 @@ table and some of the matrices of each Muon group. An optimizer step has three p
 2. compute  update what this rank owns
 3. gather   all-gather the updated weights
 
+With sharded weights (base_train --shard, sharding.py) the backward pass has summed the gradients already, and each rank
+holds its rows of every matrix and table. AdamW updates them where they are. Muon needs whole matrices, and there are
+two ways to them. For matrices of M bytes in all, on W ranks, each rank sends per step:
+- all matrices to all ranks:          M (W - 1) / W         by an all-gather; each rank orthogonalizes all of them
+- each matrix to the rank it is dedicated to, and its update back:  2 M (W - 1) / W²   by two all-to-alls
+The second is W / 2 times less, and no rank repeats the work of another, so this is what phases 1 and 3 do. On two ranks
+the bytes are equal. The states of Muon are those of whole matrices in both modes.
+
 Phase 1 is complete before phase 2 starts, because the training loop checks loss and gradient norm in between: the loop
 calls `reduce_gradients` (phase 1) and then `step` (phases 2 and 3). The gather of a group overlaps with the computation
 of the groups after it. AdamW updates its weights in place. Muon updates a stacked copy of a group's matrices, which is
@@ -27,12 +35,13 @@ Two things that would not help:
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from nanochat.common import UserError
 from nanochat.gpt import GPT
@@ -113,11 +122,14 @@ class Update:
 
     group: dict[str, Any]
     params: list[torch.Tensor]
-    grad: torch.Tensor  # of what this rank owns, summed over the ranks once `reduce` is done
+    # Of what this rank owns, summed over the ranks once `reduce` is done. For Muon on sharded weights its matrices as
+    # they arrive: the rows that rank 0 had of each of them, those of rank 1, …
+    grad: torch.Tensor
     is_sharded: bool  # False: every rank has the whole gradient and makes the same update
     reduce: Any = None  # the handle of the reduction; None on a single rank
     gather: Any = None  # the handle of the all-gather
-    gathered: torch.Tensor | None = None  # a Muon group's updated matrices, of all ranks
+    # Muon: the updated matrices of all ranks; for sharded weights this rank's rows of all update directions
+    gathered: torch.Tensor | None = None
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -138,7 +150,9 @@ class MuonAdamW(torch.optim.Optimizer):
         # The functions that compute an update and apply it in place. AdamW's is torch's fused kernel, or is compiled.
         self.adamw_kernel: Callable[..., None] = fused_adamw_update
         self.muon_kernel: Callable[..., None] = muon_update
+        self.direction_kernel: Callable[..., torch.Tensor] = muon_direction
         if self.compiles:
+            self.direction_kernel = torch.compile(muon_direction, dynamic=False)
             self.adamw_kernel = torch.compile(adamw_update, dynamic=False)
             self.muon_kernel = torch.compile(muon_update, dynamic=False)
 
@@ -196,14 +210,16 @@ class MuonAdamW(torch.optim.Optimizer):
             if update.gather:
                 update.gather.wait()
             if update.gathered is not None:
-                self._copy_to_params(update.params, update.gathered)
+                self._apply_gathered(update)
         self.pending = []
 
     # ---- AdamW: a parameter at a time, large ones sharded by rows ----
 
     def _reduce_adamw(self, group: dict[str, Any], p: torch.Tensor) -> Update:
+        if is_sharded(p):
+            return Update(group, [p], local(_grad(p)), is_sharded=True)
         grad = _grad(p)
-        if self._is_sharded(p):
+        if self._shares_rows(p):
             own = torch.empty_like(self._own_rows(p))
             return Update(group, [p], own, is_sharded=True, reduce=reduce_scatter(own, grad, async_op=True))
         work = dist.all_reduce(grad, async_op=True) if self.world_size > 1 else None
@@ -211,7 +227,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _compute_adamw(self, update: Update) -> None:
         group, (p,) = update.group, update.params
-        weights = self._own_rows(p) if update.is_sharded else p
+        shares_rows = self._shares_rows(p)
+        weights = self._own_rows(p) if shares_rows else local(p)
         state = self.state[p]
         if not state:
             state["exp_avg"] = torch.zeros_like(weights)
@@ -219,11 +236,13 @@ class MuonAdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         scalars = self._scalars(group["lr"], group["decay"], beta1, beta2, self.num_steps)
         self.adamw_kernel(weights, update.grad, state["exp_avg"], state["exp_avg_sq"], *scalars)
-        if update.is_sharded:
+        if shares_rows:
             update.gather = all_gather(p.data, weights.clone(), async_op=True)
 
-    def _is_sharded(self, p: torch.Tensor) -> bool:
-        return self.world_size > 1 and p.numel() >= SHARD_MIN_NUMEL and p.size(0) % self.world_size == 0
+    def _shares_rows(self, p: torch.Tensor) -> bool:
+        """Whether each rank updates a slice of the rows of a replicated parameter."""
+        is_large = p.numel() >= SHARD_MIN_NUMEL and p.size(0) % self.world_size == 0
+        return self.world_size > 1 and is_large and not is_sharded(p)
 
     def _own_rows(self, p: torch.Tensor) -> torch.Tensor:
         return p.data.chunk(self.world_size)[self.rank]
@@ -232,6 +251,12 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _reduce_muon(self, group: dict[str, Any]) -> Update:
         params = group["params"]
+        if is_sharded(params[0]):
+            rows = math.ceil(params[0].size(0) / self.world_size)
+            shards = torch.stack(self._padded([_pad_rows(local(_grad(p)), rows) for p in params]))
+            received = torch.empty_like(shards)
+            work = dist.all_to_all_single(received, shards, async_op=True)
+            return Update(group, params, received, is_sharded=True, reduce=work)
         grads = torch.stack(self._padded([_grad(p) for p in params]))
         if self.world_size == 1:
             return Update(group, params, grads, is_sharded=False)
@@ -240,13 +265,13 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _compute_muon(self, update: Update) -> None:
         group, params = update.group, update.params
+        if is_sharded(params[0]):
+            self._compute_direction(update)
+            return
         first = self.rank * self._num_own(params)
         # A copy of the matrices that this rank owns.
         weights = torch.stack(self._padded(list(params))[first : first + self._num_own(params)])
-        state = self.state[params[0]]  # the first parameter's entry holds the state of the whole group
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(update.grad)
-            state["second_moment"] = torch.zeros_like(update.grad.mean(dim=_norm_dim(update.grad), keepdim=True))
+        state = self._muon_state(params, update.grad)
         scalars = self._scalars(group["lr"], group["decay"], group["momentum"], NORMUON_BETA2)
         self.muon_kernel(weights, update.grad, state["momentum_buffer"], state["second_moment"], *scalars, self.dtype)
         if self.world_size == 1:
@@ -254,6 +279,38 @@ class MuonAdamW(torch.optim.Optimizer):
             return
         update.gathered = weights.new_empty((self._num_own(params) * self.world_size, *weights.shape[1:]))
         update.gather = all_gather(update.gathered, weights, async_op=True)
+
+    def _compute_direction(self, update: Update) -> None:
+        """Muon on sharded weights: directions of the matrices that this rank owns, sent to the owners of their rows."""
+        group, params = update.group, update.params
+        num_own, num_rows = self._num_own(params), params[0].size(0)
+        by_source = update.grad.unflatten(0, (self.world_size, num_own))
+        grads = by_source.transpose(0, 1).flatten(1, 2)[:, :num_rows].contiguous()
+        state = self._muon_state(params, grads)
+        scalars = self._scalars(group["momentum"], NORMUON_BETA2)
+        u = self.direction_kernel(grads, state["momentum_buffer"], state["second_moment"], *scalars, self.dtype)
+        u = F.pad(u, (0, 0, 0, by_source.size(2) * self.world_size - num_rows))
+        shards = u.unflatten(1, (self.world_size, -1)).transpose(0, 1).flatten(0, 1)
+        update.gathered = torch.empty_like(shards)
+        update.gather = dist.all_to_all_single(update.gathered, shards.contiguous(), async_op=True)
+
+    def _muon_state(self, params: list[torch.Tensor], grads: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The state of a group, for the matrices that this rank owns: the entry of the first parameter."""
+        state = self.state[params[0]]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(grads)
+            state["second_moment"] = torch.zeros_like(grads.mean(dim=_norm_dim(grads), keepdim=True))
+        return state
+
+    def _apply_gathered(self, update: Update) -> None:
+        assert update.gathered is not None
+        params, group = update.params, update.group
+        if not is_sharded(params[0]):
+            self._copy_to_params(params, update.gathered)
+            return
+        for p, u in zip(params, update.gathered, strict=False):  # the rest is padding
+            rows = local(p)
+            apply_direction(rows, u[: rows.size(0)], group["lr"], group["decay"], p.shape)
 
     @staticmethod
     def _copy_to_params(params: list[torch.Tensor], stack: torch.Tensor) -> None:
@@ -281,51 +338,114 @@ class MuonAdamW(torch.optim.Optimizer):
         """
         full = {"num_steps": torch.tensor(self.num_steps)} if self.rank == 0 else {}
         for group in self.param_groups:
-            if group["kind"] == "adamw":
-                for name, p in zip(group["names"], group["params"], strict=True):
-                    for key, value in self.state[p].items():
-                        whole = self._gather(value) if self._is_sharded(p) else value
-                        if self.rank == 0:
-                            full[f"{name}.{key}"] = whole.to("cpu", copy=True)
-            else:
-                for key, value in self.state[group["params"][0]].items():
-                    stack = self._gather(value) if self.world_size > 1 else value
-                    if self.rank == 0:
-                        for name, matrix in zip(group["names"], stack, strict=False):  # the stack ends with padding
-                            full[f"{name}.{key}"] = matrix.to("cpu", copy=True)
+            for name, value in self._whole_states(group):
+                if self.rank == 0:
+                    full[name] = value.to("cpu", copy=True)
         return full
 
-    def load_full_state(self, full: dict[str, torch.Tensor]) -> None:
-        """Loads what full_state returned, on any number of ranks. UserError if it belongs to another model."""
+    def _whole_states(self, group: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Gathers the states of a group, at most one matrix of each rank at a time. Collective."""
+        names, params = group["names"], group["params"]
+        if group["kind"] == "adamw":
+            for name, p in zip(names, params, strict=True):
+                is_part = is_sharded(p) or self._shares_rows(p)
+                for key, value in self.state[p].items():
+                    yield f"{name}.{key}", gather_rows(value, p.size(0), self.world_size) if is_part else value
+            return
+        for key, stack in self.state[params[0]].items():
+            for i, own in enumerate(stack):
+                matrices = gather_rows(own[None], self.world_size, self.world_size)  # the i-th of each rank
+                for name, matrix in zip(names[i :: len(stack)], matrices, strict=False):  # the last are padding
+                    yield f"{name}.{key}", matrix
+
+    def load_full_state(self, full: Mapping[str, torch.Tensor]) -> None:
+        """
+        Loads what full_state returned, on any number of ranks. It takes one tensor at a time from the mapping, which
+        may read it from a file then. UserError if it belongs to another model.
+        """
         self.num_steps = int(full["num_steps"])
         if self.num_steps == 0:
             return
-        self._check_full_state(full)
         for group in self.param_groups:
             if group["kind"] == "adamw":
                 for name, p in zip(group["names"], group["params"], strict=True):
                     for key in ("exp_avg", "exp_avg_sq"):
-                        value = full[f"{name}.{key}"].to(p.device)
-                        self.state[p][key] = (self._own_rows(value) if self._is_sharded(p) else value).clone()
+                        value = _stored(full, name, key, p.shape)
+                        if is_sharded(p) or self._shares_rows(p):
+                            value = own_rows(value, self.rank, self.world_size)
+                        self.state[p][key] = value.to(p.device, copy=True)
             else:
-                params = group["params"]
-                first = self.rank * self._num_own(params)
-                for key in ("momentum_buffer", "second_moment"):
-                    stack = self._padded([full[f"{name}.{key}"] for name in group["names"]])
-                    own = stack[first : first + self._num_own(params)]
-                    self.state[params[0]][key] = torch.stack(own).to(params[0].device)
+                self._load_muon(group, full)
 
-    def _check_full_state(self, full: dict[str, torch.Tensor]) -> None:
-        for group in self.param_groups:
-            key = "exp_avg" if group["kind"] == "adamw" else "momentum_buffer"
-            for name, p in zip(group["names"], group["params"], strict=True):
-                if f"{name}.{key}" not in full or full[f"{name}.{key}"].shape != p.shape:
-                    raise UserError(f"the optimizer state does not fit {name}: it was saved by another model")
+    def _load_muon(self, group: dict[str, Any], full: Mapping[str, torch.Tensor]) -> None:
+        params = group["params"]
+        own = range(self.rank * self._num_own(params), (self.rank + 1) * self._num_own(params))
+        stacks: dict[str, list[torch.Tensor]] = {"momentum_buffer": [], "second_moment": []}
+        for i in own:
+            name = group["names"][min(i, len(params) - 1)]
+            momentum = _stored(full, name, "momentum_buffer", params[0].shape)
+            second_moment = full[f"{name}.second_moment"]
+            is_padding = i >= len(params)
+            stacks["momentum_buffer"].append(torch.zeros_like(momentum) if is_padding else momentum)
+            stacks["second_moment"].append(torch.zeros_like(second_moment) if is_padding else second_moment)
+        for key, matrices in stacks.items():
+            self.state[params[0]][key] = torch.stack(matrices).to(params[0].device)
 
-    def _gather(self, own: torch.Tensor) -> torch.Tensor:
-        full = own.new_empty((own.size(0) * self.world_size, *own.shape[1:]))
-        all_gather(full, own.contiguous())
-        return full
+
+def _stored(full: Mapping[str, torch.Tensor], name: str, key: str, shape: torch.Size) -> torch.Tensor:
+    """The state of a parameter, which has its shape. UserError if it is missing or has another shape."""
+    value = full.get(f"{name}.{key}")
+    if value is None or value.shape != shape:
+        raise UserError(f"the optimizer state does not fit {name}: it was saved by another model")
+    return value
+
+
+# ---- sharded tensors (sharding.py) ----
+
+
+def is_sharded(p: torch.Tensor) -> bool:
+    """Whether the rows are split over the ranks (DTensor, whose module takes a second to import)."""
+    return hasattr(p, "to_local")
+
+
+def local(p: Any) -> torch.Tensor:
+    """This rank's rows of a sharded tensor; any other tensor itself."""
+    return p.to_local() if is_sharded(p) else p
+
+
+def own_rows(whole: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
+    """The rows of one rank, a view, split as by torch.chunk: the last ranks may have fewer, or none."""
+    size = math.ceil(whole.size(0) / world_size)
+    return whole[rank * size : (rank + 1) * size]
+
+
+def gather_rows(own: torch.Tensor, num_rows: int, world_size: int) -> torch.Tensor:
+    """The whole tensor from the rows of all ranks. Collective."""
+    if world_size == 1:
+        return own
+    size = math.ceil(num_rows / world_size)
+    whole = own.new_empty((size * world_size, *own.shape[1:]))
+    all_gather(whole, _pad_rows(own, size))
+    return whole[:num_rows]
+
+
+@torch.no_grad()
+def gather_weights(params: Mapping[str, torch.Tensor], rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """Whole copies of the parameters on the CPU, on rank 0; an empty dict on the others. Collective if sharded."""
+    weights = {}
+    for name, p in params.items():
+        whole = gather_rows(local(p), p.size(0), world_size) if is_sharded(p) else p
+        if rank == 0:
+            weights[name] = whole.detach().to("cpu", copy=True).contiguous()
+    return weights
+
+
+def _pad_rows(x: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Appends rows of zeros."""
+    return torch.cat([x, x.new_zeros((num_rows - x.size(0), *x.shape[1:]))]) if x.size(0) < num_rows else x.contiguous()
+
+
+# ---- the updates ----
 
 
 def _grad(p: torch.Tensor) -> torch.Tensor:
@@ -354,16 +474,20 @@ def fused_adamw_update(p, grad, exp_avg, exp_avg_sq, lr, decay, beta1, beta2, st
 
 
 def muon_update(p, grad, momentum_buffer, second_moment, lr, decay, momentum, beta2, dtype: torch.dtype) -> None:
+    """One Muon step on a stack of matrices (N, rows, columns), in place."""
+    u = muon_direction(grad, momentum_buffer, second_moment, momentum, beta2, dtype)
+    apply_direction(p, u, lr, decay, p.shape)
+
+
+def muon_direction(grad, momentum_buffer, second_moment, momentum, beta2, dtype: torch.dtype) -> torch.Tensor:
     """
-    One Muon step on a stack of matrices (N, rows, columns), in place:
+    The direction of the update of a stack of matrices (N, rows, columns); changes their momentum and second moment:
 
     1. Nesterov momentum
     2. all rows scaled to one norm (arXiv 2603.28254)
     3. orthogonalized by Polar Express (arXiv 2505.16932), in `dtype`
     4. scaled to Frobenius norm sqrt(min(rows, columns)), that of an orthogonal matrix (arXiv 2602.21545)
     5. NorMuon (arXiv 2510.05491): each row (or column) is divided by its running root mean square, the norm restored
-    6. weight decay only where u and the weight have the same sign: there the update, which subtracts u, moves the
-       weight toward zero too, so the two never work against each other
     """
     momentum_buffer.lerp_(grad, 1 - momentum)
     g = grad.lerp(momentum_buffer, momentum)
@@ -372,14 +496,21 @@ def muon_update(p, grad, momentum_buffer, second_moment, lr, decay, momentum, be
     g = g * (row_norms.mean(dim=-2, keepdim=True) / row_norms.clamp_min(1e-7))
 
     u = orthogonalize(g.to(dtype)).float()
-    target_norm = math.sqrt(min(p.size(-2), p.size(-1)))
+    target_norm = math.sqrt(min(grad.size(-2), grad.size(-1)))
     u = u * (target_norm / u.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7))
 
-    second_moment.lerp_(u.square().mean(dim=_norm_dim(p), keepdim=True), 1 - beta2)
+    second_moment.lerp_(u.square().mean(dim=_norm_dim(grad), keepdim=True), 1 - beta2)
     u = u * second_moment.clamp_min(1e-10).rsqrt()
-    u = u * (target_norm / u.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7))
+    return u * (target_norm / u.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7))
 
-    lr = lr * math.sqrt(max(1.0, p.size(-2) / p.size(-1)))  # tall matrices take larger steps
+
+def apply_direction(p, u, lr, decay, shape: torch.Size) -> None:
+    """
+    Moves weights against the direction, in place. shape: of the whole matrices, of which p may be some rows. Weight
+    decay applies only where u and the weight have the same sign: there the update, which subtracts u, moves the weight
+    toward zero too, so the two never work against each other.
+    """
+    lr = lr * math.sqrt(max(1.0, shape[-2] / shape[-1]))  # tall matrices take larger steps
     p.sub_(lr * u + lr * decay * p * (u * p >= 0))
 
 

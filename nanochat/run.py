@@ -80,6 +80,7 @@ class Run:
     data_states: Sequence[dict[str, Any]]  # of the resumed checkpoint (restore_run); empty for a new run
     metadata: dict[str, Any]  # saved with each checkpoint
     logger: logging.Logger
+    shards = False  # whether each rank keeps its rows of the parameters only (sharding.py); set it before fit_rows
     lora_rank = 0  # of the adapters that are trained instead of the model (use_lora); 0 = the model is trained
     rows = 0  # per pass and rank
     predicted_memory = 0.0  # bytes per rank at the peak; 0 = not predicted
@@ -174,7 +175,11 @@ class Run:
             self.model, groups, rank=self.dist.rank, world_size=self.dist.world_size, compile=bool(self.compiled)
         )
         self.state, self.data_states = self._restore()
-        self.train_model = torch.compile(self.model, dynamic=False) if self.compiled else self.model
+        compiles_all = self.compiled and not self.shards
+        self.train_model = torch.compile(self.model, dynamic=False) if compiles_all else self.model
+        if self.compiled and self.shards:  # gathering the weights of a block cannot be compiled, so each block is
+            for block in self.model.transformer.h:
+                block.forward = torch.compile(block.forward, dynamic=False)
         # On a CPU compiling the validation graph takes longer than validating.
         self.eval_model = self.train_model if self.dist.device.type == "cuda" else self.model
         self.metadata = metadata | {
@@ -293,7 +298,12 @@ class Run:
         compiled = compile and hardware.can_compile(self.dist.device)
         recomputes = self.flags.activation_checkpointing
         wanted_setup = TrainingSetup(
-            wanted, compiled=compiled, fp8=fp8, activation_checkpointing=recomputes, lora_rank=self.lora_rank
+            wanted,
+            compiled=compiled,
+            fp8=fp8,
+            activation_checkpointing=recomputes,
+            lora_rank=self.lora_rank,
+            sharded=self.shards,
         )
         setup = training_setup(self.config, target, total_batch_size, wanted_setup)
         checkpoint = self.resumed or self.parent
@@ -354,6 +364,11 @@ class Run:
             if self.resumed:
                 lora.load_adapters(model, self.resumed.saved_weights())
             self.dist.print0(f"LoRA of rank {self.lora_rank}: {lora.describe(model)}")
+        elif self.shards:
+            from nanochat import sharding  # here, because its part of torch takes a second to import
+
+            weights = checkpoint.stored_weights() if checkpoint else None
+            model = sharding.build(self.config, self.dist, self.dtype, weights)
         elif checkpoint:
             model = checkpoint.build_model(device, self.dtype)
         else:
@@ -402,8 +417,10 @@ class Run:
                 reason = hardware.compile_obstacle(self.dist.device)
                 warn0(f"training is slower than it could be, as torch.compile does not work: {reason}")
             return False
-        if self.resumed:
+        if self.resumed and not self.shards:
             return self.resumed.meta.get("compiled", True)
+        if self.shards:
+            return self.dist.device.type == "cuda"
         return None if self.dist.device.type == "cpu" else True
 
     def _after_step(self, step: Step, seconds: float) -> None:

@@ -24,7 +24,7 @@ import torch
 
 from nanochat.distributed import Dist
 from nanochat.guards import CHECK_EVERY, Guards
-from nanochat.muon import MuonAdamW
+from nanochat.muon import MuonAdamW, is_sharded, local
 from nanochat.recipe import Schedule
 
 LOSS_EMA_BETA = 0.9  # smooths the logged loss; nothing else depends on it
@@ -128,7 +128,8 @@ class Trainer:
                     state.tokens += step.num_tokens
                     self.guards.note_time(sum(micro_batch[0].numel() for micro_batch in step.micro_batches))
                 if state.step == first_step + 1 or state.step % CHECK_EVERY == 0:
-                    self.guards.check_ranks(self.optimizer.params(), state.step)
+                    replicated = [p for p in self.optimizer.params() if not is_sharded(p)]
+                    self.guards.check_ranks(replicated, state.step)
                 state.total_tokens += step.num_tokens
                 self._log(metrics | step.metrics | {"train/tokens_per_second": step.num_tokens / seconds})
                 self.after_step(step, seconds)
@@ -218,7 +219,7 @@ class Trainer:
         look at the other ranks.
         """
         state = self.state
-        grads = [p.grad for p in self.optimizer.params() if p.grad is not None]
+        grads = [local(p.grad) for p in self.optimizer.params() if p.grad is not None]
         if grads:  # a rank may have no supervised tokens in a step
             torch._foreach_mul_(grads, 1 / state.loss_scale)
         overflow = self.dist.any_rank(not all(bool(torch.isfinite(grad).all()) for grad in grads))

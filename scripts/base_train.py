@@ -3,6 +3,7 @@ Pretrain a base model. One dial: --depth.
 
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth 24    # one 8xH100 node
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth 24 --save-every 500 --resume
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth 48 --shard --activation-checkpointing
     python -m scripts.base_train --depth 4 --head-dim 64 --max-seq-len 512 --device-batch-size 16 \
         --total-batch-size 8192 --num-iterations 200 --eval-tokens 500000        # a laptop, minutes
 """
@@ -34,6 +35,9 @@ class Flags(RunFlags, recipe.RecipeFlags):
     compile: bool = flag(True, "use torch.compile, if the machine can and the run is long enough to save time")
     attention: str = flag("auto", f"auto (the fastest) or a kernel of attention.py: {', '.join(attention.LOADERS)}")
     fp8: bool = flag(False, "train the large matrices in FP8 (GPUs from Ada and Hopper on); evaluation is not affected")
+    shard: bool = flag(
+        False, "keep a part of each parameter per rank, for models that do not fit into one GPU (docs/scaling.md)"
+    )
     seed: int = flag(42, "seed of initial weights and samples", SEED)
     hours: float = flag(
         0.0, "choose the largest --depth that this machine (or that of --for) trains in this time", NOT_NEGATIVE
@@ -63,11 +67,14 @@ def pretrain(flags: Flags, dist: Dist) -> None:
     with Run.open("base", tag, plan.model, flags, tokenizer=tokenizer, dist=dist) as run:
         if run.resumed:
             mixture.check_resumable(sources, run.resumed.meta["data_states"])
+        run.shards = flags.shard
         B = run.fit_rows(
             flags.device_batch_size, plan.total_batch_size, compile=flags.compile, fp8=flags.fp8, flops=plan.flops
         )
         T = flags.max_seq_len
         accumulation = recipe.accumulation_steps(plan.total_batch_size, B, T, dist.world_size)
+        if flags.fp8 and flags.shard:
+            raise UserError("--fp8 works on whole weights: leave out --fp8 or --shard")
         if flags.fp8:
             compiles = flags.compile and hardware.can_compile(dist.device)
             fp8.check_support(plan.model, B * T, dist.device, compile=compiles)
@@ -111,7 +118,7 @@ def pretrain(flags: Flags, dist: Dist) -> None:
             return {f"val/{name}": value for name, value in bpb.items()}
 
         def sample(state: TrainState) -> None:
-            if dist.is_main:
+            if dist.is_main and not flags.shard:  # it would take all ranks, or a GPU that holds the whole model
                 run.logger.log_samples(state, sample_prompts(Engine(run.model, tokenizer)))
 
         hooks = [Hook(flags.eval_every, evaluate), Hook(flags.sample_every, sample), run.save_hook()]
@@ -151,6 +158,7 @@ def wanted_setup(flags: Flags) -> TrainingSetup:
         compiled=flags.compile,
         fp8=flags.fp8,
         activation_checkpointing=flags.activation_checkpointing,
+        sharded=flags.shard,
     )
 
 
