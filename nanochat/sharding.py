@@ -32,6 +32,8 @@ from nanochat.distributed import Dist
 from nanochat.gpt import GPT, GPTConfig, rotary_table
 from nanochat.muon import SHARD_MIN_NUMEL, is_sharded, local, own_rows
 
+DRAWS = {"normal_", "uniform_", "kaiming_uniform_", "zero_", "fill_"}  # what gives parameters their initial values
+
 
 def build(config: GPTConfig, dist: Dist, dtype: torch.dtype, weights: Mapping[str, torch.Tensor] | None = None) -> GPT:
     """

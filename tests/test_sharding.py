@@ -5,8 +5,10 @@ Sharded training (--shard) on two ranks against replicated training on one: weig
 """
 
 import json
+import math
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
 from nanochat import distributed, hardware, sharding
-from nanochat.checkpoint_manager import stage_dir
+from nanochat.checkpoint_manager import load_model, stage_dir
 from nanochat.costs import TrainingSetup, bytes_communicated
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT
@@ -34,7 +36,18 @@ ROWS = 4
 
 STEPS = ["--device", "cpu", "--no-compile", "--save-every", "2", "--num-iterations", "4", "--eval-every", "0"]
 MODEL = ["--depth", "2", "--head-dim", "64", "--max-seq-len", "64", "--device-batch-size", "2"]
-BASE = [*STEPS, *MODEL, "--total-batch-size", "512", "--eval-tokens", "256", "--sample-every", "-1"]
+BASE = [
+    *STEPS,
+    *MODEL,
+    "--total-batch-size",
+    "512",
+    "--weight-decay",
+    "0",
+    "--eval-tokens",
+    "256",
+    "--sample-every",
+    "-1",
+]
 
 
 # ---- one model, step by step ----
@@ -71,21 +84,21 @@ def result_of(model, optimizer, dist, numbers):
     return {"numbers": numbers, "weights": weights, "state": optimizer.full_state()}
 
 
+def collectives(trace: Path):
+    """The collective operations of a trace of the profiler, in order: (name, numbers in the whole tensor)."""
+    whole = {"_allgather_base_": 0, "_reduce_scatter_base_": 1, "alltoall_base_": 0}  # argument: the larger tensor
+    for event in sorted(json.loads(trace.read_text())["traceEvents"], key=lambda event: event["ts"]):
+        name = event["name"].removeprefix("c10d::")
+        if name in whole:
+            yield name, math.prod(event["args"]["Input Dims"][whole[name]])
+        elif name == "allreduce_":
+            yield name, sum(math.prod(dims) for dims in event["args"]["Input Dims"][0])
+
+
 def bytes_sent(trace: Path, world_size: int) -> float:
-    """Bytes that a rank sends according to the trace of the profiler (see bytes_communicated)."""
-    sent = (world_size - 1) / world_size
-    factors = {
-        "allreduce": 2 * sent,
-        "_allgather_base": sent * world_size,
-        "_reduce_scatter_base": sent,
-        "all_to_allv": sent,
-        "all_to_all": sent,
-    }
-    total = 0.0
-    for event in json.loads(trace.read_text())["traceEvents"]:
-        if event.get("name") == "record_param_comms":
-            total += factors[event["args"]["Collective name"]] * event["args"]["In msg nelems"] * 4
-    return total
+    """Bytes of float32 numbers that a rank sends in these operations, as bytes_communicated counts them."""
+    passes = Counter({"allreduce_": 1})  # reduce-scatter and all-gather
+    return sum(4 * (1 + passes[name]) * (world_size - 1) / world_size * n for name, n in collectives(trace))
 
 
 def profiled_step(model, optimizer, dist, file):
@@ -220,16 +233,35 @@ def test_base_train_sharded_resumes_bitwise(results):
         assert_equal(parts, whole)
 
 
-@pytest.mark.parametrize("tag", ["whole", "from-one", "on-one"])
-def test_base_train_sharded_and_replicated_share_checkpoints_and_losses(results, tag):
-    """Sharded on two ranks; resumed so from one replicated rank; resumed the other way round."""
+@pytest.mark.parametrize("tag, reference", [("from-one", "one"), ("on-one", "whole")])
+def test_base_train_sharded_and_replicated_share_checkpoints_and_losses(results, tag, reference):
+    """A run of one replicated rank, resumed on two sharded ones, and the other way round."""
     folder, *_ = results
     found, expected = (
         [json.loads(line) for line in (folder / f"report/metrics/base_train-{name}.jsonl").read_text().splitlines()]
-        for name in (tag, "one")
+        for name in (tag, reference)
     )
     for name in ("train/loss", "val/bpb"):
         last, last_expected = ([line[name] for line in lines if name in line][-1] for lines in (found, expected))
         assert last == pytest.approx(last_expected, rel=1e-5)
-    one = load_file(folder / "base_checkpoints/one/step_000004/model.safetensors")
-    assert_close(load_file(folder / f"base_checkpoints/{tag}/step_000004/model.safetensors"), one, tolerance=1e-2)
+    weights = [
+        load_file(folder / f"base_checkpoints/{name}/step_000004/model.safetensors") for name in (tag, reference)
+    ]
+    assert_close(*weights)
+
+
+def test_checkpoint_of_a_sharded_run_loads_for_inference(results, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(results[0]))
+    model, _, checkpoint = load_model("base", "whole", -1, CPU, torch.float32)
+    assert checkpoint.step == 4 and model(torch.zeros(1, 4, dtype=torch.int64)).isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["replicated", "sharded"])
+def test_communication_of_a_muon_group_is_started_before_the_next_group_computes(results, mode):
+    """The all-gather (sharded: all-to-all) of updated weights runs while the groups after it are orthogonalized."""
+    events = json.loads((results[0] / f"{mode}0.json").read_text())["traceEvents"]
+    names = [event["name"] for event in sorted(events, key=lambda event: event["ts"])]
+    last_product = len(names) - names[::-1].index("aten::baddbmm")
+    operation = {"replicated": "c10d::_allgather_base_", "sharded": "c10d::alltoall_base_"}[mode]
+    first_product = names.index("aten::baddbmm", names.index(operation if mode == "sharded" else "aten::baddbmm"))
+    assert names[first_product:last_product].count(operation) >= 2
