@@ -244,10 +244,12 @@ def test_base_train_sharded_and_replicated_share_checkpoints_and_losses(results,
     for name in ("train/loss", "val/bpb"):
         last, last_expected = ([line[name] for line in lines if name in line][-1] for lines in (found, expected))
         assert last == pytest.approx(last_expected, rel=1e-5)
-    weights = [
+    ours, theirs = (
         load_file(folder / f"base_checkpoints/{name}/step_000004/model.safetensors") for name in (tag, reference)
-    ]
-    assert_close(*weights, tolerance=2e-2)  # gradients of backout_lambda are rounding errors at the start
+    )
+    for name in ("smear_gate.weight", "smear_lambda", "backout_lambda"):  # their first gradients are rounding errors
+        del ours[name], theirs[name]
+    assert_close(ours, theirs, tolerance=1e-2)
 
 
 def test_checkpoint_of_a_sharded_run_loads_for_inference(results, monkeypatch):
