@@ -19,7 +19,7 @@ import torch
 from conftest import golden
 from factories import random_text, tiny_gpt, write_shard, write_shards
 
-from nanochat import dataset, mixture
+from nanochat import dataset, hardware, mixture
 from nanochat.common import UserError
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import RowGroups
@@ -443,6 +443,9 @@ def metrics(base_dir, tag):
 
 @pytest.mark.slow
 def test_base_train_on_a_mixture_stopped_and_resumed_is_bitwise_equal(two_sources, base_dir, monkeypatch, capsys):
+    # These choices are measured, so on a busy machine two runs could compute differently.
+    monkeypatch.setattr(hardware, "pick_matmul_precision", lambda *_: "highest")
+    monkeypatch.setattr(hardware, "bf16_faster_on_cpu", lambda: False)
     argv = [*BASE, "--data-dir", two_sources]
     base_train.main([*argv, "--model-tag", "whole"])
     evaluate = base_train.evaluate_bpb_of_sources
