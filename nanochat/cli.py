@@ -95,7 +95,8 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
     )
     for f in fields(cls):  # type: ignore[arg-type]
         if f.name in positional:
-            parser.add_argument(f.name, nargs="+", metavar=f.name.upper(), help=f.metadata["help"])
+            nargs = "+" if f.default is MISSING else "*"
+            parser.add_argument(f.name, nargs=nargs, default=f.default, metavar=f.name.upper(), help=f.metadata["help"])
             continue
         name, kind = _flag_name(f.name), hints[f.name]
         names = [f.metadata["short"], name] if f.metadata["short"] else [name]

@@ -1,6 +1,6 @@
 """
 Logging of training runs and evaluations: console lines, a metrics file to plot, a tracker on request (tracking.py), and
-the final numbers of all stages.
+the final numbers of all stages (nanochat/report/ reads them).
 
     <base>/report/metrics/<script>-<tag>.jsonl    the history of a run, or of the evaluations of a tag's models
     <base>/report/<script>.json                   the final numbers
@@ -56,10 +56,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
-
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from nanochat.common import atomic_path, base_dir, duration, parse_json
 from nanochat.distributed import Dist, warn0
@@ -203,7 +199,7 @@ def _format(name: str, value: float) -> str:
     return f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A number of the report: four decimals, or four significant digits for very small and very large ones."""
     if not isinstance(value, float):
         return str(value)
@@ -270,18 +266,3 @@ def _saved_numbers(stage: str) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         warn0(f"{path} is damaged ({error}): it is left out, run {stage} again to replace it")
         return {}
-
-
-def print_summary(stages: list[str]) -> None:
-    """Prints the final numbers of the stages that have run, and writes them to report/report.md."""
-    table = Table("stage", "result", "value")
-    markdown = ["# Report", "", "| stage | result | value |", "|---|---|---|"]
-    for stage in stages:
-        for name, value in _saved_numbers(stage).items():
-            if name != "time":
-                shown = _shown(value)
-                table.add_row(stage, escape(name), escape(shown))
-                markdown.append(f"| {stage} | {name} | {shown} |")
-    Console().print(table)
-    with atomic_path(report_dir() / "report.md") as temporary:
-        temporary.write_text("\n".join(markdown) + "\n")

@@ -27,6 +27,7 @@ from nanochat.gpt import GPT
 from nanochat.logging import append_evaluation, save_numbers
 from nanochat.progress import Bar
 from nanochat.recipe import load_hyperparameters
+from nanochat.report.record import recorded
 from nanochat.tokenizer import Tokenizer
 
 EVALUATIONS = ("core", "bpb", "sample")
@@ -50,6 +51,7 @@ class Flags:
 
 
 @command
+@recorded("base_eval")
 def main(flags: Flags) -> dict[str, float]:
     """Evaluates; returns the results by name."""
     check(flags)

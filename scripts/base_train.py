@@ -21,6 +21,7 @@ from nanochat.distributed import Dist
 from nanochat.engine import Engine, sample_prompts
 from nanochat.eval.bpb import evaluate_bpb_of_sources
 from nanochat.logging import print_table
+from nanochat.report.record import recorded
 from nanochat.run import Run, RunFlags
 from nanochat.tokenizer import PORTABLE_SPLIT_PATTERN, Tokenizer, default_dir
 from nanochat.train import Hook, TrainState, token_loss
@@ -46,6 +47,7 @@ class Flags(RunFlags, recipe.RecipeFlags):
 
 
 @command  # main() reads the flags from the command line (nanochat/cli.py)
+@recorded("base_train")
 def main(flags: Flags) -> None:
     flags = choose_depth(flags)
     if flags.plan:

@@ -23,6 +23,7 @@ from nanochat.engine import Engine, Request, pays_to_compile
 from nanochat.eval.chat import CHATCORE, ChatScore, Sampling, evaluate_task
 from nanochat.eval.metrics import core_metric
 from nanochat.logging import append_evaluation, report_dir, save_numbers
+from nanochat.report.record import recorded
 from tasks.arc import ARC
 from tasks.common import Task, limited
 from tasks.gsm8k import GSM8K
@@ -62,6 +63,7 @@ class Flags:
 
 
 @command
+@recorded("chat_eval")
 def main(flags: Flags) -> dict[str, ChatScore]:
     """Evaluates; returns the scores by task."""
     check(flags)

@@ -35,6 +35,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.logging import append_after, print_table
 from nanochat.planner import Target
 from nanochat.recipe import load_hyperparameters, param_groups, rl_schedule
+from nanochat.report.record import recorded
 from nanochat.rollout import PolicyLoss, Question, Rollout, RolloutConfig, RolloutPlan
 from nanochat.run import Run, RunFlags
 from nanochat.tokenizer import Tokenizer
@@ -87,6 +88,7 @@ class Flags(RunFlags):
 
 
 @command
+@recorded("chat_rl")
 def main(flags: Flags) -> None:
     validate_flags(flags)
     if flags.plan:

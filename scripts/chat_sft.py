@@ -38,6 +38,7 @@ from nanochat.engine import Engine, sample_greedily
 from nanochat.eval.bpb import evaluate_bpb
 from nanochat.logging import print_table
 from nanochat.primer import CONVERSATION_MIX
+from nanochat.report.record import recorded
 from nanochat.run import Run, RunFlags
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Hook, TrainState, token_loss
@@ -91,6 +92,7 @@ class Flags(FinetuneFlags):
 
 
 @command
+@recorded("chat_sft")
 def main(flags: Flags) -> None:
     finetune("sft", flags.source, flags)
 

@@ -12,6 +12,7 @@ scripts/chat_sft.py with other defaults: one epoch of questions and problems, at
 from dataclasses import dataclass
 
 from nanochat.cli import NOT_NEGATIVE, POSITIVE, command, flag
+from nanochat.report.record import recorded
 from scripts.chat_sft import FinetuneFlags, finetune
 
 
@@ -24,6 +25,7 @@ class Flags(FinetuneFlags):
 
 
 @command
+@recorded("mid_train")
 def main(flags: Flags) -> None:
     finetune("mid", "base", flags)
 

@@ -1,26 +1,108 @@
 """
-Print the final numbers of all stages that have run, and write them to <base>/report/report.md.
+Report what ran, with which settings, how long and with what result: the final numbers as a table, and all of it in
+report/report.html (one page, to share) and report.md. Every stage rewrites these files when it starts and ends.
 
-    python -m scripts.report
+    python -m scripts.report                        # the newest run in the base folder
+    python -m scripts.report d12                    # the run with this tag
+    python -m scripts.report d12 d16 ~/other/base   # compare runs: tags or base folders
+    python -m scripts.report --serve                # a page on this machine that follows the run while it trains
+    python -m scripts.report --price 2.5            # dollars per GPU-hour, for the cost
+
+The plots of report.md need matplotlib: pip install 'nanochat[plots]'.
 """
 
+import math
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from nanochat.cli import command
-from nanochat.logging import print_summary
+from rich.console import Console
+from rich.table import Table
 
-STAGES = ("tok_train", "base_train", "base_eval", "mid_train", "chat_sft", "chat_rl")
-CHAT_EVALS = ("chat_eval_base", "chat_eval_mid", "chat_eval_sft", "chat_eval_rl")
+from nanochat.cli import command, flag
+from nanochat.common import UserError, base_dir
+from nanochat.logging import shown
+from nanochat.report.files import write_files
+from nanochat.report.plots import draw_plots
+from nanochat.report.reader import has_runs, read_run
+from nanochat.report.server import ReportServer
 
 
 @dataclass(frozen=True)
 class Flags:
-    pass
+    runs: list[str] = flag((), "tags in the base folder, or base folders; default: the newest run")
+    serve: bool = flag(False, "serve a page on this machine that follows the runs, instead of writing files")
+    port: int = flag(8020, "port of --serve; 0 = any free one")
+    price: float = flag(0.0, "dollars per GPU-hour (without GPUs: per hour); 0 = typical for the card, if it is known")
 
 
 @command
 def main(flags: Flags) -> None:
-    print_summary([*STAGES, *CHAT_EVALS])
+    if not 0 <= flags.price < math.inf:
+        raise UserError(f"--price {flags.price}: must be at least 0, in dollars per GPU-hour")
+    if not 0 <= flags.port < 65536:
+        raise UserError(f"--port {flags.port}: must be from 0 to 65535")
+    places = [find_place(name) for name in flags.runs] or [(base_dir(), "")]
+    if flags.serve:
+        serve(flags, places)
+        return
+    runs = read_runs(places, flags.price)
+    for run in runs:
+        for warning in run["warnings"]:
+            print(f"warning: {warning}")
+    print_numbers(runs)
+    folder, name = base_dir() / "report", file_name(flags.runs)
+    plots = draw_plots(folder, name, runs)
+    write_files(folder, name, runs, plots)
+    print(f"written: {folder / name}.html and {name}.md{'' if plots else ' (without plots: matplotlib is missing)'}")
+
+
+def find_place(name: str) -> tuple[Path, str]:
+    """(base folder, tag) of an argument; the tag is empty for a base folder. UserError if it is neither."""
+    path = Path(name).expanduser()
+    is_tag = Path(name).name == name and not has_runs(path)
+    if is_tag:
+        return base_dir(), name
+    if not path.is_dir():
+        raise UserError(f"{name}: there is no such base folder; give a base folder, or a tag in {base_dir()}")
+    return path, ""
+
+
+def read_runs(places: list[tuple[Path, str]], price: float) -> list[dict[str, Any]]:
+    return [read_run(base, tag, price) for base, tag in places]
+
+
+def file_name(names: list[str]) -> str:
+    """Name of the files: report, or one that names the runs."""
+    return "-".join(["report", *[Path(name).name for name in names]])
+
+
+def serve(flags: Flags, places: list[tuple[Path, str]]) -> None:
+    """Serves the page until Ctrl-C."""
+    try:
+        server = ReportServer(flags.port, partial(read_runs, places, flags.price))
+    except OSError as error:
+        raise UserError(f"--port {flags.port} cannot be used ({error.strerror}): choose another --port") from error
+    with server:
+        print(f"{server.url} follows the run; Ctrl-C ends it", flush=True)
+        server.serve_forever()
+
+
+def print_numbers(runs: list[dict[str, Any]]) -> None:
+    """Prints the final numbers of all stages, with a column for each run."""
+    table = Table("stage", "result", *[run["name"] if len(runs) > 1 else "value" for run in runs])
+    columns = []
+    for run in runs:
+        numbers = {}
+        for stage in run["stages"]:
+            for name, value in stage.get("numbers", {}).items():
+                numbers[stage["name"], name] = value
+        columns.append(numbers)
+    for stage, name in dict.fromkeys(key for column in columns for key in column):
+        cells = [shown(column[stage, name]) if (stage, name) in column else "" for column in columns]
+        table.add_row(stage, name, *cells)
+    Console().print(table)
 
 
 if __name__ == "__main__":

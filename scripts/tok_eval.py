@@ -17,6 +17,7 @@ from rich.table import Table
 from nanochat import dataset, mixture
 from nanochat.cli import command, flag
 from nanochat.common import UserError
+from nanochat.logging import save_numbers
 from nanochat.tokenizer import Tokenizer, bytes_per_token, default_dir
 
 OTHERS = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}  # shown name → tiktoken's name
@@ -51,6 +52,7 @@ def main(flags: Flags) -> dict[str, dict[str, float]]:
     for kind, texts in samples.items():
         results[kind] = {name: bytes_per_token(encode, texts) for name, encode in encoders.items()}
     print_table(results, sizes)
+    save_numbers("tok_eval", {"results": results, "sizes": sizes})
     return results
 
 

@@ -16,6 +16,7 @@ from nanochat.cli import COUNT, command, flag
 from nanochat.common import duration, human
 from nanochat.logging import save_numbers
 from nanochat.progress import Bar, track
+from nanochat.report.record import recorded
 from nanochat.tokenizer import PORTABLE_SPLIT_PATTERN, SPLIT_PATTERN, Tokenizer, bytes_per_token, default_dir
 
 NUM_SAMPLES = 200  # validation documents for the check at the end (heuristic, not tuned)
@@ -32,6 +33,7 @@ class Flags:
 
 
 @command
+@recorded("tok_train")
 def main(flags: Flags) -> Tokenizer:
     directory = Path(flags.tokenizer_dir or default_dir())
     sources = mixture.find_sources(flags.data_dir)
