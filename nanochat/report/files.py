@@ -178,7 +178,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 def escape(text: str) -> str:
     """One line of text that Markdown and HTML show as it is."""
     text = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*_{}\[\]|#!~])", r"\\\1", text)
+    return re.sub(r"([\\`*{}\[\]|#!~]|\b_|_\b)", r"\\\1", text)  # an underscore within a word means nothing
 
 
 def fenced(text: str) -> list[str]:

@@ -80,5 +80,7 @@ def draw_panel(axes: Any, metric: str, runs: Sequence[dict[str, Any]], stage: st
 
 
 def curve_of(run: dict[str, Any], stage: str, metric: str) -> dict[str, list[float]] | None:
-    found = next((found for found in run["stages"] if found["name"] == stage), {})
-    return found.get("curves", {}).get(metric)
+    for found in run["stages"]:
+        if found["name"] == stage:
+            return found.get("curves", {}).get(metric)
+    return None

@@ -93,7 +93,7 @@ def _read_lines(path: Path, modified_ns: int, size: int) -> Lines:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and math.isfinite(value)  # bool is an int too
 
 
 def round_value(value: float) -> float:
@@ -498,7 +498,7 @@ def read_run(base: Path, tag: str = "", price: float = 0.0) -> dict[str, Any]:
     known_stages = [stage for stage in stages if stage]
     last = sessions[-1] if sessions else {}
     devices = [stage["device"] for stage in known_stages if stage.get("device")]
-    return {
+    run = {
         "name": tag or base.name,
         "base": base.name,
         "written": time.time(),
@@ -511,6 +511,16 @@ def read_run(base: Path, tag: str = "", price: float = 0.0) -> dict[str, Any]:
         "tokenizer": read_tokenizer(base),
         "warnings": find_damage(base, chain),
     }
+    return without_folder(run, f"{base}{os.sep}")
+
+
+def without_folder(value: Any, folder: str) -> Any:
+    """The value with paths relative to the base folder: where it is does not concern the readers of a report."""
+    if isinstance(value, dict):
+        return {name: without_folder(inner, folder) for name, inner in value.items()}
+    if isinstance(value, list) and not (value and is_number(value[0])):
+        return [without_folder(inner, folder) for inner in value]
+    return value.replace(folder, "") if isinstance(value, str) else value
 
 
 def sessions_of(sessions: list[dict[str, Any]], chain: dict[str, TrainingLog]) -> list[dict[str, Any]]:
