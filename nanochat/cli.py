@@ -158,11 +158,13 @@ class Restart(Exception):
         self.flags = flags
 
 
-def to_argv(flags: Any) -> list[str]:
-    """The command line that parse() turns into these flags."""
+def to_argv(flags: Any, *, changed_only: bool = False) -> list[str]:
+    """The command line that parse() turns into these flags. changed_only: without those that have their defaults."""
     argv = []
     for f in fields(flags):
         name, value = _flag_name(f.name), getattr(flags, f.name)
+        if changed_only and value == f.default:
+            continue
         argv += [name if value else f"--no-{name[2:]}"] if isinstance(value, bool) else [name, _to_text(f, value)]
     return argv
 

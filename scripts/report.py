@@ -11,7 +11,6 @@ report/report.html (one page, to share) and report.md. Every stage rewrites thes
 The plots of report.md need matplotlib: pip install 'nanochat[plots]'.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nanochat.cli import command, flag
+from nanochat.cli import NOT_NEGATIVE, Range, command, flag
 from nanochat.common import UserError, base_dir
 from nanochat.logging import shown
 from nanochat.report.files import write_files
@@ -33,16 +32,14 @@ from nanochat.report.server import ReportServer
 class Flags:
     runs: list[str] = flag((), "tags in the base folder, or base folders; default: the newest run")
     serve: bool = flag(False, "serve a page on this machine that follows the runs, instead of writing files")
-    port: int = flag(8020, "port of --serve; 0 = any free one")
-    price: float = flag(0.0, "dollars per GPU-hour (without GPUs: per hour); 0 = typical for the card, if it is known")
+    port: int = flag(8020, "port of --serve; 0 = any free one", Range(0, 65535))
+    price: float = flag(
+        0.0, "dollars per GPU-hour (without GPUs: per hour); 0 = typical for the card, if it is known", NOT_NEGATIVE
+    )
 
 
 @command
 def main(flags: Flags) -> None:
-    if not 0 <= flags.price < math.inf:
-        raise UserError(f"--price {flags.price}: must be at least 0, in dollars per GPU-hour")
-    if not 0 <= flags.port < 65536:
-        raise UserError(f"--port {flags.port}: must be from 0 to 65535")
     places = [find_place(name) for name in flags.runs] or [(base_dir(), "")]
     if flags.serve:
         serve(flags, places)

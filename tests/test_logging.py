@@ -13,7 +13,7 @@ import torch
 from nanochat import logging
 from nanochat.cards import CARDS
 from nanochat.distributed import Dist
-from nanochat.logging import Logger, append_evaluation, report_dir, save_numbers
+from nanochat.logging import Logger, append_evaluation, report_dir
 from nanochat.train import TrainState
 
 CPU = Dist(torch.device("cpu"))

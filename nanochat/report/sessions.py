@@ -12,7 +12,7 @@ import platform
 import shlex
 import socket
 import subprocess
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +49,7 @@ def command_line(stage: str, flags: Any) -> str:
         launcher = f"torchrun --nproc_per_node={per_node}"
         if num_ranks > per_node:
             launcher += f" --nnodes={num_ranks // per_node}"
-    words = to_argv(flags)
-    defaults = to_argv(replace(flags, **{f.name: f.default for f in fields(flags)}))
-    changed = []
-    # to_argv gives one word per switch and two per other flag, so both lists have the same flags in the same order.
-    position = 0
-    for f in fields(flags):
-        width = 1 if isinstance(getattr(flags, f.name), bool) else 2
-        flag = words[position : position + width]
-        if flag != defaults[position : position + width]:
-            changed += flag
-        position += width
-    return f"{launcher} -m scripts.{stage} {shlex.join(changed)}".strip()
+    return f"{launcher} -m scripts.{stage} {shlex.join(to_argv(flags, changed_only=True))}".strip()
 
 
 def commit() -> str:
