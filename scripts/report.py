@@ -24,7 +24,7 @@ from nanochat.common import UserError, base_dir
 from nanochat.logging import shown
 from nanochat.report.files import write_files
 from nanochat.report.plots import draw_plots
-from nanochat.report.reader import has_runs, read_run
+from nanochat.report.reader import all_final_numbers, has_runs, labels, read_run
 from nanochat.report.server import ReportServer
 
 
@@ -48,7 +48,10 @@ def main(flags: Flags) -> None:
     for run in runs:
         for warning in run["warnings"]:
             print(f"warning: {warning}")
-    print_numbers(runs)
+    columns = {}
+    for label, run in zip(labels(runs), runs, strict=True):
+        columns[label] = {stage["name"]: stage.get("numbers", {}) for stage in run["stages"]}
+    print_numbers(columns if flags.runs else {"value": all_final_numbers(base_dir())})
     folder, name = base_dir() / "report", file_name(flags.runs)
     plots = draw_plots(folder, name, runs)
     write_files(folder, name, runs, plots)
@@ -86,19 +89,15 @@ def serve(flags: Flags, places: list[tuple[Path, str]]) -> None:
         server.serve_forever()
 
 
-def print_numbers(runs: list[dict[str, Any]]) -> None:
-    """Prints the final numbers of all stages, with a column for each run."""
-    table = Table("stage", "result", *[run["name"] if len(runs) > 1 else "value" for run in runs])
-    columns = []
-    for run in runs:
-        numbers = {}
-        for stage in run["stages"]:
-            for name, value in stage.get("numbers", {}).items():
-                numbers[stage["name"], name] = value
-        columns.append(numbers)
-    for stage, name in dict.fromkeys(key for column in columns for key in column):
-        cells = [shown(column[stage, name]) if (stage, name) in column else "" for column in columns]
-        table.add_row(stage, name, *cells)
+def print_numbers(columns: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Prints final numbers by stage, with a column for each run. columns: heading → stage → name → number."""
+    table = Table("stage", "result", *columns)
+    by_run = list(columns.values())
+    for stage in dict.fromkeys(stage for column in by_run for stage in column):
+        rows = [column.get(stage, {}) for column in by_run]
+        for name in dict.fromkeys(name for row in rows for name in row):
+            if name != "time":
+                table.add_row(stage, name, *[shown(row[name]) if name in row else "" for row in rows])
     Console().print(table)
 
 

@@ -471,6 +471,15 @@ def test_runs_are_compared_with_a_table_of_what_differs(base_dir, tmp_path, caps
     assert (base_dir / "report/report-a-other.html").exists()
 
 
+def test_compared_runs_with_equal_tags_are_named_with_their_folders(base_dir, tmp_path, capsys):
+    for base in (base_dir, tmp_path / "other"):
+        write_training(base)
+        (base / "report/base_train.json").write_text('{"steps": 10}')
+    report.main([str(base_dir), str(tmp_path / "other")])
+    out = capsys.readouterr().out
+    assert "base/d2" in out and "other/d2" in out
+
+
 # ---- the server ----
 
 

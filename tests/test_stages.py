@@ -429,11 +429,14 @@ def test_chat_cli_drops_old_messages_when_the_context_is_full(workspace, capsys,
 
 def test_report_lists_all_stages(workspace, capsys):
     report.main([])
-    text = (workspace / "report/report.md").read_text()
-    for row in ("tok_train | vocabulary | 600", "base_train | val/bpb", "base_train | steps", "chat_sft | steps"):
+    out = capsys.readouterr().out
+    assert out.index("base_train") < out.index("mid_train") < out.index("chat_sft")
+    report.main(["d2"])
+    text = (workspace / "report/report-d2.md").read_text()
+    for row in ("tok_train | vocabulary | 600", "base_train | val/bpb", "base_train | steps", "mid_train | model"):
         assert f"| {row} |" in text
-    assert text.index("| base_train | steps") < text.index("| mid_train | steps") < text.index("| chat_sft | steps")
-    assert "base_train" in capsys.readouterr().out
+    assert text.index("| Pretraining | complete |") < text.index("| Supervised fine-tuning | complete |")
+    assert "The capital of France" in text and "What is 47 + 85?" in text  # samples
 
 
 def test_show_conversation_colours_supervised_tokens(workspace, tmp_path, capsys):

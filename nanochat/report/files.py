@@ -18,7 +18,7 @@ from typing import Any
 
 from nanochat.common import atomic_path, duration
 from nanochat.logging import shown
-from nanochat.report.reader import GPT2_NAME, differences, has_runs, read_run
+from nanochat.report.reader import GPT2_NAME, differences, has_runs, labels, read_run
 
 PAGE = Path(__file__).parent / "page.html"
 DATA_ELEMENT = '<script type="application/json" id="data">'
@@ -71,21 +71,21 @@ def finite(value: Any) -> Any:
 
 def markdown(runs: Sequence[dict[str, Any]], plots: Sequence[str] = ()) -> str:
     """The report as text."""
-    lines = [f"# {escape('Report: ' + ', '.join(run['name'] for run in runs))}", ""]
+    lines = [f"# {escape('Report: ' + ', '.join(labels(runs)))}", ""]
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(runs[0]["written"]))
     lines += [f"As of {written}. The page report.html beside this file shows the same with charts.", ""]
     lines += [f"![{Path(plot).stem}]({plot})\n" for plot in plots]
     if len(runs) > 1:
         lines += comparison(runs)
-    for run in runs:
+    for label, run in zip(labels(runs), runs, strict=True):
         if len(runs) > 1:
-            lines += [f"# {escape(run['name'])}", ""]
+            lines += [f"# {escape(label)}", ""]
         lines += describe_run(run)
     return "\n".join(lines).rstrip() + "\n"
 
 
 def comparison(runs: Sequence[dict[str, Any]]) -> list[str]:
-    names = [run["name"] for run in runs]
+    names = labels(runs)
     rows = [[row["stage"], row["name"], *row["values"]] for row in differences(runs)]
     return ["## What differs in the settings", "", *table(["stage", "setting", *names], rows)]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.common import atomic_path
+from nanochat.report.reader import labels
 
 PANELS = (  # metric, title, whether its scale is logarithmic
     ("train/loss", "training loss", False),
@@ -59,6 +60,7 @@ def draw_plots(folder: Path, name: str, runs: Sequence[dict[str, Any]]) -> list[
 
 def draw_panel(axes: Any, metric: str, runs: Sequence[dict[str, Any]], stage: str) -> None:
     """One metric of all runs."""
+    names = labels(runs)
     for i, run in enumerate(runs):
         curve = curve_of(run, stage, metric)
         if curve:
@@ -66,7 +68,7 @@ def draw_panel(axes: Any, metric: str, runs: Sequence[dict[str, Any]], stage: st
             axes.plot(
                 curve["step"],
                 curve["value"],
-                label=run["name"],
+                label=names[i],
                 color=COLORS[i % len(COLORS)],
                 linestyle=DASHES[i % len(DASHES)],
                 linewidth=1.4,

@@ -39,6 +39,7 @@ TITLES = {  # of all stages, in the order of the pipeline
 AXES = ("seconds", "elapsed", "tokens", "flops")  # fields of a line that other fields are drawn against, besides step
 MAX_POINTS = 600  # of a curve, and a fifth of that for learning rates: what a screen can show
 MAX_KNOTS = 200  # of the axes, which are all but straight lines
+NUM_CHATS = 3
 MAX_SAMPLES = 12  # of the sets of samples, from first to last
 # Centered accuracies of GPT-2 XL in CORE. The bundle of tasks comes with a table of all 22. If it is not here, these
 # six remain, published in dev/estimate_gpt3_core.ipynb of nanochat (January 2026) as accuracies with three digits.
@@ -190,6 +191,7 @@ def read_curves(lines: Iterable[dict[str, Any]]) -> dict[str, dict[str, list[flo
                 points.setdefault(name, []).append((float(step), value))  # type: ignore[arg-type]
     curves = {}
     for name, pairs in points.items():
+        pairs.sort(key=lambda pair: pair[0])  # out of order if two processes have written to the file
         kept = decimate(pairs, MAX_POINTS // 5 if name.startswith("lr/") else MAX_POINTS)
         curves[name] = {"step": [step for step, _ in kept], "value": [round_value(value) for _, value in kept]}
     return curves
@@ -200,7 +202,7 @@ def read_axes(lines: Iterable[dict[str, Any]], tokens_per_step: float) -> dict[s
     What each step is in tokens, FLOPs and hours, at up to MAX_KNOTS steps: {"step": [...], "tokens": [...], …}. An axis
     that is not logged is absent. tokens_per_step: for logs without tokens; 0 = not known.
     """
-    logged = [line for line in lines if is_number(line.get("step"))]
+    logged = sorted((line for line in lines if is_number(line.get("step"))), key=lambda line: line["step"])
     stride = max(1, math.ceil(len(logged) / MAX_KNOTS))
     knots = logged[::stride]
     if logged and knots[-1] is not logged[-1]:
@@ -310,6 +312,13 @@ def final_numbers(base: Path, script: str, tag: str) -> dict[str, Any]:
     return {name: value for name, value in numbers.items() if name != "time"}
 
 
+def all_final_numbers(base: Path) -> dict[str, dict[str, Any]]:
+    """The final numbers of every stage that has run in a base folder, of whichever tag it was run last."""
+    scripts = [name for name in TITLES if name != "chat_eval"] + [f"chat_eval_{stage}" for stage in STAGES]
+    found = {script: read_json(base / "report" / f"{script}.json") for script in scripts if script != "tok_eval"}
+    return {script: numbers for script, numbers in found.items() if numbers}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A file with one JSON object; empty if it is absent or damaged."""
     try:
@@ -392,8 +401,44 @@ def read_chat(base: Path, logs: dict[str, TrainingLog]) -> list[dict[str, Any]]:
                 scores = known["scores"] | line["scores"] if is_same else line["scores"]  # evaluated task by task
                 numbers = known["numbers"] | line.get("numbers", {}) if is_same else line.get("numbers", {})
                 found[stage] = line | {"scores": scores, "numbers": numbers}
+    for script, log in logs.items():
+        stage = TRAINING[script]
+        if stage not in found:
+            scores = earlier_scores(final_numbers(base, f"chat_eval_{stage}", log.tag))
+            if scores:
+                found[stage] = {"stage": stage, "step": None, "limits": [], "numbers": {}, "scores": scores}
     keys = ("stage", "step", "limits", "numbers", "scores")
     return [{key: found[stage].get(key) for key in keys} for stage in STAGES if stage in found]
+
+
+def earlier_scores(numbers: dict[str, Any]) -> dict[str, Any]:
+    """The scores by task of evaluations that have no history, from their final numbers."""
+    scores = {}
+    for name, interval in numbers.items():
+        task, separator, rest = name.rpartition(", interval")
+        bounds = str(interval).split(" to ")
+        if separator and not rest and is_number(numbers.get(task)) and len(bounds) == 2:
+            scores[task] = {"accuracy": numbers[task], "low": float(bounds[0]), "high": float(bounds[1])}
+    return scores
+
+
+def read_chats(base: Path, stages: Sequence[dict[str, Any]], logs: dict[str, TrainingLog]) -> dict[str, Any]:
+    """
+    Up to three exchanges with the last chat model: {"title", "step", "samples"}. They are its last samples or, if it has
+    none, the first question of each task that it was evaluated on. Empty if there is neither.
+    """
+    for stage in reversed(stages):
+        if stage["name"] in TRAINING and stage["name"] != "base_train" and stage["samples"]:
+            last = stage["samples"][-1]
+            return {"title": stage["title"], "step": last["step"], "samples": last["samples"][:NUM_CHATS]}
+    for script, log in reversed(logs.items()):
+        folders = (base / "report" / "chat_eval").glob(f"{TRAINING[script]}-{log.tag}-*")
+        for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
+            first = [read_lines(file).lines[:1] for file in sorted(folder.glob("*.jsonl"))]
+            samples = [read_sample(line) for lines in first for line in lines if line.get("answer")]
+            if samples:
+                return {"title": TITLES[script], "step": None, "samples": samples[:NUM_CHATS]}
+    return {}
 
 
 # ---- sessions ----
@@ -479,6 +524,7 @@ def read_run(base: Path, tag: str = "", price: float = 0.0) -> dict[str, Any]:
     stages               in the order of the pipeline: name, title, status, message, started, seconds, command,
                          sessions, numbers, and for a training stage what read_training returns
     core, chat           evaluations of the base model and of the chat models
+    chats                a few exchanges with the last chat model
     tokenizer            vocabulary, bytes per token of several kinds of text and tokenizers
     warnings             what could not be read, each one line
     """
@@ -508,6 +554,7 @@ def read_run(base: Path, tag: str = "", price: float = 0.0) -> dict[str, Any]:
         "stages": known_stages,
         "core": read_core(base, base_tag),
         "chat": read_chat(base, chain),
+        "chats": read_chats(base, known_stages, chain),
         "tokenizer": read_tokenizer(base),
         "warnings": find_damage(base, chain),
     }
@@ -544,6 +591,8 @@ def read_stage(
         stage = read_training(chain[name], base)
     elif name not in TRAINING:
         stage = {"numbers": evaluation_numbers(base, name, chain)}
+        if name == "base_eval" and "base_train" in chain:
+            stage["samples"] = read_samples(read_evaluations(base, name, chain["base_train"].tag)[-1:])
     if not own and not stage.get("numbers") and not stage.get("curves"):
         return {}
     stage |= {"name": name, "title": TITLES[name], "status": "unknown", "message": "", "sessions": []}
@@ -603,6 +652,12 @@ def find_damage(base: Path, chain: dict[str, TrainingLog]) -> list[str]:
 
 
 # ---- comparison ----
+
+
+def labels(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """A name for each run: its tag, with its base folder where tags are equal."""
+    names = [run["name"] for run in runs]
+    return [f"{run['base']}/{run['name']}" if names.count(run["name"]) > 1 else run["name"] for run in runs]
 
 
 def differences(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
