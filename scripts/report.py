@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nanochat.cli import NOT_NEGATIVE, Range, command, flag
@@ -97,7 +98,7 @@ def print_numbers(columns: dict[str, dict[str, dict[str, Any]]]) -> None:
         rows = [column.get(stage, {}) for column in by_run]
         for name in dict.fromkeys(name for row in rows for name in row):
             if name != "time":
-                table.add_row(stage, name, *[shown(row[name]) if name in row else "" for row in rows])
+                table.add_row(stage, escape(name), *[escape(shown(row[name])) if name in row else "" for row in rows])
     Console().print(table)
 
 

@@ -31,6 +31,7 @@ from factories import CPU, conversation, save_checkpoint, tiny_gpt, tiny_optimiz
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_core_eval import write_bundle
+from test_report import ended, started, write_core, write_sessions, write_training
 from test_tasks import write_datasets
 
 from nanochat import checkpoint_manager, hardware, logging, shards
@@ -43,10 +44,12 @@ from nanochat.eval.core_tasks import FIELDS, load_tasks, tokenize_items
 from nanochat.export import hf, importer
 from nanochat.export.common import Source
 from nanochat.recipe import load_hyperparameters
+from nanochat.report.files import data_of, markdown, page
+from nanochat.report.reader import read_run
 from nanochat.sources import find_sources
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import TrainState
-from scripts import scaling_laws
+from scripts import report, scaling_laws
 from tasks.arc import ARC
 from tasks.customjson import CustomJSON
 
@@ -292,9 +295,22 @@ def write_numbers(folder: Path) -> None:
 
 
 def read_numbers(folder: Path) -> Any:
-    logging.print_summary(["base_train"])
+    report.main([])
     logging.save_numbers("base_train", {"model": "base_checkpoints/d4/step_000100", "val/bpb": 0.8})
-    return (folder / "report/report.md").read_text()
+    return (folder / "report/base_train.json").read_text()
+
+
+def write_report_files(folder: Path) -> None:
+    write_training(folder, config={"flags": {"depth": 2}, "settings": {"total_batch_size": 4096}, "recipe": {}})
+    write_sessions(folder, started(), ended())
+    write_core(folder)
+    (folder / "report/tok_eval.json").write_text('{"results": {"news": {"ours": 3.1}}, "sizes": {"ours": 600}}')
+
+
+def read_report_files(folder: Path) -> Any:
+    run = read_run(folder)
+    page(data_of([run, run]))
+    return markdown([run]).partition("## Stages")[2]
 
 
 def write_hf_folder(folder: Path) -> None:
@@ -355,6 +371,14 @@ READERS = {
     ),
     "metrics": Reader(write_metrics, read_metrics, ["a.jsonl"]),
     "numbers": Reader(write_numbers, read_numbers, ["report/base_train.json"]),
+    "report": Reader(
+        write_report_files,
+        read_report_files,
+        [
+            f"report/{name}"
+            for name in ("metrics/base_train-d2.jsonl", "metrics/base_eval-d2.jsonl", "sessions.jsonl", "tok_eval.json")
+        ],
+    ),
     "Hugging Face": Reader(
         write_hf_folder,
         read_hf_folder,

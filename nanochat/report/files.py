@@ -35,7 +35,7 @@ def write_files(folder: Path, name: str, runs: Sequence[dict[str, Any]], plots: 
     with atomic_path(folder / f"{name}.html") as temporary:
         temporary.write_text(page(data_of(runs)), encoding="utf-8")
     with atomic_path(folder / f"{name}.md") as temporary:
-        temporary.write_text(markdown(runs, plots), encoding="utf-8")
+        temporary.write_text(markdown(runs, plots), encoding="utf-8", errors="replace")  # lone surrogates
 
 
 def data_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def page(data: dict[str, Any] | None) -> str:
 
 def to_json(data: Any) -> str:
     """JSON for a browser, which has no NaN and no infinity: they become null."""
-    return json.dumps(finite(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return json.dumps(finite(data), allow_nan=False, separators=(",", ":"))
 
 
 def finite(value: Any) -> Any:

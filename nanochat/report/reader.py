@@ -8,9 +8,7 @@ Absent files and fields are left out; whatever cannot be read is named in run["w
 nanochat/logging.py (metrics, final numbers) and sessions.py. The keys of the result are listed at read_run.
 """
 
-import csv
 import functools
-import json
 import math
 import os
 import re
@@ -22,7 +20,7 @@ from typing import Any
 
 from nanochat.cards import find_card
 from nanochat.checkpoint_manager import STAGES
-from nanochat.common import UserError
+from nanochat.common import UserError, parse_json
 from nanochat.eval.core_tasks import BUNDLE_NAME
 from nanochat.report.sessions import is_running, sessions_file
 
@@ -36,6 +34,22 @@ TITLES = {  # of all stages, in the order of the pipeline
     "chat_rl": "Reinforcement learning",
     "chat_eval": "Evaluation of the chat model",
 }
+TYPES = {  # of fields of lines of JSON: a line with another type counts as damaged
+    "command": str,
+    "commit": str,
+    "config": dict,
+    "environment": dict,
+    "flags": dict,
+    "gpus": int,
+    "limits": list,
+    "numbers": dict,
+    "process": list,
+    "samples": list,
+    "scores": dict,
+    "session": str,
+    "stage": str,
+}
+MAX_LEVELS = 8  # of nesting in a line of JSON; ours have five
 AXES = ("seconds", "elapsed", "tokens", "flops")  # fields of a line that other fields are drawn against, besides step
 MAX_POINTS = 600  # of a curve, and a fifth of that for learning rates: what a screen can show
 MAX_KNOTS = 200  # of the axes, which are all but straight lines
@@ -83,18 +97,44 @@ def _read_lines(path: Path, modified_ns: int, size: int) -> Lines:
     text = path.read_text(encoding="utf-8", errors="replace")
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError:
             value = None
-        if isinstance(value, dict):
+        if isinstance(value, dict) and is_valid(value):
             found.lines.append(value)
         elif number < text.count("\n") + 1 or text.endswith("\n"):  # a last line without its end is being written
             found.damaged.append(number)
     return found
 
 
+def is_valid(line: dict[str, Any]) -> bool:
+    """Whether the fields that this module knows have their types, and others are not nested deeply."""
+    has_types = all(isinstance(line[name], kind) for name, kind in TYPES.items() if name in line)
+    return has_types and all(is_shallow(value) for value in line.values() if isinstance(value, dict | list))
+
+
+def is_shallow(value: Any, levels: int = MAX_LEVELS) -> bool:
+    """Whether lists and objects are nested at most this deeply."""
+    if not isinstance(value, dict | list):
+        return True
+    return levels > 0 and all(is_shallow(inner, levels - 1) for inner in as_list(value))
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    """The value if it is an object of JSON, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    """The values of a list or of an object of JSON; of anything else none."""
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
+
+
 def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # bool is an int too
+    """Whether it is a finite number that a float can hold."""
+    return type(value) in (int, float) and -1e300 < value < 1e300  # bool is an int too; NaN compares false
 
 
 def round_value(value: float) -> float:
@@ -271,15 +311,14 @@ def read_training(log: TrainingLog, base: Path) -> dict[str, Any]:
     """What a training stage has logged."""
     head, lines = log.head, log.lines.lines
     config = head.get("config", {})
-    settings = config.get("settings", {})
-    batch = settings.get("total_batch_size", 0) if log.script != "chat_rl" else 0
+    batch = as_dict(config.get("settings")).get("total_batch_size", 0) if log.script != "chat_rl" else 0
     steps = [line["step"] for line in lines if is_number(line.get("step"))]
-    num_steps = head.get("num_steps") or config.get("recipe", {}).get("num_iterations", 0)
+    num_steps = head.get("num_steps") or as_dict(config.get("recipe")).get("num_iterations", 0)
     curves = read_curves(lines)
     return {
         "tag": log.tag,
         "step": max(steps, default=0),
-        "num_steps": num_steps,
+        "num_steps": num_steps if is_number(num_steps) else 0,
         "device": device_name(head),
         "curves": curves,
         "axes": read_axes(lines, batch if is_number(batch) else 0),
@@ -299,7 +338,7 @@ def device_name(head: dict[str, Any]) -> str:
 
 def read_groups(config: dict[str, Any]) -> list[dict[str, Any]]:
     """The parameter groups of the recipe with their learning rates."""
-    groups = config.get("recipe", {}).get("groups", [])
+    groups = as_list(as_dict(config.get("recipe")).get("groups"))
     return [group for group in groups if isinstance(group, dict) and "name" in group]
 
 
@@ -322,10 +361,10 @@ def all_final_numbers(base: Path) -> dict[str, dict[str, Any]]:
 def read_json(path: Path) -> dict[str, Any]:
     """A file with one JSON object; empty if it is absent or damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = as_dict(parse_json(path.read_bytes()))
     except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
+    return value if is_shallow(value) else {}
 
 
 # ---- evaluations ----
@@ -334,7 +373,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_evaluations(base: Path, script: str, tag: str) -> list[dict[str, Any]]:
     """The evaluations of a tag's models, in the order of time."""
     lines = read_lines(base / "report" / "metrics" / f"{script}-{tag}.jsonl").lines
-    return [line for line in lines if isinstance(line.get("scores", {}), dict)]
+    found = []
+    for line in lines:
+        scores = {label: as_dict(score) for label, score in as_dict(line.get("scores")).items()}
+        found.append(line | {"scores": scores, "limits": line.get("limits", []), "numbers": line.get("numbers", {})})
+    return found
 
 
 def read_core(base: Path, tag: str) -> dict[str, Any]:
@@ -342,26 +385,30 @@ def read_core(base: Path, tag: str) -> dict[str, Any]:
     evaluations = [line for line in read_evaluations(base, "base_eval", tag) if line.get("scores")]
     if evaluations:
         last = evaluations[-1]
-        numbers = last.get("numbers", {})
-        core, margin, scores = numbers.get("CORE"), numbers.get("CORE ±"), last["scores"]
-        details = ", ".join(map(str, last.get("limits", [])))
+        core, margin, scores = last["numbers"].get("CORE"), last["numbers"].get("CORE ±"), last["scores"]
+        details = ", ".join(map(str, last["limits"]))
     else:  # written before evaluations had a history
         files = sorted((base / "base_eval").glob(f"base-{tag}-*.json"), key=lambda path: path.stat().st_mtime)
         saved = read_json(files[-1]) if files else {}
         if not isinstance(saved.get("tasks"), dict):
             return {}
-        core, margin, scores, details = saved.get("CORE"), saved.get("margin"), saved["tasks"], ""
+        core, margin, details = saved.get("CORE"), saved.get("margin"), ""
+        scores = {label: as_dict(score) for label, score in saved["tasks"].items()}
         for score in scores.values():
-            score["low"], score["high"] = score.get("interval", (None, None))
+            score["low"], score["high"] = (as_list(score.get("interval")) + [None, None])[:2]
+    if not (is_number(core) and is_number(margin)):
+        return {}
     tasks = []
     for label, score in scores.items():
-        centered_at = [center(score.get(name), score.get("baseline", 0)) for name in ("low", "high")]
-        tasks.append({"label": label, "centered": score.get("centered"), "interval": centered_at} | score)
+        known = {name: value for name, value in score.items() if is_number(value)}
+        interval = [center(known.get(name), known.get("baseline", 0.0)) for name in ("low", "high")]
+        tasks.append(known | {"label": label, "centered": known.get("centered"), "interval": interval})
     return {"core": core, "margin": margin, "limits": details, "tasks": tasks, "gpt2": read_gpt2(base)}
 
 
 def center(accuracy: Any, baseline: float) -> float | None:
-    return (accuracy - baseline) / (1 - baseline) if is_number(accuracy) else None
+    """The accuracy rescaled so that guessing is 0 and all correct is 1; None if it is not known."""
+    return (accuracy - baseline) / (1 - baseline) if is_number(accuracy) and baseline != 1 else None
 
 
 def read_gpt2(base: Path) -> dict[str, Any]:
@@ -378,13 +425,12 @@ def read_gpt2(base: Path) -> dict[str, Any]:
 def read_gpt2_table(path: Path) -> dict[str, float]:
     """The third column, centered accuracy, of a table with the columns Task, Accuracy, Centered."""
     centered = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.reader(file):
-            cells = [cell.strip() for cell in row]
-            try:
-                centered[cells[0]] = float(cells[2])
-            except (IndexError, ValueError):  # the head, and the line of CORE itself
-                continue
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        try:
+            centered[cells[0]] = float(cells[2])
+        except (IndexError, ValueError):  # the head, an empty line
+            continue
     return centered
 
 
@@ -395,11 +441,11 @@ def read_chat(base: Path, logs: dict[str, TrainingLog]) -> list[dict[str, Any]]:
     for tag in dict.fromkeys(tags.values()):
         for line in read_evaluations(base, "chat_eval", tag):
             stage = str(line.get("stage"))
-            if tags.get(stage) == tag and line.get("scores"):
+            if tags.get(stage) == tag and line["scores"]:
                 known = found.get(stage, {"scores": {}, "numbers": {}})
                 is_same = known.get("model") == line.get("model") and known.get("limits") == line.get("limits")
                 scores = known["scores"] | line["scores"] if is_same else line["scores"]  # evaluated task by task
-                numbers = known["numbers"] | line.get("numbers", {}) if is_same else line.get("numbers", {})
+                numbers = known["numbers"] | line["numbers"] if is_same else line["numbers"]
                 found[stage] = line | {"scores": scores, "numbers": numbers}
     for script, log in logs.items():
         stage = TRAINING[script]
@@ -415,16 +461,16 @@ def earlier_scores(numbers: dict[str, Any]) -> dict[str, Any]:
     """The scores by task of evaluations that have no history, from their final numbers."""
     scores = {}
     for name, interval in numbers.items():
-        task, separator, rest = name.rpartition(", interval")
-        bounds = str(interval).split(" to ")
-        if separator and not rest and is_number(numbers.get(task)) and len(bounds) == 2:
-            scores[task] = {"accuracy": numbers[task], "low": float(bounds[0]), "high": float(bounds[1])}
+        task = name.removesuffix(", interval")
+        bounds = re.fullmatch(r"(\d\.\d+) to (\d\.\d+)", str(interval))
+        if bounds and is_number(numbers.get(task)):
+            scores[task] = {"accuracy": numbers[task], "low": float(bounds[1]), "high": float(bounds[2])}
     return scores
 
 
 def read_chats(base: Path, stages: Sequence[dict[str, Any]], logs: dict[str, TrainingLog]) -> dict[str, Any]:
     """
-    Up to three exchanges with the last chat model: {"title", "step", "samples"}. They are its last samples or, if it has
+    A few exchanges with the last chat model: {"title", "step", "samples"}. They are its last samples or, if it has
     none, the first question of each task that it was evaluated on. Empty if there is neither.
     """
     for stage in reversed(stages):
@@ -627,8 +673,9 @@ def read_tokenizer(base: Path) -> dict[str, Any]:
     trained = read_json(base / "report" / "tok_train.json")
     compared = read_json(base / "report" / "tok_eval.json")
     found = {"vocabulary": trained.get("vocabulary"), "bytes_per_token": trained.get("bytes per token")}
-    if isinstance(compared.get("results"), dict):
-        found |= {"results": compared["results"], "sizes": compared.get("sizes", {})}
+    if compared:
+        results = {kind: as_dict(ratios) for kind, ratios in as_dict(compared.get("results")).items()}
+        found |= {"results": results, "sizes": as_dict(compared.get("sizes"))}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -121,14 +121,15 @@ def is_running(start: dict[str, Any]) -> bool:
     Whether the process of a session still exists. Its number is not enough, as numbers are used again; without /proc it
     has to do. False for a session of another machine.
     """
-    if start.get("host") != socket.gethostname():
+    process = start.get("process", [])
+    if start.get("host") != socket.gethostname() or len(process) != 2 or not isinstance(process[0], int):
         return False
-    number, started = start["process"]
+    number, started = process
     if started:
         return start_time(number) == started
     try:
         os.kill(number, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # there is none, or there cannot be one with this number
         return False
     except PermissionError:  # it exists and belongs to another user
         return True
