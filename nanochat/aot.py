@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
@@ -22,6 +23,7 @@ import torch.nn as nn
 from nanochat import hardware
 from nanochat.common import atomic_path, base_dir
 
+COMPILE_LOCK = threading.Lock()  # a server has a thread per engine, and tracing changes settings of the process
 MAX_PACKAGES = 32  # files of 2 MB that are kept, the last used ones
 
 
@@ -92,7 +94,7 @@ def load_or_compile(
     path = base_dir() / "compiled" / f"{digest.hexdigest()[:16]}.pt2"
     with suppress(OSError, RuntimeError):  # absent or damaged: compile
         return Package(path, module)
-    with tempfile.TemporaryDirectory() as folder:
+    with COMPILE_LOCK, tempfile.TemporaryDirectory() as folder:
         new = Path(folder) / path.name
         try:
             compile_package(module, inputs, dynamic_shapes, new)
