@@ -1,7 +1,7 @@
 """
 Benchmarks: compare parts of nanochat with the usual code for the same task, or with other libraries.
 
-    python -m scripts.bench tokenizer               # one of: core, infer, rollout, serve, tokenizer, train
+    python -m scripts.bench tokenizer               # or checkpoint, core, infer, memory, rollout, serve, train
     python -m scripts.bench tokenizer --help        # its flags
 
 Each prints a table and, as its last line, a JSON object. Its `ratios` are how many times better nanochat is than each
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-NAMES = ("core", "infer", "memory", "rollout", "serve", "tokenizer", "train")
+NAMES = ("checkpoint", "core", "infer", "memory", "rollout", "serve", "tokenizer", "train")
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
