@@ -11,8 +11,10 @@ downloads:
 
 import bisect
 import functools
+import hashlib
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -161,7 +163,7 @@ def download_public(num_train: int, directory: Path, workers: int = 4) -> None:
 
 
 def _download_shards(names: Sequence[str], directory: Path, workers: int) -> None:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
 
@@ -175,13 +177,18 @@ def _download_shards(names: Sequence[str], directory: Path, workers: int) -> Non
         for _ in range(DOWNLOAD_ATTEMPTS):
             try:
                 hf_hub_download(PUBLIC_REPO, name, repo_type="dataset", local_dir=directory, endpoint=endpoint)
-                return name, ""
+                url = hf_hub_url(PUBLIC_REPO, name, repo_type="dataset", endpoint=endpoint)
+                if _has_checksum(directory / name, get_hf_file_metadata(url).etag):
+                    return name, ""
+                message = "its content does not match its checksum"
+                (directory / name).unlink()  # hf_hub_download compares only the size
             except LocalEntryNotFoundError as error:  # after retries; the other shards would fail in the same way
                 raise UserError(f"{endpoint} cannot be reached: check the network; {again}") from error
             except EntryNotFoundError:
                 return name, "not found"
             except (HTTPError, OSError) as error:
                 message = " ".join(str(error).split())
+        (directory / name).unlink(missing_ok=True)  # it may be there without having been checked
         return name, message
 
     # The threads of a ThreadPool are daemons, so that Ctrl-C ends the program without waiting for them.
@@ -196,6 +203,17 @@ def _download_shards(names: Sequence[str], directory: Path, workers: int) -> Non
         raise UserError(
             f"{len(errors)} of {len(names)} shards from {endpoint} are missing in {directory}: {listed}; {again}"
         )
+
+
+def _has_checksum(file: Path, etag: str | None) -> bool:
+    """Whether a file has the SHA-256 that the hub gives as the ETag of large files; True if the ETag is none."""
+    if not etag or not re.fullmatch("[0-9a-f]{64}", etag):
+        return True
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest() == etag
 
 
 def _public_name(index: int) -> str:

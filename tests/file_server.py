@@ -3,13 +3,28 @@
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What a response does wrong."""
+
+    status: int = 0  # instead of the content
+    headers: dict[str, str] = field(default_factory=dict)
+    content: bytes | None = None  # instead of the file's
+    extra_length: int = 0  # added to the true Content-Length
+    stall_at: int = -1  # after these bytes nothing is sent until `release`
+    reset_at: int = -1  # after these bytes the connection is reset
 
 
 class FileServer(ThreadingHTTPServer):
@@ -23,6 +38,7 @@ class FileServer(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}  # path → content
         self.unavailable: dict[str, int] = {}  # "METHOD path" → number of requests still to be answered with 503
         self.break_at: dict[str, list[int]] = {}  # path → for each of the next GETs, bytes after which it breaks off
+        self.faults: dict[str, list[Fault]] = {}  # "METHOD path" → for each of the next requests; None = no fault
         self.hold_at: dict[str, int] = {}  # path → bytes after which a GET waits for `release`
         self.release = threading.Event()
         self.log: list[tuple[str, str, str, int]] = []  # method, path, Range, status
@@ -85,22 +101,41 @@ class Handler(BaseHTTPRequestHandler):
         if server.unavailable.get(request, 0) > 0:
             server.unavailable[request] -= 1
             return self.start(503, 0, {})
+        faults = server.faults.get(request)
+        fault = faults.pop(0) if faults else Fault()
+        if fault.status:
+            return self.start(fault.status, 0, fault.headers)
         if path not in server.files:
             code = "RepoNotFound" if path.startswith("/api/") else "EntryNotFound"
             return self.start(404, 0, {"X-Error-Code": code})
         content = server.files[path]
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        etag = hashlib.sha256(content).hexdigest()
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}
         if self.command == "HEAD":
             return self.start(200, len(content), headers)
+        content = content if fault.content is None else fault.content
         span = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if span:
             first = int(span[1])
             headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
             content = content[first:]
-            self.start(206, len(content), headers)
+            self.start(206, len(content) + fault.extra_length, headers)
         else:
-            self.start(200, len(content), headers)
+            self.start(200, len(content) + fault.extra_length, headers)
+        if max(fault.stall_at, fault.reset_at) >= 0:
+            return self.interrupt(content, fault)
         self.send_body(content)
+
+    def interrupt(self, content: bytes, fault: Fault) -> None:
+        """Sends the beginning of the content. Then it stalls, or resets the connection."""
+        self.wfile.write(content[: max(fault.stall_at, fault.reset_at)])
+        self.wfile.flush()
+        self.close_connection = True
+        if fault.stall_at >= 0:
+            self.server.release.wait(60)
+            return
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing sends RST
+        self.connection.close()
 
     def send_body(self, content: bytes) -> None:
         server = self.server

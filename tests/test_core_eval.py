@@ -11,7 +11,9 @@ import json
 import os
 import random
 import shutil
+import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, golden
 from factories import FAMILY, random_text, tiny_gpt
-from file_server import running
+from file_server import Fault, running
 
 from nanochat.common import UserError
 from nanochat.distributed import Dist
@@ -365,23 +367,67 @@ def test_resolve_bundle_uses_environment_variable(bundle, tmp_path, monkeypatch)
 def test_resolve_bundle_downloads_once_and_again_if_damaged(bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.delenv("NANOCHAT_EVAL_BUNDLE", raising=False)
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as contents:
-        contents.writestr("__MACOSX/._eval_bundle", "")
-        for path in [bundle, *bundle.rglob("*")]:
-            contents.write(path, Path("eval_bundle") / path.relative_to(bundle))
+    archive = archive_of(bundle)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with running() as server:
-        for broken in (b"not an archive", archive.getvalue()[:-9], empty_archive()):
+        for broken in (b"not an archive", archive[:-9], empty_archive()):
             server.files["/b.zip"] = broken
             with pytest.raises(UserError, match="run the same command again"):
                 resolve_bundle(url=f"{server.url}/b.zip")
             assert list((tmp_path / "base").iterdir()) == []
-        server.files["/b.zip"] = archive.getvalue()
+        server.files["/b.zip"] = archive
         path = resolve_bundle(url=f"{server.url}/b.zip")
         gets = len(server.gets("/b.zip"))
         assert resolve_bundle(url=f"{server.url}/b.zip") == path and len(server.gets("/b.zip")) == gets
     assert [p.name for p in (tmp_path / "base").iterdir()] == ["eval_bundle"]
     assert load_tasks(path) == load_tasks(bundle)
+
+
+FAULTS = {
+    "500": Fault(status=500),
+    "429 with Retry-After": Fault(status=429, headers={"Retry-After": "7"}),
+    "stall": Fault(stall_at=100),
+    "reset": Fault(reset_at=100),
+    "a length that is too large": Fault(extra_length=10),
+    "a length that is too small": Fault(extra_length=-30),
+    "other content of the same length": Fault(content=b"x"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_resolve_bundle_from_a_faulty_server_tries_again(bundle, base_dir, monkeypatch, name):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(core_tasks, "DOWNLOAD_TIMEOUT", 1)
+    content = archive_of(bundle)
+    fault = FAULTS[name]
+    if fault.content:
+        fault = replace(fault, content=fault.content * len(content))
+    with running() as server:
+        server.files["/b.zip"] = content
+        server.faults["GET /b.zip"] = [fault, fault]
+        path = resolve_bundle(url=f"{server.url}/b.zip")
+        has_arrived = name == "a length that is too large"  # at the first attempt
+        assert len(server.gets("/b.zip")) == (1 if has_arrived else 3)
+        if "Retry-After" in name:
+            assert waits == [7.0, 7.0]
+    assert load_tasks(path) == load_tasks(bundle)
+
+
+def test_resolve_bundle_that_does_not_exist_is_not_asked_for_again(base_dir):
+    with running() as server:
+        with pytest.raises(UserError, match="404.*check the network"):
+            resolve_bundle(url=f"{server.url}/b.zip")
+        assert len(server.gets("/b.zip")) == 1
+
+
+def archive_of(bundle):
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as contents:
+        contents.writestr("__MACOSX/._eval_bundle", "")
+        for path in [bundle, *bundle.rglob("*")]:
+            contents.write(path, Path("eval_bundle") / path.relative_to(bundle))
+    return archive.getvalue()
 
 
 def empty_archive():

@@ -13,13 +13,14 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from factories import write_shard, write_shards
-from file_server import running
+from file_server import Fault, running
 
 from nanochat import dataset
 from nanochat.common import UserError
@@ -277,6 +278,53 @@ def test_download_broken_connection_is_retried(hub, base_dir):
     dataset.main(["-n", "1"])
     assert (base_dir / "base_data_climbmix" / "shard_00000.parquet").read_bytes() == hub.files[path]
     assert len(hub.gets(path)) == 2
+
+
+LATER = {"Retry-After": "1"}
+FAULTS = {
+    "500": [Fault(status=500)] * 2,
+    "429 with Retry-After": [Fault(status=429, headers=LATER)] * 2,
+    "stall": [Fault(stall_at=100)],
+    "reset": [Fault(reset_at=100)] * 2,
+    "reset before the first byte": [Fault(reset_at=0)],
+    "other content of the same length": [Fault(content=b"x")],
+    "too short": [Fault(content=b"", extra_length=0)],
+    "a length that is too large": [Fault(extra_length=10)],
+    "a length that is too small": [Fault(extra_length=-10)],
+    "the file changes between two ranges": [Fault(reset_at=100), Fault(content=b"x")],
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_download_with_a_faulty_server_ends_with_the_right_content(hub, base_dir, monkeypatch, name):
+    path = f"{SOURCE}/shard_00000.parquet"
+    content = hub.files[path]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    faults = [replace(fault, content=b"x" * len(content)) if fault.content else fault for fault in FAULTS[name]]
+    hub.faults[f"GET {path}"] = list(faults)
+    dataset.main(["-n", "1"])
+    assert (base_dir / "base_data_climbmix" / "shard_00000.parquet").read_bytes() == content
+    assert hub.faults[f"GET {path}"] == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (Fault(status=500), "500"),
+        (Fault(content=b"x"), "its content does not match its checksum"),
+        (Fault(extra_length=10), "shard_00000.parquet"),
+    ],
+)
+def test_download_from_a_server_that_stays_faulty_is_one_line(hub, base_dir, fault, message):
+    path = f"{SOURCE}/shard_00000.parquet"
+    if fault.content:
+        fault = replace(fault, content=b"x" * len(hub.files[path]))
+    hub.faults[f"GET {path}"] = [fault] * 1000
+    with pytest.raises(SystemExit) as error:
+        dataset.main(["-n", "1"])
+    assert message in str(error.value.code) and "run the same command again" in str(error.value.code)
+    assert "\n" not in str(error.value.code)
+    assert not (base_dir / "base_data_climbmix" / "shard_00000.parquet").exists()
 
 
 @pytest.mark.slow

@@ -19,11 +19,14 @@ import os
 import random
 import shutil
 import tempfile
+import time
+import urllib.error
 import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,8 @@ BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip
 BUNDLE_NAME = "eval_bundle"
 DOWNLOAD_AGAIN = "download the bundle again"
 DOWNLOAD_TIMEOUT = 30  # seconds without data
+DOWNLOAD_ATTEMPTS = 3
+MAX_RETRY_AFTER = 60.0  # seconds; servers ask for less
 FIELDS = {  # an item of each kind must have these
     "multiple_choice": {"query", "choices", "gold"},
     "schema": {"context_options", "continuation", "gold"},
@@ -83,27 +88,47 @@ def resolve_bundle(directory: str = "", url: str = BUNDLE_URL) -> Path:
 
 
 def download_bundle(url: str, path: Path) -> None:
-    """Downloads and unpacks the bundle. Raises UserError if it cannot be downloaded or the archive is damaged."""
+    """
+    Downloads and unpacks the bundle, in up to DOWNLOAD_ATTEMPTS attempts. Raises UserError if it cannot be downloaded
+    or the archive is damaged.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(1, DOWNLOAD_ATTEMPTS + 1):
+        try:
+            _download_once(url, path)
+            return
+        except (OSError, HTTPException, ValueError) as error:  # HTTP errors and timeouts are OSErrors
+            problem, seconds = f"cannot be downloaded ({error})", _seconds_to_wait(error)
+        except (shutil.ReadError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+            problem, seconds = f"is not a complete bundle ({error})", 0.0
+        if seconds is None or attempt == DOWNLOAD_ATTEMPTS:
+            raise UserError(f"{url} {problem}: check the network and run the same command again")
+        time.sleep(seconds)
+
+
+def _download_once(url: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         archive = Path(folder) / "bundle.zip"
-        try:
-            with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, archive.open("wb") as file:
-                size = int(response.headers.get("Content-Length", 0))
-                with Bar("downloading the tasks of CORE", size / 1e6, unit="MB") as bar:
-                    while block := response.read(2**18):
-                        file.write(block)
-                        bar.update(file.tell() / 1e6)
-        except OSError as error:  # HTTP errors and timeouts too
-            raise UserError(
-                f"{url} cannot be downloaded ({error}): check the network and run the same command again"
-            ) from error
-        try:
-            shutil.unpack_archive(archive, folder)
-            (Path(folder) / BUNDLE_NAME / "core.yaml").stat()
-        except (shutil.ReadError, zipfile.BadZipFile, zlib.error, EOFError, FileNotFoundError) as error:
-            raise UserError(f"{url} is not a complete bundle ({error}): run the same command again") from error
+        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, archive.open("wb") as file:
+            size = int(response.headers.get("Content-Length", 0))
+            with Bar("downloading the tasks of CORE", size / 1e6, unit="MB") as bar:
+                while block := response.read(2**18):
+                    file.write(block)
+                    bar.update(file.tell() / 1e6)
+        shutil.unpack_archive(archive, folder)  # compares the checksum of each file
+        if not (Path(folder) / BUNDLE_NAME / "core.yaml").exists():
+            raise EOFError("it has no core.yaml")
         os.replace(Path(folder) / BUNDLE_NAME, path)
+
+
+def _seconds_to_wait(error: Exception) -> float | None:
+    """How long to wait before the next attempt; None if another one would fail too."""
+    if not isinstance(error, urllib.error.HTTPError):
+        return 1.0
+    if error.code < 500 and error.code not in (408, 429):  # such as 404, not found
+        return None
+    retry_after = error.headers.get("Retry-After", "")
+    return min(float(retry_after), MAX_RETRY_AFTER) if retry_after.isdecimal() else 1.0
 
 
 def load_tasks(bundle: Path, max_per_task: int = -1) -> list[CoreTask]:
