@@ -18,6 +18,7 @@ The parts: `CheckpointReader` and the functions that find a checkpoint, `run_loc
 happens to an earlier run of the tag), and `CheckpointWriter`. nanochat/legacy.py reads checkpoints of older versions.
 """
 
+import errno
 import json
 import re
 import shutil
@@ -41,6 +42,7 @@ from nanochat.common import (
     check_writable,
     describe_error,
     exclusive_lock,
+    human,
     parse_json,
 )
 from nanochat.costs import param_counts
@@ -53,6 +55,7 @@ from nanochat.train import TrainState
 
 FORMAT = 1
 NO_CHECKPOINT = "no checkpoint"  # CheckpointWriter.last_saved before the first one
+META_BYTES = 2**20  # of a checkpoint's JSON files, at most
 REQUIRED = {"model.safetensors", "state.json"}  # files of every checkpoint; an imported one has no others
 STAGES = {  # stage → its folder, and the script that fills it
     "base": ("base_checkpoints", "base_train"),
@@ -434,9 +437,9 @@ class CheckpointWriter:
         weights = gather_weights(parameters, self.dist.rank, self.dist.world_size)
         if not self.dist.is_main:
             return
-        error = self._failure()
-        if error:
-            warn0(f"the last checkpoint could not be written ({describe_error(error)}); trying again")
+        if self.pending and not self.pending.done():
+            warn0("training waits until the last checkpoint is written: use a larger --save-every or --save-minutes")
+        self._failure()  # has been reported, and this checkpoint may succeed
         meta = meta | {
             "format": FORMAT,
             "step": state.step,
@@ -452,7 +455,7 @@ class CheckpointWriter:
             data |= {f"{number}.{key}": tensor.clone() for key, tensor in tensors.items()}
             meta["data_states"].append({key: data_state[key] for key in data_state if key not in tensors})
         files = {"model": weights, "optimizer": optimizer_state, "data": data}
-        self.pending = self.thread.submit(self._write, state.step, files, meta)
+        self.pending = self.thread.submit(self._write_or_warn, state.step, files, meta)
 
     def wait(self) -> None:
         """Waits for the last write; raises UserError if it failed."""
@@ -462,15 +465,27 @@ class CheckpointWriter:
             raise UserError(f"no checkpoint could be written to {self.path}: {problem}; last one: {self.last_saved}")
 
     def close(self) -> None:
-        """Waits for the last write and warns if it failed, for runs that end with another error."""
-        error = self._failure()
-        if error:
-            warn0(f"no checkpoint could be written to {self.path}: {describe_error(error)}")
+        """Waits for the last write, which warns if it fails; for runs that end with another error."""
+        self._failure()
 
     def _failure(self) -> BaseException | None:
         """Waits for the last write; returns its error, once."""
         pending, self.pending = self.pending, None
         return pending.exception() if pending else None
+
+    def _write_or_warn(self, step: int, files: dict[str, dict[str, torch.Tensor]], meta: dict[str, Any]) -> None:
+        """Writes a checkpoint, if it fits on the disk. Failures are reported at once, and training continues."""
+        try:
+            needed = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+            free = shutil.disk_usage(self.path.parent).free
+            if free < needed + META_BYTES:
+                problem = f"No space left for {human(needed)}B, {human(free)}B are free"
+                raise OSError(errno.ENOSPC, problem, str(self.path))
+            self._write(step, files, meta)
+        except Exception as error:
+            problem = f"the checkpoint of step {step} could not be written ({describe_error(error)})"
+            warn0(f"{problem}: training continues, and would resume from {self.last_saved}")
+            raise
 
     def _write(self, step: int, files: dict[str, dict[str, torch.Tensor]], meta: dict[str, Any]) -> None:
         for leftover in self.path.glob(".step_*.tmp"):  # of a save that was killed

@@ -53,6 +53,7 @@ class RunFlags:
 
     model_tag: str = flag("", "name of the run's checkpoints; default: d<depth>, in later stages the source's tag")
     save_every: int = flag(-1, "steps between checkpoints; 0 or -1 = only one, at the end", INTERVAL)
+    save_minutes: float = flag(0.0, "minutes between checkpoints, besides those of --save-every; 0 = off", NOT_NEGATIVE)
     keep_last: int = flag(-1, "checkpoints to keep; -1 = all", COUNT_OR_DEFAULT)
     resume: bool = flag(False, "continue from the newest intact checkpoint of this tag, if there is one")
     device: str = flag("auto", "cuda | mps | cpu | auto")
@@ -236,12 +237,12 @@ class Run:
         return provisional(path) if self.writer.replaces_earlier else path
 
     def save_hook(self) -> Hook:
-        """A hook that saves every --save-every steps, at the end, and when a signal ends the run."""
+        """A hook that saves every --save-every steps, every --save-minutes, at the end, and after a signal."""
 
         def save(state: TrainState) -> None:
             self.writer.save(self.model, self.optimizer, state, self.metadata)
 
-        return Hook(max(self.flags.save_every, 0), save, when_stopped=True)
+        return Hook(max(self.flags.save_every, 0), save, saves=True)
 
     def train(self, steps: Iterable[Step], loss_fn: LossFunction, schedule: Schedule, hooks: list[Hook]) -> TrainState:
         """Runs the loop of train.py to its end and waits for the last checkpoint."""
@@ -254,6 +255,7 @@ class Run:
             scales_loss=self.dtype == torch.float16,
             last_saved=lambda: self.writer.last_saved,
             after_step=self._after_step,
+            save_minutes=self.flags.save_minutes,
             skip_bad_steps=self.flags.skip_bad_steps,
         )
         self.start = time.perf_counter()

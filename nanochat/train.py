@@ -82,7 +82,7 @@ class Hook:
 
     every: int  # in steps; 0 = only after the last one, -1 = never
     run: Callable[[TrainState], dict[str, float] | None]
-    when_stopped: bool = False  # also when a signal ends the run early
+    saves: bool = False  # writes a checkpoint: runs also when the time or a signal asks for one
 
     def is_due(self, step: int) -> bool:
         return self.every > 0 and step % self.every == 0
@@ -90,6 +90,14 @@ class Hook:
 
 class Stopped(SystemExit):
     """A signal ended the run, and its state was saved."""
+
+
+@dataclass
+class Requests:
+    """What signals have asked this process for."""
+
+    stop: bool = False  # SIGTERM, SIGINT: save and end the run
+    save: bool = False  # SIGUSR1: save and continue
 
 
 @dataclass
@@ -104,24 +112,27 @@ class Trainer:
     scales_loss: bool = False  # dynamic loss scaling, for float16
     last_saved: Callable[[], str] = lambda: "no checkpoint"  # for error messages
     after_step: Callable[[Step, float], None] = lambda step, seconds: None  # before the hooks; may replace the model
+    save_minutes: float = 0.0  # between checkpoints, besides those of the hooks' intervals; 0 = no such limit
     skip_bad_steps: int = 0  # steps without a finite loss and gradient that may be skipped in the whole run
     start_time: float = field(default=0.0, init=False)  # on time.perf_counter, see fit
 
     def fit(self, steps: Iterable[Step], loss_fn: LossFunction, schedule: Schedule, hooks: list[Hook]) -> TrainState:
         """
-        Trains until `steps` ends. After SIGTERM or SIGINT it makes one more step, in which all ranks agree to stop;
-        then it runs the hooks with when_stopped and raises Stopped. UserError when loss or gradient are not finite.
+        Trains until `steps` ends. Hooks that save also run at the end of a step in which SIGUSR1 arrived, or at which
+        save_minutes have passed since the last checkpoint. After SIGTERM or SIGINT they run at the end of the step, and
+        Stopped is raised. UserError when loss or gradient are not finite.
         """
         state = self.state
         self.guards = Guards(self.dist, self.skip_bad_steps, self.last_saved)
         first_step = state.step
+        self.save_time = time.monotonic()
         self.start_time = time.perf_counter() - state.elapsed  # as if a resumed run had never paused
         just_run: list[Hook] = []
         self.model.train()
-        with stop_signals() as stop:
+        with catch_signals() as self.requests:
             start = time.perf_counter()
             for step in steps:
-                metrics, stopped = self._train_step(step, loss_fn, schedule, stopping=bool(stop))
+                metrics, agreed = self._train_step(step, loss_fn, schedule)
                 seconds = time.perf_counter() - start  # includes waiting for the data, or sampling it
                 if state.step - first_step > UNTIMED_STEPS:
                     state.seconds += seconds
@@ -133,22 +144,22 @@ class Trainer:
                 state.total_tokens += step.num_tokens
                 self._log(metrics | step.metrics | {"train/tokens_per_second": step.num_tokens / seconds})
                 self.after_step(step, seconds)
-                if stopped:
-                    self._run_hooks([hook for hook in hooks if hook.when_stopped])
+                if agreed.stop:
+                    self._run_hooks([hook for hook in hooks if hook.saves])
                     raise Stopped(f"stopped by a signal after step {state.step}, saved: continue with --resume")
-                just_run = [hook for hook in hooks if hook.is_due(state.step)]
+                just_run = [hook for hook in hooks if hook.is_due(state.step) or (hook.saves and agreed.save)]
                 self._run_hooks(just_run)
                 if state.step == first_step + 1:
                     gc.collect()
                     gc.freeze()  # objects made during set-up live to the end: the collector need not scan them
                 start = time.perf_counter()
-        self._run_hooks([hook for hook in hooks if hook.every >= 0 and hook not in just_run])
+            # The checkpoint comes first: what follows may take minutes, and --resume repeats it.
+            last = [hook for hook in hooks if hook.every >= 0 and hook not in just_run]
+            self._run_hooks(sorted(last, key=lambda hook: not hook.saves))
         return state
 
-    def _train_step(
-        self, step: Step, loss_fn: LossFunction, schedule: Schedule, stopping: bool
-    ) -> tuple[dict[str, float], bool]:
-        """One optimizer step. Returns its metrics and whether any rank was asked to stop."""
+    def _train_step(self, step: Step, loss_fn: LossFunction, schedule: Schedule) -> tuple[dict[str, float], Requests]:
+        """One optimizer step. Returns its metrics and what any rank was asked for."""
         state, optimizer = self.state, self.optimizer
         optimizer.set_schedule(schedule(state.step, step.progress))
         loss = self._accumulate(step.micro_batches, loss_fn)
@@ -159,8 +170,8 @@ class Trainer:
 
         # The only host-device synchronization of a step (float16 has one more, and every 100 steps guards.py has two).
         # It comes before the optimizer, so that a loss that is not finite never reaches the weights.
-        numbers = torch.stack([loss, square_norm, torch.full_like(loss, float(stopping))])
-        loss_value, square_norm_value, num_stopping = self.dist.sum(numbers).tolist()
+        numbers = torch.stack([loss, square_norm, *self._take_requests(loss)])
+        loss_value, square_norm_value, num_stopping, num_saving = self.dist.sum(numbers).tolist()
         grad_norm = math.sqrt(square_norm_value)
         is_good = self._is_good(step, loss, loss_value, grad_norm)
         if is_good:
@@ -177,7 +188,18 @@ class Trainer:
         if is_good:
             metrics = {"train/loss": state.smooth_loss, "train/grad_norm": grad_norm}
         rates = {f"lr/{name}": lr for name, lr in optimizer.learning_rates().items()}
-        return metrics | rates, num_stopping > 0
+        return metrics | rates, Requests(num_stopping > 0, num_saving > 0)
+
+    def _take_requests(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What this rank was asked for since the last step, as two numbers to add up over the ranks: all of them save in
+        the same step, at the cost of 8 bytes in an exchange that takes place anyway. Rank 0's clock decides for all.
+        """
+        waited = time.monotonic() - self.save_time
+        is_time = self.dist.is_main and 0 < 60 * self.save_minutes <= waited
+        save = self.requests.save or is_time
+        self.requests.save = False
+        return torch.full_like(like, float(self.requests.stop)), torch.full_like(like, float(save))
 
     def _is_good(self, step: Step, own_loss: torch.Tensor, loss: float, grad_norm: float) -> bool:
         """
@@ -239,6 +261,8 @@ class Trainer:
             metrics = hook.run(self.state)
             if metrics:
                 self._log(metrics)
+            if hook.saves:
+                self.save_time = time.monotonic()
         self.model.train()
 
     def _log(self, metrics: dict[str, float]) -> None:
@@ -247,25 +271,34 @@ class Trainer:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Yields a list to which each SIGTERM and SIGINT is appended; a second signal has its usual effect."""
-    received: list[int] = []
+def catch_signals() -> Iterator[Requests]:
+    """
+    Yields what signals ask for while the block runs. A second SIGTERM or SIGINT has its usual effect. SIGUSR1 is what
+    Slurm sends before a job's time is over (#SBATCH --signal=USR1@120); the job may use the rest of it.
+    """
+    requests = Requests()
     previous: dict[int, Any] = {}
 
-    def note(number: int, frame: Any) -> None:
-        received.append(number)
+    def stop(number: int, frame: Any) -> None:
+        requests.stop = True
         signal.signal(number, previous[number])
 
+    def save(number: int, frame: Any) -> None:
+        requests.save = True
+
+    handlers: dict[int, Any] = {signal.SIGTERM: stop, signal.SIGINT: stop}
+    if hasattr(signal, "SIGUSR1"):  # not on Windows
+        handlers[signal.SIGUSR1] = save
     try:
-        for stop_signal in (signal.SIGTERM, signal.SIGINT):
-            previous[stop_signal] = signal.signal(stop_signal, note)
+        for which, handler in handlers.items():
+            previous[which] = signal.signal(which, handler)
     except ValueError:  # Python handles signals in the main thread only; elsewhere a run cannot be stopped this way
         pass
     try:
-        yield received
+        yield requests
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for which, earlier in previous.items():
+            signal.signal(which, earlier)
 
 
 def token_loss(model: torch.nn.Module, micro_batch: tuple[torch.Tensor, torch.Tensor, int]) -> torch.Tensor:

@@ -38,6 +38,7 @@ PUBLIC_DEPTH, PUBLIC_RATIO = 24, 8
 MAX_HOURS = 5.0  # of pretraining; heuristic: an RTX 4090 then trains depth 12
 FP8_DEPTH = 20  # smaller models gain little from FP8 (heuristic)
 DEPTH_OF_UNKNOWN_CARD = {1: 12, 2: 16, 4: 20}  # by number of GPUs; more train the public recipe
+SAVE_MINUTES = 20  # between checkpoints at most: what a machine that is taken away loses
 VOCAB_SIZE = 32768
 # Tokens that training sees of a public shard, which has about 52 M: packing crops a third of them. So 170 shards are
 # enough for the 5.84 B tokens of the public recipe.
@@ -111,7 +112,8 @@ def decide(settings: Settings, facts: Facts, base: Path) -> Decisions:
     text = choose_text(settings, facts, base)
     chat = choose_chat(settings, facts, text)
     size = choose_size(settings, facts, text)
-    shared = ["--model-tag", "speedrun", "--save-every", str(size.save_every), "--keep-last", "1"]
+    shared = ["--model-tag", "speedrun", "--save-every", str(size.save_every)]
+    shared += ["--save-minutes", str(SAVE_MINUTES), "--keep-last", "1"]
     launch = ["python", "-m"]
     if facts.gpus > 1:
         launch = ["torchrun", "--standalone", f"--nproc_per_node={facts.gpus}", "-m"]

@@ -6,6 +6,7 @@ Distributed training: two processes over gloo train like one with twice the accu
 
 import contextlib
 import os
+import signal
 import socket
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.guards import Guards
 from nanochat.muon import SHARD_MIN_NUMEL, StepSchedule, build_optimizer
 from nanochat.recipe import param_groups
-from nanochat.train import Step, Trainer, TrainState, token_loss
+from nanochat.train import Hook, Step, Stopped, Trainer, TrainState, token_loss
 
 pytestmark = pytest.mark.slow  # the fixture starts two processes
 
@@ -95,6 +96,25 @@ def report_bad_step(dist, skip_bad_steps):
     return [optimizer.num_steps, state.skipped_steps, error]
 
 
+def report_signals(dist):
+    """A signal reaches the last rank only: the steps after which this rank saved, and whether it was stopped."""
+    saved, stopped = [], False
+
+    def interrupted():
+        for i, step in enumerate(steps(dist, 0, 5)):
+            if dist.rank == dist.world_size - 1 and i in (1, 3):
+                os.kill(os.getpid(), signal.SIGUSR1 if i == 1 else signal.SIGTERM)
+            yield step
+
+    trainer = Trainer(*make(dist), TrainState(), dist, log=lambda state, metrics: None)
+    try:
+        save = Hook(0, lambda state: saved.append(state.step), saves=True)
+        trainer.fit(interrupted(), token_loss, lambda step, progress: STEADY, [save])
+    except Stopped:
+        stopped = True
+    return saved, stopped
+
+
 def report_drift(dist):
     """One bit of one weight differs on the last rank: the error."""
     model, optimizer = make(dist)
@@ -124,6 +144,7 @@ def worker(rank, port, folder):
             "restored": report(dist, torch.load(folder / "one.pt", weights_only=True)),
             "skipped": report_bad_step(dist, skip_bad_steps=1),
             "stopped": report_bad_step(dist, skip_bad_steps=0),
+            "signals": report_signals(dist),
             "drifted": report_drift(dist),
         }
     torch.save(result, folder / f"rank{rank}.pt")
@@ -160,6 +181,11 @@ def test_two_ranks_train_like_one_rank_with_twice_the_accumulation(results):
         assert rank["trained"]["grad_norms"] == pytest.approx(one["grad_norms"], rel=1e-4)
     for name, weight in ranks[0]["trained"]["weights"].items():
         assert torch.equal(weight, ranks[1]["trained"]["weights"][name]), f"{name} differs between the ranks"
+
+
+def test_signal_to_one_rank_saves_and_stops_all_in_the_same_step(results):
+    _, _, ranks = results
+    assert [rank["signals"] for rank in ranks] == [([2, 4], True)] * WORLD_SIZE
 
 
 def test_full_state_of_two_ranks_equals_that_of_one(results):

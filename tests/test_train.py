@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from factories import tiny_gpt, tiny_optimizer
 
+from nanochat import train
 from nanochat.common import UserError
 from nanochat.distributed import Dist
 from nanochat.gpt import GPT, GPTConfig
@@ -190,13 +191,53 @@ def test_signal_ends_the_run_after_the_current_step_and_saves(which):
 
     hooks = [
         Hook(2, lambda state: ran.append(("eval", state.step)) or {}),
-        Hook(0, lambda state: ran.append(("save", state.step, state.data_state["next"])) or {}, when_stopped=True),
+        Hook(0, lambda state: ran.append(("save", state.step, state.data_state["next"])) or {}, saves=True),
     ]
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(Stopped, match="step 4.*--resume"):
         run(model, optimizer, interrupted(), hooks=hooks)
     assert ran == [("eval", 2), ("save", 4, 4)]
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+@pytest.mark.parametrize("which, expected", [(signal.SIGTERM, [3]), (signal.SIGUSR1, [3, 6])])
+def test_signal_in_a_step_saves_at_the_end_of_that_step(which, expected):
+    saved = []
+    model, optimizer = make()
+
+    def loss_fn(model, batch):
+        if optimizer.num_steps == 2:
+            os.kill(os.getpid(), which)
+        return token_loss(model, batch)
+
+    hooks = [Hook(0, lambda state: saved.append(state.step), saves=True)]
+    try:
+        run(model, optimizer, steps(6), hooks=hooks, loss_fn=loss_fn)
+    except Stopped:
+        assert which == signal.SIGTERM
+    assert saved == expected  # after SIGUSR1 the run continues to its end
+
+
+def test_minutes_between_checkpoints_count_from_the_last_one(monkeypatch):
+    now, saved = [1000.0], []
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    model, optimizer = make()
+
+    def slow_steps():
+        for step in steps(10):
+            now[0] += 25
+            yield step
+
+    hooks = [Hook(7, lambda state: saved.append(state.step), saves=True)]
+    run(model, optimizer, slow_steps(), hooks=hooks, save_minutes=1)
+    assert saved == [3, 6, 7, 10]  # every third step, and the seventh by its interval
+
+
+def test_last_checkpoint_precedes_the_last_evaluation():
+    ran = []
+    hooks = [Hook(0, lambda state: ran.append("evaluate")), Hook(0, lambda state: ran.append("save"), saves=True)]
+    run(*make(), steps(2), hooks=hooks)
+    assert ran == ["save", "evaluate"]
 
 
 def test_run_stopped_by_a_signal_resumes_bitwise():
@@ -217,7 +258,7 @@ def test_run_stopped_by_a_signal_resumes_bitwise():
         return {}
 
     with pytest.raises(Stopped):
-        run(half, half_optimizer, interrupted(), hooks=[Hook(-1, save, when_stopped=True)])
+        run(half, half_optimizer, interrupted(), hooks=[Hook(-1, save, saves=True)])
     again, again_optimizer, state = restored(saved[0])
     run(again, again_optimizer, steps(8, start=state.data_state["next"]), state)
     assert torch.equal(weights(model), weights(again))
