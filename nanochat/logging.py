@@ -29,7 +29,7 @@ Each other line has these keys:
 After each optimizer step:
 
     train/loss                 moving average over the steps
-    train/grad_norm            norm of the whole gradient, averaged over the ranks; the loop of train.py clips nothing
+    train/grad_norm            norm of the gradient of the loss over all ranks, before the update; nothing clips it
     train/skipped_steps        so far, instead of the two above: this step's were not finite (--skip-bad-steps)
     train/tokens_per_second    of this step, over all ranks; waiting for data, and sampling rollouts, included
     train/mfu                  model FLOPs utilization, on GPUs whose peak cards.py knows
