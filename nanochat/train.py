@@ -132,6 +132,7 @@ class Trainer:
         with catch_signals() as self.requests:
             start = time.perf_counter()
             for step in steps:
+                self.dist.note(f"in step {state.step}")
                 metrics, agreed = self._train_step(step, loss_fn, schedule)
                 seconds = time.perf_counter() - start  # includes waiting for the data, or sampling it
                 if state.step - first_step > UNTIMED_STEPS:
@@ -257,6 +258,8 @@ class Trainer:
     def _run_hooks(self, hooks: list[Hook]) -> None:
         """Runs the hooks with the model in eval mode."""
         self.model.eval()
+        if hooks:
+            self.dist.note(f"evaluating or saving after step {self.state.step}")
         for hook in hooks:
             metrics = hook.run(self.state)
             if metrics:

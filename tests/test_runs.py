@@ -114,19 +114,33 @@ def test_scaling_laws_train_the_grid_and_print_the_table(run):
     assert found[-1][0] == "scaling_laws"
 
 
+SLURM = {
+    "SLURM_SUBMIT_DIR": str(ROOT),
+    "SLURM_JOB_NODELIST": "node[7-8]",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_NODEID": "1",
+}
+
+
 def test_slurm_starts_the_same_run_on_each_node(run):
-    slurm = {
-        "SLURM_SUBMIT_DIR": str(ROOT),
-        "SLURM_JOB_NODELIST": "node[7-8]",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_NODEID": "1",
-    }
-    commands = run("slurm.sh", "--depth", "26", **slurm)
+    commands = run("slurm.sh", "--depth", "26", **SLURM)
     [torchrun] = [words for words in commands if words[0] == "torchrun"]
-    for option in ("--nnodes=2", "--node_rank=1", f"--nproc_per_node={NUM_GPUS}", "--rdzv_endpoint=node7:29500"):
+    for option in ("--nnodes=2", f"--nproc_per_node={NUM_GPUS}", "--rdzv_endpoint=node7:29500"):
         assert option in torchrun
+    assert any("is_host=false" in word for word in torchrun)
     [(name, flags)] = stages(commands)
-    assert (name, flags.depth, flags.resume) == ("base_train", 26, True)
+    assert (name, flags.depth, flags.resume, flags.save_every) == ("base_train", 26, True, 250)
+
+
+@pytest.mark.parametrize("stage, resumes", [("chat_sft", True), ("chat_rl", True), ("base_eval", False)])
+def test_nodes_run_other_stages_too(run, stage, resumes):
+    nodes = {"NODES": "1:4", "NODE_RANK": "0", "MASTER": "node1", "RESTARTS": "3"}
+    commands = run("nodes.sh", f"scripts.{stage}", "--device-batch-size", "4", **nodes)
+    [torchrun] = [words for words in commands if words[0] == "torchrun"]
+    assert {"--nnodes=1:4", "--max-restarts=3"} <= set(torchrun)
+    assert any("is_host=true" in word for word in torchrun)
+    [(name, flags)] = stages(commands)
+    assert (name, getattr(flags, "resume", False), flags.device_batch_size) == (stage, resumes, 4)
 
 
 def test_sky_yaml_runs_the_speedrun():
