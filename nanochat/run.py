@@ -347,15 +347,27 @@ class Run:
     # ---- the steps of opening and building ----
 
     def _find_resumed(self) -> Checkpoint | None:
+        """The checkpoint that rank 0 finds; None if it finds none. UserError on ranks that do not have it."""
         reader = CheckpointReader(self.stage, self.tag)
-        if reader.steps():
-            return reader.load()
+        newest = reader.load() if reader.steps() and self.dist.is_main else None
+        step = self.dist.gather(newest.step if newest else -1)[0]
+        if step >= 0:
+            return newest or self._load_step_of_main(reader, step)
         message = f"nothing to resume in {reader.path}: starting from the beginning"
         earlier = sorted(folder.name for folder in reader.path.parent.glob(f"{self.tag}.*"))
         if earlier:
             message += f" (earlier runs of this tag: {', '.join(earlier)})"
         self.dist.print0(message)
         return None
+
+    def _load_step_of_main(self, reader: CheckpointReader, step: int) -> Checkpoint:
+        try:
+            return reader.load(step)
+        except UserError as error:
+            remedy = "use a NANOCHAT_BASE_DIR that all nodes share, or copy the checkpoint to this node"
+            raise UserError(
+                f"{self.dist.name} lacks the checkpoint that rank 0 resumes from ({error}): {remedy}"
+            ) from error
 
     def _build_model(self, attention_name: str) -> GPT:
         device = self.dist.device
