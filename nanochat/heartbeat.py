@@ -53,7 +53,7 @@ class Heartbeat:
         try:
             self._beat(state)
         except RuntimeError:
-            pass  # the store has ended with its process: nobody can read it
+            pass  # the store has ended with its process, and with it all readers
 
     def describe_others(self) -> str:
         """The ranks that are furthest behind, for messages; empty if the store cannot be read."""
