@@ -32,6 +32,7 @@ DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GUIDES = [
     "first-model.md",
     "your-own-text.md",
+    "personality.md",
     "new-ability.md",
     "reinforcement-learning.md",
     "evaluation.md",
