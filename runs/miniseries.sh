@@ -2,7 +2,7 @@
 # A miniseries: one compute-optimal model per depth, to see how the recipe scales.
 #
 #   bash runs/miniseries.sh
-#   DEPTHS="2 3 4" OPTIONS="--head-dim 64 --max-seq-len 512" bash runs/miniseries.sh
+#   DEPTHS="2 3 4" OPTIONS="--head-dim 64 --max-seq-len 512 --eval-tokens 65536" bash runs/miniseries.sh
 #
 # It needs shards and a tokenizer:
 #   python -m nanochat.dataset -n 170

@@ -2,7 +2,7 @@
 # Scaling laws: trains models of several depths with several FLOP budgets, to find the best depth for each budget.
 #
 #   bash runs/scaling_laws.sh                                      # the full grid
-#   BUDGETS="1e14 3e14" DEPTHS="2 4 6" OPTIONS="--head-dim 64 --max-seq-len 512" bash runs/scaling_laws.sh
+#   BUDGETS="1e14 3e14" DEPTHS="2 4 6" OPTIONS="--head-dim 64 --max-seq-len 512 --eval-tokens 65536" bash runs/scaling_laws.sh
 #   python -m scripts.scaling_laws                                 # the table so far
 #
 # It needs shards and a tokenizer. 170 shards hold 5.8 B tokens: half of the models train on more, and read the text

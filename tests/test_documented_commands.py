@@ -37,7 +37,7 @@ def documented_commands():
     for name, text in documented_texts():
         for line in text.replace("\\\n", " ").splitlines():
             found = COMMAND.search(line)
-            if not found:
+            if not found or found[1] == "scripts.NAME":
                 continue
             rest = found[2].split("`")[0]  # within a sentence the command ends at its quotation mark
             arguments = shlex.split(rest, comments=True)
