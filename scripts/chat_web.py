@@ -93,10 +93,10 @@ def main(flags: Flags) -> None:
     )
     host = f"[{flags.host}]" if ":" in flags.host else flags.host  # IPv6
     url = f"http://{host}:{listener.getsockname()[1]}"
-    print(f"{url}, {len(devices)} x {hardware.describe(devices[0])}. Press Ctrl-C to stop.", flush=True)
     if not api_key and not is_loopback(flags.host):
         print("warning: anyone who can reach this address can use the model: set NANOCHAT_API_KEY", flush=True)
-    Server(config, service, flags.shutdown_seconds).run([listener])
+    greeting = f"{url}, {len(devices)} x {hardware.describe(devices[0])}. Press Ctrl-C to stop."
+    Server(config, service, flags.shutdown_seconds, greeting).run([listener])
 
 
 def print_plan(flags: Flags) -> None:
@@ -213,16 +213,28 @@ def log_line(handle: ResponseHandle, with_text: bool) -> str:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server whose first signal lets running completions finish and whose second one cancels them."""
+    """
+    A uvicorn server that prints a greeting when all models are ready. Its first signal lets running completions finish,
+    and its second one cancels them.
+    """
 
-    def __init__(self, config: uvicorn.Config, service: Service, shutdown_seconds: float):
+    def __init__(self, config: uvicorn.Config, service: Service, shutdown_seconds: float, greeting: str):
         super().__init__(config)
         self.service = service
         self.shutdown_seconds = shutdown_seconds
+        self.greeting = greeting
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self.loop = asyncio.get_running_loop()
+        self.greeting_task = asyncio.create_task(self._greet())  # kept, like shutdown_task below
         await super().serve(sockets)
+
+    async def _greet(self) -> None:
+        """Prints the address when requests to it succeed, not while they get 503."""
+        while not self.started or self.service.status == "loading":
+            await asyncio.sleep(0.02)
+        if self.service.status == "ok":
+            print(self.greeting, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.service.is_stopping:

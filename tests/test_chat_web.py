@@ -424,6 +424,27 @@ def test_body_declared_too_large_is_refused_before_it_arrives(url):
         assert sock.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"hello\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost x\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nnothing\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",  # the start of TLS
+    ],
+)
+def test_malformed_http_gets_json(url, sent):
+    with connection(url) as sock:
+        sock.sendall(sent)
+        received = b"".join(iter(lambda: sock.recv(2**16), b""))
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and b"application/json" in head and b"onnection: close" in head
+    error = json.loads(body)["error"]
+    assert error["type"] == "invalid_request_error" and error["message"].endswith("send an HTTP/1.1 request")
+    assert httpx.get(url + "/health").status_code == 200
+
+
 def test_slow_body_times_out(url, monkeypatch):
     monkeypatch.setattr(serve_app, "BODY_SECONDS", 0.1)
     with connection(url) as sock:
@@ -729,7 +750,7 @@ def program(base_folder, *flags):
                 lines.append(process.stdout.readline())
                 assert lines[-1], "".join(lines)
             process.output = "".join(lines)
-            wait_until(lambda: httpx.get(found[0] + "/health").status_code == 200)
+            assert httpx.get(found[0] + "/health").status_code == 200  # the address is printed when it works
             yield process, found[0]
         finally:
             process.kill()
