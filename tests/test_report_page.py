@@ -79,6 +79,8 @@ def test_values_are_read_with_pointer_and_arrow_keys(show, base_dir):
     svg.hover(position={"x": 50, "y": 60})  # the left end of the axis: step 0, next to step 1
     expect(loss.locator(".tip")).to_contain_text("1 steps")
     expect(loss.locator(".tip")).to_contain_text("5")
+    frame, tip = svg.bounding_box(), loss.locator(".tip").bounding_box()
+    assert frame["x"] < tip["x"] < frame["x"] + frame["width"] / 2 and frame["y"] < tip["y"] < frame["y"] + 20
     svg.focus()
     svg.press("End")
     expect(loss.locator(".tip")).to_contain_text("10 steps")

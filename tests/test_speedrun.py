@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 from factories import wait_until
+from test_report import stage_of
 
 from nanochat import planner
 from nanochat.cli import parse
 from nanochat.costs import TrainingSetup
+from nanochat.report.reader import read_run
 from scripts import base_eval, base_train, chat_eval, chat_sft, make_shards
 from scripts import speedrun as plan
 from scripts.speedrun import Facts, Settings, decide
@@ -223,6 +225,8 @@ def test_killed_speedrun_resumes_and_its_model_answers(speedrun, tmp_path):
     wait_until(has_checkpoint, seconds=300)
     kill(process)
     assert "== base_train:" in log.read_text() and "step 40/40" not in log.read_text()
+    stage = stage_of(read_run(tmp_path / "base"), "base_train")
+    assert stage["status"] == "killed" and 0 < stage["step"] < 40
 
     process, log = speedrun(NANOCHAT_SPEEDRUN="tiny")
     code = process.wait(timeout=600)
@@ -237,6 +241,11 @@ def test_killed_speedrun_resumes_and_its_model_answers(speedrun, tmp_path):
         assert re.search(rf"^== {stage} took \d+ s$", output, re.MULTILINE)
     assert re.search(r"^> What is the capital of France\?\n.*\S", output, re.MULTILINE)
     assert "done in" in output.splitlines()[-1]
+    run = read_run(tmp_path / "base")
+    assert {stage["status"] for stage in run["stages"]} == {"complete"}
+    assert [session["status"] for session in stage_of(run, "base_train")["sessions"]] == ["killed", "complete"]
+    assert run["chats"]["samples"] and stage_of(run, "base_train")["samples"] and run["tokenizer"]["results"]
+    assert "](report-base_train.png)" in (tmp_path / "base/report/report.md").read_text()
 
 
 @needs_venv

@@ -544,7 +544,7 @@ def total_time(sessions: Sequence[dict[str, Any]], price: float) -> dict[str, An
     if price:
         totals["price"], totals["price_source"] = price, "--price"
     elif card and gpu_seconds:
-        totals["price"], totals["price_source"] = card.dollars_per_hour, f"typical for {card.name} in November 2026"
+        totals["price"], totals["price_source"] = card.dollars_per_hour, f"typical for {card.name}, November 2026"
     if "price" in totals:
         totals["cost"] = totals["price"] * (gpu_seconds or seconds) / 3600
     return totals

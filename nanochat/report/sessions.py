@@ -109,11 +109,12 @@ def gpu_name() -> dict[str, str]:
 
 
 def start_time(number: int) -> str:
-    """When a process started, in the kernel's units; empty if there is no such process, or no /proc."""
+    """When a process started, in the kernel's units; empty if it has ended or there never was one, or without /proc."""
     try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
+    return "" if fields[0] in ("Z", "X") else fields[19]  # Z: killed, but its parent has not noticed yet
 
 
 def is_running(start: dict[str, Any]) -> bool:
