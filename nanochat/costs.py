@@ -294,7 +294,7 @@ def _sharded_parts(config: GPTConfig, setup: TrainingSetup) -> dict[str, float]:
         "cast weights": float(setup.dtype.itemsize * joined) if keeps_joined else 0.0,
         "gathered weights": 3.0 * setup.dtype.itemsize * block + 4 * block + 2 * 4.0 * table,
         "update": MUON_COPIES[setup.compiled] * 16.0 * config.n_embd**2 * config.n_layer * share,
-        "communication": 4 * 4.0 * matrices,  # gradients and updates, each sent and received
+        "communication": 2 * 4.0 * matrices,  # gradients and directions that arrive
     }
 
 

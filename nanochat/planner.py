@@ -166,9 +166,8 @@ def measured_rate(config: GPTConfig, device: torch.device, dtype: torch.dtype) -
 
 def training_setup(config: GPTConfig, target: Target, total_batch_size: int, wanted: TrainingSetup) -> TrainingSetup:
     """
-    How a run on the target is set up. `wanted` gives rows, compiled, fp8 and activation_checkpointing; the rest follows
-    from the target. -1 rows are as many as fit, at least 1. Without CUDA a run starts uncompiled, and -1 rows give at
-    most CPU_TOKENS.
+    How a run on the target is set up. `wanted` gives rows and what flags decide; the rest follows from the target.
+    -1 rows are as many as fit, at least 1. Without CUDA a run starts uncompiled, and -1 rows give at most CPU_TOKENS.
     """
     is_gpu = target.device == "cuda"
     setup = replace(
@@ -192,7 +191,7 @@ def training_setup(config: GPTConfig, target: Target, total_batch_size: int, wan
 def check_fits(config: GPTConfig, setup: TrainingSetup, target: Target, flags: RecipeFlags | None = None) -> None:
     """
     UserError if the run does not fit into memory. The message names a number of rows that would fit; if even one row
-    does not, activation checkpointing, where that helps, or, if the flags of pretraining are given, a depth.
+    does not, activation checkpointing, where that helps; with the flags of pretraining also sharding, or a depth.
     """
 
     def fits(config: GPTConfig, setup: TrainingSetup) -> bool:
@@ -209,6 +208,8 @@ def check_fits(config: GPTConfig, setup: TrainingSetup, target: Target, flags: R
             raise UserError(f"{problem}: use --device-batch-size {rows}")
     if fits(config, replace(setup, rows=1, activation_checkpointing=True)):
         raise UserError(f"{problem}: use --activation-checkpointing --device-batch-size 1")
+    if flags and target.count > 1 and fits(config, replace(setup, rows=1, activation_checkpointing=True, sharded=True)):
+        raise UserError(f"{problem}: use --shard --activation-checkpointing --device-batch-size 1")
     remedy = "use a machine with more memory"
     if flags:
         smaller = [model_config(replace(flags, depth=depth), config.vocab_size) for depth in range(1, flags.depth)]

@@ -20,9 +20,12 @@ not needed. Loading reads one parameter at a time and keeps this rank's rows.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -62,9 +65,11 @@ def shard(model: GPT, dist: Dist) -> None:
     options: dict[str, Any] = {"mesh": mesh, "ignored_params": small, "reshard_after_forward": True}
     for block in model.transformer.h:
         fully_shard(block, mp_policy=policy, **options)
-    edges = [model.transformer.wte, *model.value_embeds.values()]
+    edges = [cast(nn.Embedding, table) for table in (model.transformer.wte, *model.value_embeds.values())]
     for table in edges:
         fully_shard(table, **options)
+        table.register_forward_pre_hook(_add_anchor, prepend=True, with_kwargs=True)
+        table.forward = partial(_look_up, table)  # type: ignore[method-assign]
     fully_shard(model, **options)  # what is left: lm_head
     for module in (*edges, model):
         module.set_unshard_in_backward(False)  # type: ignore[operator, union-attr]
@@ -72,6 +77,33 @@ def shard(model: GPT, dist: Dist) -> None:
         if isinstance(module, FSDPModule):  # gradients are summed: the loss is already normalized over all ranks
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+# fully_shard reduces the gradient of a module when that of its input has been computed. The input of a table is token
+# ids, which have none: the gradients of all tables, and weights that activation checkpointing gathers again, would stay
+# in memory to the end of the backward pass. So tables get a second input that has a gradient, of 0.
+
+
+def _add_anchor(table: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, kwargs | {"anchor": torch.zeros((), device=args[0].device, requires_grad=True)}
+
+
+def _look_up(table: nn.Embedding, idx_BT: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+    return _LookUp.apply(idx_BT, table.weight, anchor)
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, idx_BT, weight_VC, anchor):
+        ctx.save_for_backward(idx_BT)
+        ctx.num_rows = weight_VC.size(0)
+        return F.embedding(idx_BT, weight_VC)
+
+    @staticmethod
+    def backward(ctx, grad_BTC):
+        (idx_BT,) = ctx.saved_tensors
+        d_weight_VC = torch.ops.aten.embedding_dense_backward(grad_BTC, idx_BT, ctx.num_rows, -1, False)
+        return None, d_weight_VC, grad_BTC.new_zeros(())
 
 
 class DrawWhole(TorchFunctionMode):

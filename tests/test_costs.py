@@ -10,6 +10,7 @@ import torch
 from nanochat.costs import (
     GIB,
     TrainingSetup,
+    bytes_communicated,
     cache_bytes,
     decode_bytes,
     expected_mfu,
@@ -17,6 +18,7 @@ from nanochat.costs import (
     generation_memory,
     largest_batch,
     matmul_weights,
+    param_counts,
     recomputed_share,
     training_memory,
 )
@@ -62,6 +64,37 @@ def test_peak_of_a_narrow_model_is_predicted_within_5_percent(dtype, measured):
     setup = TrainingSetup(rows=16, compiled=False, attention="banded", dtype=dtype)
     config = config_of(4, head_dim=64, max_seq_len=1024)
     assert training_memory(config, setup).peak / GIB == pytest.approx(measured, rel=0.05)
+
+
+# The same for rank 0 of several that are sharded, on the null GPU with torch's fake process group.
+@pytest.mark.parametrize(
+    "depth, rows, world_size, recomputes, measured",
+    [
+        (12, 8, 8, False, 7.060),
+        (12, 8, 8, True, 1.909),
+        (24, 4, 8, True, 4.269),
+        (16, 8, 4, True, 3.814),
+        (12, 4, 2, False, 5.584),
+    ],
+)
+def test_peak_of_a_sharded_model_is_predicted_within_2_percent(depth, rows, world_size, recomputes, measured):
+    setup = TrainingSetup(rows, 2, world_size, compiled=False, activation_checkpointing=recomputes, sharded=True)
+    assert training_memory(config_of(depth), setup).peak / GIB == pytest.approx(measured, rel=0.02)
+
+
+def test_sharded_ranks_send_more_for_each_micro_batch_and_less_for_muon_the_more_ranks():
+    config = config_of(12)
+    matrices = 4 * param_counts(config)["transformer_matrices"]
+
+    def sent(world_size, **setup):
+        return bytes_communicated(config, TrainingSetup(1, world_size=world_size, **setup))
+
+    for world_size in (2, 8):
+        all_to_all = 2 * matrices * (world_size - 1) / world_size**2
+        assert sent(world_size, sharded=True)["Muon"] == pytest.approx(all_to_all, rel=0.01)
+    assert sum(sent(8, sharded=True, accumulation=4).values()) > 3 * sum(sent(8, sharded=True).values())
+    assert sent(8, accumulation=4) == sent(8)  # gradients are accumulated before they are exchanged
+    assert sum(sent(1, sharded=True).values()) == 0
 
 
 def test_optimizer_state_is_shared_by_the_ranks():

@@ -98,6 +98,17 @@ def test_error_names_activation_checkpointing_where_only_that_helps():
     planner.check_fits(config, replace(setup, activation_checkpointing=True), target)
 
 
+def test_model_that_fits_only_in_parts_is_told_to_shard(base_dir, capsys):
+    plan = ["--plan", "--for", "8xRTX4090", "--depth", "30", "--device-batch-size", "1"]
+    with pytest.raises(SystemExit, match="use --shard --activation-checkpointing --device-batch-size 1"):
+        base_train.main(plan)
+    capsys.readouterr()
+    base_train.main([*plan, "--shard", "--activation-checkpointing"])
+    assert "gathered weights" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="use --depth"):  # a single GPU
+        base_train.main(["--plan", "--for", "1xRTX4090", "--depth", "30", "--device-batch-size", "1"])
+
+
 def test_depth_100_is_refused_on_this_machine(base_dir, monkeypatch, capsys):
     monkeypatch.setattr(hardware, "available_memory", lambda: 16 * GIB)
     monkeypatch.setattr(planner, "measured_rate", lambda *_: 1e11)
