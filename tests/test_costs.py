@@ -83,7 +83,7 @@ def test_peak_of_a_sharded_model_is_predicted_within_2_percent(depth, rows, worl
 
 
 def test_sharded_ranks_send_more_for_each_micro_batch_and_less_for_muon_the_more_ranks():
-    config = config_of(12)
+    config = config_of(16)
     matrices = 4 * param_counts(config)["transformer_matrices"]
 
     def sent(world_size, **setup):
