@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 import torch.nn as nn
@@ -92,8 +93,11 @@ def load_or_compile(
     for source in sources:
         digest.update(source.read_bytes())
     path = base_dir() / "compiled" / f"{digest.hexdigest()[:16]}.pt2"
-    with suppress(OSError, RuntimeError):  # absent or damaged: compile
-        return Package(path, module)
+    with suppress(OSError, RuntimeError, BadZipFile):  # absent or damaged: compile
+        with ZipFile(path) as archive:
+            is_damaged = archive.testzip() is not None  # torch does not compare checksums, and runs what is there
+        if not is_damaged:
+            return Package(path, module)
     with COMPILE_LOCK, tempfile.TemporaryDirectory() as folder:
         new = Path(folder) / path.name
         try:

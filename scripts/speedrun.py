@@ -23,7 +23,7 @@ import torch
 from nanochat import dataset, hardware, mixture, planner
 from nanochat.cards import find_machine
 from nanochat.cli import command, flag, parse
-from nanochat.common import UserError, atomic_path, base_dir, duration
+from nanochat.common import UserError, atomic_path, base_dir, duration, parse_json
 from nanochat.costs import TrainingSetup, flops_per_token, training_memory
 from nanochat.logging import print_table
 from nanochat.planner import Target
@@ -406,7 +406,7 @@ def find_target(decisions: Decisions, fp8: bool) -> Target:
 def load_decisions(file: Path, settings: Settings) -> Decisions | None:
     """The decisions of an earlier start with the same settings; None if there are none."""
     try:
-        saved = json.loads(file.read_text())
+        saved = parse_json(file.read_bytes())
         return Decisions(**saved["decisions"]) if saved["settings"] == asdict(settings) else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or written by another version
         return None

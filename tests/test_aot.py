@@ -93,7 +93,9 @@ def test_package_that_is_damaged_is_compiled_again(source, copies, compiled):
     module = Scaled(2.0)
     load(module, source)
     (file,) = (source.parent / "compiled").iterdir()
-    for content in (b"", compiled.read_bytes()[:1000], b"no archive"):
+    flipped = bytearray(compiled.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    for content in (b"", compiled.read_bytes()[:1000], b"no archive", flipped):
         file.write_bytes(content)
         check(load(module, source), module)
         assert file.read_bytes() == compiled.read_bytes()

@@ -11,10 +11,13 @@ and must end within SECONDS.
 """
 
 import contextlib
+import copy
 import gzip
+import io
 import json
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,11 +33,13 @@ from conftest import GOLDEN, golden
 from factories import CPU, conversation, save_checkpoint, tiny_gpt, tiny_optimizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from test_core_eval import write_bundle
 from test_report import ended, started, write_core, write_sessions, write_training
 from test_tasks import write_datasets
 
 from nanochat import checkpoint_manager, hardware, logging, shards
+from nanochat.chat.terminal import LineEditor
 from nanochat.checkpoint_manager import CheckpointWriter, find, load_model
 from nanochat.common import UserError
 from nanochat.conversation import render
@@ -43,13 +48,14 @@ from nanochat.distributed import Dist
 from nanochat.eval.core_tasks import FIELDS, load_tasks, tokenize_items
 from nanochat.export import hf, importer
 from nanochat.export.common import Source
+from nanochat.primer.identity import read_identity
 from nanochat.recipe import load_hyperparameters
 from nanochat.report.files import data_of, markdown, page
 from nanochat.report.reader import read_run
 from nanochat.sources import find_sources
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import TrainState
-from scripts import report, scaling_laws
+from scripts import make_identity, report, scaling_laws
 from tasks.arc import ARC
 from tasks.customjson import CustomJSON
 
@@ -124,9 +130,9 @@ def damage_json(content: bytes, edits: Sequence[tuple[list[int], str, Any]]) -> 
         if kind == "remove" and parent is not documents:
             del parent[key]
         elif kind == "add" and isinstance(parent, dict):
-            parent["new"] = value
+            parent["new"] = copy.deepcopy(value)
         else:
-            parent[key] = value
+            parent[key] = copy.deepcopy(value)  # the list of values holds lists, which a later edit may change
     text = "\n".join(json.dumps(document) for document in documents)
     for name, replacement in REPLACEMENTS.items():
         text = text.replace(f'"{name}"', replacement)
@@ -276,6 +282,22 @@ def read_bundle(folder: Path) -> Any:
     return list(tokenize_items(TOKENIZER, items, 64)), [item.get("gold") for task in tasks for item in task.items]
 
 
+def write_identity(folder: Path) -> None:
+    shutil.copy(Path(make_identity.__file__).parent / "samples/identity.yaml", folder)
+
+
+def read_identity_file(folder: Path) -> Any:
+    return read_identity(folder / "identity.yaml")
+
+
+def write_history(folder: Path) -> None:
+    (folder / "history").write_text("".join(json.dumps(text) + "\n" for text in ("hello", "how are you?")))
+
+
+def read_history(folder: Path) -> Any:
+    return LineEditor(Console(file=io.StringIO()), folder / "history")._load_history()
+
+
 def write_metrics(folder: Path) -> None:
     config = {"flags": {"target_flops": 1e15, "depth": 4}, "recipe": {"horizon": 1000}}
     lines = [{"config": config}, *({"step": i, "seconds": 0.1, "train/loss": 2.0, "val/bpb": 1.0} for i in range(5))]
@@ -369,6 +391,8 @@ READERS = {
         read_bundle,
         ["core.yaml", "eval_meta_data.csv", *(f"eval_data/some/{kind}.jsonl" for kind in FIELDS)],
     ),
+    "identity": Reader(write_identity, read_identity_file, ["identity.yaml"]),
+    "history": Reader(write_history, read_history, ["history"]),
     "metrics": Reader(write_metrics, read_metrics, ["a.jsonl"]),
     "numbers": Reader(write_numbers, read_numbers, ["report/base_train.json"]),
     "report": Reader(

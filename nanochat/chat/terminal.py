@@ -25,6 +25,8 @@ from rich.segment import Segment, SegmentLines
 from rich.syntax import Syntax
 from rich.theme import Theme
 
+from nanochat.common import parse_json
+
 MAX_HISTORY = 1000  # messages that the arrow keys bring back; heuristic, not tuned
 FRAME_SECONDS = 1 / 30  # between two frames of a growing response; heuristic, not tuned
 MAX_DRAWING_SHARE = 0.2  # share of the time that drawing may take; long responses are drawn less often; not tuned
@@ -102,8 +104,8 @@ class LineEditor:
             lines = self.history_path.read_text(encoding="utf-8", errors="replace").splitlines()
             for line in lines[-MAX_HISTORY:]:
                 try:
-                    texts.append(str(json.loads(line)))
-                except json.JSONDecodeError:  # half a line, written to a full disk
+                    texts.append(str(parse_json(line)))
+                except ValueError:  # half a line, written to a full disk
                     continue
         return texts
 

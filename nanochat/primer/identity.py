@@ -96,8 +96,9 @@ def read_identity(path: Path) -> Identity:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         remedy = 'put texts with special characters in quotation marks, and write lists as "[a, b]"'
         raise UserError(f"{path}, line {line}: not valid YAML ({error.problem}): {remedy}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        problem = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise UserError(f"{path} is not valid YAML: {problem}; scripts/samples/identity.yaml is an example") from error
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f'{path}, line 1: expected facts, one per line, such as "name: Kari"')
     facts: dict[str, Any] = {}
