@@ -11,6 +11,7 @@ report/report.html (one page, to share) and report.md. Every stage rewrites thes
 The plots of report.md need matplotlib: pip install 'nanochat[plots]'.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from nanochat.cli import NOT_NEGATIVE, Range, command, flag
 from nanochat.common import UserError, base_dir
 from nanochat.logging import shown
 from nanochat.report.files import write_files
-from nanochat.report.plots import draw_plots
+from nanochat.report.plots import draw_plots, has_matplotlib
 from nanochat.report.reader import all_final_numbers, has_runs, labels, read_run
 from nanochat.report.server import ReportServer
 
@@ -56,7 +57,9 @@ def main(flags: Flags) -> None:
     folder, name = base_dir() / "report", file_name(flags.runs)
     plots = draw_plots(folder, name, runs)
     write_files(folder, name, runs, plots)
-    print(f"written: {folder / name}.html and {name}.md{'' if plots else ' (without plots: matplotlib is missing)'}")
+    print(f"written: {folder / name}.html and {name}.md")
+    if not plots and not has_matplotlib():
+        print("report.md has no plots without matplotlib: pip install 'nanochat[plots]'")
 
 
 def find_place(name: str) -> tuple[Path, str]:
@@ -85,7 +88,7 @@ def serve(flags: Flags, places: list[tuple[Path, str]]) -> None:
         server = ReportServer(flags.port, partial(read_runs, places, flags.price))
     except OSError as error:
         raise UserError(f"--port {flags.port} cannot be used ({error.strerror}): choose another --port") from error
-    with server:
+    with server, suppress(KeyboardInterrupt):
         print(f"{server.url} follows the run; Ctrl-C ends it", flush=True)
         server.serve_forever()
 

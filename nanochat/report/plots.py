@@ -5,6 +5,7 @@ matplotlib is optional (pip install 'nanochat[plots]'), and it takes a second or
 the report without plots, `python -m scripts.report` draws them.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,19 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 COLUMNS = 2
 
 
+def has_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def draw_plots(folder: Path, name: str, runs: Sequence[dict[str, Any]]) -> list[str]:
     """
     Draws <name>-<stage>.png for each training stage; returns the names of the files. Empty if matplotlib is not
     installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    if not has_matplotlib():
         return []
+    from matplotlib.figure import Figure
+
     names = []
     for stage in dict.fromkeys(stage["name"] for run in runs for stage in run["stages"] if stage.get("curves")):
         panels = [panel for panel in PANELS if any(curve_of(run, stage, panel[0]) for run in runs)]
