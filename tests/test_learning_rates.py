@@ -48,7 +48,7 @@ def pretrain(base_dir, monkeypatch, golden_tokenizer):
 
 def full_rates(*, embedding_lr=0.3, unembedding_lr=0.008, matrix_lr=0.02, scalar_lr=0.5):
     """
-    The learning rates between warm-up and warm-down. All but the last are scaled with the root of the batch size, those
+    The learning rates between warm-up and warm-down. All are scaled with the root of the batch size, those
     of the embedding tables and lm_head also with the width^-0.5.
     """
     by_batch = sqrt(BATCH / 2**19)
@@ -60,7 +60,7 @@ def full_rates(*, embedding_lr=0.3, unembedding_lr=0.008, matrix_lr=0.02, scalar
         "muon": matrix_lr * by_batch,
         "x0": scalar_lr * by_batch,
         "resid": scalar_lr / 100 * by_batch,
-        "smear_backout": 0.2,
+        "smear_backout": 0.2 * by_batch,
     }
 
 

@@ -100,7 +100,7 @@ def test_each_parameter_is_in_one_group_and_learning_rates_scale_with_width_and_
     assert sum(len(group["params"]) for group in groups) == len(names)
     width = (32 / 768) ** -0.5
     expected = {"lm_head": 0.008 * width / 2, "wte": 0.3 * width / 2, "value_embeds": 0.15 * width / 2}
-    expected |= {"resid": 0.005 / 2, "x0": 0.5 / 2, "smear_backout": 0.2}
+    expected |= {"resid": 0.005 / 2, "x0": 0.5 / 2, "smear_backout": 0.2 / 2}
     assert {g["name"]: g["lr"] for g in groups if g["kind"] == "adamw"} == pytest.approx(expected)
     assert {g["lr"] for g in groups if g["kind"] == "muon"} == {0.02 / 2}
 

@@ -110,6 +110,12 @@ def test_finetuning_schedules_fall_to_zero_from_half_or_from_the_start():
     assert astuple(recipe.rl_schedule(300, 0.75)) == exactly((0.25, 0.95, 1.0, False))
 
 
+@pytest.mark.parametrize("batch, expected", [(2**13, 0.2 / 8), (2**17, 0.1), (2**19, 0.2), (2**21, 0.2)])
+def test_rate_of_smear_and_backout_is_lower_for_small_batches_only(batch, expected):
+    groups = param_groups(GPTConfig(16, 64, 2, 2, 2, 32), Hyperparameters(total_batch_size=batch))
+    assert {group.name: group.lr for group in groups}["smear_backout"] == exactly(expected)
+
+
 def test_finetuning_takes_its_share_of_each_learning_rate():
     config = GPTConfig(16, 64, 2, 2, 2, 32)
     whole, share = param_groups(config), param_groups(config, lr_frac=0.05)
