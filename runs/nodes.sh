@@ -12,6 +12,8 @@
 #   RESTARTS times (default 10), and they resume from the last checkpoint: give --save-every or --save-minutes.
 # - NODES=4 waits up to WAIT_MINUTES (default 60) for all nodes to be there again. NODES=2:4 starts with those that are
 #   there after a minute, at least 2; a node that comes back later joins, which restarts the processes once more.
+# - torchrun ends on a node that cannot reach MASTER for about 20 seconds. Start the same command there again: the other
+#   nodes notice after two minutes, and wait.
 # - The node MASTER, NODE_RANK 0, must stay: it holds the meeting point. If it is lost, start the command again.
 #
 # All nodes need the same shards (330 of the public ones for depth 26, which trains on 11 B tokens) and tokenizer.

@@ -3,6 +3,7 @@ Two "hosts" in network namespaces of this machine run runs/nodes.sh, and somethi
 
     python tests/nodes_trial.py                # a process is killed; the loss curve is that of an uninterrupted job
     python tests/nodes_trial.py --cut 30       # the link is cut for that many seconds: the job waits and continues
+    python tests/nodes_trial.py --rate 10      # seconds per step with a link of that many Mbit/s (docs/scaling.md)
     python tests/nodes_trial.py --lose         # a node is lost for good: the job continues on the other one
 
 tests/test_nodes.py runs the first of them.
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -175,14 +177,31 @@ def kill_a_process(folder: Path) -> tuple[dict[int, float], dict[int, float], st
         return before, job.losses(), job.text()
 
 
+def seconds_at_rate(folder: Path, rate: float) -> float:
+    """The median time of a step of an uninterrupted job; rate: Mbit/s of the link in each direction."""
+    base = make_base(folder / "rate")
+    with Hosts() as hosts:
+        for name, link in zip(hosts.names, hosts.links, strict=True):
+            limits = ["rate", f"{rate}mbit", "burst", "64kb", "limit", "4mb"]
+            subprocess.run(["tc", "-n", name, "qdisc", "add", "dev", link, "root", "tbf", *limits], check=True)
+        job = Job(hosts, folder, [base, base], num_steps=30)
+        assert job.wait() == [0, 0], job.text()
+    lines = map(json.loads, (base / "report/metrics/base_train-trial.jsonl").read_text().splitlines())
+    return statistics.median(512 / line["train/tokens_per_second"] for line in lines if line.get("step", 0) > 5)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cut", type=float, default=0.0, help="seconds without the link")
+    parser.add_argument("--rate", type=float, default=0.0, help="Mbit/s of the link")
     parser.add_argument("--lose", action="store_true", help="host 1 loses its link and its processes for good")
     args = parser.parse_args()
     os.environ.setdefault("NANOCHAT_DATA_DIR", str(ROOT / "tests/golden/packing/data"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if args.rate:
+            print(f"median seconds per step: {seconds_at_rate(folder, args.rate):.3f}")
+            return
         if not args.cut and not args.lose:
             expected = run_job(folder)
             _, found, _ = kill_a_process(folder)
