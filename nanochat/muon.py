@@ -26,10 +26,15 @@ calls `reduce_gradients` (phase 1) and then `step` (phases 2 and 3). The gather 
 of the groups after it. AdamW updates its weights in place. Muon updates a stacked copy of a group's matrices, which is
 copied back to the parameters: at once on a single rank, otherwise after the gather.
 
+On two CPU ranks over gloo, 53 to 65 % of the time of all transfers is hidden behind computation, and in phases 2 and 3
+alone 80 to 85 % (from the profiler's trace; depth 4, width 512, vocabulary 8,192, on a busy machine). With sharded
+weights it is 13 %, as fully_shard waits for each transfer on a CPU; on a GPU it has separate streams for them.
+
 Two things that would not help:
 - starting phase 1 by hooks on the parameters while the last backward pass still runs. A compiled backward pass returns
   all gradients at its end: at depth 4 the first hook runs after 202 of 236 kernels have been launched, and the other 34
-  add up gradients. If blocks were compiled one by one, hooks would run in time, but there would be 431 kernels.
+  add up gradients. If blocks were compiled one by one, hooks would run in time, but there would be 431 kernels. In
+  eager code hooks would run in time, but ranks without micro-batches (fine-tuning) would start in another order.
 - allocating the buffers of phases 1 and 3 once. torch's allocator reuses them already (no allocation of the device's
   after the second step, counted at depth 12 with 8 ranks), and in the meantime the backward pass uses their memory.
 """

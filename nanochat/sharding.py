@@ -4,13 +4,14 @@ each large parameter, of its gradient and of the optimizer's state (ZeRO-3, arXi
 
     model = build(config, dist, dtype)            # initial weights, or those of a checkpoint; never whole on one rank
     loss = model(x_BT, y_BT); loss.backward()     # collective; p.grad holds this rank's rows, summed over the ranks
-    weights = muon.gather_weights(model, rank=…)  # name → whole tensor on rank 0's CPU, for a checkpoint
+    weights = muon.gather_weights(…)              # name → whole tensor on rank 0's CPU, for a checkpoint
 
 Before a block computes, its weights are gathered from all ranks, in the compute dtype; after it they are freed. The
 backward pass gathers them again and sums the gradients over the ranks (reduce-scatter, in float32) as soon as a block
-has computed them: on a GPU this overlaps with the computation of the next block. Tables and lm_head are gathered in
-float32, so that the results are those of a replicated model, and only once: their gradients do not depend on their
-weights. Parameters below SHARD_MIN_NUMEL stay replicated; muon.py adds up their gradients.
+has computed them: on a GPU this overlaps with the computation of the next block, on a CPU fully_shard waits for it.
+Tables and lm_head are gathered in float32, so that the results are those of a replicated model, and only once: their
+gradients do not depend on their weights. Parameters below SHARD_MIN_NUMEL stay replicated; muon.py adds up their
+gradients. With torch.compile each block is compiled by itself (run.py).
 
 A sharded parameter is a DTensor whose rows are split as by torch.chunk: rank r has the rows from r * ceil(rows / ranks)
 on. The checkpoint format is that of replicated training: rank 0 gathers one parameter at a time and keeps it in host

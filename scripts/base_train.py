@@ -120,10 +120,14 @@ def pretrain(flags: Flags, dist: Dist) -> None:
             return {f"val/{name}": value for name, value in bpb.items()}
 
         def sample(state: TrainState) -> None:
-            if dist.is_main and not flags.shard:  # it would take all ranks, or a GPU that holds the whole model
+            if dist.is_main:
                 run.logger.log_samples(state, sample_prompts(Engine(run.model, tokenizer)))
 
-        hooks = [Hook(flags.eval_every, evaluate), Hook(flags.sample_every, sample), run.save_hook()]
+        sample_every = flags.sample_every
+        if flags.shard:
+            dist.print0("no samples with --shard: an engine needs the whole model on one GPU")
+            sample_every = -1
+        hooks = [Hook(flags.eval_every, evaluate), Hook(sample_every, sample), run.save_hook()]
         schedule = partial(recipe.pretrain_schedule, flags, plan.num_iterations)
         run.train(steps, token_loss, schedule, hooks)
         run.finish(parameters=param_counts(plan.model)["total"], flops=plan.flops)
