@@ -20,6 +20,7 @@ from nanochat.dataloader import prefetch
 from nanochat.distributed import Dist
 from nanochat.engine import Engine, sample_prompts
 from nanochat.eval.bpb import evaluate_bpb_of_sources
+from nanochat.gpt import GPTConfig
 from nanochat.logging import print_table
 from nanochat.report.record import recorded
 from nanochat.run import Run, RunFlags
@@ -75,11 +76,7 @@ def pretrain(flags: Flags, dist: Dist) -> None:
         )
         T = flags.max_seq_len
         accumulation = recipe.accumulation_steps(plan.total_batch_size, B, T, dist.world_size)
-        if flags.fp8 and flags.shard:
-            raise UserError("--fp8 works on whole weights: leave out --fp8 or --shard")
-        if flags.fp8:
-            compiles = flags.compile and hardware.can_compile(dist.device)
-            fp8.check_support(plan.model, B * T, dist.device, compile=compiles)
+        check_fp8(flags, plan.model, B * T, dist)
 
         # Build.
         if dist.is_main:
@@ -131,6 +128,16 @@ def pretrain(flags: Flags, dist: Dist) -> None:
         schedule = partial(recipe.pretrain_schedule, flags, plan.num_iterations)
         run.train(steps, token_loss, schedule, hooks)
         run.finish(parameters=param_counts(plan.model)["total"], flops=plan.flops)
+
+
+def check_fp8(flags: Flags, config: GPTConfig, num_tokens: int, dist: Dist) -> None:
+    """UserError if --fp8 is given and cannot be used with these flags, this model or this GPU."""
+    if not flags.fp8:
+        return
+    if flags.shard:
+        raise UserError("--fp8 works on whole weights: leave out --fp8 or --shard")
+    compiles = flags.compile and hardware.can_compile(dist.device)
+    fp8.check_support(config, num_tokens, dist.device, compile=compiles)
 
 
 def pick_tokenizer(tag: str, resume: bool) -> Tokenizer:
