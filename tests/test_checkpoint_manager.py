@@ -574,14 +574,14 @@ def test_full_disk_keeps_the_previous_checkpoint_and_raises(monkeypatch, capsys)
     assert step_of(find("base")) == 30
 
 
-def test_checkpoint_that_cannot_fit_is_not_begun_and_training_continues(monkeypatch, capsys):
+def test_checkpoint_that_cannot_fit_is_not_started_and_training_continues(monkeypatch, capsys):
     free = [2**40]
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(checkpoint_manager.shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
     writer = new_run()
     save(10, writer=writer)
     free[0] = 1000
-    monkeypatch.setattr(checkpoint_manager, "save_file", lambda *args: pytest.fail("it was begun"))
+    monkeypatch.setattr(checkpoint_manager, "save_file", lambda *args: pytest.fail("it was started"))
     with pytest.raises(UserError, match="free some space, or choose another disk; last one: .*step_000010"):
         save(20, writer=writer)
     warning = capsys.readouterr().err
