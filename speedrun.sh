@@ -30,17 +30,35 @@ if [ $# -gt 0 ]; then exec python -m scripts.speedrun --start-dir "$start_dir" "
 state="$NANOCHAT_BASE_DIR/speedrun"  # what was decided, and which stages were started and finished
 mkdir -p "$state" 2>/dev/null || fail "cannot write to $NANOCHAT_BASE_DIR: set NANOCHAT_BASE_DIR"
 if command -v flock >/dev/null; then
-  exec 8>"$state/lock"
-  flock --timeout 5 8 ||  # a stage that was just killed may take a moment to end
-    fail "another speedrun is using $NANOCHAT_BASE_DIR: wait for it, or set NANOCHAT_BASE_DIR"
+  exec 8>>"$state/lock"
+  if ! flock --timeout 15 8; then  # a stage that was just stopped may still be saving
+    pids=$(cat "$state/lock")
+    fail "another speedrun is using $NANOCHAT_BASE_DIR: wait for it, stop it with 'kill $pids', or set NANOCHAT_BASE_DIR"
+  fi
+  echo $$ > "$state/lock"
 fi
 if [ -n "${WANDB_RUN:-}" ] && [ -z "${NANOCHAT_VENV:-}" ]; then
-  pip install -qq --disable-pip-version-check -c constraints.txt wandb
+  pip install -qq --disable-pip-version-check -c constraints.txt wandb 8>&-
 fi
-python -m scripts.speedrun --start-dir "$start_dir"
+python -m scripts.speedrun --start-dir "$start_dir" 8>&-
 source "$state/stages.sh"  # sets the arrays data, launch, tok_train, base_train, …, questions
 
 # ---- run the stages ----
+
+stage_pid=""
+stop() {  # the stage saves a checkpoint if it trains; the same command then resumes it
+  trap - TERM INT HUP
+  if [ -n "$stage_pid" ]; then
+    kill -TERM "$stage_pid" 2>/dev/null || true
+    wait "$stage_pid" || true
+  fi
+  echo "stopped: run the same command again to continue" >&2
+  exit 143
+}
+trap stop TERM INT HUP
+
+bound=()  # a prefix with which the stage gets SIGTERM when this shell is killed
+if setpriv --pdeathsig TERM true 2>/dev/null; then bound=(setpriv --pdeathsig TERM); fi
 
 stage() {  # stage NAME COMMAND…: runs the command unless it has succeeded before
   local name=$1
@@ -52,7 +70,13 @@ stage() {  # stage NAME COMMAND…: runs the command unless it has succeeded bef
   touch "$state/$name.started"
   echo "== $name: $*"
   local start=$SECONDS
-  "$@"
+  # In the background, because bash handles signals only between foreground commands. The stage keeps the lock (8): it
+  # holds as long as anything works in this folder, also if only this shell is killed.
+  ${bound[@]+"${bound[@]}"} "$@" < /dev/null &
+  stage_pid=$!
+  echo "$$ $stage_pid" > "$state/lock"
+  wait "$stage_pid"
+  stage_pid=""
   touch "$state/$name.done"
   echo "== $name took $((SECONDS - start)) s"
 }
@@ -69,10 +93,10 @@ stage chat_eval "${launch[@]}" scripts.chat_eval "${chat_eval[@]}"
 
 # ---- show the results ----
 
-python -m scripts.report
+python -m scripts.report 8>&-
 for question in "${questions[@]}"; do
   echo "> $question"
-  python -m scripts.chat_cli -g speedrun -t 0 -p "$question"
+  python -m scripts.chat_cli -g speedrun -t 0 -p "$question" 8>&-
 done
 chat="python -m scripts.chat_cli"
 if [ "$NANOCHAT_BASE_DIR" != "$HOME/.cache/nanochat" ]; then chat="NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR $chat"; fi

@@ -8,6 +8,7 @@ skips what is finished and resumes the rest. Also its plan and its error message
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -233,6 +234,12 @@ def test_killed_speedrun_resumes_and_its_model_answers(speedrun, tmp_path):
     assert 0 < base_train()["step"] < 40
 
     process, log = speedrun(NANOCHAT_SPEEDRUN="tiny")
+    wait_until(lambda: "| loss" in log.read_text() or process.poll() is not None, seconds=300)
+    process.terminate()  # only the shell, which passes it on to the stage
+    assert process.wait(timeout=60) == 143
+    assert "saved: continue with --resume" in log.read_text() and "run the same command again" in log.read_text()
+
+    process, log = speedrun(NANOCHAT_SPEEDRUN="tiny")
     code = process.wait(timeout=600)
     output = log.read_text()
     assert code == 0, output
@@ -252,12 +259,32 @@ def test_killed_speedrun_resumes_and_its_model_answers(speedrun, tmp_path):
     assert "](report-base_train.png)" in (tmp_path / "base/report/report.md").read_text()
 
 
+@pytest.mark.skipif(any(Path(folder, "cargo").exists() for folder in ("/usr/bin", "/bin")), reason="cargo is there")
+def test_ready_environment_is_used_without_writing_to_the_clone(tmp_path):
+    """The clone may be read-only or somebody else's. (Whether it can be written to is no test for root.)"""
+    for name in ("pyproject.toml", "constraints.txt", "runs/setup.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").write_text("echo activated $HOME\n")
+    stamp = subprocess.run("cat pyproject.toml constraints.txt | cksum", shell=True, cwd=ROOT, capture_output=True)
+    (tmp_path / ".venv/stamp").write_bytes(stamp.stdout)
+    command = ["bash", "-c", "source runs/setup.sh"]
+    for folder in (".venv", "."):
+        (tmp_path / folder).chmod(0o555)
+    # Without cargo on the path there is no crate to build; without HOME it is that of /etc/passwd.
+    done = subprocess.run(command, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    assert done.returncode == 0 and re.match("activated /", done.stdout), done.stderr
+    assert not (tmp_path / ".setup.lock").exists()
+
+
 @needs_venv
 @pytest.mark.slow
 def test_plan_for_another_machine_writes_nothing(speedrun, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/note.md").write_text("One short note.\n" * 10_000)
-    process, log = speedrun("--plan", "--for", "8xH100", NANOCHAT_DATA_DIR=str(tmp_path / "texts"))
+    texts = str(tmp_path / "texts")
+    process, log = speedrun("--plan", "--for", "8xH100", NANOCHAT_DATA_DIR=texts, HOME="")  # as in some containers
     output = log.read_text() if process.wait(timeout=60) == 0 else pytest.fail(log.read_text())
     assert "converted to shards" in output and "vocabulary  2,048 tokens" in output
     assert "--depth 24 --target-param-data-ratio 8 --fp8" in output
