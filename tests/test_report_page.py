@@ -147,12 +147,13 @@ def test_phone_has_no_horizontal_scrolling(show, base_dir):
 
 
 def test_page_follows_a_run_and_reports_a_lost_server(open_page, base_dir):
-    write_training(base_dir, steps=3)
-    write_sessions(base_dir, started())
     with ReportServer(0, lambda: [read_run(base_dir)]) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         page = open_page(server.url)
+        expect(page.locator("main")).to_contain_text("has no runs: train a model first", timeout=TIMEOUT_MS)
+        write_sessions(base_dir, started())
+        write_training(base_dir, steps=3)
         svg = chart(page, "Loss").locator("svg.chart")
         expect(page.locator("#state")).to_have_text("live", timeout=TIMEOUT_MS)
         assert "at 3 steps" in svg.get_attribute("aria-label")
@@ -161,6 +162,10 @@ def test_page_follows_a_run_and_reports_a_lost_server(open_page, base_dir):
         expect(page.locator("#stages")).to_contain_text("step 8 of 10", timeout=TIMEOUT_MS)
         assert "at 8 steps" in svg.get_attribute("aria-label")
         assert page.locator("#settings details").first.get_attribute("open") == ""  # what was opened stays open
+        (base_dir / "report").rename(base_dir / "gone")
+        expect(page.locator("main")).to_contain_text("has no runs", timeout=TIMEOUT_MS)
+        (base_dir / "gone").rename(base_dir / "report")
+        expect(svg).to_be_visible(timeout=TIMEOUT_MS)
         server.shutdown()
         thread.join()
     expect(page.locator("#state")).to_have_text("the server does not answer", timeout=TIMEOUT_MS)
