@@ -23,6 +23,7 @@ from nanochat.common import UserError, base_dir
 
 PROJECT = "nanochat"
 PACKAGES = {"wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow-skinny sqlalchemy alembic"}  # what pip installs
+INIT_SECONDS = 30  # for wandb's server to respond at the start
 FINISH_SECONDS = 120  # at the end of a run, for what has not been sent yet
 MLFLOW_PARAMS_PER_CALL = 100  # limits of its REST API
 MLFLOW_VALUE_LENGTH = 5000
@@ -102,10 +103,13 @@ class Wandb:
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_SECONDS))  # otherwise it waits for the network forever
         options: Any = {"project": PROJECT, "name": run, "group": group, "config": config, "dir": str(base_dir())}
         options |= {"id": run_id, "resume": "allow" if resumed else None}
+        options["settings"] = wandb.Settings(init_timeout=INIT_SECONDS)
         try:
             self.run = wandb.init(**options)
         except wandb.errors.Error as error:
-            print(f"wandb is not reachable ({error}); logging offline, upload later with `wandb sync`", flush=True)
+            problem = " ".join(str(error).split())[:200]
+            print(f"wandb is not reachable ({problem}); logging offline, upload later with `wandb sync`", flush=True)
+            wandb.teardown()  # otherwise the failed start still holds the id
             self.run = wandb.init(**options, mode="offline")
         # The server has the steps between the checkpoint and the interruption. They are repeated exactly, and wandb
         # would print a warning for each.

@@ -24,9 +24,11 @@ START = {"run": "mine", "group": "base_train-d2", "run_id": "abcd1234", "config"
 
 # A run of steps 1 to 3, then the same run, resumed after the checkpoint of step 2, to step 4.
 TRACK_TWICE = """
-import sys
+import os, sys
+from nanochat import tracking
 from nanochat.tracking import Tracker
 
+tracking.INIT_SECONDS = int(os.environ.get("TEST_INIT_SECONDS", "30"))
 for resumed, steps in ((False, (1, 2, 3)), (True, (3, 4))):
     config = {"flags": {"depth": 2}}
     tracker = Tracker(sys.argv[1], run="mine", group="base_train-d2", run_id="abcd1234", config=config, resumed=resumed)
@@ -47,6 +49,7 @@ def track_twice(name, base_dir, **environment):
         text=True,
     )
     assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
+    return done.stdout
 
 
 # ---- the real packages ----
@@ -60,6 +63,14 @@ def test_wandb_offline_holds_the_run_under_one_id(base_dir):
     for file in files:
         content = file.read_bytes()
         assert all(word in content for word in (b"train/loss", b"eval/pass@8", b"base_train-d2", b"depth", b"val/bpb"))
+
+
+@pytest.mark.slow
+def test_wandb_without_network_logs_the_run_offline(base_dir):
+    unreachable = {"WANDB_API_KEY": 40 * "a", "WANDB_BASE_URL": "http://127.0.0.1:9", "TEST_INIT_SECONDS": "1"}
+    out = track_twice("wandb", base_dir, WANDB_SILENT="true", **unreachable)
+    assert out.count("wandb is not reachable") == 2 and out.count("\n") == 2
+    assert len(list(base_dir.glob("wandb/offline-run-*-abcd1234/run-abcd1234.wandb"))) == 2
 
 
 @pytest.mark.slow
