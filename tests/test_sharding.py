@@ -258,6 +258,13 @@ def test_checkpoint_of_a_sharded_run_loads_for_inference(results, monkeypatch):
     assert checkpoint.step == 4 and model(torch.zeros(1, 4, dtype=torch.int64)).isfinite().all()
 
 
+def test_shard_with_fp8_is_refused(results, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(results[0]))
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(results[0] / "shards"))
+    with pytest.raises(SystemExit, match="leave out --fp8 or --shard"):
+        base_train.main([*BASE, "--shard", "--fp8", "--model-tag", "eight-bits"])
+
+
 @pytest.mark.parametrize("mode", ["replicated", "sharded"])
 def test_communication_of_a_muon_group_is_started_before_the_next_group_computes(results, mode):
     """The all-gather (sharded: all-to-all) of updated weights runs while the groups after it are orthogonalized."""
