@@ -34,6 +34,7 @@ PUBLIC_PREFIX = "base_data_"  # folders of public datasets, see KNOWN in mixture
 PUBLIC_FOLDER = f"{PUBLIC_PREFIX}climbmix"
 NUM_PUBLIC_TRAIN = 6542  # shard_00000 … shard_06541; shard_06542, the last one, is for validation
 PUBLIC_SHARD_BYTES = 100_000_000  # approximate size of a shard, for the check of free disk space
+SMALL_ROW_GROUP = 1 << 16  # bytes: smaller ones are read to see whether they have text, others are taken to have some
 DOWNLOAD_ATTEMPTS = 3  # per shard, on top of the retries of huggingface_hub; heuristic, not tuned
 
 
@@ -57,8 +58,8 @@ def split_shards(directory: Path) -> tuple[list[Path], list[Path]]:
     """
     Returns the training shards and the validation shard, sorted by name.
 
-    Raises UserError if a shard is incomplete, empty or without a text column. Reads only the footers of the shards, so
-    that such problems are reported before any expensive work.
+    Raises UserError if a shard is incomplete, empty or without a text column. Reads only the footers of the shards and
+    small row groups, so that such problems are reported before any expensive work.
     """
     shards = sorted(directory.glob("*.parquet"))
     if not shards:
@@ -118,8 +119,11 @@ class RowGroups:
         """Returns the documents of a row group, without null and empty ones. Raises UserError if it is damaged."""
         shard, row_group = self.locate(index)
         try:
-            table = self._open(self.shards[shard]).read_row_group(row_group, columns=["text"])
-            texts = table.column("text").to_pylist()
+            file = self._open(self.shards[shard])
+            texts = file.read_row_group(row_group, columns=["text"]).column("text").to_pylist()
+            num_rows = file.metadata.row_group(row_group).num_rows
+            if len(texts) != num_rows:
+                raise pa.ArrowException(f"{len(texts)} of {num_rows} rows")
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             where = f"{self.shards[shard]}, row group {row_group}"
             reason = " ".join(str(error).split())
@@ -230,24 +234,11 @@ def _check_shard(shard: Path) -> None:
     if columns.get("text") not in (pa.string(), pa.large_string()):
         found = ", ".join(f"{name}: {kind}" for name, kind in columns.items())
         raise UserError(f"{shard} needs a column `text` of strings, it has: {found}")
-    index = footer.schema.names.index("text")
-    if not any(_may_have_text(footer.row_group(i), index) for i in range(footer.num_row_groups)):
+    sizes = [footer.row_group(i).total_byte_size for i in range(footer.num_row_groups)]
+    row_groups = RowGroups([shard])
+    # The statistics in the footer would tell, too, but pyarrow aborts the process if they are damaged.
+    if not any(size >= SMALL_ROW_GROUP or row_groups.texts(i) for i, size in enumerate(sizes)):
         raise UserError(f"{shard} has no text: delete it")
-
-
-def _may_have_text(row_group: pq.RowGroupMetaData, column: int) -> bool:
-    """False if the column's statistics show that every text is null or empty."""
-    if row_group.num_rows == 0:
-        return False
-    statistics = row_group.column(column).statistics
-    if statistics is None:
-        return True
-    only_null = statistics.has_null_count and statistics.null_count == row_group.num_rows
-    try:
-        only_empty = statistics.has_min_max and not statistics.max
-    except UnicodeDecodeError:  # reported with its row group when it is read
-        return True
-    return not only_null and not only_empty
 
 
 @dataclass(frozen=True)
