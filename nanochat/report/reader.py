@@ -474,7 +474,7 @@ def read_chats(base: Path, stages: Sequence[dict[str, Any]], logs: dict[str, Tra
     none, the first question of each task that it was evaluated on. Empty if there is neither.
     """
     for stage in reversed(stages):
-        if stage["name"] in TRAINING and stage["name"] != "base_train" and stage["samples"]:
+        if stage["name"] in TRAINING and stage["name"] != "base_train" and stage.get("samples"):
             last = stage["samples"][-1]
             return {"title": stage["title"], "step": last["step"], "samples": last["samples"][:NUM_CHATS]}
     for script, log in reversed(logs.items()):
