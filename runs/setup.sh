@@ -35,11 +35,11 @@ setup() {
     fi
     .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
     install_flash_attention .venv/bin/python
-    command -v cargo >/dev/null || echo "no cargo: the published rustbpe wheel trains the tokenizer, ten times slower"
+    has_cargo || echo "no cargo: the published rustbpe wheel trains the tokenizer, ten times slower"
     rm -f .venv/stamp-rustbpe
     env_stamp > .venv/stamp
   fi
-  if command -v cargo >/dev/null; then
+  if has_cargo; then
     build_rustbpe
   fi
 }
@@ -53,6 +53,8 @@ install_flash_attention() {  # install_flash_attention PYTHON: FlashAttention-4,
       echo "flash-attn-4 could not be installed, see above: torch's FlashAttention-2 trains 5 to 7 % slower"
   fi
 }
+
+has_cargo() { cargo --version >/dev/null 2>&1; }  # rustup's cargo exists, and fails, without a toolchain
 
 build_rustbpe() {  # replaces the published wheel by the crate in rustbpe/, if it is new or its sources have changed
   if ! rustbpe_is_ready; then

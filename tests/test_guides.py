@@ -192,6 +192,17 @@ def test_commands_of_guide_run(shell, name):
     assert shell.commands
 
 
+@pytest.mark.parametrize("folder", ["nanochat", "scripts", "runs", "rustbpe", "tasks"])
+def test_reading_tour_names_every_module(folder):
+    tour = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
+    assert f"{folder}/" in tour
+    if folder != "nanochat":
+        return
+    modules = [path.name for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py"]
+    packages = [f"{path.parent.name}/" for path in (ROOT / folder).glob("*/__init__.py")]
+    assert not [name for name in modules + packages if name not in tour]
+
+
 def links_to_code():
     """(document, name, path) of every link like [`GPT.forward`](../nanochat/gpt.py)."""
     for path in DOCS:
