@@ -33,7 +33,11 @@ setup() {
       echo "error: 'python3 -m venv' failed: apt-get install python3-venv, or remove .venv" >&2
       return 1
     fi
-    .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+    if ! .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'; then
+      echo "error: the packages could not be installed, see above: connect to a network and run this again, or set" \
+        "NANOCHAT_VENV to an environment that has them" >&2
+      return 1
+    fi
     install_flash_attention .venv/bin/python
     has_cargo || echo "no cargo: the published rustbpe wheel trains the tokenizer, ten times slower"
     rm -f .venv/stamp-rustbpe
