@@ -83,8 +83,8 @@ class Tokenizer:
         self.tokens = sorted(ranks, key=ranks.__getitem__)  # id → bytes, without the special tokens
         if [ranks[token] for token in self.tokens] != list(range(len(ranks))):
             raise ValueError("the ids of the tokens are not 0, 1, 2, …")
-        if b"" in ranks:
-            raise ValueError("one of the tokens is empty")
+        if b"" in ranks or not pattern:
+            raise ValueError("the split pattern or one of the tokens is empty")
         if any(bytes([byte]) not in ranks for byte in range(NUM_BYTES)):
             raise ValueError("some single bytes have no token")
         self._special_ids = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
