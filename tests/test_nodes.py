@@ -10,11 +10,16 @@ import time
 
 import nodes_trial
 import pytest
+import torch
 import torch.distributed as dist
 from factories import wait_until
 
 from nanochat import heartbeat
+from nanochat.checkpoint_manager import CheckpointReader
+from nanochat.common import UserError
+from nanochat.distributed import Dist
 from nanochat.heartbeat import Heartbeat
+from nanochat.run import Run
 
 
 @pytest.mark.slow
@@ -28,6 +33,13 @@ def test_job_on_two_hosts_survives_a_kill_with_the_same_loss_curve(tmp_path, mon
     assert "resuming after step" in output
     # The survivor names itself, its host and its step.
     assert "error: rank 0 on host0 lost the other ranks in step" in output or "error: rank 1 on host0" in output
+
+
+def test_rank_without_the_checkpoint_of_rank_0_names_its_host_and_the_remedy(base_dir):
+    run = Run.__new__(Run)
+    run.dist = Dist(torch.device("cpu"), rank=1, world_size=2)
+    with pytest.raises(UserError, match="rank 1 on .* lacks the checkpoint that rank 0 resumes from.* all nodes share"):
+        run._load_step_of_main(CheckpointReader("base", "d1"), 5)
 
 
 @pytest.fixture
