@@ -91,12 +91,13 @@ def base_dir(tmp_path_factory, golden_tokenizer):
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_run_on_other_numbers_of_ranks_has_the_losses_of_one_rank(base_dir, stage):
     whole, parts = metrics(base_dir, stage, "whole"), metrics(base_dir, stage, "parts")
-    for step in range(2, NUM_STEPS + 1):
+    # In RL, rounding errors of an update may change a sampled token, and the runs differ from there on.
+    last_step = 3 if stage == "rl" else NUM_STEPS
+    for step in range(2, last_step + 1):
         compared = [name for name in ("train/loss", "train/grad_norm", "val/bpb", "rl/reward") if name in whole[step]]
         assert compared
         for name in compared:
-            # In RL the loss and its gradient are sums of advantages of both signs, in which rounding errors grow: 1.6 %
-            # of the gradient's norm was seen.
-            tolerance = 5e-2 if stage == "rl" else 1e-4
+            # Sums of advantages of both signs, in which rounding errors grow: 1.6 % of the gradient's norm was seen.
+            tolerance = 5e-2 if stage == "rl" and step > 2 else 1e-4
             assert parts[step][name] == pytest.approx(whole[step][name], rel=tolerance, abs=1e-6), f"{name} of {step}"
     assert stage == "rl" or "val/bpb" in whole[NUM_STEPS]
