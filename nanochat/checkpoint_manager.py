@@ -477,6 +477,7 @@ class CheckpointWriter:
         """Writes a checkpoint, if it fits on the disk. Failures are reported at once, and training continues."""
         try:
             needed = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.path.parent).free
             if free < needed + META_BYTES:
                 problem = f"No space left for {human(needed)}B, {human(free)}B are free"

@@ -102,9 +102,6 @@ def test_nanochat_side_has_the_loss_curve_of_the_plain_side(base_dir, tmp_path):
     assert bfloat16 == pytest.approx(plain, rel=5e-3)
 
 
-@pytest.mark.parametrize(
-    "argv, message", [(["--rounds", "0"], "--rounds"), (["--total-batch-size", "200"], "multiple|whole|batch")]
-)
-def test_bad_flags_end_in_one_line(argv, message):
-    with pytest.raises(SystemExit, match=message):
-        bench.main([*TINY, *argv])
+def test_bad_batch_ends_in_one_line():
+    with pytest.raises(SystemExit, match="multiple|whole|batch"):
+        bench.main([*TINY, "--total-batch-size", "200"])

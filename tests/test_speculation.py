@@ -186,17 +186,13 @@ def test_verify_static_shapes_give_the_same_completions(golden_tokenizer):
 @pytest.mark.slow
 @pytest.mark.skipif(not hardware.can_compile(torch.device("cpu")), reason="needs a C++ compiler")
 def test_verify_compiled_equals_eager(golden_tokenizer):
-    """One slot or more, one token or more: four graphs."""
-    model = make_model(n_layer=2)
-    engine = make_engine(model, golden_tokenizer, 4, compile=True, speculate=3)
-    engine.warm_up()
-    assert len(engine.decoder.forward.packages) == 4
-    expected = make_engine(model, golden_tokenizer, 4).generate(REQUESTS)
+    """Here with one slot, where drafts need a second package. The decoder's tests compile a step of several slots."""
+    model = make_model(n_layer=1)
+    engine = make_engine(model, golden_tokenizer, 1, compile=True, speculate=3)
+    expected = make_engine(model, golden_tokenizer, 1).generate(REQUESTS)
     for completion, wanted in zip(engine.generate(REQUESTS), expected, strict=True):
         assert_same(completion, wanted)
-    for request, wanted in zip(REQUESTS, expected, strict=True):
-        assert_same(engine.generate([request])[0], wanted)
-    assert len(engine.decoder.forward.packages) == 4
+    assert engine.decoder.forward.packages.keys() == {(True, 1), (True, 4)}
 
 
 @NEEDS_NUMBERS
