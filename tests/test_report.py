@@ -178,10 +178,12 @@ def test_paths_are_relative_to_the_base_folder(base_dir):
     assert str(base_dir) not in json.dumps(run)
 
 
-def test_final_numbers_of_another_tag_are_not_shown(base_dir):
+def test_final_numbers_of_another_tag_are_not_shown_but_the_last_logged_ones(base_dir):
     write_training(base_dir)
-    (base_dir / "report/base_train.json").write_text(json.dumps({"model": "/x/base_checkpoints/d9/step_000010"}))
-    assert stage_of(read_run(base_dir))["numbers"] == {}
+    other = {"model": "/x/base_checkpoints/d9/step_000010", "steps": 7, "parameters": 123}
+    (base_dir / "report/base_train.json").write_text(json.dumps(other))
+    numbers = stage_of(read_run(base_dir))["numbers"]
+    assert numbers["steps"] == 10 and numbers["train/loss"] == 0.5 and "parameters" not in numbers
 
 
 # ---- evaluations ----

@@ -254,7 +254,8 @@ def test_killed_speedrun_resumes_and_its_model_answers(speedrun, tmp_path):
     assert "done in" in output.splitlines()[-1]
     run = read_run(tmp_path / "base")
     assert {stage["status"] for stage in run["stages"]} == {"complete"}
-    assert [session["status"] for session in stage_of(run, "base_train")["sessions"]] == ["killed", "complete"]
+    sessions = stage_of(run, "base_train")["sessions"]
+    assert [session["status"] for session in sessions] == ["killed", "stopped", "complete"]
     assert run["chats"]["samples"] and stage_of(run, "base_train")["samples"] and run["tokenizer"]["results"]
     assert "](report-base_train.png)" in (tmp_path / "base/report/report.md").read_text()
 

@@ -433,7 +433,7 @@ def test_report_lists_all_stages(workspace, capsys):
     assert out.index("base_train") < out.index("mid_train") < out.index("chat_sft")
     report.main(["d2"])
     text = (workspace / "report/report-d2.md").read_text()
-    for row in ("tok_train | vocabulary | 600", "base_train | val/bpb", "base_train | steps", "mid_train | model"):
+    for row in ("tok_train | vocabulary | 600", "base_train | val/bpb", "base_train | steps", "mid_train | steps"):
         assert f"| {row} |" in text
     assert text.index("| Pretraining | complete |") < text.index("| Supervised fine-tuning | complete |")
     assert "The capital of France" in text and "What is 47 + 85?" in text  # samples

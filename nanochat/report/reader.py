@@ -325,9 +325,15 @@ def read_training(log: TrainingLog, base: Path) -> dict[str, Any]:
         "samples": read_samples(lines),
         "settings": {name: value for name, value in flatten(config) if not name.startswith("recipe.groups.")},
         "groups": read_groups(config),
-        "numbers": final_numbers(base, log.script, log.tag),
+        "numbers": final_numbers(base, log.script, log.tag) or last_values(curves, max(steps, default=0)),
         "modified": log.lines.modified,
     }
+
+
+def last_values(curves: dict[str, Any], step: int) -> dict[str, Any]:
+    """In place of final numbers, whose file holds the newest run only: the last loss, gradient norm and so on."""
+    values = {name: curve["value"][-1] for name, curve in curves.items() if curve["value"]}
+    return {name: value for name, value in values.items() if not name.startswith("lr/")} | {"steps": step}
 
 
 def device_name(head: dict[str, Any]) -> str:
