@@ -181,7 +181,7 @@ def load_models(flags: Flags, devices: list[torch.device]) -> list[ServedModel]:
             engine_makers.append(partial(make_engine, model, tokenizer, flags.num_rows, flags.compile))
         print(f"{name}: {checkpoint.path}", flush=True)
         if flags.compile and can_compile(model):
-            print("  compiles its decode step: half a minute the first time; --no-compile skips it", flush=True)
+            print("  compiles its decode step: up to a minute the first time; --no-compile skips it", flush=True)
         created = checkpoint.path.stat().st_mtime
         models.append(ServedModel(name, tokenizer, model.config, engine_makers, flags.queue, created))
     return models
