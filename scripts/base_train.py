@@ -116,18 +116,22 @@ def pretrain(flags: Flags, dist: Dist) -> None:
             )
             return {f"val/{name}": value for name, value in bpb.items()}
 
-        def sample(state: TrainState) -> None:
-            if dist.is_main:
-                run.logger.log_samples(state, sample_prompts(Engine(run.model, tokenizer)))
-
-        sample_every = flags.sample_every
-        if flags.shard:
-            dist.print0("no samples with --shard: an engine needs the whole model on one GPU")
-            sample_every = -1
-        hooks = [Hook(flags.eval_every, evaluate), Hook(sample_every, sample), run.save_hook()]
-        schedule = partial(recipe.pretrain_schedule, flags, plan.num_iterations)
-        run.train(steps, token_loss, schedule, hooks)
+        hooks = [Hook(flags.eval_every, evaluate), sample_hook(flags, run, tokenizer), run.save_hook()]
+        run.train(steps, token_loss, partial(recipe.pretrain_schedule, flags, plan.num_iterations), hooks)
         run.finish(parameters=param_counts(plan.model)["total"], flops=plan.flops)
+
+
+def sample_hook(flags: Flags, run: Run, tokenizer: Tokenizer) -> Hook:
+    """A hook that logs samples every --sample-every steps; never with --shard."""
+
+    def sample(state: TrainState) -> None:
+        if run.dist.is_main:
+            run.logger.log_samples(state, sample_prompts(Engine(run.model, tokenizer)))
+
+    if flags.shard:
+        run.dist.print0("no samples with --shard: an engine needs the whole model on one GPU")
+        return Hook(-1, sample)
+    return Hook(flags.sample_every, sample)
 
 
 def check_fp8(flags: Flags, config: GPTConfig, num_tokens: int, dist: Dist) -> None:
