@@ -5,8 +5,8 @@ optimizer steps come out. Pure arithmetic, in the order in which one value follo
 1. Model. The width C is depth * aspect ratio, rounded up to a whole number of attention heads.
 2. Horizon: the number of training tokens D = ratio * N. N is the number of parameters in lm_head and the matrices of
    the blocks, the count that scaling laws fit best.
-3. Batch: tokens per optimizer step, B = 2^19 * (D / D_12)^0.383, rounded to a power of two (arXiv 2505.13738). The
-   reference is the model of depth 12: D_12 is its horizon, and 2^19 tokens were found to be its best batch.
+3. Batch: tokens per optimizer step, B = 2^19 * (D / D_12)^0.383, rounded to a power of two (arXiv 2505.13738), at most
+   2^20. The reference is the model of depth 12: D_12 is its horizon, and 2^19 tokens were found to be its best batch.
 4. Learning rates. They were tuned for the reference and are multiplied by sqrt(B / 2^19): the gradient noise of
    Adam-like optimizers falls with the square root of the batch (arXiv 2205.10287). The rates of
    the embedding tables and lm_head are also multiplied by sqrt(768 / C). The rate of smear and backout is reduced
@@ -43,6 +43,9 @@ REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19  # tokens: the best batch of the depth-12 model
 REFERENCE_WIDTH = 768  # channels: the learning rates of tables and lm_head were tuned at depth 12
 BATCH_EXPONENT = 0.383  # arXiv 2505.13738
+# The largest batch that was compared with smaller ones (depth 26). From depth 32 on the formula gives 2^21. A nanochat
+# of depth 34 trained with it took 34 B tokens to the loss that depth 24 reached after 5.8 B (karpathy/nanochat #850).
+MAX_BATCH = 2**20
 
 
 @dataclass(frozen=True)
@@ -211,14 +214,15 @@ def reference_horizon_of(flags: RecipeFlags, vocab_size: int) -> int:
 
 
 def batch_for_horizon(horizon: float, reference_horizon: float) -> int:
-    """Tokens per optimizer step: a power of two."""
-    return 2 ** round(math.log2(REFERENCE_BATCH * (horizon / reference_horizon) ** BATCH_EXPONENT))
+    """Tokens per optimizer step: a power of two, at most MAX_BATCH."""
+    batch = REFERENCE_BATCH * (horizon / reference_horizon) ** BATCH_EXPONENT
+    return min(MAX_BATCH, 2 ** round(math.log2(batch)))
 
 
 def batch_for_steps(num_iterations: int, reference_horizon: float) -> int:
     """Solves B = batch_for_horizon(num_iterations * B): B is on both sides, hence the exponent 1 / (1 - 0.383)."""
     coefficient = REFERENCE_BATCH * (num_iterations / reference_horizon) ** BATCH_EXPONENT
-    return 2 ** max(0, round(math.log2(coefficient) / (1 - BATCH_EXPONENT)))
+    return min(MAX_BATCH, 2 ** max(0, round(math.log2(coefficient) / (1 - BATCH_EXPONENT))))
 
 
 def accumulation_steps(total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:
@@ -398,7 +402,7 @@ def explain(flags: RecipeFlags, recipe: Recipe) -> list[tuple[str, str, str]]:
         horizon, steps = "--target-flops / FLOPs per token", "--target-flops / (FLOPs per token x batch)"
     else:
         horizon, steps = f"{flags.target_param_data_ratio:g} x N (--target-param-data-ratio)", "D / B"
-    batch = "2^19 (D / D_12)^0.383, to a power of two (arXiv 2505.13738)"
+    batch = "2^19 (D / D_12)^0.383, to a power of two, at most 2^20 (arXiv 2505.13738)"
     if flags.total_batch_size > 0:
         batch = "--total-batch-size"
     decay = f"{flags.weight_decay:g} sqrt(B / 2^19) D_12 / D (arXiv 2405.13698)"

@@ -29,13 +29,16 @@ def exactly(value):
 
 @pytest.mark.parametrize("case", CASES["derived"], ids=lambda c: f"d{c['depth']}-{c['requested_total_batch_size']}")
 def test_derived_recipe_matches_golden(case):
+    batch = case["requested_total_batch_size"]
+    if case["total_batch_size"] > recipe.MAX_BATCH:  # ours is capped: the golden recipe follows from its batch
+        batch = case["total_batch_size"]
     flags = RecipeFlags(
         depth=case["depth"],
         head_dim=case["head_dim"],
         max_seq_len=case["max_seq_len"],
         window_pattern=case["window_pattern"],
         target_param_data_ratio=case["target_param_data_ratio"],
-        total_batch_size=case["requested_total_batch_size"],
+        total_batch_size=batch,
     )
     ours = recipe.derive(flags, case["vocab_size"])
     assert (ours.model.n_embd, ours.model.n_head) == (case["model_dim"], case["n_head"])
@@ -196,6 +199,15 @@ def test_explicit_flops_set_the_horizon(target_flops):
     assert abs(ours.flops - target_flops) <= one_step / 2
     assert ours.total_batch_size == recipe.batch_for_horizon(ours.horizon, reference)
     assert abs(ours.horizon - ours.num_iterations * ours.total_batch_size) <= ours.total_batch_size / 2 + 1
+
+
+@pytest.mark.parametrize("options", [{}, {"num_iterations": 100_000}, {"target_flops": 1e22}])
+def test_derived_batch_is_capped(options):
+    ours = recipe.derive(RecipeFlags(depth=34, **options), 32768)
+    assert ours.total_batch_size == recipe.MAX_BATCH == 2**20
+    assert ours.hyperparameters.batch_lr_scale == exactly(2**0.5)  # rates and decay follow the capped batch
+    explicit = recipe.derive(RecipeFlags(depth=34, total_batch_size=2**21), 32768)
+    assert explicit.total_batch_size == 2**21
 
 
 def test_explicit_batch_is_kept():
