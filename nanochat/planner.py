@@ -203,6 +203,8 @@ def check_fits(config: GPTConfig, setup: TrainingSetup, target: Target, flags: R
     problem = (
         f"training with {count_rows(setup.rows)} per pass takes {need} per rank, {target.name} has {gib(target.memory)}"
     )
+    if setup.rows > 1:  # with fewer rows a step has several micro-batches
+        setup = replace(setup, accumulation=2)
     for rows in (2**i for i in reversed(range(setup.rows.bit_length()))):
         if rows < setup.rows and fits(config, replace(setup, rows=rows)):
             raise UserError(f"{problem}: use --device-batch-size {rows}")

@@ -314,7 +314,7 @@ class Run:
             if before < setup.rows and total_batch_size % (before * self.config.sequence_len * target.count) == 0:
                 setup = replace(setup, rows=before)
         self.rows = min(self.dist.gather(setup.rows))
-        setup = replace(setup, rows=self.rows)
+        setup = training_setup(self.config, target, total_batch_size, replace(wanted_setup, rows=self.rows))
         check_fits(self.config, setup, target, self.flags if isinstance(self.flags, RecipeFlags) else None)
         self.predicted_memory = training_memory(self.config, setup).peak
         expected = f"about {gib(self.predicted_memory)} of {gib(target.memory)} per rank"

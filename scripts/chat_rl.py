@@ -181,7 +181,7 @@ def planned_memory(flags: Flags, config: GPTConfig, target: Target) -> Memory:
     wanted = TrainingSetup(
         flags.device_batch_size, compiled=False, activation_checkpointing=flags.activation_checkpointing
     )
-    setup = planner.training_setup(config, target, 0, wanted)
+    setup = replace(planner.training_setup(config, target, 0, wanted), accumulation=2)  # or more, as rollouts are many
     return rl_memory(config, setup, flags.rollout_batch_size, config.sequence_len, flags.kl_coef > 0)
 
 

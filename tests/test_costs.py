@@ -47,21 +47,32 @@ def config_of(depth, **flags):
     ],
 )
 def test_peak_on_a_gpu_is_predicted_within_2_percent(depth, rows, setup, measured):
-    predicted = training_memory(config_of(depth), TrainingSetup(rows=rows, **setup)).peak
+    predicted = training_memory(config_of(depth), TrainingSetup(rows, accumulation=2, **setup)).peak
     assert predicted / GIB == pytest.approx(measured, rel=0.02)
+
+
+# The same with one micro-batch in each of two steps.
+@pytest.mark.parametrize(
+    "depth, rows, fp8, measured", [(12, 32, False, 27.910), (24, 8, False, 38.368), (24, 8, True, 36.229)]
+)
+def test_peak_of_a_step_with_one_pass_is_predicted_within_2_percent(depth, rows, fp8, measured):
+    setup = TrainingSetup(rows, compiled=False, fp8=fp8)
+    assert training_memory(config_of(depth), setup).peak / GIB == pytest.approx(measured, rel=0.02)
+    twice = training_memory(config_of(depth), TrainingSetup(rows, accumulation=2, compiled=False, fp8=fp8))
+    assert twice.peak - training_memory(config_of(depth), setup).peak == twice.parts["gradients"]
 
 
 # The same, compiled.
 @pytest.mark.parametrize("rows, recomputes, measured", [(16, False, 6.870), (16, True, 4.002), (32, True, 5.920)])
 def test_peak_of_a_compiled_model_is_predicted_within_2_percent(rows, recomputes, measured):
-    setup = TrainingSetup(rows=rows, activation_checkpointing=recomputes)
+    setup = TrainingSetup(rows, accumulation=2, activation_checkpointing=recomputes)
     predicted = training_memory(config_of(4, aspect_ratio=192), setup).peak
     assert predicted / GIB == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype, measured", [(torch.float16, 1.649), (torch.float32, 2.281)])
 def test_peak_of_a_narrow_model_is_predicted_within_5_percent(dtype, measured):
-    setup = TrainingSetup(rows=16, compiled=False, attention="banded", dtype=dtype)
+    setup = TrainingSetup(16, accumulation=2, compiled=False, attention="banded", dtype=dtype)
     config = config_of(4, head_dim=64, max_seq_len=1024)
     assert training_memory(config, setup).peak / GIB == pytest.approx(measured, rel=0.05)
 
@@ -123,8 +134,8 @@ def test_largest_batch_is_the_largest_power_of_two_that_fits():
     config, setup = config_of(24), TrainingSetup(rows=1, world_size=8)
     rows = largest_batch(config, setup, 2**20, 76 * GIB)
     assert rows == 16
-    assert training_memory(config, TrainingSetup(rows=16, world_size=8)).peak <= 76 * GIB
-    assert training_memory(config, TrainingSetup(rows=32, world_size=8)).peak > 76 * GIB
+    assert training_memory(config, TrainingSetup(16, accumulation=4, world_size=8)).peak <= 76 * GIB
+    assert training_memory(config, TrainingSetup(32, accumulation=2, world_size=8)).peak > 76 * GIB
 
 
 def test_largest_batch_divides_the_rows_of_a_step():

@@ -88,7 +88,7 @@ def test_plan_counts_what_is_trained_and_saves_the_rest():
     lora.use_lora(model, RANK)
     assert lora_params(model.config, RANK) == sum(p.numel() for p in lora.adapters(model).values())
     config = model_config(RecipeFlags(depth=12), 32768)
-    full, adapted = (training_memory(config, TrainingSetup(rows=1, lora_rank=rank)) for rank in (0, 16))
+    full, adapted = (training_memory(config, TrainingSetup(1, accumulation=2, lora_rank=rank)) for rank in (0, 16))
     assert adapted.parts["gradients"] + adapted.parts["optimizer state"] < 0.04 * (
         full.parts["gradients"] + full.parts["optimizer state"]
     )

@@ -17,7 +17,9 @@ from types import SimpleNamespace
 import pytest
 import test_stages
 import torch
+import torch.distributed as dist
 from factories import save_checkpoint, tiny_gpt, tiny_optimizer
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nanochat import attention, cards, fp8, recipe
 from nanochat.costs import GIB, TrainingSetup, training_memory
@@ -193,8 +195,9 @@ def test_every_kernel_trains(kernel, use_fp8):
         optimizer.zero_grad(set_to_none=True)
 
 
-MEMORY_CASES = [  # depth, rows, changes of TrainingSetup
+MEMORY_CASES = [  # depth, rows, changes of TrainingSetup, in which 2 micro-batches per step are the default
     (12, 32, {}),
+    (12, 32, {"accumulation": 1}),
     (12, 16, {}),
     (20, 16, {}),
     (22, 8, {}),
@@ -216,7 +219,7 @@ if os.environ.get("NULLGPU_COMPILED"):
 
 @pytest.mark.parametrize("depth, rows, changes", MEMORY_CASES)
 def test_peak_memory_is_as_predicted(depth, rows, changes):
-    setup = TrainingSetup(rows, accumulation=2, **{"compiled": False} | changes)
+    setup = TrainingSetup(rows, **{"accumulation": 2, "compiled": False} | changes)
     torch._dynamo.reset()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -229,13 +232,45 @@ def test_peak_memory_is_as_predicted(depth, rows, changes):
     train_model = torch.compile(model, dynamic=False, fullgraph=True) if setup.compiled else model
     x_BT = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=DEVICE)
     for _ in range(2):
-        for _ in range(2):
+        for _ in range(setup.accumulation):
             token_loss(train_model, (x_BT, x_BT, x_BT.numel())).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     measured = torch.cuda.max_memory_allocated() - before
     predicted = training_memory(model.config, setup).peak
     assert predicted / GIB == pytest.approx(measured / GIB, rel=0.05)
+
+
+def test_steps_of_many_ranks_map_no_memory_even_if_little_is_left():
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        model = make_model(recipe.RecipeFlags(depth=12), vocab_size=32768)
+        optimizer = build_optimizer(model, recipe.param_groups(model.config), rank=0, world_size=8)
+        x_BT = torch.zeros(8, model.config.sequence_len, dtype=torch.long, device=DEVICE)
+
+        def mapped_bytes():
+            """Bytes that were mapped and unmapped during a step."""
+            before = torch.cuda.memory_stats()
+            token_loss(model, (x_BT, x_BT, x_BT.numel())).backward()
+            optimizer.reduce_gradients()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            after = torch.cuda.memory_stats()
+            return [after[name] - before[name] for name in ("reserved_bytes.all.allocated", "reserved_bytes.all.freed")]
+
+        assert mapped_bytes()[0] > 0
+        mapped_bytes()  # the first step with optimizer state
+        total = torch.cuda.get_device_properties(DEVICE).total_memory
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.02 * torch.cuda.max_memory_allocated() / total)
+        for _ in range(4):
+            mapped_bytes()
+        assert [mapped_bytes() for _ in range(3)] == [[0, 0]] * 3
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        dist.destroy_process_group()
 
 
 # ---- generation ----

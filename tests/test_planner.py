@@ -90,7 +90,7 @@ def test_model_that_does_not_fit_names_a_depth_that_does():
 
 def test_error_names_activation_checkpointing_where_only_that_helps():
     config, target = model_config(RecipeFlags(depth=20), VOCAB), planner.named_target("1xRTX4090", fp8=False)
-    setup = TrainingSetup(rows=1, dtype=target.dtype)
+    setup = TrainingSetup(rows=1, accumulation=2, dtype=target.dtype)
     sizes = [training_memory(config, replace(setup, activation_checkpointing=flag)).peak for flag in (False, True)]
     target = replace(target, memory=sum(sizes) / 2)  # between the two
     with pytest.raises(UserError, match="use --activation-checkpointing --device-batch-size 1"):
