@@ -10,6 +10,10 @@ The scale follows from the tensor's own largest magnitude ("dynamic scaling"): t
 checkpoints, and torch.compile fuses the maximum and the cast with the operation before them. Weights change once per
 optimizer step, so they are cast after the step and not in every micro-batch. In eval mode the layers are ordinary ones.
 
+One scale serves all tokens of a micro-batch, so other rows and later tokens influence how a token is rounded. Replacing
+them changes the log-probabilities of a random model (depth 4, width 256) by 1.5 % in the norm, as much as the rounding
+itself does. In eval mode no result depends on a later token (tests/test_leaks.py).
+
 Shapes: M rows (tokens), K input features, N output features.
 """
 
