@@ -84,12 +84,16 @@ class Check:
             flags = replace(flags, depth=max(2, depth // 6), aspect_ratio=32, head_dim=32, max_seq_len=256)
         return replace(flags, **changes)
 
-    def config(self, depth: int) -> GPTConfig:
-        return recipe.model_config(self.flags(depth), 1024 if self.dry else 32768)
+    def config(self, depth: int, vocab_size: int = 32768) -> GPTConfig:
+        return recipe.model_config(self.flags(depth), 1024 if self.dry else vocab_size)
 
     def compile(self, function: Any) -> Any:
         """torch.compile; in a dry run without Inductor, which would take minutes."""
-        return torch.compile(function, dynamic=False, backend="aot_eager" if self.dry else "inductor")
+        return torch.compile(function, dynamic=False, **self.compile_options)
+
+    @property
+    def compile_options(self) -> dict[str, str]:
+        return {"backend": "aot_eager" if self.dry else "inductor"}
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -235,7 +239,8 @@ class Training:
         self.optimizer = build_optimizer(self.model, groups, compile=self.uses_inductor)
         if use_fp8:
             fp8.use_fp8(self.model, self.optimizer, self.uses_inductor)
-        self.train_model = check.compile(self.model) if compiled else self.model
+        if compiled:
+            self.model.compile_parts(**check.compile_options)
 
     def losses(self, flags: recipe.RecipeFlags, batches: list[torch.Tensor]) -> list[float]:
         """Trains on one batch (rows, T + 1) per step; returns the smoothed loss after each."""
@@ -249,7 +254,7 @@ class Training:
         def log(state: TrainState, metrics: dict[str, float]) -> None:
             losses.append(metrics["train/loss"])
 
-        trainer = Trainer(self.train_model, self.optimizer, TrainState(), Dist(self.device), log)
+        trainer = Trainer(self.model, self.optimizer, TrainState(), Dist(self.device), log)
         trainer.fit(steps, token_loss, partial(recipe.pretrain_schedule, flags, len(batches)), [])
         return losses
 
@@ -290,18 +295,20 @@ def loss_curves(check: Check) -> None:
     check.require(reference[-1] < reference[0], "the loss does not fall")
 
 
-def training_speed(check: Check, depth: int) -> None:
+def training_speed(check: Check, depth: int, num_rows: int, vocab_size: int = 32768, *, use_fp8: bool = False) -> None:
     """One depth, compiled: ms of a micro-batch and of an optimizer step, MFU, peak memory, ms by kind of kernel."""
-    config = check.config(depth)
-    num_rows = 2 if check.dry else estimates.ROWS[depth]
+    config = check.config(depth, vocab_size)
+    num_rows = 2 if check.dry else num_rows
+    use_fp8 = use_fp8 and check.has_fp8
     kernel, _ = attention.choose("auto", config.attention_shape, check.device, check.dtype)
-    expected = estimates.training_ms(config, num_rows, attention=kernel)
+    expected = estimates.training_ms(config, num_rows, attention=kernel, fp8=use_fp8)
     expected_ms = sum(expected.values())
-    training = Training(check, config, recipe.param_groups(config), kernel=kernel, compiled=True)
+    groups = recipe.param_groups(config)
+    training = Training(check, config, groups, kernel=kernel, compiled=True, use_fp8=use_fp8)
     x, y = torch.randint(config.vocab_size, (2, num_rows, config.sequence_len), device=check.device).unbind()
 
     def micro_batch() -> None:
-        token_loss(training.train_model, (x, y, 2 * y.numel())).backward()
+        token_loss(training.model, (x, y, 2 * y.numel())).backward()
 
     def update() -> None:
         training.optimizer.reduce_gradients()
@@ -314,15 +321,17 @@ def training_speed(check: Check, depth: int) -> None:
         pass_ms += [check.milliseconds(micro_batch) for _ in range(2)]
         update_ms.append(check.milliseconds(update))
     ms = statistics.median(pass_ms[1:])
-    check.record(f"d{depth}: micro-batch, {num_rows} rows, {kernel}", ms, "ms", expected_ms)
+    kernels = f"{kernel}, FP8" if use_fp8 else kernel
+    check.record(f"d{depth}: micro-batch, {num_rows} rows, {kernels}", ms, "ms", expected_ms)
     check.record(f"d{depth}: optimizer", statistics.median(update_ms), "ms")
     card = hardware.gpu_card(check.device)
     if card:
         mfu, expected_mfu = (100 * estimates.mfu(config, num_rows, value, card) for value in (ms, expected_ms))
         check.record(f"d{depth}: MFU on {card.name}", mfu, "%", expected_mfu)
     if check.device.type == "cuda":
+        compiled = training.uses_inductor
         setup = TrainingSetup(
-            num_rows, accumulation=2, dtype=check.dtype, compiled=training.uses_inductor, attention=kernel
+            num_rows, accumulation=2, dtype=check.dtype, compiled=compiled, attention=kernel, fp8=use_fp8
         )
         predicted = training_memory(config, setup).peak / GIB
         check.record(f"d{depth}: peak memory", torch.cuda.max_memory_allocated() / GIB, "GiB", predicted)
@@ -406,11 +415,16 @@ def fused_mlp(check: Check) -> None:
 
 
 def depth_12(check: Check) -> None:
-    training_speed(check, 12)
+    training_speed(check, 12, estimates.ROWS[12])
 
 
 def depth_24(check: Check) -> None:
-    training_speed(check, 24)
+    training_speed(check, 24, estimates.ROWS[24])
+
+
+def depth_22_fp8(check: Check) -> None:
+    """The shape that reaches GPT-2's CORE soonest on eight H100: docs/time_to_gpt2.md."""
+    training_speed(check, 22, 16, 49152, use_fp8=True)
 
 
 # ---- generation ----
@@ -568,4 +582,5 @@ PARTS: list[tuple[Callable[[Check], None], int]] = [  # in order of value, each 
     (stages, 70),
     (depth_24, 45),
     (fused_mlp, 20),
+    (depth_22_fp8, 60),
 ]
