@@ -6,7 +6,7 @@ report/report.html (one page, to share) and report.md. Every stage rewrites thes
     python -m scripts.report d12                    # the run with this tag
     python -m scripts.report d12 d16 ~/other/base   # compare runs: tags or base folders
     python -m scripts.report --serve                # a page on this machine that follows the run while it trains
-    python -m scripts.report --price 2.5            # dollars per GPU-hour, for the cost
+    python -m scripts.report --price 2.5            # dollars per GPU-hour, for the cost in this and later reports
 
 The plots of report.md need matplotlib: pip install 'nanochat[plots]'.
 """
@@ -26,7 +26,7 @@ from nanochat.common import UserError, base_dir
 from nanochat.logging import shown
 from nanochat.report.files import write_files
 from nanochat.report.plots import draw_plots, has_matplotlib
-from nanochat.report.reader import all_final_numbers, has_runs, labels, read_run
+from nanochat.report.reader import all_final_numbers, has_runs, labels, read_run, save_price
 from nanochat.report.server import ReportServer
 
 
@@ -36,7 +36,10 @@ class Flags:
     serve: bool = flag(False, "serve a page on this machine that follows the runs, instead of writing files")
     port: int = flag(8020, "port of --serve; 0 = any free one", Range(0, 65535))
     price: float = flag(
-        0.0, "dollars per GPU-hour (without GPUs: per hour); 0 = typical for the card, if it is known", NOT_NEGATIVE
+        0.0,
+        "dollars per GPU-hour (without GPUs: per hour), kept for later reports; 0 = the last one given, else typical "
+        "for the card, if it is known",
+        NOT_NEGATIVE,
     )
 
 
@@ -47,6 +50,9 @@ def main(flags: Flags) -> None:
         serve(flags, places)
         return
     runs = read_runs(places, flags.price)
+    if flags.price:
+        for base, _ in places:
+            save_price(base, flags.price)
     for run in runs:
         for warning in run["warnings"]:
             print(f"warning: {warning}")

@@ -455,6 +455,25 @@ def test_script_writes_the_report_and_prints_numbers_and_warnings(base_dir, caps
     assert (base_dir / "report/report-base_train.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_price_is_kept_when_a_stage_rewrites_the_report(base_dir, capsys):
+    write_training(base_dir)
+    write_sessions(base_dir, started(), ended())
+    report.main(["--price", "2.5"])
+    run_stage(base_dir)
+    assert "at $2.5 per hour (--price)" in (base_dir / "report/report.md").read_text()
+    report.main([])
+    assert read_run(base_dir)["totals"]["price"] == 2.5
+    report.main(["--price", "3"])
+    assert read_run(base_dir)["totals"]["price"] == 3.0
+
+
+@pytest.mark.parametrize("text", ["", "cheap", "nan", "-1", "1e999"])
+def test_damaged_price_is_ignored(base_dir, text):
+    write_training(base_dir)
+    (base_dir / "report/price").write_text(text)
+    assert "price" not in read_run(base_dir)["totals"]
+
+
 def test_report_without_matplotlib_has_no_plots(base_dir, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     write_training(base_dir)

@@ -24,10 +24,10 @@ PAGE = Path(__file__).parent / "page.html"
 DATA_ELEMENT = '<script type="application/json" id="data">'
 
 
-def write_report(base: Path, price: float = 0.0) -> None:
+def write_report(base: Path) -> None:
     """Writes report.html and report.md of what led to the newest model in a base folder; nothing if there is none."""
     if has_runs(base):
-        write_files(base / "report", "report", [read_run(base, price=price)])
+        write_files(base / "report", "report", [read_run(base)])
 
 
 def write_files(folder: Path, name: str, runs: Sequence[dict[str, Any]], plots: Sequence[str] = ()) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from nanochat.cards import find_card
 from nanochat.checkpoint_manager import STAGES
-from nanochat.common import UserError, parse_json
+from nanochat.common import UserError, atomic_path, parse_json
 from nanochat.eval.core_tasks import BUNDLE_NAME
 from nanochat.report.sessions import is_running, sessions_file
 
@@ -556,6 +556,25 @@ def total_time(sessions: Sequence[dict[str, Any]], price: float) -> dict[str, An
     return totals
 
 
+def save_price(base: Path, price: float) -> None:
+    """Keeps a price, as in total_time, for all later reports of a base folder."""
+    with atomic_path(price_file(base)) as temporary:
+        temporary.write_text(f"{price}\n", encoding="utf-8")
+
+
+def saved_price(base: Path) -> float:
+    """The price that was saved last; 0 if there is none."""
+    try:
+        price = float(price_file(base).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0.0
+    return price if 0 < price < math.inf else 0.0
+
+
+def price_file(base: Path) -> Path:
+    return base / "report" / "price"
+
+
 # ---- a run ----
 
 
@@ -567,7 +586,7 @@ def has_runs(base: Path) -> bool:
 
 def read_run(base: Path, tag: str = "", price: float = 0.0) -> dict[str, Any]:
     """
-    Everything that is known about a run. price: see total_time. UserError if there is none.
+    Everything that is known about a run. price: as in total_time, but 0 = the saved one. UserError if there is none.
 
     name, base           tag, and the name of the base folder
     written              when this was read, in seconds since 1970
@@ -602,7 +621,7 @@ def read_run(base: Path, tag: str = "", price: float = 0.0) -> dict[str, Any]:
         "written": time.time(),
         "commit": last.get("commit", ""),
         "environment": last.get("environment", {}) | ({"device": devices[-1]} if devices else {}),
-        "totals": total_time(sessions, price),
+        "totals": total_time(sessions, price or saved_price(base)),
         "stages": known_stages,
         "core": read_core(base, base_tag),
         "chat": read_chat(base, chain),

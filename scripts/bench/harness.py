@@ -20,6 +20,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,22 +90,34 @@ class Worker:
     def __init__(self, work: Callable[..., None], *arguments: Any):
         context = multiprocessing.get_context("spawn")
         self.connection, other_end = context.Pipe()
-        context.Process(target=work, args=(other_end, *arguments), daemon=True).start()
+        context.Process(target=_work, args=(work, other_end, *arguments), daemon=True).start()
         other_end.close()  # otherwise the end of the process would not close the pipe
 
     def receive(self) -> Any:
-        """Waits for the next message of the process. Raises UserError if it ends instead."""
+        """Waits for the next message of the process. Raises the UserError of the process, or one if it ends instead."""
         try:
-            return self.connection.recv()
-        except EOFError:
+            message = self.connection.recv()
+        except (EOFError, ConnectionError):
             raise UserError(
                 "a benchmark process ended early, see above; if it ran out of memory, measure fewer sides at a time"
             ) from None
+        if isinstance(message, UserError):
+            raise message
+        return message
 
     def request(self, message: Any) -> Any:
-        """Sends a message and returns the reply."""
-        self.connection.send(message)
+        """Sends a message and returns the reply. Raises UserError as `receive` does."""
+        with suppress(ConnectionError):  # the process has ended, perhaps with an error to receive
+            self.connection.send(message)
         return self.receive()
+
+
+def _work(work: Callable[..., None], connection: Any, *arguments: Any) -> None:
+    """Runs the work. A UserError is sent to the other end, as the process would print it with a traceback."""
+    try:
+        work(connection, *arguments)
+    except UserError as error:
+        connection.send(error)
 
 
 def run_in_process(function: Callable[..., T], *arguments: Any) -> T:
