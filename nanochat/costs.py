@@ -59,12 +59,13 @@ def param_counts(config: GPTConfig) -> dict[str, int]:
     block = 2 * C * C + 2 * C * config.kv_width + 8 * C * C  # queries and output; keys and values; MLP
     value_gates = num_value_embeds * VE_GATE_CHANNELS * config.n_kv_head
     smear = SMEAR_CHANNELS + 1 if config.smear else 0
+    gains = (config.n_layer + 1) * C * config.norm_gains
     counts = {
         "wte": config.padded_vocab_size * C,
         "value_embeds": num_value_embeds * config.padded_vocab_size * config.kv_width,
         "lm_head": config.padded_vocab_size * C,
         "transformer_matrices": config.n_layer * block + value_gates,
-        "scalars": 2 * config.n_layer * config.residual_scalars + smear + config.backout,
+        "scalars": 2 * config.n_layer * config.residual_scalars + smear + config.backout + gains,
     }
     return counts | {"total": sum(counts.values())}
 

@@ -5,7 +5,7 @@ The model: a decoder-only transformer (GPT) with rotary positions, for training 
     loss = model(idx_BT, targets_BT)        # training
     logits_BTV = model(idx_BT)              # inference; engine.py passes a KV cache
 
-Differences from GPT-2: rotary positions instead of learned ones, RMS norm without weights, normed queries and keys,
+Differences from GPT-2: rotary positions instead of learned ones, RMS norm (by default without weights), normed queries and keys,
 relu² in the MLP, grouped key/value heads, sliding windows, no biases, no dropout, lm_head not tied to the embedding.
 On top of that come four cheap additions that let information bypass the layers: value embeddings, smear, backout and
 residual scalars. GPTConfig has a field for each, so this file describes a whole family of models; legacy.py knows the
@@ -67,6 +67,9 @@ class GPTConfig:
     # Before each layer, x = resid_lambda * x + x0_lambda * x0, where x0 is the embedding: the layer chooses how much it
     # reads of the token itself.
     residual_scalars: bool = True
+    # Learned factors, one per channel, on the normed input of each MLP and on the final norm (the gains of RMSNorm,
+    # arXiv 1910.07467). The matrix after a norm can learn them too, but Muon's steps are equally large in all directions.
+    norm_gains: bool = False
     # Factor on queries and keys after their norm. Normed vectors bound the scores, which keeps attention stable in 16
     # bits (QK norm, arXiv 2010.04245); the factor multiplies that bound by 1.2².
     qk_gain: float = 1.2
@@ -93,7 +96,7 @@ class GPTConfig:
             size = getattr(self, name)
             if type(size) is not int or not 1 <= size <= MAX_SIZE:
                 raise UserError(f"{name} is {size!r:.40}: it must be a whole number from 1 to {MAX_SIZE:,}")
-        for name in ADDITIONS:
+        for name in (*ADDITIONS, "norm_gains"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} is {getattr(self, name)!r:.40}: it must be true or false")
         for name in ("qk_gain", "rope_base", "logit_softcap"):
@@ -164,7 +167,7 @@ class Cache(Protocol):
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
-    """RMS norm over the last axis (arXiv 1910.07467), without learned weights: the next matrix can learn the scale."""
+    """RMS norm over the last axis (arXiv 1910.07467), without learned weights; GPTConfig.norm_gains adds some."""
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
@@ -314,10 +317,21 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.mlp_norm: Callable[[torch.Tensor], torch.Tensor] = norm  # packed.py does it within the MLP's first product
 
-    def forward(self, x, value_embed, rotary, cache: Cache | None, columns_BQ: torch.Tensor | None = None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        value_embed: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: Cache | None,
+        columns_BQ: torch.Tensor | None = None,
+        mlp_gain_C: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         attended = self.attn(norm(x), value_embed, rotary, cache, columns_BQ)
         x = select_columns(x, columns_BQ) + attended
-        return x + self.mlp(self.mlp_norm(x))
+        normed = self.mlp_norm(x)
+        if mlp_gain_C is not None:
+            normed = normed * mlp_gain_C.to(x.dtype)
+        return x + self.mlp(normed)
 
 
 class Trunk(nn.Module):
@@ -341,22 +355,29 @@ class LayerInputs(NamedTuple):
     cache: Cache | None
 
 
+class Factors(NamedTuple):
+    """Learned factors of a layer; None if the model does not have them."""
+
+    resid_lambda: torch.Tensor | None  # on the residual stream before the layer
+    x0_lambda: torch.Tensor | None  # on the embedding, which is added to it
+    mlp_gain_C: torch.Tensor | None  # on the normed input of the MLP
+
+
 def run_layer(
     block: Block,
     table: nn.Module | None,  # its value embeddings
-    scalars: tuple[torch.Tensor, torch.Tensor] | None,  # resid_lambda and x0_lambda
+    factors: Factors,
     x: torch.Tensor,
     common: LayerInputs,
     columns_BQ: torch.Tensor | None,  # as in GPT.hidden
 ) -> torch.Tensor:
     """The residual stream after a layer. The number of the layer is not passed: it would be a constant in its code."""
-    if scalars is not None:
-        resid_lambda, x0_lambda = scalars
-        x = resid_lambda * x + x0_lambda * common.x0_BTC
+    if factors.resid_lambda is not None:
+        x = factors.resid_lambda * x + factors.x0_lambda * common.x0_BTC
     value_embed = None
     if table is not None:
         value_embed = table(common.idx_BT).to(x.dtype).unflatten(-1, (-1, block.attn.head_dim))
-    return block(x, value_embed, common.rotary, common.cache, columns_BQ)
+    return block(x, value_embed, common.rotary, common.cache, columns_BQ, factors.mlp_gain_C)
 
 
 # ---- the model ----
@@ -399,6 +420,9 @@ class GPT(nn.Module):
                 self.smear_lambda = nn.Parameter(torch.empty(1))
             if config.backout:
                 self.backout_lambda = nn.Parameter(torch.empty(1))
+            if config.norm_gains:
+                self.mlp_gains = nn.Parameter(torch.empty(config.n_layer, config.n_embd))
+                self.final_gain = nn.Parameter(torch.empty(config.n_embd))
         self.to_empty(device=device)
         cos, sin = rotary_table(config.sequence_len, config.head_dim, config.rope_base, device)
         self.register_buffer("cos", cos, persistent=False)
@@ -462,6 +486,9 @@ class GPT(nn.Module):
             self.smear_lambda.zero_()
         if config.backout:
             self.backout_lambda.fill_(0.2)
+        if config.norm_gains:
+            self.mlp_gains.fill_(1.0)
+            self.final_gain.fill_(1.0)
 
     def cast_weights(self) -> None:
         """For inference only: casts matrices and tables to the compute dtype once, instead of at every use."""
@@ -513,14 +540,12 @@ class GPT(nn.Module):
         x, rotary = run_start(self, idx_BT, cache)
         middle = x
         common = LayerInputs(x, idx_BT, rotary, cache)
-        scalars: list[Any] = [None] * config.n_layer
-        if config.residual_scalars:  # unbind: its gradient is one stack, that of an index per layer is a sum of vectors
-            scalars = list(zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind(), strict=True))
+        factors = self._factors()
         recomputes = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
         for i, block in enumerate(cast(Iterable[Block], self.transformer.h)):
             table = self.value_embeds[str(i)] if str(i) in self.value_embeds else None
             columns = columns_BQ if i == config.n_layer - 1 else None
-            arguments = block, table, scalars[i], x, common, columns
+            arguments = block, table, factors[i], x, common, columns
             if recomputes:  # nothing in a layer is random, so the state of the random generator need not be restored
                 x = checkpoint(run_layer_i, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -530,6 +555,16 @@ class GPT(nn.Module):
         if config.n_layer > 2:  # with 1 or 2, `middle` comes from the last layer, which has selected the columns
             middle = select_columns(middle, columns_BQ)
         return x, middle
+
+    def _factors(self) -> list[Factors]:
+        """Of each layer. unbind: its gradient is one stack, that of an index per layer is a sum of vectors."""
+        missing: Iterable[Any] = [None] * self.config.n_layer
+        resid_lambdas = x0_lambdas = gains = missing
+        if self.config.residual_scalars:
+            resid_lambdas, x0_lambdas = self.resid_lambdas.unbind(), self.x0_lambdas.unbind()
+        if self.config.norm_gains:
+            gains = self.mlp_gains.unbind()
+        return [Factors(*factors) for factors in zip(resid_lambdas, x0_lambdas, gains, strict=True)]
 
     # The parts that compile_parts compiles. A copy of the model calls them too, so they are given the model.
 
@@ -542,7 +577,8 @@ class GPT(nn.Module):
     def _end(self, x: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
         if self.config.backout:
             x = x - self.backout_lambda.to(x.dtype) * middle
-        return norm(x)
+        x = norm(x)
+        return x * self.final_gain.to(x.dtype) if self.config.norm_gains else x
 
     def _loss(self, x: torch.Tensor, middle: torch.Tensor, targets_BT: torch.Tensor, reduction: str) -> torch.Tensor:
         loss = cross_entropy(

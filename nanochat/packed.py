@@ -208,10 +208,12 @@ def packed_copy(model: GPT, dtype: torch.dtype, layout: str) -> GPT:
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, shared)
     copied.dtype = dtype
+    fuses_norm = not model.config.norm_gains  # gains stand between the norm and the product
     for block in cast(Iterable[Block], copied.transformer.h):
         for parent, name, layers in _products_of(block):
-            setattr(parent, name, PackedLinear(layers, dtype, layout, norms_input=name == "c_fc"))
-        block.mlp_norm = _unchanged
+            setattr(parent, name, PackedLinear(layers, dtype, layout, norms_input=name == "c_fc" and fuses_norm))
+        if fuses_norm:
+            block.mlp_norm = _unchanged
         if layout == "plain" and block.attn.has_value_embeds:
             setattr(block.attn, "ve_gate", PackedLinear([block.attn.ve_gate], dtype, layout))  # noqa: B010
     lm_head = PackedLinear([model.lm_head], dtype, layout, num_rows=model.config.vocab_size)

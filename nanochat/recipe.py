@@ -79,6 +79,7 @@ class RecipeFlags:
     head_dim: int = flag(128, "channels per attention head", Range(16))
     max_seq_len: int = flag(2048, "tokens of context", COUNT)
     window_pattern: str = flag("SSSL", "a letter per layer, repeated: S sees 1/4 of the context, L all; last layer: L")
+    norm_gains: bool = flag(False, "learned factors (RMSNorm gains) on the inputs of the MLPs and on the final norm")
     portable: bool = flag(False, "only standard parts, which other programs support; see also tok_train --portable")
     num_iterations: int = flag(
         -1, "optimizer steps; -1 = from --target-flops, else from --target-param-data-ratio", COUNT_OR_DEFAULT
@@ -187,6 +188,7 @@ def model_config(flags: RecipeFlags, vocab_size: int) -> GPTConfig:
         n_kv_head=n_head,
         n_embd=n_head * flags.head_dim,
         window_pattern=flags.window_pattern,
+        norm_gains=flags.norm_gains,
     )
     return replace(config, **PORTABLE) if flags.portable else config
 
@@ -272,6 +274,15 @@ def param_groups(
         ParamGroup(
             "resid", ("resid_lambdas",), 0.01 * base.scalar_lr * by_batch, 0.05, (0.8, 0.95), skips_first_step=True
         ),
+        # As resid_lambdas: they scale what every token passes through.
+        ParamGroup(
+            "gains",
+            ("mlp_gains", "final_gain"),
+            0.01 * base.scalar_lr * by_batch,
+            0.05,
+            (0.8, 0.95),
+            skips_first_step=True,
+        ),
         ParamGroup("x0", ("x0_lambdas",), base.scalar_lr * by_batch, 0.0, (0.96, 0.95), skips_first_step=True),
         # Scaled down for small batches: with 0.2 at depth 4 and 8,192 tokens a step, backout_lambda rises to 0.8 or 1,
         # and the loss of 3 of 5 seeds jumps by 0.5 to 1.1 (docs/lab_notes.md). Not scaled up: 0.2 is the value at 2^19.
@@ -288,6 +299,7 @@ def param_groups(
     is_present = {
         "value_embeds": config.value_embeds,
         "resid": config.residual_scalars,
+        "gains": config.norm_gains,
         "x0": config.residual_scalars,
         "smear_backout": config.smear or config.backout,
     }
@@ -431,6 +443,7 @@ def explain_groups(
         "wte": f"embedding_lr {base.embedding_lr:g} x {by_width}",
         "value_embeds": "half of wte's",
         "resid": f"scalar_lr {base.scalar_lr:g} x 0.01 x {by_batch}",
+        "gains": "as resid",
         "x0": f"scalar_lr {base.scalar_lr:g} x {by_batch}",
         "smear_backout": f"{share}0.2 x min(1, sqrt(B / 2^19))",
         "muon": f"matrix_lr {base.matrix_lr:g} x {by_batch}",

@@ -62,6 +62,8 @@ def shard(model: GPT, dist: Dist) -> None:
     """Applies fully_shard to the blocks, the tables and lm_head."""
     mesh = init_device_mesh(dist.device.type, (dist.world_size,))
     small = {p for p in model.parameters() if p.numel() < SHARD_MIN_NUMEL}
+    if model.config.norm_gains:  # each layer uses a row: they would have to be gathered again in the backward pass
+        small.add(model.mlp_gains)
     policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options: dict[str, Any] = {"mesh": mesh, "ignored_params": small, "reshard_after_forward": True}
     for block in model.transformer.h:

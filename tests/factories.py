@@ -38,7 +38,7 @@ NEEDS_NUMBERS = pytest.mark.skipif("NULLGPU" in os.environ, reason="the null GPU
 GOLDEN_VOCAB_SIZE = 1024  # of the golden tokenizer (conftest.py)
 RANDOM_STD = 0.3  # large enough that logits differ clearly between tokens
 
-FAMILY = VINTAGES | {"portable": PORTABLE}  # values of GPTConfig's fields
+FAMILY = VINTAGES | {"portable": PORTABLE, "gains": {"norm_gains": True}}  # values of GPTConfig's fields
 
 WORDS = "the cat sat on a mat and saw one old dog run by it in the sun while 12 birds sang of 345 ways home".split()
 

@@ -97,6 +97,7 @@ def plain_logits(weights, config, idx_BT):
         x1, x2 = x[..., : D // 2], x[..., D // 2 :]
         return torch.cat([x1 * cos + x2 * sin, -x1 * sin + x2 * cos], dim=-1)
 
+    gains = weights.get("mlp_gains", torch.ones(config.n_layer, 1))
     x = rms_norm(weights["transformer.wte.weight"][idx_BT])
     for i in range(config.n_layer):
         layer = {k.split(f"h.{i}.")[1]: w for k, w in weights.items() if f".h.{i}." in k}
@@ -105,16 +106,18 @@ def plain_logits(weights, config, idx_BT):
         q, k = (config.qk_gain * rms_norm(rotate(x)) for x in (q, k))
         y = naive_attention(q, k, v, naive_window(T, T))
         x = x + y.flatten(2) @ layer["attn.c_proj.weight"].T
-        x = x + (rms_norm(x) @ layer["mlp.c_fc.weight"].T).relu().square() @ layer["mlp.c_proj.weight"].T
-    logits = (rms_norm(x) @ weights["lm_head.weight"].T)[..., : config.vocab_size]
+        normed = gains[i] * rms_norm(x)
+        x = x + (normed @ layer["mlp.c_fc.weight"].T).relu().square() @ layer["mlp.c_proj.weight"].T
+    logits = (weights.get("final_gain", 1) * rms_norm(x) @ weights["lm_head.weight"].T)[..., : config.vocab_size]
     if config.logit_softcap:
         logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
     return logits
 
 
 @pytest.mark.parametrize("member", ["classic", "portable"])
-def test_plain_models_equal_the_slow_reference(member):
-    model = tiny(**FAMILY[member])
+@pytest.mark.parametrize("norm_gains", [False, True])
+def test_plain_models_equal_the_slow_reference(member, norm_gains):
+    model = tiny(**FAMILY[member], norm_gains=norm_gains)
     torch.nn.init.normal_(model.lm_head.weight, std=3.0)  # logits beyond the softcap
     idx_BT = torch.randint(70, (2, 150))  # longer than a short window would be
     with torch.no_grad():
@@ -268,6 +271,23 @@ def test_short_window_is_a_quarter_of_the_context_in_whole_blocks(sequence_len, 
 def test_impossible_configurations_are_user_errors(change):
     with pytest.raises(UserError):
         GPTConfig(**change)
+
+
+def test_gains_of_a_new_model_change_nothing_and_are_trained():
+    plain, gained = (tiny_gpt(initial=True, norm_gains=norm_gains) for norm_gains in (False, True))
+    ids = torch.randint(70, (2, 20))
+    assert torch.equal(plain(ids), gained(ids))
+    optimizer = build_optimizer(gained, param_groups(gained.config))
+    group = next(group for group in optimizer.param_groups if group["name"] == "gains")
+    resid = next(group for group in optimizer.param_groups if group["name"] == "resid")
+    same = ("kind", "lr", "decay", "betas", "skips_first_step")
+    assert {name: group[name] for name in same} == {name: resid[name] for name in same}
+    assert group["names"] == ["mlp_gains", "final_gain"]
+    for _ in range(3):  # at first the MLPs' outputs are zero, and so are the gradients of their inputs
+        gained(ids[:, :-1], ids[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    assert (gained.mlp_gains != 1).any(dim=1).all() and (gained.final_gain != 1).all()
 
 
 FEATURES = ["value_embeds", "smear", "backout", "residual_scalars"]

@@ -31,7 +31,8 @@ from scripts import base_train
 CPU = torch.device("cpu")
 WORLD_SIZE, NUM_STEPS = 2, 3
 # Three layers, so that a rank owns padding; tables and most matrices have at least SHARD_MIN_NUMEL numbers.
-CONFIG = tiny_config(n_layer=3, n_embd=128, n_head=4, n_kv_head=4, vocab_size=500, sequence_len=32)
+SIZES = {"n_layer": 3, "n_embd": 128, "n_head": 4, "n_kv_head": 4, "vocab_size": 500, "sequence_len": 32}
+CONFIG = tiny_config(**SIZES, norm_gains=True)
 ROWS = 4
 
 STEPS = ["--device", "cpu", "--no-compile", "--save-every", "2", "--num-iterations", "4", "--eval-every", "0"]
@@ -196,6 +197,7 @@ def test_large_parameters_are_sharded_and_initialised_as_on_one_rank(results):
     _, one, ranks = results
     assert_equal(ranks[0]["initial"], one["initial"])
     small = {"resid_lambdas", "x0_lambdas", "smear_gate.weight", "smear_lambda", "backout_lambda"}
+    small |= {"mlp_gains", "final_gain"}
     gates = {name for name in one["initial"] if "ve_gate" in name}
     assert ranks[1]["sharded"].keys() == one["initial"].keys() - small - gates
 

@@ -11,7 +11,7 @@ A format is one module of this package with a `FORMAT`, which formats.py lists:
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -45,12 +45,19 @@ class Source:
 
     @property
     def config(self) -> GPTConfig:
-        return self.checkpoint.config
+        """That of the exported model, in which the gains of norms are part of the matrices after them."""
+        return replace(self.checkpoint.config, norm_gains=False)
 
     @cached_property
     def weights(self) -> dict[str, torch.Tensor]:
         """Parameter name → float32 tensor on the CPU; the vocabulary is padded, see `unpad`."""
-        return {name: weight.float() for name, weight in self.checkpoint.weights().items()}
+        weights = {name: weight.float() for name, weight in self.checkpoint.weights().items()}
+        if self.checkpoint.config.norm_gains:
+            for layer, gain_C in enumerate(weights.pop("mlp_gains")):
+                name = f"transformer.h.{layer}.mlp.c_fc.weight"
+                weights[name] = weights[name] * gain_C
+            weights["lm_head.weight"] = weights["lm_head.weight"] * weights.pop("final_gain")
+        return weights
 
     def unpad(self, table: torch.Tensor) -> torch.Tensor:
         """The rows of an embedding table or of lm_head that belong to tokens: (V', X) → (V, X)."""
