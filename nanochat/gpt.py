@@ -5,11 +5,11 @@ The model: a decoder-only transformer (GPT) with rotary positions, for training 
     loss = model(idx_BT, targets_BT)        # training
     logits_BTV = model(idx_BT)              # inference; engine.py passes a KV cache
 
-Differences from GPT-2: rotary positions instead of learned ones, RMS norm (by default without weights), normed queries and keys,
-relu² in the MLP, grouped key/value heads, sliding windows, no biases, no dropout, lm_head not tied to the embedding.
-On top of that come four cheap additions that let information bypass the layers: value embeddings, smear, backout and
-residual scalars. GPTConfig has a field for each, so this file describes a whole family of models; legacy.py knows the
-fields of models that were trained by older versions.
+Differences from GPT-2: rotary positions instead of learned ones, RMS norm (weights are optional), normed queries and
+keys, relu² in the MLP, grouped key/value heads, sliding windows, no biases, no dropout, lm_head not tied to the
+embedding. On top of that come four cheap additions that let information bypass the layers: value embeddings, smear,
+backout and residual scalars. GPTConfig has a field for each, so this file describes a whole family of models; legacy.py
+knows the fields of models that were trained by older versions.
 
 Shapes: B sequences (rows), T tokens, Q selected tokens, C = n_embd channels, H query heads, K key/value heads,
 D = C / H channels per head, V vocabulary, N = B * T.
@@ -68,7 +68,7 @@ class GPTConfig:
     # reads of the token itself.
     residual_scalars: bool = True
     # Learned factors, one per channel, on the normed input of each MLP and on the final norm (the gains of RMSNorm,
-    # arXiv 1910.07467). The matrix after a norm can learn them too, but Muon's steps are equally large in all directions.
+    # arXiv 1910.07467). The matrix after a norm can learn them too, but Muon's steps are as large in all directions.
     norm_gains: bool = False
     # Factor on queries and keys after their norm. Normed vectors bound the scores, which keeps attention stable in 16
     # bits (QK norm, arXiv 2010.04245); the factor multiplies that bound by 1.2².
@@ -478,6 +478,10 @@ class GPT(nn.Module):
                 block.attn.ve_gate.weight.uniform_(0, 0.02)  # slightly positive: sigmoid just above 1/2
         for table in self.value_embeds.parameters():
             table.uniform_(-bound, bound)
+        self._init_factors()
+
+    def _init_factors(self) -> None:
+        config = self.config
         if config.residual_scalars:
             self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, config.n_layer))
             self.x0_lambdas.copy_(torch.linspace(0.20, 0.05, config.n_layer))
