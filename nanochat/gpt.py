@@ -372,7 +372,7 @@ def run_layer(
     columns_BQ: torch.Tensor | None,  # as in GPT.hidden
 ) -> torch.Tensor:
     """The residual stream after a layer. The number of the layer is not passed: it would be a constant in its code."""
-    if factors.resid_lambda is not None:
+    if factors.resid_lambda is not None and factors.x0_lambda is not None:
         x = factors.resid_lambda * x + factors.x0_lambda * common.x0_BTC
     value_embed = None
     if table is not None:
