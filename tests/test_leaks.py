@@ -34,7 +34,7 @@ from nanochat.distributed import Dist
 from nanochat.engine import EMPTY, ActiveRequest, Prefill, Request
 from nanochat.eval.core import PrefixSharingCache, TreeBatch, build_prefix_trees, scored_states
 from nanochat.eval.core_tasks import ScoredPrompt
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, Block
 from nanochat.kernels import band_mask, cpu, flash, mlp
 from nanochat.muon import build_optimizer
 from nanochat.recipe import param_groups
@@ -301,16 +301,15 @@ def test_model_sees_no_later_token(short_windows, member, pattern, name):
     assert leaks_of_model(model) == []
 
 
-GPT_SMEAR, GPT_VALUE_EMBED = GPT._smear, GPT._value_embed
+GPT_SMEAR, BLOCK_FORWARD = GPT._smear, Block.forward
 
 
 def smear_of_next_token(self, x_BTC, cache):
     return GPT_SMEAR(self, x_BTC.flip(1), cache).flip(1)
 
 
-def value_embed_of_next_token(self, layer, idx_BT):
-    value_embed = GPT_VALUE_EMBED(self, layer, idx_BT)
-    return None if value_embed is None else value_embed.roll(-1, 1)
+def value_embed_of_next_token(self, x, value_embed, *others):
+    return BLOCK_FORWARD(self, x, None if value_embed is None else value_embed.roll(-1, 1), *others)
 
 
 def norm_over_tokens(x):
@@ -319,7 +318,7 @@ def norm_over_tokens(x):
 
 PLANTED = [
     (GPT, "_smear", smear_of_next_token),
-    (GPT, "_value_embed", value_embed_of_next_token),
+    (Block, "forward", value_embed_of_next_token),
     (gpt, "norm", norm_over_tokens),
 ]
 
