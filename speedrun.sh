@@ -94,10 +94,7 @@ stage chat_eval "${launch[@]}" scripts.chat_eval "${chat_eval[@]}"
 # ---- show the results ----
 
 python -m scripts.report 8>&-
-for question in "${questions[@]}"; do
-  echo "> $question"
-  python -m scripts.chat_cli -g speedrun -t 0 -p "$question" 8>&-
-done
+python -m scripts.chat_cli -g speedrun -t 0 "${questions[@]}" 8>&-
 chat="python -m scripts.chat_cli"
 if [ "$NANOCHAT_BASE_DIR" != "$HOME/.cache/nanochat" ]; then chat="NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR $chat"; fi
 echo "done in $((SECONDS - started)) s. Chat with the model:  source ${NANOCHAT_VENV:-.venv}/bin/activate && $chat"

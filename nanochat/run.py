@@ -459,7 +459,8 @@ class Run:
         seconds_per_step = min(self.trial_seconds)
         num_steps = (self.state.step - 1) / step.progress  # progress was measured before this step
         seconds_left = seconds_per_step * (num_steps - self.state.step)
-        seconds_compiled = hardware.seconds_compiled(seconds_left, self.config.n_layer)
+        cached = self.parent is not None and bool(self.parent.meta.get("compiled"))  # with the same shapes
+        seconds_compiled = hardware.seconds_compiled(seconds_left, self.config.n_layer, cached=cached)
         self.compiled = self.metadata["compiled"] = self.dist.gather(seconds_compiled < seconds_left)[0]
         chosen = "compiling the model" if self.compiled else "not compiling the model"
         self.dist.print0(

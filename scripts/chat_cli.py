@@ -5,6 +5,7 @@ Chat with a model in the terminal.
     python -m scripts.chat_cli -i rl -t 0.6
     python -m scripts.chat_cli -p "What is the capital of France?"      # one response, for scripts
     python -m scripts.chat_cli -p - < question.txt > response.txt
+    python -m scripts.chat_cli "Who are you?" "What is 2 + 3?"          # questions and responses, one after the other
 
 In the chat, /help lists the commands; Ctrl-C stops a response, Ctrl-D quits.
 """
@@ -36,6 +37,7 @@ Ctrl-C stops a response; the arrow keys bring back earlier messages."""
 
 @dataclass(frozen=True)
 class Flags:
+    questions: list[str] = flag((), "print each of these with its response, in separate conversations, and quit")
     source: str = flag("sft", "stage of the model", short="-i", choices=("base", "mid", "sft", "rl"))
     model_tag: str = flag("", "name of the checkpoints; default: the one written last", short="-g")
     step: int = flag(-1, "step of the checkpoint; -1 = the newest", STEP, short="-s")
@@ -68,12 +70,23 @@ def main(flags: Flags) -> None:
     engine = Engine(model, tokenizer, max_slots=1, precisions=hardware.chat_precisions(), speculate=flags.speculate)
     session = ChatSession(engine, template)
     if prompt:
-        response = "".join(text for kind, text in session.respond(prompt) if kind == "text")
-        print(printable(response.strip()))
+        print_response(session, prompt)
+        return
+    for question in flags.questions:
+        print("> " + question)
+        print_response(session, question)
+        session.clear()
+    if flags.questions:
         return
     console = make_console()
     console.print(f"{checkpoint.path}, {hardware.describe(device)}. /help lists the commands.")
     chat(session, console, LineEditor(console, base_dir() / "chat_history.jsonl"))
+
+
+def print_response(session: ChatSession, message: str) -> None:
+    """Prints the text of the response, without tool calls."""
+    response = "".join(text for kind, text in session.respond(message) if kind == "text")
+    print(printable(response.strip()), flush=True)
 
 
 def chat(session: ChatSession, console: Console, editor: LineEditor) -> None:

@@ -274,7 +274,8 @@ def test_compiling_is_decided_after_three_steps_and_kept(trainable, monkeypatch,
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
     monkeypatch.setattr(hardware, "can_compile", lambda device: True)
-    monkeypatch.setattr(hardware, "seconds_compiled", lambda seconds, layers: seconds / 2 if pays_off else 2 * seconds)
+    factor = 0.5 if pays_off else 2
+    monkeypatch.setattr(hardware, "seconds_compiled", lambda seconds, layers, **_: seconds * factor)
     argv = [flag for flag in SMALL if flag != "--no-compile"] + ["--save-every", "1", "--model-tag", "c"]
     base_train.main(argv)
     assert len(compiled) == pays_off

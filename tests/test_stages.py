@@ -107,12 +107,16 @@ def test_model_is_compiled_once(workspace, monkeypatch, device):
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count, fullgraph=True))
     monkeypatch.setattr(hardware, "can_compile", lambda device: True)
-    monkeypatch.setattr(hardware, "seconds_compiled", lambda *_: 0.0)
+    caches: list[bool] = []
+    monkeypatch.setattr(hardware, "seconds_compiled", lambda *_, cached: caches.append(cached) or 0.0)
     base_train.main([*BASE, "--compile", "--device", device, "--model-tag", "compiled"])
     models = [graph for graph in graphs if any(op in graph.code for op in ATTENTION_OPS)]  # the others are optimizers
     assert len(models) == (1 if device == "cpu" else 2)
     if device == "cpu":
         assert len(graphs) == 1 and metrics(workspace, "base_train-compiled") == metrics(workspace, "base_train-d2")
+        chat_sft.main([*SFT, "--compile", "--base-tag", "compiled"])
+        assert caches == [False, True]  # the model of the second stage is in torch's cache
+        shutil.rmtree(workspace / "chatsft_checkpoints/compiled")
     shutil.rmtree(workspace / "base_checkpoints/compiled")  # other tests list all tags
 
 
@@ -413,6 +417,15 @@ def test_chat_cli_with_a_prompt_prints_one_completion(workspace, capsys):
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] != answers[2]
     assert "checkpoints" not in answers[0]  # the answer alone
+
+
+def test_chat_cli_with_questions_prints_them_with_independent_responses(workspace, capsys):
+    argv = [*CPU, "-t", "0", "-m", "12"]
+    chat_cli.main([*argv, "Who are you?", "What is 2 + 3?"])
+    output = capsys.readouterr().out
+    chat_cli.main([*argv, "-p", "What is 2 + 3?"])
+    alone = capsys.readouterr().out
+    assert output.startswith("> Who are you?\n") and output.endswith(f"> What is 2 + 3?\n{alone}")
 
 
 def test_chat_cli_drops_old_messages_when_the_context_is_full(workspace, capsys, monkeypatch):
