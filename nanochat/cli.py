@@ -28,8 +28,8 @@ from typing import Any, TypeVar, get_type_hints
 from nanochat.common import UserError, describe_error
 
 T = TypeVar("T")
-NUMBERS = tuple[int, ...]
-METAVARS = {int: "N", float: "X", str: "TEXT", NUMBERS: "N,N"}  # how --help shows a value
+LISTS = {tuple[int, ...]: int, tuple[float, ...]: float}  # types of fields with several numbers → type of each
+METAVARS = {int: "N", float: "X", str: "TEXT"} | dict.fromkeys(LISTS, "N,N")  # how --help shows a value
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def flag(
     """
     A dataclass field with its default, help text, range (numbers need one, or choices), short name and allowed values.
     A field whose name is a word of Python ends in _, which the flag leaves out. A field of type list[str] takes the
-    arguments without a flag, one of type tuple[int, ...] takes numbers separated by commas.
+    arguments without a flag, one of type tuple[int, ...] or tuple[float, ...] takes numbers separated by commas.
     """
     return field(default=default, metadata={"help": help, "within": within, "short": short, "choices": choices})
 
@@ -118,8 +118,8 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
 
 def _read_value(f: Field[Any], kind: type, text: str) -> Any:
     """The value of a flag that takes numbers. argparse puts the flag's name before the message of an error."""
-    if kind == NUMBERS:
-        return tuple(_read_number(f, int, part) for part in text.split(",")) if text else ()
+    if kind in LISTS:
+        return tuple(_read_number(f, LISTS[kind], part) for part in text.split(",")) if text else ()
     return _read_number(f, kind, text)
 
 

@@ -15,7 +15,7 @@ from nanochat.cli import (
     COUNT,
     COUNT_OR_AUTO,
     COUNT_OR_DEFAULT,
-    NUMBERS,
+    LISTS,
     POSITIVE,
     SEED,
     SHARE,
@@ -219,7 +219,7 @@ def test_every_number_of_every_script_has_a_range_that_its_default_is_in(path):
     flags = importlib.import_module(name).Flags
     hints = get_type_hints(flags)
     for f in fields(flags):
-        if hints[f.name] not in (int, float, NUMBERS) or f.metadata["choices"]:
+        if hints[f.name] not in (int, float, *LISTS) or f.metadata["choices"]:
             continue
         within = f.metadata["within"]
         assert within is not None, f"{name}: {f.name} has no range"

@@ -46,6 +46,10 @@ from nanochat.conversation import render
 from nanochat.dataset import iterate_texts, split_shards
 from nanochat.distributed import Dist
 from nanochat.eval.core_tasks import FIELDS, load_tasks, tokenize_items
+from nanochat.experiment.statistics import summarize
+from nanochat.experiment.trials import FIELDS as RESULT_FIELDS
+from nanochat.experiment.trials import Results
+from nanochat.experiment.trials import read_metrics as read_metrics_of_trial
 from nanochat.export import hf, importer
 from nanochat.export.common import Source
 from nanochat.primer.identity import read_identity
@@ -55,7 +59,7 @@ from nanochat.report.reader import read_run
 from nanochat.sources import find_sources
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import TrainState
-from scripts import make_identity, report, scaling_laws
+from scripts import make_identity, report
 from tasks.arc import ARC
 from tasks.customjson import CustomJSON
 
@@ -300,14 +304,26 @@ def read_history(folder: Path) -> Any:
 
 def write_metrics(folder: Path) -> None:
     config = {"flags": {"target_flops": 1e15, "depth": 4}, "recipe": {"horizon": 1000}}
-    lines = [{"config": config}, *({"step": i, "seconds": 0.1, "train/loss": 2.0, "val/bpb": 1.0} for i in range(5))]
+    line = {"seconds": 0.1, "tokens": 10, "flops": 1e9, "train/tokens_per_second": 50.0, "val/bpb": 1.0}
+    lines = [{"config": config}, *({"step": i} | line for i in range(1, 6))]
     (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_metrics(folder: Path) -> Any:
-    result = scaling_laws.read_result(folder / "a.jsonl")
+    result = read_metrics_of_trial(folder / "a.jsonl")
     logging.append_after(3, folder / "a.jsonl").close()
     return result, (folder / "a.jsonl").read_text()
+
+
+def write_results(folder: Path) -> None:
+    result: dict[str, Any] = dict.fromkeys(RESULT_FIELDS, 1) | {"role": "compared", "device": "cpu", "commit": "abc"}
+    result |= {"variant": "baseline", "flags": ["--depth", "1"]}
+    lines = [json.dumps(result | {"tag": f"t{seed}", "seed": seed, "bpb": 1 + seed / 100}) for seed in range(3)]
+    (folder / "results.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def read_results(folder: Path) -> Any:
+    return summarize(list(Results(folder).by_tag.values()), 3)
 
 
 def write_numbers(folder: Path) -> None:
@@ -394,6 +410,7 @@ READERS = {
     "identity": Reader(write_identity, read_identity_file, ["identity.yaml"]),
     "history": Reader(write_history, read_history, ["history"]),
     "metrics": Reader(write_metrics, read_metrics, ["a.jsonl"]),
+    "results": Reader(write_results, read_results, ["results.jsonl"]),
     "numbers": Reader(write_numbers, read_numbers, ["report/base_train.json"]),
     "report": Reader(
         write_report_files,

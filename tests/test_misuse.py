@@ -113,7 +113,17 @@ WORDS = [
     ("bench.train", "--depth 150 --device cpu", "or less"),
     ("bench.rollout", "--fresh-depth 150 --device cpu", "use a smaller --depth or fewer rows"),
     ("base_train", "--depth 150 --device cpu", "or less"),
-    ("scaling_laws", "", "has no finished run of runs/scaling_laws.sh: run it first"),
+    ("experiment", "lr", "variant 'lr': write NAME=FLAGS, NAME@REF or NAME@REF=FLAGS"),
+    ("experiment", "baseline=", "variant 'baseline': that is the name of the runs with --train-flags only"),
+    ("experiment", "lr= lr=", "two variants are named 'lr': give each a name of its own"),
+    ("experiment", "lr=--matrix-lr=x", "flags of lr: argument --matrix-lr: 'x' is not a number"),
+    ("experiment", "lr=--head-dim=17", "flags of lr at depth 4: --head-dim 17: must be even"),
+    ("experiment", "lr=--depth=3", "flags of lr: scripts.experiment chooses --depth, leave it out"),
+    ("experiment", "lr=--num-iterations=3", "flags of lr: all variants have the same budget"),
+    ("experiment", "lr@nowhere", "git knows no branch or commit 'nowhere'"),
+    ("experiment", "--train-flags=--head-dim=x", "flags of baseline: argument --head-dim: 'x' is not a whole number"),
+    ("experiment", "--name a/b", "--name 'a/b': use letters, digits and . - _ only"),
+    ("experiment", "--gpus-per-run 64", "--gpus-per-run 64: this machine has"),
     ("speedrun", "--for 8xH100", "--for plans for another machine: use it with --plan"),
 ]
 

