@@ -7,9 +7,9 @@ Compare variants of the training recipe with the baseline: over depths and seeds
     python -m scripts.experiment --name laws --depths 4,6,8 --flops 1e15,3e15,1e16 --seeds 1   # scaling laws
 
 A variant is NAME=FLAGS (flags of base_train), NAME@REF (a git branch or commit, checked out in a worktree) or both:
-NAME@REF=FLAGS. The baseline is the code of this folder with --train-flags only. Each run is a base_train in a process
-of its own, at equal FLOPs with the budget of the baseline's recipe at its depth, or with each of --flops. With --equal
-time a first run of each variant measures its speed, and the budgets of the others follow from that.
+NAME@REF=FLAGS. The baseline is the code of this folder with --train-flags only. Each run is a base_train in a separate
+process. At equal FLOPs its budget is that of the baseline's recipe at the depth, or each of --flops. With --equal time
+a first run of each variant measures its speed, and the budgets of the others follow from that.
 
 Without GPUs the runs take turns, all variants with one seed before the next seed, so that a machine that becomes slower
 or faster changes all of them alike. With GPUs there is one run per GPU. The baseline also runs with a second set of
@@ -154,7 +154,7 @@ class Experiment:
         names = [variant.name for variant in variants]
         for name in names:
             if names.count(name) > 1:
-                raise UserError(f"two variants are named {name!r}: give each a name of its own")
+                raise UserError(f"two variants are named {name!r}: give them different names")
         return cls(flags, shared, variants, find_cells(flags, shared))
 
     def check(self) -> None:
@@ -302,6 +302,7 @@ def report(flags: Flags, results: list[dict[str, Any]], folder: Path) -> list[st
     figures = page.comparison_charts(results, rows)
     if flags.variants:
         tables.insert(0, ("Verdicts", verdict_table(rows)))
+        figures.append(page.differences_chart(rows))
     elif len(flags.depths) > 1 and not flags.flops:
         figures = [page.miniseries_chart(rows)]
     laws = stats.fit_scaling_laws(results)
@@ -309,7 +310,8 @@ def report(flags: Flags, results: list[dict[str, Any]], folder: Path) -> list[st
         tables.append(("Scaling laws", scaling_table(laws)))
         figures = page.scaling_charts(laws)
     commits = sorted({result["commit"] or "unknown" for result in results})
-    lead = f"Equal {flags.equal}; {len(results)} runs on {results[-1]['device']}; commit {', '.join(commits)}"
+    equal = "FLOPs" if flags.equal == "flops" else "time"
+    lead = f"Equal {equal}; {len(results)} runs on {results[-1]['device']}; commit {', '.join(commits)}"
     for heading, table in tables:
         print_table(heading, table)
     print(lead)

@@ -38,6 +38,7 @@ GUIDES = [
     "evaluation.md",
     "one-gpu.md",
     "scaling-laws.md",
+    "experiments.md",
 ]
 
 SFT = "--num-iterations 1 --eval-examples 2 --no-compile --smoltalk-epochs 0 --mmlu-epochs 0 --gsm8k-epochs 0"
@@ -49,6 +50,7 @@ TOY = {
     "scripts.chat_sft": f"{SFT} --primer-epochs 1",
     "scripts.chat_eval": "-x 2 -m 4",
     "scripts.chat_cli": "-m 4",
+    "scripts.experiment": "--plan",  # tests/test_experiment.py trains
     "scripts.chat_rl": "--num-iterations 1 --examples-per-step 2 --num-samples 2 --max-new-tokens 4 --eval-examples 2",
 }
 # Servers and downloads: only their flags are checked.

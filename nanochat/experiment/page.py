@@ -16,7 +16,7 @@ from nanochat.common import atomic_path
 from nanochat.experiment.statistics import AGAIN, Row, ScalingLaws, deviation, fit_parabola, ladder, mean
 from nanochat.report.files import PAGE
 
-WIDTH, HEIGHT = 520, 300  # of a chart, in units of its own
+WIDTH, HEIGHT = 520, 300  # of a chart, in units of the SVG
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 40  # margins, for the axes
 LOG_RATIO = 3  # an axis whose values differ by more is logarithmic
 DASHES = ("", "8 5", "2 4", "10 4 2 4")  # with the markers they tell series apart in black and white
@@ -55,6 +55,7 @@ def write_page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(title)}</title>",
         style[0],
+        "<style>td, th { white-space: nowrap; }</style>",
         '</head><body><main class="column">',
         f'<div id="head"><h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p></div>',
         f'<div class="grid">{"".join(figures)}</div>',
@@ -95,6 +96,37 @@ def comparison_charts(results: Sequence[Mapping[str, Any]], rows: Sequence[Row])
             series.append(Series(variant, own))
         figures.append(chart(f"Depth {depth}", "bits per byte; mean, standard deviation and seeds", series, "FLOPs"))
     return figures
+
+
+def differences_chart(rows: Sequence[Row]) -> str:
+    """The difference of each variant from the baseline in percent, with its 95 % interval."""
+    compared = [(row, row.difference) for row in rows if row.difference and not math.isnan(row.difference.margin)]
+    height = 26 * len(compared) + TOP + BOTTOM
+    left = 170  # of the names
+    ends = [0.0]
+    for _, difference in compared:
+        ends += [100 * (difference.relative + sign * difference.detectable) for sign in (-1, 1)]
+    axis = axis_for(ends, left, WIDTH - RIGHT, is_log=False)
+    parts = []
+    for tick in axis.ticks():
+        x = axis(tick)
+        parts.append(f'<line class="grid-line" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{height - BOTTOM + 18}" text-anchor="middle">{short(tick)} %</text>')
+    zero = f"M{axis(0):.1f} {TOP}V{height - BOTTOM}"
+    parts.append(f'<path class="whisker" d="{zero}"/>')
+    looks = {variant: i for i, variant in enumerate(dict.fromkeys(row.variant for row in rows if row.variant != AGAIN))}
+    for i, (row, difference) in enumerate(compared):
+        y = TOP + 26 * i + 13
+        low, middle, high = (axis(100 * (difference.relative + sign * difference.detectable)) for sign in (-1, 0, 1))
+        look = looks.get(row.variant, 0)
+        name = html.escape(f"{row.variant}, depth {row.depth}")
+        parts.append(f'<text class="value" x="{left - 10}" y="{y + 4}" text-anchor="end">{name}</text>')
+        color = f"var(--c{look % 8})"
+        whisker = f"M{low:.1f} {y}H{high:.1f}M{low:.1f} {y - 4}v8M{high:.1f} {y - 4}v8"
+        parts.append(f'<path d="{whisker}" stroke="{color}" stroke-width="1.4" fill="none"/>')
+        parts.append(draw_marker(middle, y, look, f"{row.variant}: {difference.relative:+.2%}"))
+    note = "from the baseline's bits per byte, with 95 % interval"
+    return figure("Difference", note, "".join(parts), height=height)
 
 
 def miniseries_chart(rows: Sequence[Row]) -> str:
@@ -193,11 +225,15 @@ def chart(
     if len(series) > 1:
         legend = "".join(f"<li>{swatch(i)}{html.escape(one.label)}</li>" for i, one in enumerate(series))
         legend = f'<ul class="legend">{legend}</ul>'
+    return figure(title, note, "".join(parts), legend=legend)
+
+
+def figure(title: str, note: str, content: str, *, height: int = HEIGHT, legend: str = "") -> str:
     label = html.escape(f"{title}: {note}; the values are in the tables", quote=True)
     return (
         f'<figure class="card"><figcaption><span>{html.escape(title)}</span><small>{html.escape(note)}</small>'
-        f'</figcaption><svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
-        f"{''.join(parts)}</svg>{legend}</figure>"
+        f'</figcaption><svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">'
+        f"{content}</svg>{legend}</figure>"
     )
 
 
@@ -236,11 +272,16 @@ def draw_series(series: Series, x_axis: Axis, y_axis: Axis, look: int) -> str:
             for value in values:
                 y = y_axis(value)
                 parts.append(f'<circle cx="{place:.1f}" cy="{y:.1f}" r="2" fill="{color}" opacity="0.45"/>')
-        parts.append(
-            f'<path class="marker" d="{MARKERS[look % 4]}" stroke="{color}" '
-            f'transform="translate({place:.1f} {y_axis(middle):.1f})"><title>{html.escape(text)}</title></path>'
-        )
+        parts.append(draw_marker(place, y_axis(middle), look, text))
     return "".join(parts)
+
+
+def draw_marker(x: float, y: float, look: int, text: str) -> str:
+    """text: shown where the mouse points at the marker."""
+    return (
+        f'<path class="marker" d="{MARKERS[look % 4]}" stroke="var(--c{look % 8})" '
+        f'transform="translate({x:.1f} {y:.1f})"><title>{html.escape(text)}</title></path>'
+    )
 
 
 def draw_line(points: Mapping[float, float], x_axis: Axis, y_axis: Axis, look: int) -> str:

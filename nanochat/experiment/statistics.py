@@ -10,7 +10,8 @@ baseline give 2 to 7 degrees of freedom, so that a difference has to be 2.4 to 4
 verdict is "better" or "worse" only if p < 0.05 with the same sign at two depths, and at no depth with the other sign.
 If the results are normally distributed, a variant without any effect passes that at two depths with probability
 2 x 0.025^2 = 0.13 %; with k variants, one of them passes k times as often. "Not shown" is everything else: it does not
-mean that there is no difference.
+mean that there is no difference. The seeds are not paired, although runs with one seed have the same initial weights
+and order of data: in long runs their results become independent, and then a paired test of three seeds finds less.
 
 The noise floor is the baseline against itself: a second set of seeds, compared like a variant. The smallest difference
 that a test could find (`Difference.detectable`) is given with each comparison.
@@ -59,7 +60,7 @@ class Difference:
     error: float  # standard error of `value`; NaN if one of the two has only one seed
     p: float  # two-sided; NaN likewise
     margin: float  # half the width of the 95 % interval of `value`; NaN likewise
-    detectable: float  # the smallest difference with p < ALPHA, as a share of the baseline's mean; NaN likewise
+    detectable: float  # the smallest difference with p < ALPHA: `margin` as a share of the baseline's mean
 
     @property
     def is_shown(self) -> bool:
@@ -235,7 +236,7 @@ class Row:
     budget: float  # FLOPs of the cell
     values: tuple[float, ...]  # bits per byte
     flops: float  # of one run, the mean over the seeds
-    seconds: float  # likewise
+    seconds: tuple[float, ...]  # of training, per seed
     difference: Difference | None = None  # from the baseline; None for the baseline itself
     compute: Multiplier | None = None  # None without a ladder
     time: Multiplier | None = None  # seconds in place of FLOPs; None without a ladder
@@ -283,7 +284,7 @@ def row_of(variant: str, results: Sequence[Mapping[str, Any]]) -> Row:
         results[0]["budget"],
         values=tuple(result["bpb"] for result in results),
         flops=mean([result["flops"] for result in results]),
-        seconds=mean([result["seconds"] for result in results]),
+        seconds=tuple(result["seconds"] for result in results),
     )
 
 
@@ -300,10 +301,21 @@ def compared_row(
     if len(steps) < 2:
         return row
     compute = compute_multiplier(steps, mean(row.values), difference.margin, row.flops)
-    # The baseline needs `compute` times the FLOPs of the variant, each of which takes it this share of the time.
-    share = (reference.seconds / reference.flops) / (row.seconds / row.flops)
-    time = Multiplier(compute.value * share, compute.low * share, compute.high * share, compute.is_extrapolated)
-    return replace(row, compute=compute, time=time)
+    speed = compare(
+        [reference.flops / seconds for seconds in reference.seconds], [row.flops / seconds for seconds in row.seconds]
+    )
+    return replace(row, compute=compute, time=time_multiplier(compute, speed))
+
+
+def time_multiplier(compute: Multiplier, speed: Difference) -> Multiplier:
+    """speed: of the variant compared with the baseline, in FLOPs per second. Its interval widens that of `compute`."""
+    factor, margin = 1 + speed.relative, speed.detectable
+    return Multiplier(
+        compute.value * factor,
+        compute.low * (factor - margin),
+        compute.high * (factor + margin),
+        compute.is_extrapolated,
+    )
 
 
 def verdicts(rows: Sequence[Row]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """
 Runs the trials of an experiment, one process each, and keeps their results in a file with JSON lines.
 
-A trial is one training run under a tag of its own. On a machine without GPUs the trials run one after the other in the
+A trial is one training run with a separate tag. On a machine without GPUs the trials run one after the other in the
 given order; with GPUs each gets the next one that is free. Trials with a result are skipped, and each run is started
 with --resume: an experiment that was killed continues where it was.
 """
