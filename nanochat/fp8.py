@@ -33,6 +33,7 @@ BACKWARD = torch.float8_e5m2
 MULTIPLE = 16  # the kernels require it of every dimension
 MIN_FEATURES = 128  # of a layer's inputs and outputs: below, the casts cost more than the product saves
 MIN_AMAX = 1e-30  # keeps the scale of an all-zero tensor above 0; gradients are far larger
+MAX_ERROR = 0.1  # of a product of random matrices, relative in the norm; the rounding to 8 bits makes 0.04
 MIN_CAPABILITY = (8, 9)  # Ada; Hopper has 9.0
 
 
@@ -49,6 +50,9 @@ def check_support(config: GPTConfig, rows: int, device: torch.device, *, compile
             "--fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), "
             f"the device is {name}: leave out --fp8"
         )
+    problem = probe(device)
+    if problem:
+        raise UserError(f"--fp8 does not work here ({problem}): leave out --fp8")
     if config.n_embd % MULTIPLE or config.n_embd < MIN_FEATURES:
         raise UserError(
             f"--fp8 needs a width of at least {MIN_FEATURES} and a multiple of {MULTIPLE}, this model has "
@@ -63,6 +67,26 @@ def check_support(config: GPTConfig, rows: int, device: torch.device, *, compile
             "--fp8 without torch.compile is about 4 times as slow as bfloat16, because every cast is a kernel of its "
             "own: leave out --fp8, or compile"
         )
+
+
+def works_on(device: torch.device) -> bool:
+    """Whether this device multiplies in FP8. A trial decides, where the hardware has the units."""
+    has_units = device.type == "cuda" and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
+    return has_units and not torch.version.hip and not probe(device)
+
+
+def probe(device: torch.device) -> str:
+    """Tries a product in FP8 and compares it with the exact one. Returns what is wrong, or an empty string."""
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(64, 256, generator=generator, device=device, dtype=torch.bfloat16) for _ in range(2))
+    try:
+        (a8, scale_a), (b8, scale_b) = quantize(a, FORWARD), quantize(b, FORWARD)
+        product = scaled_product(a8, b8.T, scale_a, scale_b, dtype=torch.bfloat16, fast=True)
+    except RuntimeError as error:  # of torch, cuBLAS or the driver
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    exact = a.float() @ b.float().T
+    error_norm = (product.float() - exact).norm() / exact.norm()
+    return "" if error_norm < MAX_ERROR else f"a product is wrong by {error_norm:.0%}"
 
 
 def use_fp8(model: GPT, optimizer: MuonAdamW, compile: bool) -> list["Fp8Linear | Fp8JointLinear"]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat import dataset, hardware, mixture, planner
+from nanochat import dataset, fp8, hardware, mixture, planner
 from nanochat.cards import find_machine
 from nanochat.cli import command, flag, parse
 from nanochat.common import UserError, atomic_path, base_dir, duration, parse_json
@@ -32,17 +32,22 @@ from nanochat.sources import COMPRESSION_RATIO, HubSource, find_sources
 from scripts import base_train
 from tasks.hub import find_in_mirror
 
-# The public recipe reaches GPT-2's CORE score in 99 minutes on 8xH100 with FP8. It is used on GPUs that need at most
-# MAX_HOURS for it; other GPUs train the deepest model that they finish in this time.
-PUBLIC_DEPTH, PUBLIC_RATIO = 24, 8
+# The recipe that reaches GPT-2's CORE score in the shortest time that was published for ClimbMix alone: 82 minutes on
+# 8xH100 with FP8 (karpathy/nanochat #830; docs/time_to_gpt2.md has ours). Smaller and trained on more tokens per
+# parameter than depth 24 with a ratio of 8 (99 minutes); twice as many steps with half the batch that the horizon would
+# give. A larger vocabulary makes fewer tokens of the same text. The schedule is base_train's default (warm-down 0.65,
+# final rate 0.05). It is used on GPUs that need at most MAX_HOURS for it; other GPUs train the deepest model that they
+# finish in this time.
+GPT2_RECIPE = ["--depth", "22", "--target-param-data-ratio", "9.4", "--total-batch-size", "524288"]
+GPT2_VOCAB_SIZE = 49152
 MAX_HOURS = 5.0  # of pretraining; heuristic: an RTX 4090 then trains depth 12
-FP8_DEPTH = 20  # smaller models gain little from FP8 (heuristic)
+FP8_DEPTH = 20  # smaller models gain little from FP8 (heuristic); NANOCHAT_FP8=0 turns it off
 DEPTH_OF_UNKNOWN_CARD = {1: 12, 2: 16, 4: 20}  # by number of GPUs; more train the public recipe
 SAVE_MINUTES = 20  # between checkpoints at most: what a machine that is taken away loses
 VOCAB_SIZE = 32768
-# Tokens that training sees of a public shard, which has about 52 M: packing crops a third of them. So 170 shards are
-# enough for the 5.84 B tokens of the public recipe.
-TOKENS_PER_SHARD = 34.5e6
+# Tokens that training sees of a public shard by vocabulary. A shard has about 52 M with 32,768, of which packing crops a
+# third. With 49,152 they are a few percent fewer (estimate: at most 7).
+TOKENS_PER_SHARD = {VOCAB_SIZE: 34.5e6, GPT2_VOCAB_SIZE: 32e6}
 # (bytes of text, vocabulary): the vocabulary is that of the first pair with at most as many bytes as the text.
 # Heuristic: 69 MB were enough for 8,192, 46 KB allow 2,600.
 VOCAB_BY_BYTES = ((250e6, 32768), (8e6, 8192), (100e3, 2048), (0, 1024))
@@ -67,6 +72,7 @@ class Settings:
     data_dir: str = ""  # a folder of shards, text to convert, or a mixture (mixture.py)
     datasets_dir: str = ""
     dtype: str = ""
+    fp8: bool = True  # NANOCHAT_FP8=0: never train in FP8
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class Facts:
     gpus: int = 0  # a power of two, so that it divides the batch
     card: str = ""  # the GPUs' name in cards.py; "" = not in the table
     dtype: str = ""  # to compute in; "" = the device's default
+    has_fp8: bool = False  # whether products in FP8 work, on a GPU from Ada and Hopper on
     online: bool = False  # whether the hub responds
     text: str = ""  # what data_dir is: "" (not set) | shards | files | mixture
     text_bytes: float = math.inf  # its approximate size
@@ -121,7 +128,8 @@ def decide(settings: Settings, facts: Facts, base: Path) -> Decisions:
     evals = "bpb,sample"
     if text.kind == "public":
         recipe = derive(parse(RecipeFlags, size.recipe_flags), size.vocab_size)
-        num_shards = math.ceil(recipe.num_iterations * recipe.total_batch_size / TOKENS_PER_SHARD)
+        tokens_per_shard = TOKENS_PER_SHARD[size.vocab_size]
+        num_shards = math.ceil(recipe.num_iterations * recipe.total_batch_size / tokens_per_shard)
         data = ["python", "-m", "nanochat.dataset", "-n", str(num_shards)]
         evals = "core,bpb,sample"
     eval_tokens = str(size.eval_tokens)
@@ -233,7 +241,7 @@ def choose_size(settings: Settings, facts: Facts, text: Text) -> Size:
         vocab_size = min(vocab_size, 8192)
         eval_tokens = 524288 if vocab_size == 8192 else 65536
         return Size(vocab_size, [*small, "--total-batch-size", "8192", "--num-iterations", "500"], [], eval_tokens)
-    return gpu_size(facts, vocab_size)
+    return gpu_size(facts, vocab_size, use_fp8=settings.fp8 and facts.has_fp8)
 
 
 def vocab_size_for(text_bytes: float) -> int:
@@ -241,29 +249,29 @@ def vocab_size_for(text_bytes: float) -> int:
     return next(vocab_size for limit, vocab_size in VOCAB_BY_BYTES if text_bytes >= limit)
 
 
-def gpu_size(facts: Facts, vocab_size: int) -> Size:
-    """The public recipe if it fits and the GPUs train it in MAX_HOURS, else the deepest model that does."""
-    public = ["--depth", str(PUBLIC_DEPTH), "--target-param-data-ratio", str(PUBLIC_RATIO)]
+def gpu_size(facts: Facts, vocab_size: int, *, use_fp8: bool) -> Size:
+    """The recipe for GPT-2 if it fits and the GPUs train it in MAX_HOURS, else the deepest model that does."""
     eval_tokens = 80 * 524288
+    fp8_flag = ["--fp8"] if use_fp8 else []
+    gpt2_vocab_size = GPT2_VOCAB_SIZE if vocab_size == VOCAB_SIZE else vocab_size  # less text needs a smaller one
     if not facts.card:
         known_depth = DEPTH_OF_UNKNOWN_CARD.get(facts.gpus)
-        flags = ["--depth", str(known_depth)] if known_depth else public
-        return Size(vocab_size, flags, [], eval_tokens)
-    card, _ = find_machine(facts.card)
+        if not known_depth:
+            return Size(gpt2_vocab_size, GPT2_RECIPE, fp8_flag, eval_tokens)
+        return Size(
+            vocab_size, ["--depth", str(known_depth)], fp8_flag if known_depth >= FP8_DEPTH else [], eval_tokens
+        )
     machine = f"{facts.gpus}x{facts.card}"
-    fp8 = ["--fp8"] if card.has_fp8 else []
-    recipe = derive(parse(RecipeFlags, public), vocab_size)
-    target = planner.named_target(machine, card.has_fp8)
-    setup = planner.training_setup(
-        recipe.model, target, recipe.total_batch_size, TrainingSetup(rows=-1, fp8=card.has_fp8)
-    )
+    recipe = derive(parse(RecipeFlags, GPT2_RECIPE), gpt2_vocab_size)
+    target = planner.named_target(machine, use_fp8)
+    setup = planner.training_setup(recipe.model, target, recipe.total_batch_size, TrainingSetup(rows=-1, fp8=use_fp8))
     fits = training_memory(recipe.model, setup).peak <= target.memory
     if fits and target.seconds(recipe.model, recipe.flops) <= 3600 * MAX_HOURS:
-        return Size(vocab_size, public, fp8, eval_tokens)
+        return Size(gpt2_vocab_size, GPT2_RECIPE, fp8_flag, eval_tokens)
     target = planner.named_target(machine, fp8=False)
     depth = planner.depth_for(RecipeFlags(), vocab_size, target, 3600 * MAX_HOURS)
     depth = max(1, depth - depth % 2)  # the width of an odd depth is rounded up to whole heads
-    return Size(vocab_size, ["--depth", str(depth)], fp8 if depth >= FP8_DEPTH else [], eval_tokens)
+    return Size(vocab_size, ["--depth", str(depth)], fp8_flag if depth >= FP8_DEPTH else [], eval_tokens)
 
 
 # ---- facts ----
@@ -275,6 +283,9 @@ def read_settings(start_dir: Path) -> Settings:
     if mode not in ("", "tiny"):
         raise UserError(f"NANOCHAT_SPEEDRUN is {mode}: use tiny, or unset it")
     hardware.pick_dtype(torch.device("cpu"))  # checks $NANOCHAT_DTYPE
+    fp8_setting = os.environ.get("NANOCHAT_FP8", "1")
+    if fp8_setting not in ("0", "1"):
+        raise UserError(f"NANOCHAT_FP8 is {fp8_setting}: use 0 for training without FP8, or unset it")
     data_dir = os.environ.get("NANOCHAT_DATA_DIR", "")
     path = start_dir / Path(data_dir).expanduser()
     if data_dir and path.exists():
@@ -292,6 +303,7 @@ def read_settings(start_dir: Path) -> Settings:
         data_dir=data_dir,
         datasets_dir=datasets_dir,
         dtype=os.environ.get("NANOCHAT_DTYPE", ""),
+        fp8=fp8_setting == "1",
     )
 
 
@@ -311,7 +323,9 @@ def find_facts(settings: Settings, for_: str, base: Path) -> Facts:
     text, text_bytes = inspect_text(settings.data_dir, base)
     if for_:
         card, count = find_machine(for_)
-        return Facts("cuda", hardware.power_of_two(count), card.name, online=True, text=text, text_bytes=text_bytes)
+        gpus = hardware.power_of_two(count)
+        facts = Facts("cuda", gpus, card.name, has_fp8=card.has_fp8, online=True)
+        return replace(facts, text=text, text_bytes=text_bytes)
     device = hardware.pick_device()
     is_gpu = device.type == "cuda"
     known = hardware.gpu_card(device)
@@ -322,6 +336,7 @@ def find_facts(settings: Settings, for_: str, base: Path) -> Facts:
         gpus=hardware.power_of_two(torch.cuda.device_count()) if is_gpu else 0,
         card=known.name if known else "",
         dtype="bfloat16" if prefers_bfloat16 else "",
+        has_fp8=fp8.works_on(device),
         online=may_use_hub and is_online(),
         text=text,
         text_bytes=text_bytes,

@@ -279,12 +279,34 @@ def test_resuming_needs_no_fp8_state():
 def test_unsupported_training_is_a_user_error_with_the_reason(monkeypatch, capability, width, rows, part):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
+    monkeypatch.setattr(fp8, "probe", lambda device: "")
     config = GPTConfig(n_head=1, n_kv_head=1, n_embd=width)
     with pytest.raises(UserError, match=part) as caught:
         fp8.check_support(config, rows, torch.device("cuda", 0), compile=True)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     fp8.check_support(CONFIG, 64, torch.device("cuda", 0), compile=True)
+
+
+@pytest.mark.parametrize(
+    "factor, problem", [(1.0, ""), (1.5, "a product is wrong by 50%"), (None, "RuntimeError: none")]
+)
+def test_probe_tries_a_product(monkeypatch, factor, problem):
+    def product(*arguments, **options):
+        if factor is None:
+            raise RuntimeError("none")
+        return factor * emulated_product(*arguments, **options)
+
+    monkeypatch.setattr(fp8, "scaled_product", product)
+    assert fp8.probe(CPU) == problem
+    assert not fp8.works_on(CPU)
+    monkeypatch.setattr(fp8, "probe", lambda device, probe=fp8.probe: probe(CPU))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu = torch.device("cuda", 0)
+    assert fp8.works_on(gpu) == (not problem)
+    if problem:
+        with pytest.raises(UserError, match=f"{problem}.: leave out --fp8"):
+            fp8.check_support(CONFIG, 64, gpu, compile=True)
 
 
 def test_cpu_is_a_user_error():
@@ -303,6 +325,7 @@ def test_amd_gpu_is_a_user_error(monkeypatch):
 def test_fp8_without_compiling_warns_in_one_line(monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(fp8, "probe", lambda device: "")
     fp8.check_support(CONFIG, 64, torch.device("cuda", 0), compile=True)
     assert not capsys.readouterr().err
     fp8.check_support(CONFIG, 64, torch.device("cuda", 0), compile=False)

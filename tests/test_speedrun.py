@@ -19,7 +19,9 @@ from factories import wait_until
 from test_report import stage_of
 
 from nanochat import planner
+from nanochat.cards import find_machine
 from nanochat.cli import parse
+from nanochat.common import UserError
 from nanochat.costs import TrainingSetup
 from nanochat.report.reader import read_run
 from scripts import base_eval, base_train, chat_eval, chat_sft, make_shards
@@ -33,8 +35,12 @@ needs_venv = pytest.mark.skipif(
 )
 
 
+GPT2 = ["--depth", "22", "--target-param-data-ratio", "9.4", "--total-batch-size", "524288"]
+
+
 def gpus(count, card, **facts):
-    return Facts("cuda", count, card, **{"online": True} | facts)
+    has_fp8 = bool(card) and find_machine(card).card.has_fp8
+    return Facts("cuda", count, card, **{"online": True, "has_fp8": has_fp8} | facts)
 
 
 # ---- decisions ----
@@ -43,13 +49,14 @@ def gpus(count, card, **facts):
 @pytest.mark.parametrize(
     "facts, flags, shards",
     [
-        (gpus(8, "H100"), ["--depth", "24", "--target-param-data-ratio", "8", "--fp8"], 170),
-        (gpus(4, "H100"), ["--depth", "24", "--target-param-data-ratio", "8", "--fp8"], 170),
+        (gpus(8, "H100"), [*GPT2, "--fp8"], 175),
+        (gpus(8, "H100", has_fp8=False), GPT2, 175),  # the trial failed
+        (gpus(4, "H100"), [*GPT2, "--fp8"], 175),
         (gpus(2, "H100"), ["--depth", "20", "--fp8"], 152),
         (gpus(1, "H100"), ["--depth", "16"], 82),
-        (gpus(8, "A100-80"), ["--depth", "20"], 152),
+        (gpus(8, "A100-80"), GPT2, 175),
         (gpus(1, "RTX4090"), ["--depth", "12"], 39),
-        (gpus(8, ""), ["--depth", "24", "--target-param-data-ratio", "8"], 170),
+        (gpus(8, ""), GPT2, 175),
         (gpus(1, ""), ["--depth", "12"], 39),
     ],
 )
@@ -58,10 +65,30 @@ def test_gpus_with_a_network_train_on_public_text_what_takes_a_few_hours(facts, 
     assert decisions.base_train[: len(flags)] == flags
     assert decisions.base_train[len(flags)] == "--eval-tokens"
     assert decisions.data == ["python", "-m", "nanochat.dataset", "-n", str(shards)]
-    assert decisions.data_dir == "" and decisions.vocab_size == 32768
+    assert decisions.data_dir == "" and decisions.vocab_size == (49152 if flags[:2] == GPT2[:2] else 32768)
     torchrun = ["torchrun", "--standalone", f"--nproc_per_node={facts.gpus}", "-m"]
     assert decisions.launch == (torchrun if facts.gpus > 1 else ["python", "-m"])
     assert "core,bpb,sample" in decisions.base_eval and "--primer-epochs" not in decisions.chat_sft
+
+
+def test_eight_h100s_train_the_recipe_for_gpt2_in_one_pass_per_step():
+    decisions = decide(Settings(), gpus(8, "H100"), BASE)
+    flags = parse(base_train.Flags, decisions.base_train)
+    recipe = plan.derive(flags, decisions.vocab_size)
+    assert (recipe.model.n_embd, recipe.model.n_head, recipe.total_batch_size) == (1408, 11, 2**19)
+    assert (flags.warmdown_ratio, flags.final_lr_frac, flags.norm_gains) == (0.65, 0.05, False)
+    target = planner.named_target("8xH100", fp8=True)
+    setup = planner.training_setup(recipe.model, target, recipe.total_batch_size, base_train.wanted_setup(flags))
+    assert (setup.rows, setup.accumulation) == (32, 1)
+
+
+def test_fp8_can_be_turned_off(monkeypatch, tmp_path):
+    monkeypatch.setenv("NANOCHAT_FP8", "0")
+    settings = plan.read_settings(tmp_path)
+    assert "--fp8" not in decide(settings, gpus(8, "H100"), BASE).base_train
+    monkeypatch.setenv("NANOCHAT_FP8", "no")
+    with pytest.raises(UserError, match="NANOCHAT_FP8 is no: use 0"):
+        plan.read_settings(tmp_path)
 
 
 @pytest.mark.parametrize("card", ["H100", "A100-40", "RTX4090", "T4", "B200"])
@@ -288,7 +315,7 @@ def test_plan_for_another_machine_writes_nothing(speedrun, tmp_path):
     process, log = speedrun("--plan", "--for", "8xH100", NANOCHAT_DATA_DIR=texts, HOME="")  # as in some containers
     output = log.read_text() if process.wait(timeout=60) == 0 else pytest.fail(log.read_text())
     assert "converted to shards" in output and "vocabulary  2,048 tokens" in output
-    assert "--depth 24 --target-param-data-ratio 8 --fp8" in output
+    assert "--depth 22 --target-param-data-ratio 9.4 --total-batch-size 524288 --fp8" in output
     assert len(re.findall(r"^  time +\S+ ", output, re.MULTILINE)) == 2  # pretraining and fine-tuning
     assert not (tmp_path / "base").exists()
 

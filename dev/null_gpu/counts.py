@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from nanochat import attention, rollout
+from nanochat import attention, fp8, rollout
 from nanochat.eval import bpb
 
 IS_LOADED = "NULLGPU" in os.environ
@@ -70,5 +70,6 @@ def ignore_numbers(patch: Callable[[Any, str, Any], None] = setattr) -> None:
         return [math.sqrt(len(rewards)), *[-1.0] * (len(rewards) - 1)]
 
     patch(attention, "probe", probe)
+    patch(fp8, "probe", lambda device: "")
     patch(bpb, "_sums", sums_of_one_target)
     patch(rollout, "group_advantages", advantages)
