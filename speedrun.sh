@@ -8,7 +8,7 @@
 #   NANOCHAT_DATA_DIR=~/texts bash speedrun.sh            # pretrain on your text: .txt, .md, .jsonl, … or parquet shards
 #   NANOCHAT_DATASETS_DIR=~/hub bash speedrun.sh          # GSM8K, MMLU, … from a local mirror of the hub
 #   NANOCHAT_EVAL_BUNDLE=~/eval_bundle bash speedrun.sh   # evaluate CORE too, from a folder with its tasks
-#   NANOCHAT_FP8=0 bash speedrun.sh                       # train in bfloat16 where FP8 would be chosen (from Ada, Hopper on)
+#   NANOCHAT_FP8=0 bash speedrun.sh                       # train in bfloat16 also where the GPU has FP8 units
 #   WANDB_RUN=first bash speedrun.sh                      # log to wandb
 #   NANOCHAT_VENV=~/venv bash speedrun.sh                 # use this environment instead of setting up .venv
 #

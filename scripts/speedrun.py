@@ -45,8 +45,8 @@ FP8_DEPTH = 20  # smaller models gain little from FP8 (heuristic); NANOCHAT_FP8=
 DEPTH_OF_UNKNOWN_CARD = {1: 12, 2: 16, 4: 20}  # by number of GPUs; more train the public recipe
 SAVE_MINUTES = 20  # between checkpoints at most: what a machine that is taken away loses
 VOCAB_SIZE = 32768
-# Tokens that training sees of a public shard by vocabulary. A shard has about 52 M with 32,768, of which packing crops a
-# third. With 49,152 they are a few percent fewer (estimate: at most 7).
+# Tokens that training sees of a public shard, by vocabulary. A shard has about 52 M with 32,768, of which packing crops
+# a third. With 49,152 they are a few percent fewer (estimate: at most 7).
 TOKENS_PER_SHARD = {VOCAB_SIZE: 34.5e6, GPT2_VOCAB_SIZE: 32e6}
 # (bytes of text, vocabulary): the vocabulary is that of the first pair with at most as many bytes as the text.
 # Heuristic: 69 MB were enough for 8,192, 46 KB allow 2,600.
