@@ -552,7 +552,8 @@ def read_tokens(engine, rows, num_prompt):
 
     def keep(module, inputs, raw_BTV):
         for entry, raw_TV in zip(engine.active, raw_BTV, strict=False):  # there may be unused slots
-            logits[entry.number] |= {entry.position + i: raw_V.clone() for i, raw_V in enumerate(raw_TV)}
+            position = len(entry.request.prompt) + len(entry.completion.tokens) - 1
+            logits[entry.number] |= {position + i: raw_V.clone() for i, raw_V in enumerate(raw_TV)}
 
     hook = engine.decoder.model.lm_head.register_forward_hook(keep)
     for row in rows:
@@ -617,8 +618,8 @@ def test_full_forward_pass_equals_prefill_and_decode(make_engine, member):
         torch.testing.assert_close(found, expected[:, num_prompt - 1 :], rtol=1e-4, atol=1e-4)
 
 
-def keys_of_other_slots(q_NGD, keys_NSD, values_NSD, mask_NTS):
-    return decoder.attend_by_products(q_NGD, keys_NSD.roll(1, 0), values_NSD.roll(1, 0), mask_NTS)
+def keys_of_other_slots(q_NGD, keys_NSD, values_NSD, *others):
+    return decoder.attend_by_products(q_NGD, keys_NSD.roll(1, 0), values_NSD.roll(1, 0), *others)
 
 
 def test_decode_that_sees_another_slot_is_reported(make_engine):
