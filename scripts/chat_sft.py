@@ -25,6 +25,7 @@ from nanochat.cli import (
     INTERVAL,
     NOT_NEGATIVE,
     POSITIVE,
+    SEED,
     STEP,
     command,
     flag,
@@ -42,6 +43,7 @@ from nanochat.report.record import recorded
 from nanochat.run import Run, RunFlags
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Hook, TrainState, token_loss
+from tasks.common import SEED as TASK_SEED
 from tasks.common import Task, TaskMixture, limited
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
@@ -79,6 +81,7 @@ class FinetuneFlags(RunFlags):
         0, "train adapters of this rank instead of the model, for small GPUs (lora.py); 0 = the model", NOT_NEGATIVE
     )
     lora_lr: float = flag(0.01, "with --lora-rank: initial learning rate of the adapters, at batch 2^19", POSITIVE)
+    seed: int = flag(TASK_SEED, "seed of the order of the conversations, and of the adapters of --lora-rank", SEED)
     load_optimizer: bool = flag(True, "start with the optimizer's state from the end of the source's run")
     eval_every: int = flag(200, "steps between validations; 0 = only at the end, -1 = never", INTERVAL)
     eval_examples: int = flag(1000, "held-out conversations to validate on", COUNT)
@@ -126,7 +129,8 @@ def finetune_on(dist: Dist, stage: str, source_stage: str, flags: FinetuneFlags)
         if flags.lora_rank:
             groups = recipe.lora_groups(inherited, flags.lora_lr)
         settings = asdict(inherited) | {"device_batch_size": B}
-        run.build(groups, {"base": run.parent_checkpoint, "settings": settings}, compile=flags.compile)
+        metadata = {"base": run.parent_checkpoint, "settings": settings}
+        run.build(groups, metadata, compile=flags.compile, seed=flags.seed)
         if flags.load_optimizer:
             run.inherit_momentum()
         loader = ConversationLoader(
@@ -227,7 +231,7 @@ def mixture(flags: FinetuneFlags, tokenizer: Tokenizer) -> tuple[TaskMixture, Ta
     if not val_tasks:
         print("validation: these sources have no held-out split, so validation uses training conversations")
         val_tasks = train_tasks[:1]
-    return TaskMixture(train_tasks), limited(TaskMixture(val_tasks), flags.eval_examples)
+    return TaskMixture(train_tasks, flags.seed), limited(TaskMixture(val_tasks), flags.eval_examples)
 
 
 def identity(file: str) -> Task:

@@ -5,6 +5,8 @@ Compare variants of the training recipe with the baseline: over depths and seeds
         --name schedule --depths 4,6 --seeds 3 --train-flags "--head-dim 64 --max-seq-len 512"
     python -m scripts.experiment gains@rms-gains --name gains --equal time          # the code of a branch or commit
     python -m scripts.experiment --name laws --depths 4,6,8 --flops 1e15,3e15,1e16 --seeds 1   # scaling laws
+    python -m scripts.experiment "sums=--identity-file sums.jsonl" --name mix --stage sft --base-tags d4,d6 \
+        --eval-flags "-a QuizFree,Sums" --train-flags "--num-iterations 100"        # chat models
 
 A variant is NAME=FLAGS (flags of base_train), NAME@REF (a git branch or commit, checked out in a worktree) or both:
 NAME@REF=FLAGS. The baseline is the code of this folder with --train-flags only. Each run is a base_train in a separate
@@ -20,6 +22,9 @@ nanochat/experiment/statistics.py.
     <base>/experiments/<name>/report.html      charts and tables
     <base>/experiments/<name>/<tag>.log        what a run printed
 
+With --stage sft each run is a chat_sft, from each of --base-tags in place of the depths, and a chat_eval. It is judged
+by its error: 1 - ChatCORE, or 1 - mean accuracy of other tasks. All runs have the steps that --train-flags gives them.
+
 The same command again continues an experiment that was stopped, and shows the results of one that is complete.
 """
 
@@ -33,9 +38,11 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from nanochat import planner, recipe
+from nanochat.checkpoint_manager import find
 from nanochat.cli import COUNT, DEPTH, POSITIVE, command, flag, parse
 from nanochat.common import UserError, base_dir, exclusive_lock, human
 from nanochat.experiment import page
@@ -43,11 +50,18 @@ from nanochat.experiment import statistics as stats
 from nanochat.experiment.trials import Results, Runner, Trial, checkout, find_slots
 from nanochat.logging import print_table
 from nanochat.report.sessions import commit as current_commit
-from scripts import base_train
+from scripts import base_train, chat_eval, chat_sft
 
 ROOT = Path(__file__).resolve().parent.parent
-CHOSEN_HERE = ("depth", "seed", "model_tag", "resume", "plan", "for_", "hours", "budget")  # flags of base_train
-HORIZON = ("num_iterations", "target_flops", "target_param_data_ratio")
+SCRIPTS = {"base": base_train, "sft": chat_sft}
+CHOSEN_HERE = {  # flags that a variant cannot have
+    "base": ("depth", "seed", "model_tag", "resume", "plan", "for_", "hours", "budget"),
+    "sft": ("base_tag", "base_step", "source", "seed", "model_tag", "resume", "plan", "for_"),
+}
+HORIZON = {  # flags that must be the same in all variants
+    "base": ("num_iterations", "target_flops", "target_param_data_ratio"),
+    "sft": ("num_iterations", "total_batch_size"),
+}
 DEFAULTS = ("--eval-every", "0", "--sample-every", "-1", "--save-minutes", "10", "--keep-last", "1")
 
 NOTES = (
@@ -64,7 +78,10 @@ NOTES = (
 class Flags:
     variants: list[str] = flag((), "NAME=FLAGS, NAME@REF or NAME@REF=FLAGS; none = only the baseline")
     name: str = flag("experiment", "name of the experiment, and the start of the tags of its runs")
-    train_flags: str = flag("", "flags of base_train for all runs")
+    stage: str = flag("base", "what is trained", choices=tuple(SCRIPTS))
+    train_flags: str = flag("", "flags of base_train, or of chat_sft, for all runs")
+    base_tags: str = flag("", "with --stage sft: comma-separated base models to train on")
+    eval_flags: str = flag("", "with --stage sft: flags of chat_eval")
     depths: tuple[int, ...] = flag((4, 6), "depths to train", DEPTH)
     flops: tuple[float, ...] = flag(
         (), "budgets of training FLOPs; default: that of the recipe at each depth", POSITIVE
@@ -86,18 +103,19 @@ class Variant:
     """Flags, and the code that they are given to."""
 
     name: str
-    flags: tuple[str, ...]  # of base_train, besides those of all runs
+    flags: tuple[str, ...]  # of base_train or chat_sft, besides those of all runs
     code: Path
     commit: str
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One depth with one budget, in which variants are compared."""
+    """One depth with one budget, or one base model, in which variants are compared."""
 
     depth: int
-    budget: float  # FLOPs
-    label: str  # of the budget in tags; empty for that of the recipe
+    budget: float  # FLOPs; 1 for chat_sft
+    name: str  # in tags: the depth and a budget that is not the recipe's, or the base model
+    base_tag: str  # of the base model, for chat_sft
     parameters: int  # N of the baseline's model (recipe.scaling_params)
 
 
@@ -110,7 +128,7 @@ def main(flags: Flags) -> list[stats.Row]:
         experiment = Experiment.read(flags, folder)
         experiment.check()
         results = Results(folder)
-        device = parse_flags(stats.BASELINE, experiment.shared).device
+        device = parse_flags(flags.stage, stats.BASELINE, experiment.shared).device
         slots = find_slots(device, flags.gpus_per_run)
         runner = Runner(folder, results, slots, keep_checkpoints=flags.keep_checkpoints)
         if flags.equal == "time":
@@ -128,7 +146,8 @@ def run(trials: list[Trial], runner: Runner, flags: Flags) -> None:
     """Runs the trials that have no result yet; with --plan it only prints how many they are."""
     missing = [trial for trial in trials if not runner.results.find(trial)]
     flops = sum(trial.flops for trial in missing)
-    print(f"{flags.name}: {len(trials)} runs, {len(missing)} without a result yet, which take {flops:.2e} FLOPs")
+    cost = f", which take {flops:.2e} FLOPs" if flops else ""
+    print(f"{flags.name}: {len(trials)} runs, {len(missing)} without a result yet{cost}", flush=True)
     if not flags.plan:
         runner.run(missing)
 
@@ -141,7 +160,8 @@ class Experiment:
     """The grid of variants, cells and seeds."""
 
     flags: Flags
-    shared: tuple[str, ...]  # flags of base_train for all runs
+    shared: tuple[str, ...]  # flags of base_train or chat_sft for all runs
+    evaluation: tuple[str, ...]  # flags of chat_eval
     variants: list[Variant]  # the first one is the baseline
     cells: list[Cell]
 
@@ -155,12 +175,47 @@ class Experiment:
         for name in names:
             if names.count(name) > 1:
                 raise UserError(f"two variants are named {name!r}: give them different names")
-        return cls(flags, shared, variants, find_cells(flags, shared))
+        cells = find_base_models(flags) if flags.stage == "sft" else find_cells(flags, shared)
+        evaluation = read_evaluation(flags)
+        return cls(flags, shared, evaluation, variants, cells)
 
     def check(self) -> None:
-        """UserError if base_train would refuse the flags of a run."""
+        """UserError if the training script would refuse the flags of a run."""
         for variant, cell in product(self.variants, self.cells):
-            check_variant(variant, self.shared, cell)
+            self.check_variant(variant, cell)
+
+    def check_variant(self, variant: Variant, cell: Cell) -> None:
+        own = (*self.shared, *variant.flags)
+        fixed = self.cell_flags(cell, cell.budget)
+        stage = self.flags.stage
+        if variant.code != ROOT:  # other code may have other flags, so it checks them, without measuring this machine
+            module = SCRIPTS[stage].__name__
+            command = [sys.executable, "-m", module, *own, *fixed, "--plan", "--for", "1xH100"]
+            done = subprocess.run(command, cwd=variant.code, capture_output=True, text=True)
+            if done.returncode:
+                message = done.stderr.strip().splitlines()[-1].removeprefix("error: ")
+                raise UserError(f"flags of {variant.name}: {message}")
+            return
+        given, shared = parse_flags(stage, variant.name, own), parse_flags(stage, variant.name, self.shared)
+        default = SCRIPTS[stage].Flags()
+        for name in CHOSEN_HERE[stage]:
+            if getattr(given, name) != getattr(default, name):
+                word = f"--{name.rstrip('_').replace('_', '-')}"
+                raise UserError(f"flags of {variant.name}: scripts.experiment chooses {word}, leave it out")
+        for name in HORIZON[stage]:
+            if getattr(given, name) != getattr(shared, name):
+                raise UserError(f"flags of {variant.name}: all variants have the same budget, give it in --train-flags")
+        if stage == "base":
+            try:
+                recipe.derive(parse_flags(stage, variant.name, (*own, *fixed)), planner.planned_vocab_size())
+            except UserError as error:
+                raise UserError(f"flags of {variant.name} at depth {cell.depth}: {error}") from error
+
+    def cell_flags(self, cell: Cell, flops: float) -> tuple[str, ...]:
+        """The flags that put a run into a cell. flops: of the run."""
+        if self.flags.stage == "sft":
+            return ("--base-tag", cell.base_tag)
+        return ("--depth", str(cell.depth), "--target-flops", repr(flops), "--num-iterations", "-1")
 
     def timing_trials(self) -> list[Trial]:
         """One run of each variant at equal FLOPs, for its speed; its bits per byte count for nothing."""
@@ -181,7 +236,7 @@ class Experiment:
                 found.append(self.trial(variant, cell, seed=seed, role="compared", flops=flops))
             if others:
                 found.append(self.trial(baseline, cell, seed=seed + num_seeds, role="compared", flops=cell.budget))
-                for factor in self.flags.ladder:
+                for factor in self.flags.ladder if self.flags.stage == "base" else ():
                     flops = factor * cell.budget
                     found.append(self.trial(baseline, cell, seed=seed, role="ladder", flops=flops))
         return found
@@ -201,18 +256,21 @@ class Experiment:
     def trial(self, variant: Variant, cell: Cell, *, seed: int, role: str, flops: float) -> Trial:
         """One run. flops: its own budget, which differs from the cell's on the ladder and at equal time."""
         kind = {"compared": "", "timing": "timing", "ladder": f"x{flops / cell.budget:g}"}[role]
-        parts = (self.flags.name, variant.name, f"d{cell.depth}", cell.label, kind, f"s{seed}")
-        budget = ("--depth", str(cell.depth), "--target-flops", repr(flops), "--num-iterations", "-1")
+        parts = (self.flags.name, variant.name, cell.name, kind, f"s{seed}")
+        own = (*DEFAULTS, *self.shared, *variant.flags, *self.cell_flags(cell, flops))
         return Trial(
+            stage=self.flags.stage,
             tag="-".join(part for part in parts if part),
             variant=variant.name,
+            cell=cell.name,
             depth=cell.depth,
             budget=cell.budget,
             role=role,
             seed=seed,
-            flops=flops,
+            flops=0.0 if self.flags.stage == "sft" else flops,
             parameters=cell.parameters,
-            argv=(*DEFAULTS, *self.shared, *variant.flags, *budget, "--seed", str(seed), "--resume"),
+            argv=(*own, "--seed", str(seed), "--resume"),
+            evaluation=self.evaluation,
             code=variant.code,
             commit=variant.commit,
         )
@@ -249,47 +307,52 @@ def find_cells(flags: Flags, shared: tuple[str, ...]) -> list[Cell]:
     vocab_size = planner.planned_vocab_size()
     cells = []
     for depth in flags.depths:
-        plan = recipe.derive(parse_flags(stats.BASELINE, (*shared, "--depth", str(depth))), vocab_size)
+        plan = recipe.derive(parse_flags("base", stats.BASELINE, (*shared, "--depth", str(depth))), vocab_size)
         parameters = recipe.scaling_params(plan.model)
-        budgets = {f"{flops:g}".replace("+", ""): flops for flops in flags.flops} or {"": plan.flops}
-        cells += [Cell(depth, flops, label, parameters) for label, flops in budgets.items()]
+        budgets = {f"d{depth}-{flops:g}".replace("+", ""): flops for flops in flags.flops} or {f"d{depth}": plan.flops}
+        cells += [Cell(depth, flops, name, "", parameters) for name, flops in budgets.items()]
     return cells
 
 
-def parse_flags(variant: str, argv: tuple[str, ...]) -> base_train.Flags:
-    """The flags of base_train; UserError names the variant that they are wrong in."""
+def find_base_models(flags: Flags) -> list[Cell]:
+    """The cells of an experiment with chat_sft: one per base model."""
+    if not flags.base_tags:
+        raise UserError("--stage sft trains on base models: name them, as in --base-tags d4,d6")
+    if flags.equal == "time" or flags.flops:
+        raise UserError(
+            "--equal time and --flops are for --stage base: give chat_sft --num-iterations in --train-flags"
+        )
+    cells = []
+    for tag in flags.base_tags.split(","):
+        config = find("base", tag).config
+        cells.append(Cell(config.n_layer, 1.0, tag, tag, recipe.scaling_params(config)))
+    return cells
+
+
+def read_evaluation(flags: Flags) -> tuple[str, ...]:
+    """The flags of chat_eval. UserError if they are wrong."""
+    words = split("--eval-flags", flags.eval_flags)
+    if words and flags.stage != "sft":
+        raise UserError("--eval-flags are for --stage sft: base models are judged by their bits per byte")
+    given = parse_or_explain("--eval-flags", chat_eval, words)
+    chat_eval.check(given)
+    return words
+
+
+def parse_flags(stage: str, variant: str, argv: tuple[str, ...]) -> Any:
+    """The flags of base_train or chat_sft; UserError names the variant that they are wrong in."""
+    return parse_or_explain(f"flags of {variant}", SCRIPTS[stage], argv)
+
+
+def parse_or_explain(what: str, script: ModuleType, argv: tuple[str, ...]) -> Any:
+    """Parses the flags of a script. UserError, not the end of the program, if they are wrong."""
     stderr = io.StringIO()
     try:
         with redirect_stderr(stderr):
-            return parse(base_train.Flags, argv)
+            return parse(script.Flags, argv)
     except SystemExit as error:
         message = stderr.getvalue().strip().removeprefix("error: ").removesuffix("; see --help")
-        raise UserError(f"flags of {variant}: {message}; see python -m scripts.base_train --help") from error
-
-
-def check_variant(variant: Variant, shared: tuple[str, ...], cell: Cell) -> None:
-    """UserError if base_train would refuse the flags of a variant in this cell."""
-    own = (*shared, *variant.flags)
-    fixed = ("--depth", str(cell.depth), "--target-flops", repr(cell.budget), "--num-iterations", "-1")
-    if variant.code != ROOT:  # other code may have other flags, so it checks them, without measuring this machine
-        command = [sys.executable, "-m", "scripts.base_train", *own, *fixed, "--plan", "--for", "1xH100"]
-        done = subprocess.run(command, cwd=variant.code, capture_output=True, text=True)
-        if done.returncode:
-            message = done.stderr.strip().splitlines()[-1].removeprefix("error: ")
-            raise UserError(f"flags of {variant.name}: {message}")
-        return
-    given, default = parse_flags(variant.name, own), base_train.Flags()
-    for name in CHOSEN_HERE:
-        if getattr(given, name) != getattr(default, name):
-            word = f"--{name.rstrip('_').replace('_', '-')}"
-            raise UserError(f"flags of {variant.name}: scripts.experiment chooses {word}, leave it out")
-    for name in HORIZON:
-        if getattr(given, name) != getattr(parse_flags(variant.name, shared), name):
-            raise UserError(f"flags of {variant.name}: all variants have the same budget, give it in --train-flags")
-    try:
-        recipe.derive(parse_flags(variant.name, (*own, *fixed)), planner.planned_vocab_size())
-    except UserError as error:
-        raise UserError(f"flags of {variant.name} at depth {cell.depth}: {error}") from error
+        raise UserError(f"{what}: {message}; see python -m {script.__name__} --help") from error
 
 
 # ---- results ----
@@ -298,22 +361,25 @@ def check_variant(variant: Variant, shared: tuple[str, ...], cell: Cell) -> None
 def report(flags: Flags, results: list[dict[str, Any]], folder: Path) -> list[stats.Row]:
     """Prints the tables and writes the page."""
     rows = stats.summarize(results, flags.seeds)
-    tables = [("Comparison", comparison_table(rows))]
-    figures = page.comparison_charts(results, rows)
+    laws = stats.fit_scaling_laws(results) if flags.stage == "base" and not flags.variants else None
+    tables: list[tuple[str, list[tuple[str, ...]]]] = []
+    figures = page.comparison_charts(results, rows) if flags.stage == "base" else page.task_charts(results)
     if flags.variants:
-        tables.insert(0, ("Verdicts", verdict_table(rows)))
+        tables.append(("Verdicts", verdict_table(rows)))
         figures.append(page.differences_chart(rows))
-    elif len(flags.depths) > 1 and not flags.flops:
-        figures = [page.miniseries_chart(rows)]
-    laws = stats.fit_scaling_laws(results)
-    if laws and not flags.variants:
+    elif laws:
         tables.append(("Scaling laws", scaling_table(laws)))
         figures = page.scaling_charts(laws)
-    commits = sorted({result["commit"] or "unknown" for result in results})
-    equal = "FLOPs" if flags.equal == "flops" else "time"
-    lead = f"Equal {equal}; {len(results)} runs on {results[-1]['device']}; commit {', '.join(commits)}"
+    elif len(flags.depths) > 1 and flags.stage == "base":
+        figures = [page.miniseries_chart(rows)]
+    if flags.stage == "sft":
+        tables.append(("Accuracy", accuracy_table(results, flags.seeds)))
+    tables.append(("Comparison", comparison_table(rows)))
     for heading, table in tables:
         print_table(heading, table)
+    commits = sorted({result["commit"] or "unknown" for result in results})
+    equal = {"base": "equal FLOPs" if flags.equal == "flops" else "equal time", "sft": "equal steps"}[flags.stage]
+    lead = f"{len(results)} runs with {equal} on {results[-1]['device']}; commit {', '.join(commits)}"
     print(lead)
     path = folder / "report.html"
     page.write_page(path, title=flags.name, lead=lead, figures=figures, tables=tables, notes=NOTES)
@@ -321,9 +387,29 @@ def report(flags: Flags, results: list[dict[str, Any]], folder: Path) -> list[st
     return rows
 
 
+def accuracy_table(results: list[dict[str, Any]], num_seeds: int) -> list[tuple[str, ...]]:
+    """The mean accuracy per task with its 95 % interval, and the p-value of its difference from the baseline's."""
+    tasks = list(results[0]["scores"])
+    columns = []
+    for task in tasks:
+        rows = stats.summarize_task(results, num_seeds, task)
+        columns.append([describe_accuracy(row) for row in rows])
+    lines: list[tuple[str, ...]] = [("base model", "variant", *tasks)]
+    for i, row in enumerate(rows):
+        lines.append((row.cell, row.variant, *(column[i] for column in columns)))
+    return lines
+
+
+def describe_accuracy(row: stats.Row) -> str:
+    text = f"{1 - stats.mean(row.values):.1%}"
+    if len(row.values) > 1:
+        text += f" ± {stats.mean_margin(row.values):.1%}"
+    return f"{text}, p {row.difference.p:.3f}" if row.difference else text
+
+
 def comparison_table(rows: list[stats.Row]) -> list[tuple[str, ...]]:
-    """One line per variant and cell."""
-    head = ("depth", "FLOPs", "variant", "bits per byte", "seeds", "difference", "p", "detectable", "compute", "time")
+    """One line per variant and cell. The loss is bits per byte, or the error of chat models."""
+    head = ("depth", "FLOPs", "variant", "loss", "seeds", "difference", "p", "detectable", "compute", "time")
     lines: list[tuple[str, ...]] = [head]
     for row in rows:
         bits = f"{stats.mean(row.values):.4f}"

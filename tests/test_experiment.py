@@ -11,17 +11,18 @@ import random
 import signal
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from conftest import GOLDEN
-from factories import wait_until, write_shard
+from factories import save_checkpoint, tiny_gpt, wait_until, write_shard
 
 from nanochat.common import UserError
 from nanochat.experiment import page, trials
 from nanochat.experiment import statistics as stats
-from nanochat.experiment.trials import Results, Trial, checkout, failure, find_slots
+from nanochat.experiment.trials import Results, checkout, failure, find_slots
 from nanochat.logging import read_lines
 from scripts import experiment
 
@@ -37,12 +38,13 @@ def synthetic_results(rng, *, gain=0.0, noise=NOISE, num_seeds=3, speed=1.0):
         bits = (1 - gain * (variant != "baseline")) * 1.1 * (factor * budget / 1e15) ** -SLOPE
         return {
             "variant": variant,
+            "cell": f"d{depth}",
             "depth": depth,
             "budget": budget,
             "role": role,
             "seed": seed,
             "parameters": 1000 * depth,
-            "bpb": bits * (1 + rng.gauss(0, noise)),
+            "loss": bits * (1 + rng.gauss(0, noise)),
             "flops": factor * budget,
             "tokens": 1000,
             "seconds": factor * budget / 1e14 / (speed if variant != "baseline" else 1),
@@ -102,12 +104,12 @@ def test_planted_null_is_refused():
 
 
 def test_gain_at_one_depth_only_is_not_shown():
-    found = {(4, 1e15): stats.compare([1.0, 1.001, 0.999], [0.9, 0.901, 0.899])}
+    found = {(4, "d4"): stats.compare([1.0, 1.001, 0.999], [0.9, 0.901, 0.899])}
     assert stats.verdict(found) == "not shown"
-    assert stats.verdict(found | {(4, 3e15): found[4, 1e15]}) == "not shown"  # another budget, the same depth
-    assert stats.verdict(found | {(6, 1e15): found[4, 1e15]}) == "better"
+    assert stats.verdict(found | {(4, "d4-3e15"): found[4, "d4"]}) == "not shown"  # another budget, the same depth
+    assert stats.verdict(found | {(6, "d6"): found[4, "d4"]}) == "better"
     worse = stats.compare([0.9, 0.901, 0.899], [1.0, 1.001, 0.999])
-    assert stats.verdict(found | {(6, 1e15): found[4, 1e15], (8, 1e15): worse}) == "not shown"
+    assert stats.verdict(found | {(6, "d6"): found[4, "d4"], (8, "d8"): worse}) == "not shown"
 
 
 def test_one_seed_shows_nothing():
@@ -140,7 +142,7 @@ def test_scaling_laws_recover_planted_exponents():
         for depth, factor in enumerate((0.25, 0.6, 1, 1.8, 4), 1):
             size = best * factor
             bits = 1 + 0.1 * math.log(factor) ** 2
-            common = {"variant": "baseline", "role": "compared", "depth": depth, "budget": budget, "bpb": bits}
+            common = {"variant": "baseline", "role": "compared", "depth": depth, "budget": budget, "loss": bits}
             results.append(common | {"parameters": size, "tokens": budget / (6 * size)})
     laws = stats.fit_scaling_laws(results)
     assert laws.parameters_law.exponent == pytest.approx(0.46, abs=1e-3)
@@ -177,7 +179,7 @@ def test_runs_take_turns_by_seed_and_share_the_budget(base_dir):
     ]
     assert {trial.depth for trial in found[:10]} == {2, 3}
     assert {trial.seed for trial in found[10:]} == {2, 4}
-    parsed = experiment.parse_flags("lr", found[1].argv)
+    parsed = experiment.parse_flags("base", "lr", found[1].argv)
     assert (parsed.matrix_lr, parsed.depth, parsed.seed, parsed.resume) == (0.03, 2, 1, True)
     assert parsed.target_flops == found[0].flops
 
@@ -188,7 +190,7 @@ def test_equal_time_gives_a_slow_variant_fewer_flops(base_dir):
     lines = []
     for trial, seconds in zip(timing, (10.0, 12.5), strict=True):
         line = dict.fromkeys(trials.FIELDS, 1) | {"tag": trial.tag, "flags": list(trial.argv), "role": "timing"}
-        lines.append(line | {"variant": trial.variant, "commit": "", "device": "cpu", "seconds": seconds})
+        lines.append(line | {"variant": trial.variant, "cell": "d2", "commit": "", "device": "cpu", "seconds": seconds})
     (base_dir / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shares = {trial.tag: trial.flops / trial.budget for trial in grid.trials(Results(base_dir))}
     assert shares["experiment-slow-d2-s1"] == pytest.approx(0.8)
@@ -199,7 +201,7 @@ def test_result_of_other_flags_is_refused(base_dir):
     one = read("--train-flags=--head-dim=32", "--depths", "2").trials(Results(base_dir))[0]
     other = read("--train-flags=--head-dim=64", "--depths", "2").trials(Results(base_dir))[0]
     line = dict.fromkeys(trials.FIELDS, 1) | {"tag": one.tag, "flags": list(one.argv), "role": "compared"}
-    line |= {"variant": "baseline", "commit": "", "device": "cpu"}
+    line |= {"variant": "baseline", "cell": "d2", "commit": "", "device": "cpu"}
     (base_dir / "results.jsonl").write_text(json.dumps(line) + "\n" + '{"tag": "cut')
     results = Results(base_dir)
     assert results.find(one)["bpb"] == 1
@@ -242,12 +244,57 @@ def test_branch_is_checked_out_beside_the_code(tmp_path):
     assert checkout(tmp_path / "code", "idea", tmp_path / "worktrees") == (path, commit)
 
 
-def test_failed_run_of_the_baseline_ends_the_experiment(tmp_path):
+def test_failed_run_of_the_baseline_ends_the_experiment(base_dir, tmp_path):
     (tmp_path / "t.log").write_text("some output\nerror: the loss is nan\n")
-    trial = Trial("t", "idea", 1, 1.0, "compared", 1, 1.0, 1, (), tmp_path, "")
+    [trial] = read("--depths", "2", "--seeds", "1").trials(Results(base_dir))
+    trial = replace(trial, tag="t", variant="idea")
     assert failure(trial, tmp_path) == f"t failed: the loss is nan (its output: {tmp_path / 't.log'})"
     with pytest.raises(UserError, match="t failed: the loss is nan"):
-        failure(Trial("t", "baseline", 1, 1.0, "compared", 1, 1.0, 1, (), tmp_path, ""), tmp_path)
+        failure(replace(trial, variant="baseline"), tmp_path)
+
+
+# ---- chat models ----
+
+
+def test_chat_variants_take_turns_on_each_base_model(base_dir):
+    for tag, depth in (("small", 1), ("large", 2)):
+        save_checkpoint(tiny_gpt(n_layer=depth), tag=tag)
+    argv = ["--stage", "sft", "--base-tags", "small,large", "--seeds", "1", "--eval-flags=-a Sums", "--name", "mix"]
+    grid = read("less=--identity-epochs 1", *argv)
+    grid.check()
+    found = grid.trials(Results(base_dir))
+    assert [trial.tag for trial in found[:3]] == ["mix-baseline-small-s1", "mix-less-small-s1", "mix-baseline-small-s2"]
+    assert [trial.depth for trial in found] == [1, 1, 1, 2, 2, 2]
+    training, evaluation = trials.Running(found[1]).commands
+    assert {"scripts.chat_sft", "--identity-epochs", "--base-tag", "small"} <= set(training)
+    assert evaluation == ["scripts.chat_eval", "-i", "sft", "-g", "mix-less-small-s1", "-a", "Sums"]
+
+
+@pytest.mark.parametrize("numbers, loss", [({}, 0.5), ({"ChatCORE": 0.2}, 0.8)])
+def test_error_of_a_chat_model_is_that_of_chatcore_or_of_its_tasks(tmp_path, numbers, loss):
+    scores = {"Sums": {"accuracy": 0.9}, "QuizFree": {"accuracy": 0.1}}
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"scores": scores, "numbers": numbers}) + "\n")
+    found = trials.read_scores(tmp_path / "eval.jsonl")
+    assert found["scores"] == {"Sums": 0.9, "QuizFree": 0.1} and found["loss"] == pytest.approx(loss)
+
+
+def test_accuracy_table_has_interval_and_p_value_per_task(tmp_path):
+    results = []
+    for variant, seeds, accuracies in (
+        ("baseline", (1, 2, 3, 4), (0.9, 0.92, 0.88, 0.9)),
+        ("none", (1, 2), (0.1, 0.12)),
+    ):
+        for seed, accuracy in zip(seeds, accuracies, strict=True):
+            numbers = dict.fromkeys(("budget", "flops", "seconds", "depth"), 1)
+            scores = {"Sums": accuracy, "QuizFree": 0.5}
+            names = {"variant": variant, "cell": "d4", "role": "compared", "seed": seed}
+            results.append(numbers | names | {"scores": scores, "loss": 1 - (accuracy + 0.5) / 2})
+    head, *lines = experiment.accuracy_table(results, 2)
+    assert head == ("base model", "variant", "Sums", "QuizFree")
+    assert [line[1] for line in lines] == ["baseline", stats.AGAIN, "none"]
+    assert lines[0][2].startswith("90.0% ± 2.6%") and lines[2][2].startswith("11.0% ± 12.7%, p 0.0")
+    assert lines[2][3] == "50.0% ± 0.0%, p 1.000"
+    assert len(page.task_charts(results)) == 2
 
 
 # ---- the page ----

@@ -317,8 +317,8 @@ def read_metrics(folder: Path) -> Any:
 
 def write_results(folder: Path) -> None:
     result: dict[str, Any] = dict.fromkeys(RESULT_FIELDS, 1) | {"role": "compared", "device": "cpu", "commit": "abc"}
-    result |= {"variant": "baseline", "flags": ["--depth", "1"]}
-    lines = [json.dumps(result | {"tag": f"t{seed}", "seed": seed, "bpb": 1 + seed / 100}) for seed in range(3)]
+    result |= {"variant": "baseline", "cell": "d1", "flags": ["--depth", "1"]}
+    lines = [json.dumps(result | {"tag": f"t{seed}", "seed": seed, "loss": 1 + seed / 100}) for seed in range(3)]
     (folder / "results.jsonl").write_text("\n".join(lines) + "\n")
 
 

@@ -115,7 +115,7 @@ WORDS = [
     ("base_train", "--depth 150 --device cpu", "or less"),
     ("experiment", "lr", "variant 'lr': write NAME=FLAGS, NAME@REF or NAME@REF=FLAGS"),
     ("experiment", "baseline=", "variant 'baseline': that is the name of the runs with --train-flags only"),
-    ("experiment", "lr= lr=", "two variants are named 'lr': give each a name of its own"),
+    ("experiment", "lr= lr=", "two variants are named 'lr': give them different names"),
     ("experiment", "lr=--matrix-lr=x", "flags of lr: argument --matrix-lr: 'x' is not a number"),
     ("experiment", "lr=--head-dim=17", "flags of lr at depth 4: --head-dim 17: must be even"),
     ("experiment", "lr=--depth=3", "flags of lr: scripts.experiment chooses --depth, leave it out"),
@@ -123,6 +123,8 @@ WORDS = [
     ("experiment", "lr@nowhere", "git knows no branch or commit 'nowhere'"),
     ("experiment", "--train-flags=--head-dim=x", "flags of baseline: argument --head-dim: 'x' is not a whole number"),
     ("experiment", "--name a/b", "--name 'a/b': use letters, digits and . - _ only"),
+    ("experiment", "--stage sft", "--stage sft trains on base models: name them, as in --base-tags d4,d6"),
+    ("experiment", "--eval-flags=-aSums", "--eval-flags are for --stage sft"),
     ("experiment", "--gpus-per-run 64", "--gpus-per-run 64: this machine has"),
     ("speedrun", "--for 8xH100", "--for plans for another machine: use it with --plan"),
 ]

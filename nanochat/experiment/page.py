@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.common import atomic_path
-from nanochat.experiment.statistics import AGAIN, Row, ScalingLaws, deviation, fit_parabola, ladder, mean
+from nanochat.experiment.statistics import AGAIN, Row, ScalingLaws, deviation, fit_parabola, ladder, mean, mean_margin
 from nanochat.report.files import PAGE
 
 WIDTH, HEIGHT = 520, 300  # of a chart, in units of the SVG
@@ -35,6 +35,16 @@ class Series:
     label: str
     points: Mapping[float, Sequence[float]]  # x → values: their mean, their standard deviation and each of them
     is_line: bool = False  # whether the means are joined
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with half the width of its interval."""
+
+    label: str
+    value: float
+    margin: float
+    look: int  # number of its colour and marker
 
 
 def write_page(
@@ -89,7 +99,7 @@ def comparison_charts(results: Sequence[Mapping[str, Any]], rows: Sequence[Row])
         points: dict[float, list[float]] = {flops: [] for flops in ladder(results, depth)}
         for result in results:
             if result["variant"] == "baseline" and result["depth"] == depth and result["flops"] in points:
-                points[result["flops"]].append(result["bpb"])
+                points[result["flops"]].append(result["loss"])
         series = [Series("baseline", points, is_line=True)]
         for variant in variants:
             own = {row.flops: row.values for row in rows if (row.variant, row.depth) == (variant, depth)}
@@ -100,33 +110,55 @@ def comparison_charts(results: Sequence[Mapping[str, Any]], rows: Sequence[Row])
 
 def differences_chart(rows: Sequence[Row]) -> str:
     """The difference of each variant from the baseline in percent, with its 95 % interval."""
-    compared = [(row, row.difference) for row in rows if row.difference and not math.isnan(row.difference.margin)]
-    height = 26 * len(compared) + TOP + BOTTOM
-    left = 170  # of the names
+    intervals = []
+    variants = list(dict.fromkeys(row.variant for row in rows if row.variant != AGAIN))
+    for row in rows:
+        if row.difference and math.isfinite(row.difference.detectable):
+            look = variants.index(row.variant) if row.variant in variants else 0
+            value, margin = 100 * row.difference.relative, 100 * row.difference.detectable
+            intervals.append(Interval(f"{row.variant}, {row.cell}", value, margin, look))
+    return interval_chart("Difference", "from the baseline's loss, with 95 % interval", intervals)
+
+
+def task_charts(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The accuracy of chat models: one chart per task."""
+    figures = []
+    variants = list(dict.fromkeys(result["variant"] for result in results))
+    for task in results[0]["scores"]:
+        intervals = []
+        for cell, variant in dict.fromkeys((result["cell"], result["variant"]) for result in results):
+            same = [result for result in results if (result["cell"], result["variant"]) == (cell, variant)]
+            values = [100 * result["scores"][task] for result in same]
+            margin = mean_margin(values) if len(values) > 1 else 0.0
+            intervals.append(Interval(f"{variant}, {cell}", mean(values), margin, variants.index(variant)))
+        figures.append(interval_chart(task, "accuracy, mean over the seeds with 95 % interval", intervals))
+    return figures
+
+
+def interval_chart(title: str, note: str, intervals: Sequence[Interval]) -> str:
+    """A row per interval, in percent."""
+    left, row_height = 190, 26  # space of the labels; of one row
+    height = row_height * len(intervals) + TOP + BOTTOM
     ends = [0.0]
-    for _, difference in compared:
-        ends += [100 * (difference.relative + sign * difference.detectable) for sign in (-1, 1)]
+    for interval in intervals:
+        ends += [interval.value - interval.margin, interval.value + interval.margin]
     axis = axis_for(ends, left, WIDTH - RIGHT, is_log=False)
     parts = []
     for tick in axis.ticks():
         x = axis(tick)
         parts.append(f'<line class="grid-line" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
         parts.append(f'<text x="{x:.1f}" y="{height - BOTTOM + 18}" text-anchor="middle">{short(tick)} %</text>')
-    zero = f"M{axis(0):.1f} {TOP}V{height - BOTTOM}"
-    parts.append(f'<path class="whisker" d="{zero}"/>')
-    looks = {variant: i for i, variant in enumerate(dict.fromkeys(row.variant for row in rows if row.variant != AGAIN))}
-    for i, (row, difference) in enumerate(compared):
-        y = TOP + 26 * i + 13
-        low, middle, high = (axis(100 * (difference.relative + sign * difference.detectable)) for sign in (-1, 0, 1))
-        look = looks.get(row.variant, 0)
-        name = html.escape(f"{row.variant}, depth {row.depth}")
+    parts.append(f'<path class="whisker" d="M{axis(0):.1f} {TOP}V{height - BOTTOM}"/>')
+    for i, interval in enumerate(intervals):
+        y = TOP + row_height * (i + 0.5)
+        low, high = axis(interval.value - interval.margin), axis(interval.value + interval.margin)
+        name = html.escape(interval.label)
         parts.append(f'<text class="value" x="{left - 10}" y="{y + 4}" text-anchor="end">{name}</text>')
-        color = f"var(--c{look % 8})"
         whisker = f"M{low:.1f} {y}H{high:.1f}M{low:.1f} {y - 4}v8M{high:.1f} {y - 4}v8"
-        parts.append(f'<path d="{whisker}" stroke="{color}" stroke-width="1.4" fill="none"/>')
-        parts.append(draw_marker(middle, y, look, f"{row.variant}: {difference.relative:+.2%}"))
-    note = "from the baseline's bits per byte, with 95 % interval"
-    return figure("Difference", note, "".join(parts), height=height)
+        parts.append(f'<path d="{whisker}" stroke="var(--c{interval.look % 8})" stroke-width="1.4" fill="none"/>')
+        text = f"{interval.label}: {interval.value:.2f} % ± {interval.margin:.2f}"
+        parts.append(draw_marker(axis(interval.value), y, interval.look, text))
+    return figure(title, note, "".join(parts), height=height)
 
 
 def miniseries_chart(rows: Sequence[Row]) -> str:

@@ -2,7 +2,8 @@
 The statistics of experiments: is a variant better than the baseline, and how much compute does that save?
 
 A cell is one depth with one budget; in each cell the baseline and the variants are trained with several seeds, and the
-result of a run is its validation loss in bits per byte (less is better).
+result of a run is its validation loss in bits per byte (less is better). With chat models a cell is one base model, and
+the result is the error, 1 - ChatCORE or 1 - mean accuracy.
 
 Is a difference real? Per cell, Welch's t-test of the variant's seeds against those of the baseline: two-sided, with the
 variance of each group and the degrees of freedom of Welch and Satterthwaite. Three seeds of a variant and six of the
@@ -70,17 +71,24 @@ class Difference:
 def compare(baseline: Sequence[float], variant: Sequence[float]) -> Difference:
     """Compares the results of a variant's seeds with those of the baseline's."""
     value = mean(variant) - mean(baseline)
-    relative = value / mean(baseline)
+    center = mean(baseline) or math.nan  # chat models may make no error
+    relative = value / center
     if min(len(baseline), len(variant)) < 2:
         return Difference(value, relative, math.nan, math.nan, math.nan, math.nan)
     parts = [deviation(group) ** 2 / len(group) for group in (baseline, variant)]
     error = math.sqrt(sum(parts))
     if error == 0:  # the seed changes nothing: then every difference is real
-        return Difference(value, relative, 0.0, 0.0 if value else 1.0, 0.0, 0.0)
+        p = 0.0 if value else 1.0
+        return Difference(value, relative, 0.0, p, 0.0, 0.0)
     squares = parts[0] ** 2 / (len(baseline) - 1) + parts[1] ** 2 / (len(variant) - 1)
     freedom = sum(parts) ** 2 / squares
     margin = t_quantile(freedom) * error
-    return Difference(value, relative, error, t_test_p(value / error, freedom), margin, margin / mean(baseline))
+    return Difference(value, relative, error, t_test_p(value / error, freedom), margin, margin / center)
+
+
+def mean_margin(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of the mean of at least two values."""
+    return t_quantile(len(values) - 1) * deviation(values) / math.sqrt(len(values))
 
 
 def t_test_p(t: float, freedom: float) -> float:
@@ -113,8 +121,8 @@ def t_quantile(freedom: float, alpha: float = ALPHA) -> float:
     return high
 
 
-def verdict(differences: Mapping[tuple[int, float], Difference]) -> str:
-    """ "better", "worse" or "not shown", from the comparisons of a variant by (depth, budget)."""
+def verdict(differences: Mapping[tuple[int, str], Difference]) -> str:
+    """ "better", "worse" or "not shown", from the comparisons of a variant by (depth, cell)."""
     better = {depth for (depth, _), difference in differences.items() if difference.is_shown and difference.value < 0}
     worse = {depth for (depth, _), difference in differences.items() if difference.is_shown and difference.value > 0}
     if len(better) >= DEPTHS_NEEDED and not worse:
@@ -146,6 +154,8 @@ def flops_needed(ladder: Mapping[float, float], bits: float) -> float:
     >>> round(flops_needed({1e15: 1.0, 4e15: 0.5}, 0.5**0.5) / 1e15, 3)
     2.0
     """
+    if min(bits, *ladder.values()) <= 0:
+        return math.nan
     points = sorted((math.log(flops), math.log(value)) for flops, value in ladder.items())
     wanted = math.log(bits)
     segments = list(zip(points, points[1:], strict=False))
@@ -232,9 +242,9 @@ class Row:
     """One variant in one cell, over its seeds."""
 
     variant: str
+    cell: str
     depth: int
-    budget: float  # FLOPs of the cell
-    values: tuple[float, ...]  # bits per byte
+    values: tuple[float, ...]  # bits per byte; of chat models the error, 1 - ChatCORE or 1 - mean accuracy
     flops: float  # of one run, the mean over the seeds
     seconds: tuple[float, ...]  # of training, per seed
     difference: Difference | None = None  # from the baseline; None for the baseline itself
@@ -249,8 +259,8 @@ def summarize(results: Sequence[Mapping[str, Any]], num_seeds: int) -> list[Row]
     """
     rows = []
     compared = [result for result in results if result["role"] == "compared"]
-    for depth, budget in sorted({(result["depth"], result["budget"]) for result in compared}):
-        cell = [result for result in compared if (result["depth"], result["budget"]) == (depth, budget)]
+    for depth, _, name in sorted({(result["depth"], result["budget"], result["cell"]) for result in compared}):
+        cell = [result for result in compared if result["cell"] == name]
         baseline = [result for result in cell if result["variant"] == BASELINE]
         if not baseline:
             continue
@@ -272,7 +282,7 @@ def ladder(results: Sequence[Mapping[str, Any]], depth: int) -> dict[float, floa
     values: dict[float, list[float]] = {}
     for result in results:
         if result["variant"] == BASELINE and result["depth"] == depth and result["role"] != "timing":
-            values.setdefault(result["flops"], []).append(result["bpb"])
+            values.setdefault(result["flops"], []).append(result["loss"])
     return {flops: mean(group) for flops, group in sorted(values.items())}
 
 
@@ -280,9 +290,9 @@ def row_of(variant: str, results: Sequence[Mapping[str, Any]]) -> Row:
     """The row of a variant in one cell, without a comparison."""
     return Row(
         variant,
+        results[0]["cell"],
         results[0]["depth"],
-        results[0]["budget"],
-        values=tuple(result["bpb"] for result in results),
+        values=tuple(result["loss"] for result in results),
         flops=mean([result["flops"] for result in results]),
         seconds=tuple(result["seconds"] for result in results),
     )
@@ -312,18 +322,24 @@ def time_multiplier(compute: Multiplier, speed: Difference) -> Multiplier:
     factor, margin = 1 + speed.relative, speed.detectable
     return Multiplier(
         compute.value * factor,
-        compute.low * (factor - margin),
+        compute.low * max(factor - margin, 0.0),
         compute.high * (factor + margin),
         compute.is_extrapolated,
     )
 
 
+def summarize_task(results: Sequence[Mapping[str, Any]], num_seeds: int, task: str) -> list[Row]:
+    """The same as `summarize` for one task of chat models: the values are 1 - accuracy."""
+    errors = [{**result, "loss": 1 - result["scores"][task]} for result in results]
+    return summarize(errors, num_seeds)
+
+
 def verdicts(rows: Sequence[Row]) -> dict[str, str]:
     """The verdict on each variant."""
-    found: dict[str, dict[tuple[int, float], Difference]] = {}
+    found: dict[str, dict[tuple[int, str], Difference]] = {}
     for row in rows:
         if row.difference:
-            found.setdefault(row.variant, {})[row.depth, row.budget] = row.difference
+            found.setdefault(row.variant, {})[row.depth, row.cell] = row.difference
     return {variant: verdict(differences) for variant, differences in found.items()}
 
 
@@ -353,7 +369,7 @@ def fit_scaling_laws(results: Sequence[Mapping[str, Any]]) -> ScalingLaws | None
         horizons = {}
         for size in sizes:
             same = [result for result in cell if result["parameters"] == size]
-            bits[size] = mean([result["bpb"] for result in same])
+            bits[size] = mean([result["loss"] for result in same])
             horizons[size] = mean([result["tokens"] for result in same])
         curves[budget] = bits
         best = optimum(bits)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from nanochat.checkpoint_manager import CheckpointReader
+from nanochat.checkpoint_manager import STAGES, CheckpointReader
 from nanochat.common import UserError, duration
 from nanochat.logging import read_lines, report_dir
 
@@ -31,6 +31,7 @@ POLL_SECONDS = 0.2  # between two looks at the running processes
 FIELDS = {  # of a result, with their types
     "tag": str,
     "variant": str,
+    "cell": str,
     "depth": int,
     "budget": int | float,  # FLOPs of the cell
     "role": str,
@@ -39,6 +40,7 @@ FIELDS = {  # of a result, with their types
     "commit": str,
     "flags": list,
     "bpb": int | float,
+    "loss": int | float,  # what is compared: bits per byte; after chat_sft the error (read_scores)
     "flops": int | float,
     "tokens": int,
     "seconds": int | float,  # of training
@@ -50,16 +52,19 @@ Slot = dict[str, str]  # environment variables of a process: the GPUs that it ma
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of base_train."""
+    """One run of base_train, or one of chat_sft with chat_eval after it."""
 
     tag: str
+    stage: str  # base | sft
     variant: str
+    cell: str  # name of the depth with its budget, or of the base model, in which it is compared
     depth: int
-    budget: float  # FLOPs of the cell that it belongs to
+    budget: float  # FLOPs of the cell that it belongs to; 1 for chat_sft, whose budget is that of the mixture
     role: str  # compared | ladder | timing
     seed: int
-    flops: float  # to train with
-    argv: tuple[str, ...]  # flags of base_train, all but --model-tag
+    flops: float  # to train with; 0 = unknown, for chat_sft
+    argv: tuple[str, ...]  # flags of base_train or chat_sft, all but --model-tag
+    evaluation: tuple[str, ...]  # flags of chat_eval, all but the model
     parameters: int  # N of the baseline's model at this depth (recipe.scaling_params)
     code: Path  # the folder whose code trains
     commit: str
@@ -75,9 +80,10 @@ class Results:
     def find(self, trial: Trial) -> dict[str, Any] | None:
         """The result of a trial; None if it has none. UserError if its result is that of other flags."""
         found = self.by_tag.get(trial.tag)
-        if found and found["flags"] != list(trial.argv):
-            before = [word for word in found["flags"] if word not in trial.argv]
-            now = [word for word in trial.argv if word not in found["flags"]]
+        flags = [*trial.argv, *trial.evaluation]
+        if found and found["flags"] != flags:
+            before = [word for word in found["flags"] if word not in flags]
+            now = [word for word in flags if word not in found["flags"]]
             changes = f"then {' '.join(before)}, now {' '.join(now)}"
             raise UserError(f"{self.path} has a result of {trial.tag} with other flags ({changes}): use another --name")
         return found
@@ -87,17 +93,21 @@ class Results:
         result = {
             "tag": trial.tag,
             "variant": trial.variant,
+            "cell": trial.cell,
             "depth": trial.depth,
             "budget": trial.budget,
             "role": trial.role,
             "seed": trial.seed,
             "parameters": trial.parameters,
             "commit": trial.commit,
-            "flags": list(trial.argv),
-            **read_metrics(report_dir() / "metrics" / f"base_train-{trial.tag}.jsonl"),
+            "flags": [*trial.argv, *trial.evaluation],
+            **read_metrics(metrics_file(STAGES[trial.stage][1], trial.tag)),
             "wall_seconds": round(wall_seconds, 3),
             "time": round(time.time(), 3),
         }
+        result["loss"] = result["bpb"]
+        if trial.stage == "sft":
+            result |= read_scores(metrics_file("chat_eval", trial.tag))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
@@ -109,7 +119,7 @@ def is_result(line: dict[str, Any]) -> bool:
     """Whether a line of the file is complete. Others are left out, and the runs that they belong to are repeated."""
     numbers = ("depth", "budget", "parameters", "bpb", "flops", "tokens", "seconds")
     has_fields = all(isinstance(line.get(name), kind) for name, kind in FIELDS.items())
-    return has_fields and all(is_positive(line[name]) for name in numbers)
+    return has_fields and line["loss"] >= 0 and all(is_positive(line[name]) for name in numbers)
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
@@ -137,6 +147,24 @@ def read_metrics(path: Path) -> dict[str, Any]:
     }
 
 
+def read_scores(path: Path) -> dict[str, Any]:
+    """
+    The accuracy of each task in the last evaluation of a chat model, and its error as the loss: 1 - ChatCORE, or 1 -
+    mean accuracy of the tasks if they are not those of ChatCORE. UserError if the file is damaged.
+    """
+    last = (read_lines(path) or [{}])[-1]
+    try:
+        scores = {task: float(score["accuracy"]) for task, score in last["scores"].items()}
+        score = last["numbers"].get("ChatCORE", sum(scores.values()) / len(scores))
+        return {"scores": scores, "loss": 1 - float(score)}
+    except (AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{path} lacks the scores or is damaged: remove it, and evaluate again") from error
+
+
+def metrics_file(script: str, tag: str) -> Path:
+    return report_dir() / "metrics" / f"{script}-{tag}.jsonl"
+
+
 def is_positive(value: Any) -> bool:
     """Whether a value is a finite number above 0."""
     return isinstance(value, int | float) and 0 < value < 1e300
@@ -158,6 +186,19 @@ def find_slots(device: str, gpus_per_run: int) -> list[Slot]:
     return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups if len(group) == gpus_per_run]
 
 
+class Running:
+    """A trial in a slot."""
+
+    process: subprocess.Popen[bytes]  # of the command that runs now; set by Runner
+
+    def __init__(self, trial: Trial):
+        self.trial = trial
+        self.started = time.monotonic()
+        self.commands = [[f"scripts.{STAGES[trial.stage][1]}", *trial.argv, "--model-tag", trial.tag]]  # to start
+        if trial.stage == "sft":
+            self.commands.append(["scripts.chat_eval", "-i", "sft", "-g", trial.tag, *trial.evaluation])
+
+
 class Runner:
     """Runs trials in the slots of this machine; keeps their results, and a line about each that failed."""
 
@@ -166,7 +207,7 @@ class Runner:
         self.results = results
         self.slots = slots
         self.keep_checkpoints = keep_checkpoints
-        self.running: dict[int, tuple[Trial, subprocess.Popen[bytes], float]] = {}  # by number of the slot
+        self.running: dict[int, Running] = {}  # by number of the slot
         self.failures: list[str] = []
 
     def run(self, trials: Sequence[Trial]) -> None:
@@ -181,49 +222,57 @@ class Runner:
                 while waiting or self.running:
                     for number in range(len(self.slots)):
                         if waiting and number not in self.running:
-                            self._start(number, waiting.pop(0))
+                            self._start(number, Running(waiting.pop(0)))
                     for number in list(self.running):
-                        if self.running[number][1].poll() is not None:
+                        if self.running[number].process.poll() is not None:
                             self._collect(number, len(waiting))
                     time.sleep(POLL_SECONDS)
             finally:
-                stop([process for _, process, _ in self.running.values()])
+                stop([running.process for running in self.running.values()])
                 self.running.clear()
 
-    def _start(self, number: int, trial: Trial) -> None:
-        self.running[number] = trial, start(trial, self.slots[number], self.folder), time.monotonic()
+    def _start(self, number: int, running: Running) -> None:
+        """Starts the next command of a trial."""
+        log_file = self.folder / f"{running.trial.tag}.log"
+        running.process = start(running.commands.pop(0), running.trial.code, self.slots[number], log_file)
+        self.running[number] = running
 
     def _collect(self, number: int, num_waiting: int) -> None:
         """Keeps the result of the trial that has ended in this slot."""
-        trial, process, started = self.running.pop(number)
-        if process.returncode:
+        running = self.running.pop(number)
+        trial = running.trial
+        if running.process.returncode:
             self.failures.append(failure(trial, self.folder))
             print(self.failures[-1], flush=True)
             return
-        result = self.results.add(trial, time.monotonic() - started)
+        if running.commands:
+            self._start(number, running)
+            return
+        result = self.results.add(trial, time.monotonic() - running.started)
         left = num_waiting + len(self.running)
-        print(
-            f"{trial.tag}: {result['bpb']:.4f} bits per byte, {duration(result['wall_seconds'])}; {left} runs are left"
-        )
+        shown = f"{result['bpb']:.4f} bits per byte"
+        if "scores" in result:
+            shown += "".join(f", {task} {accuracy:.1%}" for task, accuracy in result["scores"].items())
+        print(f"{trial.tag}: {shown}, {duration(result['wall_seconds'])}; {left} runs are left", flush=True)
         if not self.keep_checkpoints:
-            shutil.rmtree(CheckpointReader("base", trial.tag).path, ignore_errors=True)
+            shutil.rmtree(CheckpointReader(trial.stage, trial.tag).path, ignore_errors=True)
 
 
-def start(trial: Trial, slot: Slot, log_folder: Path) -> subprocess.Popen[bytes]:
-    """Starts a trial; its output is appended to <tag>.log."""
+def start(words: Sequence[str], code: Path, slot: Slot, log_file: Path) -> subprocess.Popen[bytes]:
+    """Starts a module with its flags; the output is appended to the file."""
     num_gpus = len(slot.get("CUDA_VISIBLE_DEVICES", "").split(","))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_gpus}"] if num_gpus > 1 else []
-    command = [sys.executable, *launcher, "-m", "scripts.base_train", *trial.argv, "--model-tag", trial.tag]
-    with (log_folder / f"{trial.tag}.log").open("ab") as log:
+    command = [sys.executable, *launcher, "-m", *words]
+    with log_file.open("ab") as log:
         # In a session of its own: Ctrl-C reaches this process only, which then stops the trial with one signal. A
         # second one would end it before it has saved.
         return subprocess.Popen(
-            command, cwd=trial.code, env=os.environ | slot, stdout=log, stderr=log, start_new_session=True
+            command, cwd=code, env=os.environ | slot, stdout=log, stderr=log, start_new_session=True
         )
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Lets base_train save and end."""
+    """Lets the training stages save and end."""
     if processes:
         print("stopping: the running trials save a checkpoint; start again to continue", flush=True)
     for process in processes:
