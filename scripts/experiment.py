@@ -404,7 +404,11 @@ def describe_accuracy(row: stats.Row) -> str:
     text = f"{1 - stats.mean(row.values):.1%}"
     if len(row.values) > 1:
         text += f" ± {stats.mean_margin(row.values):.1%}"
-    return f"{text}, p {row.difference.p:.3f}" if row.difference else text
+    return f"{text}, p {describe_p(row.difference.p)}" if row.difference else text
+
+
+def describe_p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def comparison_table(rows: list[stats.Row]) -> list[tuple[str, ...]]:
@@ -418,7 +422,7 @@ def comparison_table(rows: list[stats.Row]) -> list[tuple[str, ...]]:
         line = [str(row.depth), f"{row.flops:.3g}", row.variant, bits, str(len(row.values))]
         difference = row.difference
         if difference:
-            line += [f"{difference.relative:+.2%}", f"{difference.p:.3f}", f"{difference.detectable:.2%}"]
+            line += [f"{difference.relative:+.2%}", describe_p(difference.p), f"{difference.detectable:.2%}"]
             line += [describe_multiplier(row.compute), describe_multiplier(row.time)]
         lines.append((*line, *[""] * (len(head) - len(line))))
     return lines
