@@ -4,8 +4,8 @@ How long a micro-batch of pretraining and a decode step should take on an H100, 
     python dev/estimates.py     # the tables of docs/gpus.md; gpu_check.py prints each number beside its measurement
 
 Matrix products and attention are limited by arithmetic: FLOPs divided by a rate. Everything else is limited by memory:
-bytes divided by the bandwidth of copies. The rates are what others measured with random data; ±15 %. The bytes are
-those of the compiled code, counted by count_bytes.py.
+bytes divided by the bandwidth of copies. The rates were measured on an H100 SXM on 26 November 2026 with random data
+(gpu.md), except where a line says otherwise. The bytes are those of the compiled code, counted by count_bytes.py.
 """
 
 from typing import Any
@@ -16,10 +16,16 @@ from nanochat.gpt import GPTConfig
 from nanochat.recipe import RecipeFlags, model_config
 
 CARD = find_machine("H100").card
-BANDWIDTH = 2.8e12  # bytes/s of a copy; 3.35e12 on the data sheet
-PRODUCT_RATE, HALF_WIDTH = 767e12, 365  # bfloat16: 520e12 FLOP/s at width 768, 620e12 at 1,536; see product_rate
-FP8_SPEEDUP = 1.8  # of products over bfloat16
-ATTENTION_RATE = {"flash": 280e12, "fa3": 560e12, "fa4": 560e12}  # FLOP/s, forward and backward
+BANDWIDTH = 2.911e12  # bytes/s of a copy, reads and writes; 3.35e12 on the data sheet
+# bfloat16, see product_rate: 740e12 FLOP/s at width 768 and 786e12 at 1,536 in MLPs, without the time of relu²; in a
+# whole micro-batch of depth 12 738e12.
+PRODUCT_RATE, HALF_WIDTH = 838e12, 102
+FP8_SPEEDUP = 1.8  # of products over bfloat16; not measured yet
+# FLOP/s, forward and backward: fa4 within a compiled micro-batch of depth 12, flash as 24 layers by themselves, fa3
+# assumed to be as fast as fa4.
+ATTENTION_RATE = {"flash": 232e12, "fa3": 410e12, "fa4": 410e12}
+# Between kernels the GPU is idle: a compiled micro-batch of depth 12 took 112.9 ms, its kernels 108.6.
+IDLE_SHARE = 0.04  # of the kernels' time
 ATTENTION_PASSES = 3.5  # forward 1, backward 2.5 with its recomputation
 TILE = 128  # queries and keys that an attention kernel computes together, visible or not
 # Bytes of compiled code besides products and attention, in bfloat16 and in FP8, as count_bytes.py counts them: "layer"
@@ -29,9 +35,6 @@ MOVED = {
     True: {"layer": 198.5, "edge": 16.2, "logit": 4.0, "matrix": 0.447, "table": 4.0, "head": 34.0},
 }
 LOGIT_REREAD = 2  # bytes per logit: a row of logits is too long to keep between its sum and its gradient
-FUSED_MLP_BYTES = (
-    6 * 4 * 2
-)  # of "layer" that the fused MLP (kernels/relu2.py) saves: six times (tokens, 4 C) in 16 bits
 SUM_BYTES = 12  # per weight: torch adds the gradient of a micro-batch to the sum, two reads and a write in float32
 # A decode step is one CUDA graph. Each of its kernels adds this to the time of its memory traffic.
 KERNEL_SECONDS = 2.2e-6
@@ -47,16 +50,13 @@ def main() -> None:
 # ---- training ----
 
 
-def training_ms(
-    config: GPTConfig, rows: int, *, attention: str = "flash", fp8: bool = False, fused_mlp: bool = False
-) -> dict[str, float]:
+def training_ms(config: GPTConfig, rows: int, *, attention: str = "flash", fp8: bool = False) -> dict[str, float]:
     """
-    Milliseconds of a micro-batch by part, forward and backward. fused_mlp: with relu² inside the products, at the rate
-    of the other products.
+    Milliseconds of a micro-batch by part, forward and backward, with the plain MLP: the fused one (kernels/relu2.py) was
+    7 % faster at width 768, and as fast at 1,536.
     """
     tokens, C = rows * config.sequence_len, config.n_embd
     counts, moved = param_counts(config), MOVED[fp8]
-    layer_bytes = moved["layer"] - FUSED_MLP_BYTES * fused_mlp
     rate = product_rate(C)
     block_products = 6 * tokens * counts["transformer_matrices"] / rate
     other_products = 6 * tokens * (matmul_weights(config) - counts["transformer_matrices"]) / rate
@@ -64,7 +64,7 @@ def training_ms(
     seconds = {
         "matrix products": block_products / (FP8_SPEEDUP if fp8 else 1) + other_products,
         "attention": attention_flops(config, rows) / ATTENTION_RATE.get(attention, ATTENTION_RATE["flash"]),
-        "norms, rotary, relu²": tokens * C * layer_bytes * config.n_layer / BANDWIDTH,
+        "norms, rotary, relu²": tokens * C * moved["layer"] * config.n_layer / BANDWIDTH,
         "loss": (
             tokens * config.padded_vocab_size * (moved["logit"] + LOGIT_REREAD) + moved["head"] * counts["lm_head"]
         )
@@ -77,7 +77,13 @@ def training_ms(
         )
         / BANDWIDTH,
     }
+    seconds["between kernels"] = IDLE_SHARE * sum(seconds.values())
     return {part: 1e3 * value for part, value in seconds.items()}
+
+
+def sum_ms(config: GPTConfig) -> float:
+    """Milliseconds in which a micro-batch's gradients are added to the sum: the first one of a step need not do that."""
+    return 1e3 * SUM_BYTES * param_counts(config)["total"] / BANDWIDTH
 
 
 def product_rate(width: int) -> float:
@@ -103,7 +109,6 @@ def training_table() -> list[str]:
     variants: dict[str, dict[str, Any]] = {
         "`flash`": {},
         "`fa4`": {"attention": "fa4"},
-        "`fa4`, fused MLP": {"attention": "fa4", "fused_mlp": True},
         "`fa4`, FP8": {"attention": "fa4", "fp8": True},
     }
     lines = []

@@ -49,9 +49,17 @@ def test_faster_kernels_make_the_estimate_shorter():
     config = model_config(RecipeFlags(depth=24), 32768)
     plain, fp8 = (estimates.training_ms(config, 16, fp8=use_fp8) for use_fp8 in (False, True))
     fa4 = estimates.training_ms(config, 16, attention="fa4")
-    assert fa4["attention"] == plain["attention"] / 2 and fa4["loss"] == plain["loss"]
+    assert fa4["attention"] < plain["attention"] / 1.5 and fa4["loss"] == plain["loss"]
     assert fp8["matrix products"] < plain["matrix products"]
     assert fp8["norms, rotary, relu²"] > plain["norms, rotary, relu²"]  # the casts
     # Without overheads, MFU would be the rate of the products.
     ms = estimates.training_ms(config, 16)["matrix products"]
     assert estimates.mfu(config, 16, ms) > 0.6
+
+
+def test_measured_micro_batch_is_estimated_within_2_percent():
+    """Depth 12, 32 rows, compiled, on an H100: dev/gpu.md."""
+    parts = estimates.training_ms(model_config(RecipeFlags(depth=12), 32768), 32, attention="fa4")
+    assert sum(parts.values()) == pytest.approx(112.9, rel=0.02)
+    assert parts["matrix products"] == pytest.approx(58.65, rel=0.02)
+    assert parts["attention"] == pytest.approx(14.2, rel=0.02)
