@@ -39,6 +39,9 @@ from tasks.hub import find_in_mirror
 # final rate 0.05). It is used on GPUs that need at most MAX_HOURS for it; other GPUs train the deepest model that they
 # finish in this time.
 GPT2_RECIPE = ["--depth", "22", "--target-param-data-ratio", "9.4", "--total-batch-size", "524288"]
+# A validation takes about 10 s there: 42 of them, every 250 steps, would add 7 minutes. Checkpoints, of 16 GB with the
+# optimizer, are saved every SAVE_MINUTES only.
+GPT2_OPTIONS = ["--eval-every", "1000", "--sample-every", "2000"]
 GPT2_VOCAB_SIZE = 49152
 MAX_HOURS = 5.0  # of pretraining; heuristic: an RTX 4090 then trains depth 12
 FP8_DEPTH = 20  # smaller models gain little from FP8 (heuristic); NANOCHAT_FP8=0 turns it off
@@ -219,7 +222,7 @@ class Size:
     recipe_flags: list[str]
     options: list[str]  # further flags of base_train
     eval_tokens: int  # of base_eval
-    save_every: int = 250
+    save_every: int = 250  # 0 = at the end, and every SAVE_MINUTES
     validation_tokens: int = 0  # of each validation during training; 0 = eval_tokens
 
 
@@ -257,7 +260,7 @@ def gpu_size(facts: Facts, vocab_size: int, *, use_fp8: bool) -> Size:
     if not facts.card:
         known_depth = DEPTH_OF_UNKNOWN_CARD.get(facts.gpus)
         if not known_depth:
-            return Size(gpt2_vocab_size, GPT2_RECIPE, fp8_flag, eval_tokens)
+            return Size(gpt2_vocab_size, GPT2_RECIPE, [*GPT2_OPTIONS, *fp8_flag], eval_tokens, save_every=0)
         return Size(
             vocab_size, ["--depth", str(known_depth)], fp8_flag if known_depth >= FP8_DEPTH else [], eval_tokens
         )
@@ -267,7 +270,7 @@ def gpu_size(facts: Facts, vocab_size: int, *, use_fp8: bool) -> Size:
     setup = planner.training_setup(recipe.model, target, recipe.total_batch_size, TrainingSetup(rows=-1, fp8=use_fp8))
     fits = training_memory(recipe.model, setup).peak <= target.memory
     if fits and target.seconds(recipe.model, recipe.flops) <= 3600 * MAX_HOURS:
-        return Size(gpt2_vocab_size, GPT2_RECIPE, fp8_flag, eval_tokens)
+        return Size(gpt2_vocab_size, GPT2_RECIPE, [*GPT2_OPTIONS, *fp8_flag], eval_tokens, save_every=0)
     target = planner.named_target(machine, fp8=False)
     depth = planner.depth_for(RecipeFlags(), vocab_size, target, 3600 * MAX_HOURS)
     depth = max(1, depth - depth % 2)  # the width of an odd depth is rounded up to whole heads
