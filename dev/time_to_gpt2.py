@@ -4,8 +4,8 @@ The minutes in which 8xH100 should reach GPT-2's CORE score (0.2565): the tables
     python dev/time_to_gpt2.py       # needs no GPU
 
 A step consists of the passes over its micro-batches (estimates.py), the optimizer's update, and the exchange of
-gradients and weights. FLOPs, memory and bytes are those of our code. The same calculation is made for runs of Karpathy's
-nanochat whose settings and times are public: it is trusted as far as it predicts those.
+gradients and weights. FLOPs, memory and bytes are those of our code. The same calculation is made for runs of
+Karpathy's nanochat whose settings and times are public: it is trusted as far as it predicts those.
 
 What counts is the time of the training steps: no compilation, validation, evaluation or checkpoint, as on nanochat's
 leaderboard.
@@ -27,8 +27,8 @@ NVLINK = 360e9  # bytes/s that a GPU sends in a collective operation: 80 % of 45
 # Bytes that the update reads and writes per parameter. AdamW: weight, two moments (read and written), gradient. Stack:
 # gradients to a stack, weights to a stack and back; the first and the last on every rank.
 ADAMW_BYTES, STACK_BYTES, NORM_BYTES = 28, 24, 4
-# Muon, per weight, besides its products and stacks: what remains of the 12.65 ms that the optimizer of depth 12 takes on
-# one H100 (gpu.md).
+# Muon, per weight, besides its products and stacks: what remains of the 12.65 ms that the optimizer of depth 12 takes
+# on one H100 (gpu.md).
 MUON_BYTES = 254
 FP8_CAST_BYTES = 12  # per matrix weight: largest value, 8-bit copies in two layouts; after each step
 CALIBRATION = "nanochat, 14 March 2026"  # the run that the overhead is fitted to
@@ -63,8 +63,8 @@ class Run:
         return TrainingSetup(self.rows, accumulation, NUM_GPUS, fp8=self.fp8, attention="flash")
 
 
-# karpathy/nanochat: dev/LEADERBOARD.md, runs 1 and 4 to 6, and pull requests. All with FlashAttention 3 and rows of 2,048
-# tokens. January's model has no smear and no backout; each of them is less than 1 % of a step.
+# karpathy/nanochat: dev/LEADERBOARD.md, runs 1 and 4 to 6, and pull requests. All with FlashAttention 3 and rows of
+# 2,048 tokens. The models of January to 9 March have neither smear nor backout, which are less than 1 % of a step.
 PUBLIC_RUNS = (
     Run("nanochat, January 2026", 24, 12, 2**19, 16, fp8=False, minutes=182.5, source="run 1: 10,949 s"),
     Run("nanochat, ClimbMix", 24, 9.5, 2**20, 16, minutes=121.2, source="run 4: 2.02 h"),
@@ -159,7 +159,7 @@ def step_table() -> list[str]:
     how = {
         "matrix products": f"{counts['transformer_matrices'] / 1e6:.0f} M weights in FP8, lm_head {1e3 * head:.0f} ms",
         "attention": f"{estimates.attention_flops(config, OURS.rows):.2e} FLOPs in whole tiles",
-        "norms, rotary, relu²": f"{estimates.MOVED[True]['layer']:g} bytes per token, channel and layer, casts included",
+        "norms, rotary, relu²": f"{estimates.MOVED[True]['layer']:g} bytes per token, channel and layer, with casts",
         "loss": "logits in 16 bits, written once and read twice",
         "tables, casts, sums": "embeddings and their gradients",
         "between kernels": f"{estimates.IDLE_SHARE:.0%}",
