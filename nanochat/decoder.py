@@ -28,8 +28,10 @@ from nanochat.attention import small_products
 from nanochat.distributed import warn0
 from nanochat.gpt import GPT, GPTConfig, rotary_table
 from nanochat.sampling import BatchSampling, RowSampling, SamplingParams, next_power_of_two, sample
+from nanochat.shared_prompts import LayerPrompts, PromptShape, SharedPrompts, StepPrompts
 
 MIN_GRAPH_KEYS = 256  # a captured step reads this many keys or a higher power of two; heuristic, not tuned
+MIN_SHARED_GRAPH_KEYS = 64  # the same if prompts are shared: rings hold only what was generated
 KEY_MULTIPLE = 32  # without graphs, the number of keys is rounded up to this; heuristic, not tuned
 MAX_GRAPHS = 64  # captured graphs that are kept, one per BatchSampling and shape; heuristic, not tuned
 # Deeper models are not compiled on a CPU: it takes 4 s per layer for each of the two graphs, and in wide layers most of
@@ -44,7 +46,9 @@ CUDA_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
 }
 # A package that was compiled from other versions of these files is not used. The forward pass calls functions of
 # loss.py and attention.py in training only.
-SOURCES = [Path(__file__).with_name(name) for name in ("decoder.py", "gpt.py", "packed.py", "aot.py")]
+SOURCES = [
+    Path(__file__).with_name(name) for name in ("decoder.py", "gpt.py", "packed.py", "aot.py", "shared_prompts.py")
+]
 CAPTURE_LOCK = threading.Lock()  # a process can capture one graph at a time, and a server has a thread per engine
 
 
@@ -66,6 +70,16 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+class StepShape(NamedTuple):
+    """What a step's computation depends on: on CUDA, one graph is captured for each of these."""
+
+    num_slots: int
+    num_tokens: int  # of each slot
+    num_keys: int  # of each ring, at most
+    sampling: BatchSampling
+    prompts: PromptShape | None  # None = prompts are not shared
+
+
 class SlotStart(NamedTuple):
     """What a slot starts with, after its prefix."""
 
@@ -79,7 +93,7 @@ class SlotCache:
     The active slots as the KV cache of one forward pass (gpt.Cache).
 
     A layer's keys and values are a ring: those of position p are stored at p modulo the ring's length. Keys are already
-    rotated, so their order does not matter.
+    rotated, so their order does not matter. With shared prompts, positions in the ring begin after the prompt.
     """
 
     def __init__(
@@ -89,9 +103,12 @@ class SlotCache:
         keys: list[torch.Tensor],  # by layer, (B * K, S, D): the first S entries of the rings of the active slots
         values: list[torch.Tensor],
         ring_lengths_L: torch.Tensor,  # by layer
+        prompts: StepPrompts | None,
         attend_rows: Callable[..., torch.Tensor],
     ):
         self.attend_rows = attend_rows
+        self.prompts = prompts
+        self.ring_positions_BT = positions_BT if prompts is None else positions_BT - prompts.lengths_B[:, None]
         self.positions_BT = positions_BT
         self.previous_B1 = previous_B1
         self.keys, self.values = keys, values
@@ -102,68 +119,93 @@ class SlotCache:
         """Writes the new keys and values, (B, T, K, D), and returns the attention of the queries (B, T, H, D)."""
         B, T, K, D = k.shape
         keys, values = self.keys[layer], self.values[layer]
-        indices_NT, mask_NTS = self._ring(layer, window, num_kv_heads=K)
+        indices_NT, mask_NTX = self._ring(layer, window, num_kv_heads=K)
         rows_N1 = torch.arange(B * K, device=k.device)[:, None]
         keys[rows_N1, indices_NT] = k.transpose(1, 2).reshape(B * K, T, D).to(keys.dtype)
         values[rows_N1, indices_NT] = v.transpose(1, 2).reshape(B * K, T, D).to(values.dtype)
 
         q = (q / math.sqrt(D)).to(keys.dtype)
         q_NGD = q.unflatten(2, (K, -1)).permute(0, 2, 3, 1, 4).reshape(B * K, -1, D)  # G * T queries per row
-        y_NGD = self.attend_rows(q_NGD, keys, values, mask_NTS)
+        prompts = None if self.prompts is None else self.prompts.layer(layer)
+        y_NGD = self.attend_rows(q_NGD, keys, values, mask_NTX, prompts)
         return y_NGD.view(B, K, -1, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, -1, D).to(v.dtype)
 
     def _ring(self, layer: int, window: int, *, num_kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Where the new keys of a layer go, (B * K, T), and which entries its queries see, (B * K, T, S): 0, or minus
-        infinity for those that are added to the scores of hidden ones.
+        Where the new keys of a layer go, (B * K, T), and what is added to the scores: 0, or minus infinity for entries
+        that a query does not see, (B * K, T, S), with shared prompts (B * K, T, P + S).
         """
         ring, size = self.ring_lengths_L[layer], self.keys[layer].size(1)
         if window not in self.rings:
-            positions_BT1 = self.positions_BT[:, :, None]
+            positions_BT1 = self.ring_positions_BT[:, :, None]
             entries_S = torch.arange(size, device=positions_BT1.device)
             age_BTS = (positions_BT1 - entries_S) % ring  # distance of the query to the last position stored there
             is_hidden_BTS = age_BTS > positions_BT1.clamp(max=window)
-            keys = self.keys[layer]
-            mask_BTS = torch.zeros(is_hidden_BTS.shape, device=keys.device).masked_fill(is_hidden_BTS, -torch.inf)
+            if self.prompts is not None:
+                in_prompt_BTP = self.prompts.is_hidden(layer, self.ring_positions_BT, window)
+                is_hidden_BTS = torch.cat([in_prompt_BTP, is_hidden_BTS], dim=-1)
+            mask_BTX = torch.zeros(is_hidden_BTS.shape, device=age_BTS.device).masked_fill(is_hidden_BTS, -torch.inf)
             # Unused slots of the batch may be at a position that the step does not read.
-            indices_BT = (self.positions_BT % ring).clamp(max=size - 1)
+            indices_BT = (self.ring_positions_BT % ring).clamp(max=size - 1)
             self.rings[window] = (
                 indices_BT.repeat_interleave(num_kv_heads, dim=0),
-                mask_BTS.repeat_interleave(num_kv_heads, dim=0),
+                mask_BTX.repeat_interleave(num_kv_heads, dim=0),
             )
         return self.rings[window]
 
 
 def attend_by_products(
-    q_NGD: torch.Tensor, keys_NSD: torch.Tensor, values_NSD: torch.Tensor, mask_NTS: torch.Tensor
+    q_NGD: torch.Tensor,
+    keys_NSD: torch.Tensor,
+    values_NSD: torch.Tensor,
+    mask_NTX: torch.Tensor,
+    prompts: LayerPrompts | None = None,
 ) -> torch.Tensor:
     """
     Attention as two matrix products. On CUDA the scores of 16-bit queries and keys are float32, as in the kernels that
     train: rounded to bfloat16, a score of 16 is off by up to 0.06, and so is the logarithm of its probability.
     """
-    mask_NGS = _mask_of_groups(mask_NTS, q_NGD.size(1))
-    if keys_NSD.is_cuda and keys_NSD.dtype != torch.float32:
-        scores = torch.baddbmm(mask_NGS, q_NGD, keys_NSD.transpose(1, 2), out_dtype=torch.float32)
-        return torch.bmm(scores.softmax(dim=-1).to(values_NSD.dtype), values_NSD)
+    P = mask_NTX.size(2) - keys_NSD.size(1)
+    mask_NGX = _mask_of_groups(mask_NTX, q_NGD.size(1))
+    is_half_on_cuda = keys_NSD.is_cuda and keys_NSD.dtype != torch.float32
+    options: dict[str, Any] = {"out_dtype": torch.float32} if is_half_on_cuda else {}
     with small_products():
-        scores = torch.baddbmm(mask_NGS, q_NGD, keys_NSD.transpose(1, 2))
-        return torch.bmm(scores.softmax(dim=-1), values_NSD)
+        scores = torch.baddbmm(mask_NGX[..., P:], q_NGD, keys_NSD.transpose(1, 2), **options)
+        if prompts is None:
+            return torch.bmm(scores.softmax(dim=-1).to(values_NSD.dtype), values_NSD)
+        scores = torch.cat([prompts.scores(q_NGD) + mask_NGX[..., :P], scores], dim=-1)
+        weights = scores.softmax(dim=-1)
+        y_ring = torch.bmm(weights[..., P:].to(values_NSD.dtype), values_NSD)
+        return y_ring + prompts.weighted_sum(weights[..., :P])
 
 
 def attend_by_sums(
-    q_NGD: torch.Tensor, keys_NSD: torch.Tensor, values_NSD: torch.Tensor, mask_NTS: torch.Tensor
+    q_NGD: torch.Tensor,
+    keys_NSD: torch.Tensor,
+    values_NSD: torch.Tensor,
+    mask_NTX: torch.Tensor,
+    prompts: LayerPrompts | None = None,
 ) -> torch.Tensor:
     """
     The same as sums over elementwise products, which torch.compile turns into loops that read each key and value once,
     in 16 bits too. With one query per key, matrix products have no advantage.
     """
+    P = mask_NTX.size(2) - keys_NSD.size(1)
+    mask_NGX = _mask_of_groups(mask_NTX, q_NGD.size(1))
     scores = (q_NGD[:, :, None].float() * keys_NSD[:, None].float()).sum(dim=-1)
-    weights = (scores + _mask_of_groups(mask_NTS, q_NGD.size(1))).softmax(dim=-1)
-    return (weights[..., None] * values_NSD[:, None].float()).sum(dim=2)
+    if prompts is not None:
+        scores = torch.cat([prompts.scores(q_NGD), scores], dim=-1)
+    weights = (scores + mask_NGX).softmax(dim=-1)
+    y = (weights[..., P:, None] * values_NSD[:, None].float()).sum(dim=2)
+    return y if prompts is None else y + prompts.weighted_sum(weights[..., :P])
 
 
 def attend_without_maximum(
-    q_NGD: torch.Tensor, keys_NSD: torch.Tensor, values_NSD: torch.Tensor, mask_NTS: torch.Tensor
+    q_NGD: torch.Tensor,
+    keys_NSD: torch.Tensor,
+    values_NSD: torch.Tensor,
+    mask_NTX: torch.Tensor,
+    prompts: LayerPrompts | None = None,
 ) -> torch.Tensor:
     """
     attend_by_sums in two kernels on CUDA instead of three.
@@ -171,9 +213,16 @@ def attend_without_maximum(
     Queries and keys are normed, so no score exceeds gain² sqrt(D), 16 at head size 128: softmax need not subtract the
     maximum first. The sum of the weights is computed once per channel, in the loop that adds up the values.
     """
+    P = mask_NTX.size(2) - keys_NSD.size(1)
+    mask_NGX = _mask_of_groups(mask_NTX, q_NGD.size(1))
     scores = (q_NGD[:, :, None].float() * keys_NSD[:, None].float()).sum(dim=-1)
-    weights = (scores + _mask_of_groups(mask_NTS, q_NGD.size(1))).exp()[..., None].expand(*scores.shape, q_NGD.size(2))
-    return (weights * values_NSD[:, None].float()).sum(dim=2) / weights.sum(dim=2)
+    if prompts is None:
+        weights = (scores + mask_NGX).exp()[..., None].expand(*scores.shape, q_NGD.size(2))
+        return (weights * values_NSD[:, None].float()).sum(dim=2) / weights.sum(dim=2)
+    weights = (torch.cat([prompts.scores(q_NGD), scores], dim=-1) + mask_NGX).exp()
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    y_ring = (weights[..., P:, None] * values_NSD[:, None].float()).sum(dim=2)
+    return y_ring + prompts.weighted_sum(weights[..., :P])
 
 
 def _mask_of_groups(mask_NTS: torch.Tensor, num_queries: int) -> torch.Tensor:
@@ -196,9 +245,11 @@ class StepForward(nn.Module):
         keys: list[torch.Tensor],
         values: list[torch.Tensor],
         ring_lengths_L: torch.Tensor,
+        prompts: list[torch.Tensor],  # from SharedPrompts.tensors, or empty
     ) -> torch.Tensor:
         """The logits before the softcap, (B, T, V) in the compute dtype. The arguments are those of SlotCache."""
-        cache = SlotCache(positions_BT, previous_B1, keys, values, ring_lengths_L, self.attend_rows)
+        shared = StepPrompts(prompts) if prompts else None
+        cache = SlotCache(positions_BT, previous_B1, keys, values, ring_lengths_L, shared, self.attend_rows)
         return self.model.lm_head(self.model.hidden(tokens_BT, cache))
 
 
@@ -209,39 +260,51 @@ class PackagedForward:
         self.module, self.name = module, name
         self.packages: dict[tuple[bool, int], aot.Package] = {}
 
-    def __call__(self, tokens_BT, previous_B1, positions_BT, keys, values, ring_lengths_L) -> torch.Tensor:
+    def __call__(self, tokens_BT, previous_B1, positions_BT, keys, values, ring_lengths_L, prompts) -> torch.Tensor:
         B, T = tokens_BT.shape
         key = (B == 1, T)
         if key not in self.packages:
             with torch.inference_mode(False):
-                self.packages[key] = self._load(1 if B == 1 else 3, T, dtype=keys[0].dtype)
-        return self.packages[key]([tokens_BT, previous_B1, positions_BT, *keys, *values, ring_lengths_L])
+                self.packages[key] = self._load(1 if B == 1 else 3, T, dtype=keys[0].dtype, is_shared=bool(prompts))
+        return self.packages[key]([tokens_BT, previous_B1, positions_BT, *keys, *values, ring_lengths_L, *prompts])
 
     def refresh(self) -> None:
         """Must be called after tensors of the model were replaced."""
         for package in self.packages.values():
             package.refresh()
 
-    def _load(self, B: int, T: int, dtype: torch.dtype) -> aot.Package:
-        """For this number of slots if it is 1, and any above 1 if not; for any lengths of rings and numbers of keys."""
+    def _load(self, B: int, T: int, dtype: torch.dtype, is_shared: bool) -> aot.Package:
+        """For this number of slots if it is 1, and any above 1 if not; for any numbers of keys and prompts."""
         config = self.module.model.config
         tokens_BT, positions_BT = torch.zeros((2, B, T), dtype=torch.long).unbind()
         previous_B1 = torch.zeros(B, 1, dtype=torch.long)
-        rings: list[torch.Tensor] = []
-        for window in config.windows * 2:  # keys, values; rings of different windows have different lengths
-            size = 50 + list(layers_by_window(config)).index(window)
-            ring = torch.zeros(B * config.n_kv_head, 2 * size, config.head_dim, dtype=dtype)
-            rings.append(ring[:, :size])
-        keys, values = rings[: config.n_layer], rings[config.n_layer :]
+        keys, values = self._example_caches(B, 50, dtype)
         ring_lengths_L = torch.ones(config.n_layer, dtype=torch.long)
-        examples = (tokens_BT, previous_B1, positions_BT, keys, values, ring_lengths_L)
+        prompts: list[torch.Tensor] = []
+        if is_shared:
+            U, M = (1, 1) if B == 1 else (5, 7)
+            per_row = torch.zeros((3, B), dtype=torch.long).unbind()
+            prompt_keys, prompt_values = self._example_caches(U, 70, dtype)
+            prompts = [*per_row, torch.zeros((U, M), dtype=torch.long), *prompt_keys, *prompt_values]
+        examples = (tokens_BT, previous_B1, positions_BT, keys, values, ring_lengths_L, prompts)
 
-        rows = {} if B == 1 else {0: torch.export.Dim.DYNAMIC}
-        in_rings = [rows | {1: torch.export.Dim.DYNAMIC}] * config.n_layer
-        shapes: Any = (rows, rows, rows, in_rings, in_rings, {})
-        return aot.load_or_compile(
-            self.module, examples, shapes, name=f"{self.name} {dtype} {B} x {T}", sources=SOURCES
-        )
+        rows: dict[int, Any] = {} if B == 1 else {0: torch.export.Dim.DYNAMIC}
+        in_caches = [rows | {1: torch.export.Dim.DYNAMIC}] * config.n_layer
+        table = {} if B == 1 else dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
+        in_prompts = [rows] * 3 + [table] + in_caches * 2 if is_shared else []
+        shapes: Any = (rows, rows, rows, in_caches, in_caches, {}, in_prompts)
+        name = f"{self.name} {dtype} {B} x {T}" + " shared prompts" * is_shared
+        return aot.load_or_compile(self.module, examples, shapes, name=name, sources=SOURCES)
+
+    def _example_caches(self, num_rows: int, size: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], ...]:
+        """Keys and values by layer. Those of different windows have different lengths."""
+        config = self.module.model.config
+        caches: list[torch.Tensor] = []
+        for window in config.windows * 2:
+            length = size + list(layers_by_window(config)).index(window)
+            cache = torch.zeros(num_rows * config.n_kv_head, 2 * length, config.head_dim, dtype=dtype)
+            caches.append(cache[:, :length])
+        return caches[: config.n_layer], caches[config.n_layer :]
 
 
 class Decoder:
@@ -257,10 +320,12 @@ class Decoder:
         precisions: Sequence[str] = (),
         compile: bool = False,
         max_drafted: int = 0,
+        share_prompts: bool = False,
     ):
         """
         precisions: as in packed.choose. compile: the forward pass, if `can_compile`. max_drafted: tokens
-        that `verify` reads after the current one of a slot.
+        that `verify` reads after the current one of a slot. share_prompts: see shared_prompts.py; positions in a slot
+        begin after the prompt.
         """
         self.max_drafted = max_drafted
         self.original = model
@@ -277,6 +342,9 @@ class Decoder:
         # On a CPU, eager attention is 2.5 to 6 times as fast in float32 as in bfloat16.
         is_eager_on_cpu = device.type == "cpu" and not self.is_compiled
         self.dtype = torch.float32 if is_eager_on_cpu else self.model.dtype
+        self.prompts: SharedPrompts | None = None
+        if share_prompts:
+            self.prompts = SharedPrompts(model.config, layers_by_window(model.config), device, self.dtype)
         self.forward: Callable[..., torch.Tensor] = StepForward(self.model, attend_by_products)
         if self.is_compiled and device.type == "cpu":
             hardware.keep_freed_pages()
@@ -298,7 +366,7 @@ class Decoder:
         if self.use_graphs:
             # torch's default stream for captures belongs to the device that was used first in the process.
             self.capture_stream = torch.cuda.Stream(device)
-        self.graphs: dict[tuple[int, int, int, BatchSampling], torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
 
     def refresh_weights(self) -> None:
         """Must be called after the model's weights have changed."""
@@ -347,6 +415,8 @@ class Decoder:
         self.sampled_RT = torch.zeros((num_slots, 1 + self.max_drafted), device=device, dtype=torch.long)
         self.logprobs_RT = torch.zeros((num_slots, 1 + self.max_drafted), device=device)
 
+        if self.prompts:
+            self.prompts.reserve_slots(num_slots)
         self.num_slots, self.length = num_slots, length
         if old_tensors:
             for new, old in zip(self.slot_tensors(), old_tensors, strict=True):
@@ -363,7 +433,7 @@ class Decoder:
 
     def fill(self, first_slot: int, prefix: Prefix, starts: Sequence[SlotStart]) -> None:
         """Puts sequences that share a prefix into consecutive slots. On CUDA the host waits for nothing."""
-        device, position = self.model.device, len(prefix.tokens)
+        device, position = self.model.device, 0 if self.prompts else len(prefix.tokens)
         slots = slice(first_slot, first_slot + len(starts))
         vocab_size = self.model.config.vocab_size
         integers = [[start.token, start.params.top_k or vocab_size] for start in starts]
@@ -374,27 +444,33 @@ class Decoder:
         self.temperature_R[slots], self.top_p_R[slots] = upload(numbers.T, device)
         uniforms_BT = pad_sequence([start.uniforms for start in starts], batch_first=True)
         self.uniform_RT[slots, position : position + uniforms_BT.size(1)] = upload(uniforms_BT, device)
-        if position == 0:
+        if prefix.tokens:
+            self.previous_R[slots] = prefix.tokens[-1]
+        if self.prompts:
+            if self.prompts.fill(prefix.tokens, prefix.caches, len(starts)):
+                self.graphs.clear()
             return
-        self.previous_R[slots] = prefix.tokens[-1]
-        for window, cache in self.caches.items():
-            ring = cache.size(4) - 1
-            states = prefix.caches[window][:, :, -ring:].transpose(2, 3).unsqueeze(2)  # (2, L, 1, K, n, D)
+        for window, states in prefix.caches.items():
+            ring = self.caches[window].size(4) - 1
+            states = states[:, :, -ring:].transpose(2, 3).unsqueeze(2)  # (2, L, 1, K, n, D)
             start = (position - states.size(4)) % ring
             split = min(ring - start, states.size(4))  # the states behind it go to the start of the ring
-            cache[:, :, slots, :, start : start + split] = states[..., :split, :]
-            if split < states.size(4):
-                cache[:, :, slots, :, : states.size(4) - split] = states[..., split:, :]
+            slots_of_window = self.caches[window][:, :, slots]
+            slots_of_window[..., start : start + split, :] = states[..., :split, :]
+            slots_of_window[..., : states.size(4) - split, :] = states[..., split:, :]
 
     def force(self, tokens: dict[int, int]) -> None:
         """Replaces the tokens just sampled, by slot."""
         slots_B, tokens_B = upload(torch.tensor(list(tokens.items())).T, self.model.device)
         self.tokens_R[slots_B] = tokens_B
 
-    def move(self, source: int, target: int) -> None:
-        """Copies the contents of one slot to another."""
-        for tensor in self.slot_tensors():
-            tensor[target] = tensor[source]
+    def free(self, slot: int, num_slots: int) -> None:
+        """Frees one of the first num_slots slots, all of which are filled, by moving the last of them there."""
+        if self.prompts:
+            self.prompts.free(slot)
+        if slot < num_slots - 1:
+            for tensor in self.slot_tensors():
+                tensor[slot] = tensor[num_slots - 1]
 
     # ---- the step ----
 
@@ -426,37 +502,44 @@ class Decoder:
 
     def _run(self, num_slots: int, T: int, max_position: int, sampling: BatchSampling) -> None:
         """max_position: the highest position among the first tokens of the slots."""
-        batch, num_keys = num_slots, max_position + T
+        batch = num_slots
         if self.use_static_shapes:
             batch = min(next_power_of_two(num_slots), self.num_slots)
-            num_keys = max(MIN_GRAPH_KEYS, next_power_of_two(num_keys))
-        else:
-            num_keys = -(-num_keys // KEY_MULTIPLE) * KEY_MULTIPLE
-        num_keys = min(num_keys, self.length + self.max_drafted)
+        prompts = None
+        if self.prompts:
+            prompts = self.prompts.shape(self._round_up_keys(self.prompts.longest), self.use_static_shapes)
+            self.prompts.prepare(batch, prompts)
+        num_keys = min(self._round_up_keys(max_position + T), self.length + self.max_drafted)
+        shape = StepShape(batch, T, num_keys, sampling, prompts)
         if self.use_graphs:
-            self._replay(batch, T, num_keys, sampling)
+            self._replay(shape)
         else:
             with hardware.num_threads(self.num_threads):
                 try:
-                    self._step(batch, T, num_keys, sampling)
+                    self._step(shape)
                 except RuntimeError as error:
                     self._use_eager_forward(error)
-                    self._step(batch, T, num_keys, sampling)
+                    self._step(shape)
 
-    def _replay(self, batch: int, T: int, num_keys: int, sampling: BatchSampling) -> None:
-        """Runs the step as a CUDA graph, captured at the first call with these arguments."""
-        key = (batch, T, num_keys, sampling)
-        if key not in self.graphs:
+    def _round_up_keys(self, count: int) -> int:
+        """The number of keys that a step reads to see `count` of them."""
+        if not self.use_static_shapes:
+            return -(-count // KEY_MULTIPLE) * KEY_MULTIPLE
+        return max(MIN_SHARED_GRAPH_KEYS if self.prompts else MIN_GRAPH_KEYS, next_power_of_two(count))
+
+    def _replay(self, shape: StepShape) -> None:
+        """Runs the step as a CUDA graph, captured at the first call with this shape."""
+        if shape not in self.graphs:
             if len(self.graphs) == MAX_GRAPHS:
                 self.graphs.clear()
             with CAPTURE_LOCK, torch.cuda.device(self.model.device):
                 try:
-                    self._warm_up(batch, T, num_keys, sampling)
+                    self._warm_up(shape)
                 except RuntimeError as error:
                     self._use_eager_forward(error)
-                    self._warm_up(batch, T, num_keys, sampling)
-                self.graphs[key] = self._capture(batch, T, num_keys, sampling)
-        self.graphs[key].replay()
+                    self._warm_up(shape)
+                self.graphs[shape] = self._capture(shape)
+        self.graphs[shape].replay()
 
     def _use_eager_forward(self, error: RuntimeError) -> None:
         """After a failed compilation, which has changed nothing yet. Raises errors of other kinds again."""
@@ -467,15 +550,15 @@ class Decoder:
         attend_rows = attend_by_products if self.use_graphs else attend_by_sums  # on a CPU in any dtype
         self.forward = StepForward(self.model, attend_rows)
 
-    def _capture(self, batch: int, T: int, num_keys: int, sampling: BatchSampling) -> torch.cuda.CUDAGraph:
+    def _capture(self, shape: StepShape) -> torch.cuda.CUDAGraph:
         pool = next((graph.pool() for graph in self.graphs.values()), None)  # all graphs share one memory pool
         graph = torch.cuda.CUDAGraph()
         # By default a capture fails when another thread allocates memory or waits for its own work at the same time.
         with torch.cuda.graph(graph, pool=pool, stream=self.capture_stream, capture_error_mode="thread_local"):
-            self._step(batch, T, num_keys, sampling)
+            self._step(shape)
         return graph
 
-    def _warm_up(self, batch: int, T: int, num_keys: int, sampling: BatchSampling) -> None:
+    def _warm_up(self, shape: StepShape) -> None:
         """Runs the step before it is captured, as libraries initialize at their first call, and undoes its effects."""
         state = (self.tokens_R, self.previous_R, self.positions_R)
         saved = [tensor.clone() for tensor in state]
@@ -483,20 +566,28 @@ class Decoder:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._step(batch, T, num_keys, sampling)
+                self._step(shape)
                 for tensor, value in zip(state, saved, strict=True):
                     tensor.copy_(value)
         torch.cuda.current_stream().wait_stream(stream)
 
-    def _step(self, B: int, T: int, num_keys: int, sampling: BatchSampling) -> None:
+    def _step(self, shape: StepShape) -> None:
         """The step itself. All of it runs on the device: the host reads no value, so it can be captured as a graph."""
+        B, T, num_keys, sampling, prompt_shape = shape
         tokens_B, previous_B, positions_B = self.tokens_R[:B], self.previous_R[:B], self.positions_R[:B]
         tokens_BT, positions_BT = tokens_B[:, None], positions_B[:, None]
         if T > 1:
             tokens_BT = torch.cat([tokens_BT, self.drafts_RT[:B, : T - 1]], dim=1)
             positions_BT = positions_BT + torch.arange(T, device=positions_B.device)
         keys, values = self._active_rings(B, num_keys)
-        raw_BTV = self.forward(tokens_BT, previous_B[:, None], positions_BT, keys, values, self.ring_lengths_L)
+        prompts: list[torch.Tensor] = []
+        in_context_BT = positions_BT
+        if self.prompts and prompt_shape:
+            prompts = self.prompts.tensors(B, prompt_shape)
+            # The limit matters only for unused slots of the batch.
+            in_context_BT = (positions_BT + prompts[0][:, None]).clamp(max=self.model.cos.size(0) - 1)
+        inputs = (tokens_BT, previous_B[:, None], in_context_BT, keys, values, self.ring_lengths_L, prompts)
+        raw_BTV = self.forward(*inputs)
         params = (self.temperature_R, self.top_k_R, self.top_p_R)
         temperature_N, top_k_N, top_p_N = (param_R[:B, None].expand(B, T).flatten() for param_R in params)
         uniform_N = self.uniform_RT[:B].gather(1, positions_BT).flatten()

@@ -225,6 +225,7 @@ class ActiveRequest:
 
     def __init__(self, number: int, request: Request, tools: ToolUse, config: GPTConfig):
         self.number, self.request, self.tools = number, request, tools
+        self.num_before_slot = 0  # tokens of the prompt that are not in the request's slot: a shared prompt
         room = config.sequence_len + 1 - len(request.prompt)  # + 1: the last token is never read
         self.limit = min(request.max_tokens, room)  # new tokens
         self.limit_reason = "context" if room < request.max_tokens else "length"
@@ -235,8 +236,8 @@ class ActiveRequest:
 
     @property
     def position(self) -> int:
-        """The position of the token that the next step reads."""
-        return len(self.request.prompt) + len(self.completion.tokens) - 1
+        """The position in the slot of the token that the next step reads."""
+        return len(self.request.prompt) + len(self.completion.tokens) - 1 - self.num_before_slot
 
     def accept(self, sampled: int, logprob: float, stop_tokens: set[int]) -> int | None:
         """
@@ -321,6 +322,7 @@ class Engine:
         precisions: Sequence[str] = (),
         compile: bool = False,
         speculate: int = 0,
+        share_prompts: bool = False,
     ):
         """
         precisions: what the decode step on a CPU may use if it is faster than the model's dtype, though it changes the
@@ -331,6 +333,7 @@ class Engine:
         speculate: number of tokens to draft per step where text repeats (speculation.py); 0 = off. With 4, greedy
         continuations of repetitive text are 1.55 times as fast on a CPU at 1 row and 1.2 times at 8, and chats 1.1 to
         1.2 times; sampled text that hardly repeats takes up to 1.3 times as long at 8 rows.
+        share_prompts: requests with the same prompt read one copy of its keys (shared_prompts.py).
         """
         if max_slots < 1:
             raise UserError(f"an engine needs at least 1 slot, not {max_slots}")
@@ -343,7 +346,14 @@ class Engine:
         self.end_of_turn = tokenizer.special("<|assistant_end|>")
         self.stop_tokens = {self.end_of_turn, tokenizer.bos}
         with torch.inference_mode():
-            self.decoder = Decoder(model, max_slots, precisions=precisions, compile=compile, max_drafted=speculate)
+            self.decoder = Decoder(
+                model,
+                max_slots,
+                precisions=precisions,
+                compile=compile,
+                max_drafted=speculate,
+                share_prompts=share_prompts,
+            )
         self.speculate = speculate
         self.prefill_chunk = CPU_CHUNK if model.device.type == "cpu" else GPU_CHUNK
         # Only then does the state of a whole chunk not depend on what is read with it (see above).
@@ -427,6 +437,8 @@ class Engine:
         entry = ActiveRequest(self.num_requests, request, ToolUse(self.tokenizer), self.model.config)
         if self.speculate:
             entry.drafter = Drafter(request.prompt)
+        if self.decoder.prompts:
+            entry.num_before_slot = len(request.prompt) - 1
         self.num_requests += 1
         tokens = tuple(request.prompt[:-1])
         self.waiting.append((entry, self.prompts.setdefault(tokens, Prompt(tokens))))
@@ -595,17 +607,16 @@ class Engine:
 
     def _reserve(self, entries: list[ActiveRequest]) -> None:
         """Grows the decoder: enough slots for the waiting requests, each long enough for these."""
-        num_read = max(len(entry.request.prompt) + entry.limit - 1 for entry in entries)
+        num_read = max(entry.position + entry.limit for entry in entries)
         length = -(-num_read // self.length_multiple) * self.length_multiple  # rounded up
         num_slots = min(self.max_slots, len(self.active) + len(self.waiting))
         self.decoder.reserve(num_slots, min(length, self.model.config.sequence_len))
 
     def _free_slot(self, slot: int) -> None:
         """Removes a request from its slot and moves the last one there, as active slots must be the first ones."""
-        last = self.active.pop()
-        if slot < len(self.active):
-            self.decoder.move(len(self.active), slot)
-            self.active[slot] = last
+        self.decoder.free(slot, len(self.active))
+        self.active[slot] = self.active[-1]
+        self.active.pop()
 
 
 def sample_prompts(engine: Engine, max_tokens: int = 32) -> list[dict[str, str]]:

@@ -24,6 +24,7 @@ from nanochat.eval.chat import CHATCORE, ChatScore, Sampling, evaluate_task
 from nanochat.eval.metrics import core_metric
 from nanochat.logging import append_evaluation, report_dir, save_numbers
 from nanochat.report.record import recorded
+from nanochat.shared_prompts import pays_to_share
 from tasks.arc import ARC
 from tasks.common import Task, limited
 from tasks.gsm8k import GSM8K
@@ -81,7 +82,8 @@ def main(flags: Flags) -> dict[str, ChatScore]:
         num_questions = sum(len(task) for task in tasks.values() if task.kind == "generative")
         num_completions = num_questions * flags.num_samples // dist.world_size
         compile = pays_to_compile(num_completions, flags.max_new_tokens)
-        engine = Engine(model, tokenizer, flags.batch_size, compile=compile)
+        share_prompts = pays_to_share(flags.num_samples, flags.batch_size, dist.device)
+        engine = Engine(model, tokenizer, flags.batch_size, compile=compile, share_prompts=share_prompts)
         template = Request([], flags.max_new_tokens, flags.temperature, flags.top_k)
         sampling = Sampling(template, flags.num_samples, flags.pass_k)
         folder = record_folder(flags, checkpoint)

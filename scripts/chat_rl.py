@@ -38,6 +38,7 @@ from nanochat.recipe import load_hyperparameters, param_groups, rl_schedule
 from nanochat.report.record import recorded
 from nanochat.rollout import PolicyLoss, Question, Rollout, RolloutConfig, RolloutPlan
 from nanochat.run import Run, RunFlags
+from nanochat.shared_prompts import pays_to_share
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Hook, TrainState
 from tasks.common import Task, limited
@@ -121,7 +122,8 @@ def train_on_rollouts(flags: Flags, run: Run, source: Checkpoint) -> None:
     run.build(groups, metadata, compile=False)  # each new shape would be compiled, and every batch has one
     num_completions = plan.num_steps * flags.examples_per_step * flags.num_samples // dist.world_size
     compile = pays_to_compile(num_completions, flags.max_new_tokens)
-    engine = Engine(run.model, tokenizer, flags.rollout_batch_size, compile=compile)
+    share_prompts = pays_to_share(flags.num_samples, flags.rollout_batch_size, dist.device)
+    engine = Engine(run.model, tokenizer, flags.rollout_batch_size, compile=compile, share_prompts=share_prompts)
     logger = run.open_log(plan.num_steps)
 
     eval_sampling = RolloutConfig(flags.eval_samples, flags.max_new_tokens, flags.temperature, flags.top_k)

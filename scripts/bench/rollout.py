@@ -31,6 +31,7 @@ from scripts.bench.plain import generate_like_nanochat
 from tasks.quiz import HardSums
 
 ALL_AT_ONCE = "all at once"
+SHARED = "all at once, shared prompts"  # chat_rl does this where shared_prompts.pays_to_share
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,9 @@ def make_sides(
 ) -> dict[str, Callable[[], list[int]]]:
     """The functions to compare; each samples completions and returns their lengths in tokens."""
     config = RolloutConfig(flags.num_samples, flags.max_new_tokens, flags.temperature, flags.top_k)
-    batch_engine = Engine(model, tokenizer, flags.rollout_batch_size, compile=True)
+    batch_engine, sharing_engine = (
+        Engine(model, tokenizer, flags.rollout_batch_size, compile=True, share_prompts=share) for share in (False, True)
+    )
     group_engine = Engine(model, tokenizer, flags.num_samples)
 
     def sample(engine: Engine, batch: list[Question]) -> list[int]:
@@ -117,6 +120,7 @@ def make_sides(
 
     return {
         ALL_AT_ONCE: lambda: sample(batch_engine, questions),
+        SHARED: lambda: sample(sharing_engine, questions),
         "one question at a time": lambda: [n for question in questions for n in sample(group_engine, [question])],
         "one question at a time, plain": lambda: sample_plain(flags.num_samples),
         "one completion at a time, plain": lambda: sample_plain(1),  # one per question is enough to measure
