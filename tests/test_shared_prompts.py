@@ -20,8 +20,9 @@ from test_engine import (
 )
 
 from nanochat import hardware
+from nanochat.decoder import attend_by_products, attend_by_sums, attend_without_maximum
 from nanochat.engine import Request
-from nanochat.shared_prompts import pays_to_share
+from nanochat.shared_prompts import LayerPrompts, pays_to_share
 
 # 3, 1, 2 and 2 completions of prompts that are longer than the short window (128), empty (the first step reads the last
 # token), short and as long as the window.
@@ -124,3 +125,21 @@ def test_pays_to_share_several_completions_in_many_slots_of_a_gpu():
     assert not pays_to_share(num_samples=1, num_slots=256, device=cuda)
     assert not pays_to_share(num_samples=16, num_slots=16, device=cuda)
     assert not pays_to_share(num_samples=16, num_slots=256, device=torch.device("cpu"))
+
+
+def test_attention_to_shared_prompts_is_the_same_in_every_formula():
+    generator = torch.Generator().manual_seed(0)
+    q, keys, values = (torch.randn(8, size, 16, generator=generator) for size in (2, 30, 30))  # B 4, K 2
+    prompt_keys, prompt_values = (torch.randn(4, 20, 16, generator=generator) for _ in range(2))  # U 2
+    prompt_of_row, sample_of_row = torch.tensor([0, 1, 0, 0]), torch.tensor([0, 0, 1, 2])
+    rows = torch.tensor([[0, 2, 3], [1, 0, 0]])
+    prompts = LayerPrompts(prompt_keys, prompt_values, prompt_of_row, sample_of_row, rows)
+    mask = torch.zeros(8, 1, 50).masked_fill(torch.rand(8, 1, 50, generator=generator) > 0.7, -torch.inf)
+
+    own_keys, own_values = (
+        torch.cat([part.view(2, 2, 20, 16)[prompt_of_row].flatten(0, 1), ring], dim=1)
+        for part, ring in ((prompt_keys, keys), (prompt_values, values))
+    )
+    expected = ((q @ own_keys.transpose(1, 2)) + mask).softmax(dim=-1) @ own_values
+    for attend in (attend_by_products, attend_by_sums, attend_without_maximum):
+        torch.testing.assert_close(attend(q, keys, values, mask, prompts), expected)
