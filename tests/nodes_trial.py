@@ -1,17 +1,21 @@
 """
 Two "hosts" in network namespaces of this machine run runs/nodes.sh, and something fails. Needs root and iproute2.
 
-    python tests/nodes_trial.py                # a process is killed; the loss curve is that of an uninterrupted job
-    python tests/nodes_trial.py --cut 30       # the link is cut for that many seconds: the job waits and continues
-    python tests/nodes_trial.py --rate 10      # seconds per step with a link of that many Mbit/s (docs/scaling.md)
-    python tests/nodes_trial.py --lose         # a node is lost for good: the job continues on the other one
+    python tests/nodes_trial.py kill           # a process is killed; the loss curve is that of an uninterrupted job
+    python tests/nodes_trial.py cut            # the link is down for --seconds 30
+    python tests/nodes_trial.py drop           # packets are dropped for --seconds 30, which ends all TCP connections
+    python tests/nodes_trial.py lose           # a host is lost for good: the job continues on the other one
+    python tests/nodes_trial.py resize         # a job that is stopped and continued on 1, 2, 4 and 1 ranks
+    python tests/nodes_trial.py shard          # --shard against replicated weights
+    python tests/nodes_trial.py rate           # seconds per step with a link of --mbit 10 (docs/scaling.md)
 
-tests/test_nodes.py runs the first of them.
+kill, cut, drop and shard take --ranks: processes per host, default 1. tests/test_nodes.py runs kill.
 """
 
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -23,10 +27,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_STEPS, SAVE_EVERY = 150, 15
-# A tiny model; both ranks have one micro-batch per step, one rank alone has two.
-FLAGS = ["--device", "cpu", "--no-compile", "--attention", "banded", "--depth", "1", "--aspect-ratio", "32"]
-FLAGS += ["--head-dim", "32", "--max-seq-len", "64", "--device-batch-size", "4", "--total-batch-size", "512"]
-FLAGS += ["--save-every", str(SAVE_EVERY), "--eval-every", "-1", "--sample-every", "-1", "--model-tag", "trial"]
+# A tiny model; one rank has four micro-batches per step, four ranks have one each.
+TINY = ("--aspect-ratio", "32", "--head-dim", "32")
+WIDE = ("--aspect-ratio", "128", "--head-dim", "64")  # the smallest whose matrices --shard shards
+FLAGS = ["--device", "cpu", "--no-compile", "--attention", "banded", "--depth", "1", "--max-seq-len", "64"]
+FLAGS += ["--device-batch-size", "2", "--total-batch-size", "512", "--eval-every", "-1", "--sample-every", "-1"]
+FLAGS += ["--save-every", str(SAVE_EVERY), "--model-tag", "trial"]
 LIMIT_SECONDS = 400
 DROP_ALL = "tbf rate 8bit burst 1 limit 1".split()  # every packet is larger than the burst
 
@@ -77,8 +83,15 @@ class Hosts:
                 return pid
         raise RuntimeError(f"no rank runs on host {host}")
 
-    def cut(self, is_cut: bool) -> None:
-        """Cuts the link in both directions, or joins it again."""
+    def set_link(self, is_up: bool) -> None:
+        """Disconnects host 1, or connects it again. TCP repeats what is lost for a quarter of an hour."""
+        ip("-n", self.names[1], "link", "set", self.links[1], "up" if is_up else "down")
+
+    def drop(self, is_cut: bool) -> None:
+        """
+        Drops all packets of both hosts where they are sent, or no longer. TCP then repeats them every half second, and
+        gives up after 15 times.
+        """
         for name, link in zip(self.names, self.links, strict=True):
             action = ["add", "dev", link, "root", *DROP_ALL] if is_cut else ["del", "dev", link, "root"]
             subprocess.run(["tc", "-n", name, "qdisc", *action], check=True)
@@ -89,44 +102,52 @@ def ip(*words: str) -> None:
 
 
 class Job:
-    """A training job on two hosts, each of which starts runs/nodes.sh."""
+    """A training job; each host starts runs/nodes.sh with `ranks` processes."""
 
-    def __init__(self, hosts: Hosts, folder: Path, bases: list[Path], nodes: str = "2", num_steps: int = NUM_STEPS):
+    def __init__(self, hosts: Hosts, bases: list[Path], flags: list[str], *, nodes: str = "2", ranks: int = 1):
         self.hosts = hosts
-        self.bases = bases  # of the two hosts
-        self.logs = [folder / f"host{i}.log" for i in range(2)]
-        venv = folder / "venv/bin"
-        venv.mkdir(parents=True, exist_ok=True)
-        (venv / "activate").write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n')
-        flags = [*FLAGS, "--num-iterations", str(num_steps)]
-        self.processes = [self._start(i, nodes, venv.parent, flags) for i in range(2)]
+        self.bases = bases  # of the hosts that take part
+        self.logs = [base.parent / f"{base.name}-host{i}.log" for i, base in enumerate(bases)]
+        venv = bases[0].parent / "venv"
+        (venv / "bin").mkdir(parents=True, exist_ok=True)
+        (venv / "bin/activate").write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n')
+        variables = {"NODES": nodes, "RANKS": str(ranks), "NANOCHAT_VENV": str(venv)}
+        self.processes = [self._start(i, variables, flags) for i in range(len(bases))]
 
-    def _start(self, host: int, nodes: str, venv: Path, flags: list[str]) -> subprocess.Popen:
+    def _start(self, host: int, variables: dict[str, str], flags: list[str]) -> subprocess.Popen:
         name = self.hosts.names[host]
-        environment = os.environ | {
-            "NODES": nodes,
+        environment = os.environ | variables
+        environment |= {
             "NODE_RANK": str(host),
             "MASTER": "10.77.0.1",
             "ADDRESS": f"10.77.0.{host + 1}",
             "GLOO_SOCKET_IFNAME": self.hosts.links[host],
-            "NANOCHAT_VENV": str(venv),
             "NANOCHAT_BASE_DIR": str(self.bases[host]),
             "NANOCHAT_DTYPE": "float32",
             "OMP_NUM_THREADS": "1",
             "WAIT_MINUTES": "5",
         }
         script = 'hostname "$0"; exec bash runs/nodes.sh "$@"'
-        command = ["ip", "netns", "exec", name, "unshare", "--uts", "bash", "-c", script, f"host{host}", *flags]
-        with self.logs[host].open("w") as log:
+        words = ["unshare", "--uts", "bash", "-c", script, f"host{host}", *FLAGS, *flags]
+        with self.logs[host].open("a") as log:
+            command = ["ip", "netns", "exec", name, *words]
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
-    def wait(self) -> list[int]:
-        """The exit codes of both hosts."""
-        return [process.wait(LIMIT_SECONDS) for process in self.processes]
+    def finish(self) -> None:
+        """Waits for all hosts; their exit codes have to be 0."""
+        codes = [process.wait(LIMIT_SECONDS) for process in self.processes]
+        assert codes == [0] * len(codes), f"exit codes {codes}\n{self.text()}"
 
-    def losses(self, host: int = 0) -> dict[int, float]:
+    def stop(self) -> None:
+        """Stops the job as a user does: it saves a checkpoint."""
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            process.wait(LIMIT_SECONDS)
+
+    def losses(self) -> dict[int, float]:
         """Step → smoothed loss, as far as the metrics file goes."""
-        file = self.bases[host] / "report/metrics/base_train-trial.jsonl"
+        file = self.bases[0] / "report/metrics/base_train-trial.jsonl"
         text = file.read_text() if file.exists() else ""
         lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
         return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
@@ -145,6 +166,10 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
+def flags_of(model: tuple[str, ...] = TINY, num_steps: int = NUM_STEPS) -> list[str]:
+    return [*model, "--num-iterations", str(num_steps)]
+
+
 def make_base(folder: Path) -> Path:
     """A base folder with the tokenizer of the golden files."""
     from nanochat.tokenizer import Tokenizer
@@ -153,81 +178,137 @@ def make_base(folder: Path) -> Path:
     return folder
 
 
-def run_job(folder: Path) -> dict[int, float]:
+def run_job(base: Path, flags: list[str], ranks: int = 1) -> dict[int, float]:
     """The losses of an uninterrupted job."""
-    base = make_base(folder / "uninterrupted")
     with Hosts() as hosts:
-        job = Job(hosts, folder, [base, base])
-        assert job.wait() == [0, 0], job.text()
+        job = Job(hosts, [base, base], flags, ranks=ranks)
+        job.finish()
         return job.losses()
 
 
-def kill_a_process(folder: Path) -> tuple[dict[int, float], dict[int, float], str]:
+def kill_a_process(base: Path, ranks: int = 1) -> tuple[dict[int, float], dict[int, float], str]:
     """
     Kills a rank of host 1 some steps after a checkpoint. Returns the losses until then, those at the end of the job, in
     which the steps since the checkpoint were made again, and its output.
     """
-    base = make_base(folder / "killed")
     with Hosts() as hosts:
-        job = Job(hosts, folder, [base, base])
+        job = Job(hosts, [base, base], flags_of(), ranks=ranks)
         job.wait_for_step(SAVE_EVERY + 3)
         os.kill(hosts.rank_pid(1), signal.SIGKILL)
         before = job.losses()
-        assert job.wait() == [0, 0], job.text()
+        job.finish()
         return before, job.losses(), job.text()
 
 
-def seconds_at_rate(folder: Path, rate: float) -> float:
+def cut_the_link(base: Path, ranks: int, seconds: float, *, drop: bool) -> dict[int, float]:
+    """Cuts the link some steps after a checkpoint, with the connections or without. Returns the losses."""
+    with Hosts() as hosts:
+        job = Job(hosts, [base, base], flags_of(), ranks=ranks)
+        job.wait_for_step(SAVE_EVERY + 3)
+        if drop:
+            hosts.drop(True)
+        else:
+            hosts.set_link(is_up=False)
+        time.sleep(seconds)
+        if drop:
+            hosts.drop(False)
+        else:
+            hosts.set_link(is_up=True)
+        start = time.monotonic()
+        seen = len(job.losses())
+        print(f"the link is back after step {seen}", flush=True)
+        wait_until(lambda: len(job.losses()) > seen)
+        print(f"step {seen + 1} is done {time.monotonic() - start:.1f} s later", flush=True)
+        job.finish()
+        print_restarts(job)
+        return job.losses()
+
+
+def print_restarts(job: Job) -> None:
+    words = ("error: ", "resuming", "starting it again")
+    print(*[line for line in job.text().splitlines() if any(word in line for word in words)], sep="\n", flush=True)
+
+
+def lose_a_host(base: Path) -> None:
+    """Host 1 loses its link and its processes for good. The job continues on host 0."""
+    with Hosts() as hosts:
+        job = Job(hosts, [base, base], flags_of(num_steps=3000), nodes="1:2")
+        job.wait_for_step(SAVE_EVERY + 2)
+        start = time.monotonic()
+        hosts.set_link(is_up=False)
+        for pid in hosts.pids(hosts.names[1]):
+            os.kill(pid, signal.SIGKILL)
+        code = job.processes[0].wait(LIMIT_SECONDS)
+        print(f"exit code {code} after {time.monotonic() - start:.0f} s, {len(job.losses())} steps")
+        print_restarts(job)
+
+
+def resize_a_job(base: Path, flags: list[str]) -> dict[int, float]:
+    """The losses of a job on 1, 2, 4 and 1 ranks: it is stopped at some step and continued with the next number."""
+    with Hosts() as hosts:
+        for num_hosts, ranks, last_step in ((1, 1, 20), (2, 1, 40), (2, 2, 60), (1, 1, None)):
+            job = Job(hosts, [base] * num_hosts, flags, nodes=str(num_hosts), ranks=ranks)
+            if last_step is None:
+                job.finish()
+            else:
+                job.wait_for_step(last_step)
+                job.stop()
+            print(f"{num_hosts * ranks} ranks until step {max(job.losses())}", flush=True)
+        return job.losses()
+
+
+def seconds_at_rate(base: Path, rate: float) -> float:
     """The median time of a step of an uninterrupted job; rate: Mbit/s of the link in each direction."""
-    base = make_base(folder / "rate")
     with Hosts() as hosts:
         for name, link in zip(hosts.names, hosts.links, strict=True):
             limits = ["rate", f"{rate}mbit", "burst", "64kb", "limit", "4mb"]
             subprocess.run(["tc", "-n", name, "qdisc", "add", "dev", link, "root", "tbf", *limits], check=True)
-        job = Job(hosts, folder, [base, base], num_steps=30)
-        assert job.wait() == [0, 0], job.text()
+        Job(hosts, [base, base], flags_of(num_steps=30)).finish()
     lines = map(json.loads, (base / "report/metrics/base_train-trial.jsonl").read_text().splitlines())
     return statistics.median(512 / line["train/tokens_per_second"] for line in lines if line.get("step", 0) > 5)
 
 
+def print_difference(expected: dict[int, float], found: dict[int, float]) -> None:
+    assert expected.keys() == found.keys()
+    difference = max(abs(found[step] / loss - 1) for step, loss in expected.items())
+    last = max(expected)
+    print(f"loss after step {last}: {expected[last]:.6f}, in the trial {found[last]:.6f}")
+    print(f"largest relative difference of a loss in {len(expected)} steps: {difference:.1e}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cut", type=float, default=0.0, help="seconds without the link")
-    parser.add_argument("--rate", type=float, default=0.0, help="Mbit/s of the link")
-    parser.add_argument("--lose", action="store_true", help="host 1 loses its link and its processes for good")
+    parser.add_argument("trial", choices=["kill", "cut", "drop", "lose", "resize", "shard", "rate"])
+    parser.add_argument("--ranks", type=int, default=1, help="processes per host")
+    parser.add_argument("--seconds", type=float, default=30.0, help="time without the link")
+    parser.add_argument("--mbit", type=float, default=10.0, help="rate of the link, Mbit/s")
     args = parser.parse_args()
     os.environ.setdefault("NANOCHAT_DATA_DIR", str(ROOT / "tests/golden/packing/data"))
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if args.rate:
-            print(f"median seconds per step: {seconds_at_rate(folder, args.rate):.3f}")
-            return
-        if not args.cut and not args.lose:
-            expected = run_job(folder)
-            _, found, _ = kill_a_process(folder)
-            print(f"last loss {expected[NUM_STEPS]:.6f}, after a kill {found[NUM_STEPS]:.6f}")
-            print(f"same curve: {expected == found}")
-            return
-        bases = [make_base(folder / "base")] * 2
-        with Hosts() as hosts:
-            job = Job(hosts, folder, bases, nodes="1:2" if args.lose else "2", num_steps=3000)
-            job.wait_for_step(SAVE_EVERY + 2)
-            start = time.monotonic()
-            hosts.cut(True)
-            if args.lose:
-                job.processes[1].kill()
-                for pid in hosts.pids(hosts.names[1]):
-                    os.kill(pid, signal.SIGKILL)
-            else:
-                time.sleep(args.cut)
-                hosts.cut(False)
-                seen = len(job.losses())
-                wait_until(lambda: len(job.losses()) > seen)
-                print(f"continued {time.monotonic() - start - args.cut:.1f} s after the link was back")
-            codes = [process.wait(LIMIT_SECONDS) for process in job.processes[: 1 if args.lose else 2]]
-            print(f"exit codes {codes} after {time.monotonic() - start:.0f} s, {len(job.losses())} steps")
-            shown = [line for line in job.text().splitlines() if "error:" in line or "resuming" in line]
-            print(*shown, sep="\n")
+        run_trial(args, make_base(Path(name) / "trial"), make_base(Path(name) / "reference"))
+
+
+def run_trial(args: argparse.Namespace, base: Path, reference: Path) -> None:
+    flags, ranks = flags_of(), args.ranks
+    if args.trial == "rate":
+        print(f"median seconds per step: {seconds_at_rate(base, args.mbit):.3f}")
+        return
+    if args.trial == "lose":
+        lose_a_host(base)
+        return
+    if args.trial == "kill":
+        _, found, _ = kill_a_process(base, ranks)
+    elif args.trial == "resize":
+        flags, ranks = flags_of(num_steps=80), 1
+        found = resize_a_job(base, flags)
+    elif args.trial == "shard":
+        flags = flags_of(WIDE, num_steps=40)
+        found = run_job(base, [*flags, "--shard"], ranks)
+    else:
+        found = cut_the_link(base, ranks, args.seconds, drop=args.trial == "drop")
+    # Measurements of the machine choose between products that differ in their last bits.
+    shutil.copytree(base / "measurements", reference / "measurements", dirs_exist_ok=True)
+    print_difference(run_job(reference, flags, ranks), found)
 
 
 if __name__ == "__main__":

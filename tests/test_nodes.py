@@ -27,7 +27,7 @@ def test_job_on_two_hosts_survives_a_kill_with_the_same_loss_curve(tmp_path, mon
     if not nodes_trial.is_permitted():
         pytest.skip("needs root, iproute2 and network namespaces")
     monkeypatch.setenv("NANOCHAT_DATA_DIR", str(nodes_trial.ROOT / "tests/golden/packing/data"))
-    before, found, output = nodes_trial.kill_a_process(tmp_path)
+    before, found, output = nodes_trial.kill_a_process(nodes_trial.make_base(tmp_path / "base"))
     assert list(found) == list(range(1, nodes_trial.NUM_STEPS + 1))
     assert {step: found[step] for step in before} == before
     assert "resuming after step" in output

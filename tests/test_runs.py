@@ -146,6 +146,39 @@ def test_nodes_run_other_stages_too(run, stage, resumes):
     assert (name, getattr(flags, "resume", False), flags.device_batch_size) == (stage, resumes, 4)
 
 
+# Fails with the words of its error file, one line per start, as long as there are any.
+FAILING_TORCHRUN = """#!/usr/bin/env bash
+echo start >> "$RECORD"
+error=$(head -n 1 "$FAILURES")
+sed -i 1d "$FAILURES"
+[ -z "$error" ] && exit 0
+printf '%s' "$error" > "$TORCHELASTIC_ERROR_FILE"
+exit 1
+"""
+LOST = '{"message": {"message": "RendezvousConnectionError: lost"}}'
+CLOSED = '{"message": {"message": "RendezvousClosedError: "}}'
+
+
+@pytest.mark.parametrize(
+    "failures, starts, status",
+    [([LOST, LOST], 3, 0), ([LOST] * 9, 3, 1), (["stage failed"], 1, 1), ([LOST, CLOSED], 2, 1)],
+    ids=["lost twice", "lost too often", "stage failed", "job ended elsewhere"],
+)
+def test_nodes_start_torchrun_again_only_if_the_rendezvous_was_lost(run, tmp_path, failures, starts, status):
+    for name, text in {"torchrun": FAILING_TORCHRUN, "sleep": "#!/bin/sh"}.items():
+        (tmp_path / "venv/bin" / name).write_text(text)
+        (tmp_path / "venv/bin" / name).chmod(0o755)
+    (tmp_path / "failures").write_text("".join(f"{line}\n" for line in failures))
+    environment = os.environ | {"NODES": "2", "NODE_RANK": "1", "MASTER": "node0", "RESTARTS": "2", "ADDRESS": "node1"}
+    environment |= {"NANOCHAT_VENV": str(tmp_path / "venv"), "FAILURES": str(tmp_path / "failures")}
+    environment |= {"RECORD": str(tmp_path / "record"), "TMPDIR": str(tmp_path / "temporary")}
+    (tmp_path / "temporary").mkdir()
+    done = subprocess.run(["bash", ROOT / "runs/nodes.sh"], env=environment, capture_output=True, text=True)
+    assert (tmp_path / "record").read_text().count("start") == starts
+    assert done.returncode == status, done.stderr
+    assert not list((tmp_path / "temporary").iterdir())
+
+
 def test_sky_yaml_runs_the_speedrun():
     yaml = pytest.importorskip("yaml")
     task = yaml.safe_load((ROOT / "runs/sky.yaml").read_text())
