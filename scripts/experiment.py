@@ -408,7 +408,13 @@ def describe_accuracy(row: stats.Row) -> str:
 
 
 def describe_p(p: float) -> str:
+    if math.isnan(p):
+        return "unknown"
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def describe_share(value: float) -> str:
+    return "unknown" if math.isnan(value) else f"{value:.2%}"
 
 
 def comparison_table(rows: list[stats.Row]) -> list[tuple[str, ...]]:
@@ -422,7 +428,7 @@ def comparison_table(rows: list[stats.Row]) -> list[tuple[str, ...]]:
         line = [str(row.depth), f"{row.flops:.3g}", row.variant, bits, str(len(row.values))]
         difference = row.difference
         if difference:
-            line += [f"{difference.relative:+.2%}", describe_p(difference.p), f"{difference.detectable:.2%}"]
+            line += [f"{difference.relative:+.2%}", describe_p(difference.p), describe_share(difference.detectable)]
             line += [describe_multiplier(row.compute), describe_multiplier(row.time)]
         lines.append((*line, *[""] * (len(head) - len(line))))
     return lines
