@@ -232,8 +232,10 @@ class Experiment:
         for seed, cell in product(range(1, num_seeds + 1), self.cells):
             found.append(self.trial(baseline, cell, seed=seed, role="compared", flops=cell.budget))
             for variant in others:
-                flops = cell.budget * self.speed(variant, cell, results)
-                found.append(self.trial(variant, cell, seed=seed, role="compared", flops=flops))
+                speed = self.speed(variant, cell, results)
+                if speed:
+                    flops = speed * cell.budget
+                    found.append(self.trial(variant, cell, seed=seed, role="compared", flops=flops))
             if others:
                 found.append(self.trial(baseline, cell, seed=seed + num_seeds, role="compared", flops=cell.budget))
                 for factor in self.flags.ladder if self.flags.stage == "base" else ():
@@ -242,21 +244,26 @@ class Experiment:
         return found
 
     def speed(self, variant: Variant, cell: Cell, results: Results) -> float:
-        """With --equal time, FLOPs per second of a variant as a multiple of the baseline's, else 1."""
+        """
+        With --equal time, FLOPs per second of a variant as a multiple of the baseline's; 0 if they were not measured,
+        with --plan or because the run failed. Else 1.
+        """
         if self.flags.equal == "flops":
             return 1.0
         speeds = []
         for timed in (variant, self.variants[0]):
             result = results.find(self.trial(timed, cell, seed=0, role="timing", flops=cell.budget))
-            if not result:  # with --plan, or after a failure that ends the experiment later
-                return 1.0
+            if not result:
+                return 0.0
             speeds.append(result["flops"] / result["seconds"])
         return speeds[0] / speeds[1]
 
     def trial(self, variant: Variant, cell: Cell, *, seed: int, role: str, flops: float) -> Trial:
         """One run. flops: its own budget, which differs from the cell's on the ladder and at equal time."""
         kind = {"compared": "", "timing": "timing", "ladder": f"x{flops / cell.budget:g}"}[role]
-        parts = (self.flags.name, variant.name, cell.name, kind, f"s{seed}")
+        # The commit of a branch is part of the tag: when the branch has moved, its runs are trained again.
+        commit = variant.commit if variant.code != ROOT else ""
+        parts = (self.flags.name, variant.name, commit, cell.name, kind, f"s{seed}")
         own = (*DEFAULTS, *self.shared, *variant.flags, *self.cell_flags(cell, flops))
         return Trial(
             stage=self.flags.stage,
@@ -380,6 +387,8 @@ def report(flags: Flags, results: list[dict[str, Any]], folder: Path) -> list[st
     commits = sorted({result["commit"] or "unknown" for result in results})
     equal = {"base": "equal FLOPs" if flags.equal == "flops" else "equal time", "sft": "equal steps"}[flags.stage]
     lead = f"{len(results)} runs with {equal} on {results[-1]['device']}; commit {', '.join(commits)}"
+    if len({result["commit"] for result in results if result["variant"] == stats.BASELINE}) > 1:
+        lead += "; the baseline was trained with several commits: if they train differently, use another --name"
     print(lead)
     path = folder / "report.html"
     page.write_page(path, title=flags.name, lead=lead, figures=figures, tables=tables, notes=NOTES)
