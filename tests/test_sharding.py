@@ -36,7 +36,7 @@ CONFIG = tiny_config(**SIZES, norm_gains=True)
 ROWS = 4
 
 STEPS = ["--device", "cpu", "--no-compile", "--save-every", "2", "--num-iterations", "4", "--eval-every", "0"]
-MODEL = ["--depth", "2", "--head-dim", "64", "--max-seq-len", "64", "--device-batch-size", "2"]
+MODEL = ["--depth", "2", "--head-dim", "64", "--max-seq-len", "64", "--device-batch-size", "2", "--norm-gains"]
 BASE = [
     *STEPS,
     *MODEL,
