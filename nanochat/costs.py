@@ -32,6 +32,7 @@ GIB = 2**30
 LAYER_BYTES = 41.0
 LAYER_BYTES_FP8 = {True: 28.8, False: 37.0}  # compiled, eager
 BANDED_BYTES = 2.0  # in each layer, the masks of the kernel "banded"
+GAIN_BYTES = {True: 0.0, False: 2.0}  # compiled, eager: in each layer, the normed input of the MLP before its gain
 EDGE_BYTES = 10.0
 # With activation checkpointing a layer keeps only its input, which for the first one is among EDGE_BYTES.
 INPUT_BYTES = 2.0
@@ -317,6 +318,7 @@ def _activations(config: GPTConfig, setup: TrainingSetup) -> dict[str, float]:
         by_layer, in_backward = LAYER_BYTES_FP8[setup.compiled], BACKWARD_BYTES_FP8[setup.compiled]
     if setup.attention == "banded":
         by_layer += BANDED_BYTES
+    by_layer += GAIN_BYTES[setup.compiled] * config.norm_gains
     kept = by_layer * config.n_layer
     if setup.activation_checkpointing:
         kept = INPUT_BYTES * (config.n_layer - 1)

@@ -62,6 +62,13 @@ def test_peak_of_a_step_with_one_pass_is_predicted_within_2_percent(depth, rows,
     assert twice.peak - training_memory(config_of(depth), setup).peak == twice.parts["gradients"]
 
 
+def test_gains_of_norms_keep_another_tensor_in_eager_code():
+    config = config_of(12, norm_gains=True)
+    peak = training_memory(config, TrainingSetup(32, compiled=False)).peak
+    assert peak / GIB == pytest.approx(29.036, rel=0.02)  # 27.911 without them
+    assert peak - training_memory(config_of(12), TrainingSetup(32, compiled=False)).peak > 1.0 * GIB
+
+
 # The same, compiled.
 @pytest.mark.parametrize("rows, recomputes, measured", [(16, False, 6.870), (16, True, 4.002), (32, True, 5.920)])
 def test_peak_of_a_compiled_model_is_predicted_within_2_percent(rows, recomputes, measured):
