@@ -381,7 +381,7 @@ def report(flags: Flags, results: list[dict[str, Any]], folder: Path) -> list[st
         figures = [page.miniseries_chart(rows)]
     if flags.stage == "sft":
         tables.append(("Accuracy", accuracy_table(results, flags.seeds)))
-    tables.append(("Comparison", comparison_table(rows)))
+    tables.append(("Runs", comparison_table(rows)))
     for heading, table in tables:
         print_table(heading, table)
     commits = sorted({result["commit"] or "unknown" for result in results})
@@ -391,7 +391,8 @@ def report(flags: Flags, results: list[dict[str, Any]], folder: Path) -> list[st
         lead += "; the baseline was trained with several commits: if they train differently, use another --name"
     print(lead)
     path = folder / "report.html"
-    page.write_page(path, title=flags.name, lead=lead, figures=figures, tables=tables, notes=NOTES)
+    notes = NOTES if flags.variants else ()
+    page.write_page(path, title=flags.name, lead=lead, figures=figures, tables=tables, notes=notes)
     print(f"written: {path}")
     return rows
 
@@ -428,13 +429,16 @@ def describe_share(value: float) -> str:
 
 def comparison_table(rows: list[stats.Row]) -> list[tuple[str, ...]]:
     """One line per variant and cell. The loss is bits per byte, or the error of chat models."""
-    head = ("depth", "FLOPs", "variant", "loss", "seeds", "difference", "p", "detectable", "compute", "time")
-    lines: list[tuple[str, ...]] = [head]
+    has_variants = any(row.difference for row in rows)
+    head = ["depth", "FLOPs", "tokens", "variant", "loss", "seeds"]
+    if has_variants:
+        head += ["difference", "p", "detectable", "compute", "time"]
+    lines: list[tuple[str, ...]] = [tuple(head)]
     for row in rows:
-        bits = f"{stats.mean(row.values):.4f}"
+        loss = f"{stats.mean(row.values):.4f}"
         if len(row.values) > 1:
-            bits += f" ± {stats.deviation(row.values):.4f}"
-        line = [str(row.depth), f"{row.flops:.3g}", row.variant, bits, str(len(row.values))]
+            loss += f" ± {stats.deviation(row.values):.4f}"
+        line = [str(row.depth), f"{row.flops:.3g}", human(row.tokens), row.variant, loss, str(len(row.values))]
         difference = row.difference
         if difference:
             line += [f"{difference.relative:+.2%}", describe_p(difference.p), describe_share(difference.detectable)]

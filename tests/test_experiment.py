@@ -285,7 +285,7 @@ def test_accuracy_table_has_interval_and_p_value_per_task(tmp_path):
         ("none", (1, 2), (0.1, 0.12)),
     ):
         for seed, accuracy in zip(seeds, accuracies, strict=True):
-            numbers = dict.fromkeys(("budget", "flops", "seconds", "depth"), 1)
+            numbers = dict.fromkeys(("budget", "flops", "tokens", "seconds", "depth"), 1)
             scores = {"Sums": accuracy, "QuizFree": 0.5}
             names = {"variant": variant, "cell": "d4", "role": "compared", "seed": seed}
             results.append(numbers | names | {"scores": scores, "loss": 1 - (accuracy + 0.5) / 2})

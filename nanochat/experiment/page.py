@@ -171,7 +171,7 @@ def scaling_charts(laws: ScalingLaws) -> list[str]:
     """Bits per byte over N per budget, and the best N and D over the budgets."""
     series = []
     for budget, curve in laws.curves.items():
-        series.append(Series(f"{budget:.3g} FLOPs", {size: [bits] for size, bits in curve.items()}))
+        series.append(Series(f"{short(budget)} FLOPs", {size: [bits] for size, bits in curve.items()}))
     lines = []
     for curve in laws.curves.values():
         parabola = fit_parabola(curve)

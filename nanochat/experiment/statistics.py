@@ -246,6 +246,7 @@ class Row:
     depth: int
     values: tuple[float, ...]  # bits per byte; of chat models the error, 1 - ChatCORE or 1 - mean accuracy
     flops: float  # of one run, the mean over the seeds
+    tokens: float  # likewise
     seconds: tuple[float, ...]  # of training, per seed
     difference: Difference | None = None  # from the baseline; None for the baseline itself
     compute: Multiplier | None = None  # None without a ladder
@@ -294,6 +295,7 @@ def row_of(variant: str, results: Sequence[Mapping[str, Any]]) -> Row:
         results[0]["depth"],
         values=tuple(result["loss"] for result in results),
         flops=mean([result["flops"] for result in results]),
+        tokens=mean([result["tokens"] for result in results]),
         seconds=tuple(result["seconds"] for result in results),
     )
 
