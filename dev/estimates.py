@@ -20,12 +20,14 @@ BANDWIDTH = 2.911e12  # bytes/s of a copy, reads and writes; 3.35e12 on the data
 # bfloat16, see product_rate: 740e12 FLOP/s at width 768 and 786e12 at 1,536 in MLPs, without the time of relu²; in a
 # whole micro-batch of depth 12 738e12.
 PRODUCT_RATE, HALF_WIDTH = 838e12, 102
-FP8_SPEEDUP = 1.8  # of products over bfloat16; not measured yet
-# FLOP/s, forward and backward: fa4 within a compiled micro-batch of depth 12, flash as 24 layers by themselves, fa3
-# assumed to be as fast as fa4.
+FP8_SPEEDUP = 1.74  # of products over bfloat16: 1,360e12 FLOP/s in the layers of depth 22
+# FLOP/s, forward and backward: fa4 within compiled micro-batches of depths 12 and 22 (412e12 and 413e12), flash as 24
+# layers by themselves, fa3 assumed to be as fast as fa4.
 ATTENTION_RATE = {"flash": 232e12, "fa3": 410e12, "fa4": 410e12}
-# Between kernels the GPU is idle: a compiled micro-batch of depth 12 took 112.9 ms, its kernels 108.6.
-IDLE_SHARE = 0.04  # of the kernels' time
+# Bandwidth of the layers' kernels as a share of a copy's. In FP8 some of them transpose, and at depth 22 everything but
+# products and attention took 167 ms instead of 147.
+BANDWIDTH_SHARE = {False: 1.0, True: 0.875}
+IDLE_MS = 4.3  # between the kernels of a compiled micro-batch, at depth 12 (of 112.9) and at depth 22 (of 405.8)
 ATTENTION_PASSES = 3.5  # forward 1, backward 2.5 with its recomputation
 TILE = 128  # queries and keys that an attention kernel computes together, visible or not
 # Bytes of compiled code besides products and attention, in bfloat16 and in FP8, as count_bytes.py counts them: "layer"
@@ -64,7 +66,7 @@ def training_ms(config: GPTConfig, rows: int, *, attention: str = "flash", fp8: 
     seconds = {
         "matrix products": block_products / (FP8_SPEEDUP if fp8 else 1) + other_products,
         "attention": attention_flops(config, rows) / ATTENTION_RATE.get(attention, ATTENTION_RATE["flash"]),
-        "norms, rotary, relu²": tokens * C * moved["layer"] * config.n_layer / BANDWIDTH,
+        "norms, rotary, relu²": tokens * C * moved["layer"] * config.n_layer / (BANDWIDTH_SHARE[fp8] * BANDWIDTH),
         "loss": (
             tokens * config.padded_vocab_size * (moved["logit"] + LOGIT_REREAD) + moved["head"] * counts["lm_head"]
         )
@@ -77,8 +79,7 @@ def training_ms(config: GPTConfig, rows: int, *, attention: str = "flash", fp8: 
         )
         / BANDWIDTH,
     }
-    seconds["between kernels"] = IDLE_SHARE * sum(seconds.values())
-    return {part: 1e3 * value for part, value in seconds.items()}
+    return {part: 1e3 * value for part, value in seconds.items()} | {"between kernels": IDLE_MS}
 
 
 def sum_ms(config: GPTConfig) -> float:

@@ -21,7 +21,7 @@ from time_to_gpt2 import OURS, PUBLIC_RUNS, minutes, overhead  # noqa: E402
 PAGE = (ROOT / "docs/time_to_gpt2.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["validation_table", "step_table", "result_table"])
+@pytest.mark.parametrize("name", ["validation_table", "step_table", "result_table", "lever_table"])
 def test_page_shows_the_calculated_table(name):
     text = "\n".join(getattr(time_to_gpt2, name)())
     assert text in PAGE, f"docs/time_to_gpt2.md is out of date, the table is now:\n{text}"
@@ -29,7 +29,8 @@ def test_page_shows_the_calculated_table(name):
 
 @pytest.mark.parametrize("run", PUBLIC_RUNS, ids=lambda run: run.name)
 def test_public_runs_are_predicted_within_10_percent(run):
-    assert overhead() * minutes(run) == pytest.approx(run.minutes, rel=0.10)
+    assert minutes(run) == pytest.approx(run.minutes, rel=0.10)  # without any factor that is fitted to them
+    assert overhead() * minutes(run) == pytest.approx(run.minutes, rel=0.05)
 
 
 def test_our_run_is_the_recipe_of_the_speedrun():
@@ -42,10 +43,13 @@ def test_our_run_is_the_recipe_of_the_speedrun():
     assert OURS.setup.accumulation == 1
 
 
-def test_optimizer_of_depth_12_on_one_gpu_takes_the_measured_time():
-    config = model_config(RecipeFlags(depth=12), 32768)
-    assert time_to_gpt2.optimizer_ms(config, 1) == pytest.approx(12.65, rel=0.01)
-    assert time_to_gpt2.optimizer_ms(config, 8) < 12.65 / 3
+@pytest.mark.parametrize(
+    "depth, vocab_size, fp8, measured", [(12, 32768, False, 12.65), (22, 49152, True, 69.0)], ids=["d12", "d22"]
+)
+def test_optimizer_on_one_gpu_takes_the_measured_time(depth, vocab_size, fp8, measured):
+    config = model_config(RecipeFlags(depth=depth), vocab_size)
+    assert time_to_gpt2.optimizer_ms(config, 1, fp8) == pytest.approx(measured, rel=0.01)
+    assert time_to_gpt2.optimizer_ms(config, 8, fp8) < measured / 2
 
 
 def test_orthogonalization_costs_what_its_products_cost():
