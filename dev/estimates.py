@@ -5,7 +5,7 @@ How long a micro-batch of pretraining and a decode step should take on an H100, 
 
 Matrix products and attention are limited by arithmetic: FLOPs divided by a rate. Everything else is limited by memory:
 bytes divided by the bandwidth of copies. The rates were measured on an H100 SXM on 26 November 2026 with random data
-(gpu.md), except where a line says otherwise. The bytes are those of the compiled code, counted by count_bytes.py.
+(docs/gpus.md), except where a line says otherwise. The bytes are those of the compiled code, counted by count_bytes.py.
 """
 
 from typing import Any

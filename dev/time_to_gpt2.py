@@ -27,8 +27,8 @@ NVLINK = 360e9  # bytes/s that a GPU sends in a collective operation: 80 % of 45
 # Bytes that the update reads and writes per parameter. AdamW: weight, two moments (read and written), gradient. Stack:
 # gradients to a stack, weights to a stack and back; the first and the last on every rank.
 ADAMW_BYTES, STACK_BYTES, NORM_BYTES = 28, 24, 4
-# Muon, per weight, besides its products and stacks, and a time that does not depend on the size: fitted to the optimizer
-# on one H100, 12.65 ms at depth 12 and 69 ms at depth 22 (gpus.md).
+# Muon, per weight, besides its products and stacks, and a time that does not depend on the size: fitted to the
+# optimizer on one H100, 12.65 ms at depth 12 and 69 ms at depth 22 (docs/gpus.md).
 MUON_BYTES, UPDATE_MS = 139, 3.4
 FP8_CAST_BYTES = 12  # per matrix weight: largest value, 8-bit copies in two layouts; after each step
 CALIBRATION = "nanochat, 14 March 2026"  # the run that the overhead is fitted to
@@ -155,8 +155,9 @@ def step_table() -> list[str]:
     memory = training_memory(config, setup).peak / GIB
     limit = planner.named_target(f"{NUM_GPUS}xH100", fp8=True).memory / GIB
     sent = sum(bytes_communicated(config, setup).values())
+    num_fp8 = counts["transformer_matrices"] / 1e6
     how = {
-        "matrix products": f"{counts['transformer_matrices'] / 1e6:.0f} M weights in FP8, lm_head {head_ms(config):.0f} ms",
+        "matrix products": f"{num_fp8:.0f} M weights in FP8, lm_head {head_ms(config):.0f} ms",
         "attention": f"{estimates.attention_flops(config, OURS.rows):.2e} FLOPs in whole tiles",
         "norms, rotary, relu²": f"{estimates.MOVED[True]['layer']:g} bytes per token, channel and layer, with casts",
         "loss": "logits in 16 bits, written once and read twice",
