@@ -38,8 +38,9 @@ MOVED = {
 }
 LOGIT_REREAD = 2  # bytes per logit: a row of logits is too long to keep between its sum and its gradient
 SUM_BYTES = 12  # per weight: torch adds the gradient of a micro-batch to the sum, two reads and a write in float32
-# A decode step is one CUDA graph. Each of its kernels adds this to the time of its memory traffic.
-KERNEL_SECONDS = 2.2e-6
+# A decode step is one CUDA graph. Each of its kernels adds this to the time of its memory traffic: a step of depth 12
+# took 0.518 ms with 151 kernels, of which 0.08 ms are traffic.
+KERNEL_SECONDS = 2.9e-6
 VOCAB_SIZE = 32768
 ROWS = {12: 32, 20: 32, 24: 16}  # of a micro-batch, by depth
 
