@@ -38,9 +38,10 @@ Two things that would not help:
 - allocating the buffers of phases 1 and 3 once. It made 600 steps of another nanochat 377 -> 261 s, as its allocator
   then no longer freed and mapped memory in every step (karpathy/nanochat #830). Ours does not: the handle of a transfer
   releases its buffers when it has been waited for, and hardware.py sets expandable_segments, so the backward pass and
-  the optimizer share one range of memory. Depth 22, vocabulary 49,152, 8 ranks, on a null GPU with 1 % more memory than
-  the peak: two steps map memory again, the next ones none (tests/test_null_gpu.py); the planner leaves 3 % free.
-  Buffers that stay would take 2.2 GiB more in the backward pass, where the peak is.
+  the optimizer share one range of memory. Depth 22, vocabulary 49,152, 8 ranks, counted on a null GPU: no memory is
+  mapped after the second step, or after the fifth where the GPU has only 1 % more memory than the peak
+  (tests/test_null_gpu.py); the planner leaves 3 % free. Buffers that stay would take 2.2 GiB more in the backward pass,
+  where the peak is.
 """
 
 import math
