@@ -30,11 +30,12 @@ On two CPU ranks over gloo, 53 to 65 % of the time of all transfers is hidden be
 alone 80 to 85 % (from the profiler's trace; depth 4, width 512, vocabulary 8,192, on a busy machine). With sharded
 weights it is 13 %, as fully_shard waits for each transfer on a CPU; on a GPU it has separate streams for them.
 
-Two things that would not help:
-- starting phase 1 by hooks on the parameters while the last backward pass still runs. A compiled backward pass returns
-  all gradients at its end: at depth 4 the first hook runs after 202 of 236 kernels have been launched, and the other 34
-  add up gradients. If blocks were compiled one by one, hooks would run in time, but there would be 431 kernels. In
-  eager code hooks would run in time, but ranks without micro-batches (fine-tuning) would start in another order.
+Two things that are not done:
+- starting phase 1 by hooks on the parameters while the last backward pass still runs. On GPUs the model is compiled in
+  parts (GPT.compile_parts), so the hooks would run in time, and the transfer of the gradients is 14 of 451 ms of a step
+  (depth 22, 8xH100, calculated in docs/time_to_gpt2.md). But ranks without micro-batches, which fine-tuning has, would
+  start in another order and wait for each other forever. A model that is compiled as a whole returns all gradients at
+  the end of its backward pass.
 - allocating the buffers of phases 1 and 3 once. It made 600 steps of another nanochat 377 -> 261 s, as its allocator
   then no longer freed and mapped memory in every step (karpathy/nanochat #830). Ours does not: the handle of a transfer
   releases its buffers when it has been waited for, and hardware.py sets expandable_segments, so the backward pass and
