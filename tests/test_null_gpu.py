@@ -249,6 +249,7 @@ def test_steps_of_many_ranks_map_no_memory_even_if_little_is_left():
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     try:
         torch.cuda.empty_cache()
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # as hardware.py does
         torch.cuda.reset_peak_memory_stats()
         model = make_model(recipe.RecipeFlags(depth=12), vocab_size=32768)
         optimizer = build_optimizer(model, recipe.param_groups(model.config), rank=0, world_size=8)
@@ -274,6 +275,7 @@ def test_steps_of_many_ranks_map_no_memory_even_if_little_is_left():
         assert [mapped_bytes() for _ in range(3)] == [[0, 0]] * 3
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
         dist.destroy_process_group()
 
 
