@@ -743,14 +743,35 @@ def leaks_of_samples(engine):
     return find_leaks(compute, random_ids(13), may_see=may_see)
 
 
-def test_samples_of_one_prompt_do_not_see_each_other(make_engine):
-    assert leaks_of_samples(make_engine()) == []
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_samples_of_one_prompt_do_not_see_each_other(make_engine, share_prompts):
+    assert leaks_of_samples(make_engine(share_prompts=share_prompts)) == []
 
 
 def test_samples_that_see_each_other_are_reported(make_engine):
     engine = make_engine()
     engine.decoder.forward = StepForward(engine.decoder.model, keys_of_other_slots)
     assert leaks_of_samples(engine) != []
+
+
+@pytest.mark.parametrize("num_prompt", [1, 11])
+@pytest.mark.parametrize("name", DECODE_KERNELS)
+def test_decode_with_shared_prompts_sees_no_later_token_and_no_other_prompt(make_engine, name, num_prompt):
+    engine = make_engine(share_prompts=True)
+    engine.decoder.forward = StepForward(engine.decoder.model, DECODE_KERNELS[name])
+    assert leaks_of_generation(engine, num_prompt) == []
+
+
+def test_prompts_of_other_samples_are_reported(make_engine):
+    def keys_of_other_prompts(*arguments):
+        *others, prompts = arguments
+        shift = len(prompts.keys_ZPD) // 2
+        keys_ZPD, values_ZPD = prompts.keys_ZPD.roll(shift, 0), prompts.values_ZPD.roll(shift, 0)
+        return decoder.attend_by_products(*others, prompts._replace(keys_ZPD=keys_ZPD, values_ZPD=values_ZPD))
+
+    engine = make_engine(share_prompts=True)
+    engine.decoder.forward = StepForward(engine.decoder.model, keys_of_other_prompts)
+    assert leaks_of_generation(engine, 6) != []
 
 
 def leaks_of_cached_prefix(engine):
