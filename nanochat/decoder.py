@@ -26,7 +26,8 @@ from torch.nn.utils.rnn import pad_sequence
 from nanochat import aot, hardware, packed
 from nanochat.attention import small_products
 from nanochat.distributed import warn0
-from nanochat.gpt import GPT, GPTConfig, rotary_table
+from nanochat.gpt import GPT, rotary_table
+from nanochat.kv_cache import KVCache
 from nanochat.sampling import BatchSampling, RowSampling, SamplingParams, next_power_of_two, sample
 from nanochat.shared_prompts import LayerPrompts, PromptShape, SharedPrompts, StepPrompts
 
@@ -296,15 +297,12 @@ class PackagedForward:
         name = f"{self.name} {dtype} {B} x {T}" + " shared prompts" * is_shared
         return aot.load_or_compile(self.module, examples, shapes, name=name, sources=SOURCES)
 
-    def _example_caches(self, num_rows: int, size: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], ...]:
+    def _example_caches(self, num_sequences: int, size: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], ...]:
         """Keys and values by layer. Those of different windows have different lengths."""
         config = self.module.model.config
-        caches: list[torch.Tensor] = []
-        for window in config.windows * 2:
-            length = size + list(layers_by_window(config)).index(window)
-            cache = torch.zeros(num_rows * config.n_kv_head, 2 * length, config.head_dim, dtype=dtype)
-            caches.append(cache[:, :length])
-        return caches[: config.n_layer], caches[config.n_layer :]
+        cache = KVCache(config, torch.device("cpu"), dtype)
+        cache.grow(num_sequences, {window: size + 2 * i for i, window in enumerate(cache.layers)})
+        return cache.views(num_sequences, num_tokens=2 * size)
 
 
 class Decoder:
@@ -342,9 +340,10 @@ class Decoder:
         # On a CPU, eager attention is 2.5 to 6 times as fast in float32 as in bfloat16.
         is_eager_on_cpu = device.type == "cpu" and not self.is_compiled
         self.dtype = torch.float32 if is_eager_on_cpu else self.model.dtype
+        self.cache = KVCache(model.config, device, self.dtype)
         self.prompts: SharedPrompts | None = None
         if share_prompts:
-            self.prompts = SharedPrompts(model.config, layers_by_window(model.config), device, self.dtype)
+            self.prompts = SharedPrompts(model.config, device, self.dtype)
         self.forward: Callable[..., torch.Tensor] = StepForward(self.model, attend_by_products)
         if self.is_compiled and device.type == "cpu":
             hardware.keep_freed_pages()
@@ -386,22 +385,13 @@ class Decoder:
         if (num_slots, length) == (self.num_slots, self.length):
             return
         config, device = self.model.config, self.model.device
-        old_tensors = self.slot_tensors() if self.num_slots else []
+        old_tensors = self.slot_tensors() if self.num_slots else ()
 
         # + 1: the token itself. Drafted tokens need entries besides those that the first token of the step sees.
-        rings = {window: min(window + 1, length) + self.max_drafted for window in config.windows}
-        self.ring_lengths = [rings[window] for window in config.windows]  # by layer
+        self.rings = {window: min(window + 1, length) + self.max_drafted for window in config.windows}
+        self.ring_lengths = [self.rings[window] for window in config.windows]  # by layer
         self.ring_lengths_L = upload(torch.tensor(self.ring_lengths), device)
-        # Layers with one window share a tensor, (2, L, R, K, ring + 1, D), so a slot is filled with few copies. The
-        # last entry is never used: it keeps the part that a step reads from being contiguous, a special case for which
-        # torch would compile the step again.
-        self.caches: dict[int, torch.Tensor] = {}
-        self.keys, self.values = [torch.empty(0)] * config.n_layer, [torch.empty(0)] * config.n_layer
-        for window, layers in layers_by_window(config).items():
-            shape = (2, len(layers), num_slots, config.n_kv_head, rings[window] + 1, config.head_dim)
-            self.caches[window] = torch.zeros(shape, device=device, dtype=self.dtype)
-            for layer, (keys, values) in zip(layers, self.caches[window].unbind(1), strict=True):
-                self.keys[layer], self.values[layer] = keys.flatten(0, 1), values.flatten(0, 1)
+        self.cache.grow(num_slots, self.rings)
         self.tokens_R = torch.zeros(num_slots, device=device, dtype=torch.long)  # the next step reads these
         self.previous_R = torch.zeros(num_slots, device=device, dtype=torch.long)  # the tokens before them
         self.positions_R = torch.zeros(num_slots, device=device, dtype=torch.long)  # their positions
@@ -418,18 +408,14 @@ class Decoder:
         if self.prompts:
             self.prompts.reserve_slots(num_slots)
         self.num_slots, self.length = num_slots, length
-        if old_tensors:
-            for new, old in zip(self.slot_tensors(), old_tensors, strict=True):
-                # Correct for rings too: only a ring as long as its slot grows, and in it no position has wrapped yet.
-                new[tuple(slice(size) for size in old.shape)] = old
-        self.view_key = (0, 0)
+        for new, old in zip(self.slot_tensors(), old_tensors, strict=False):
+            new[tuple(slice(size) for size in old.shape)] = old
         self.graphs.clear()
 
-    def slot_tensors(self) -> list[torch.Tensor]:
-        """Everything that belongs to a slot; the first dimension of each tensor is R."""
-        caches = [cache.movedim(2, 0) for cache in self.caches.values()]
-        sampling = [self.temperature_R, self.top_k_R, self.top_p_R, self.uniform_RT]
-        return [*caches, self.tokens_R, self.previous_R, self.positions_R, *sampling]
+    def slot_tensors(self) -> tuple[torch.Tensor, ...]:
+        """What belongs to a slot besides keys and values; the first dimension of each tensor is R."""
+        sampling = (self.temperature_R, self.top_k_R, self.top_p_R, self.uniform_RT)
+        return (self.tokens_R, self.previous_R, self.positions_R, *sampling)
 
     def fill(self, first_slot: int, prefix: Prefix, starts: Sequence[SlotStart]) -> None:
         """Puts sequences that share a prefix into consecutive slots. On CUDA the host waits for nothing."""
@@ -451,13 +437,12 @@ class Decoder:
                 self.graphs.clear()
             return
         for window, states in prefix.caches.items():
-            ring = self.caches[window].size(4) - 1
-            states = states[:, :, -ring:].transpose(2, 3).unsqueeze(2)  # (2, L, 1, K, n, D)
-            start = (position - states.size(4)) % ring
-            split = min(ring - start, states.size(4))  # the states behind it go to the start of the ring
-            slots_of_window = self.caches[window][:, :, slots]
-            slots_of_window[..., start : start + split, :] = states[..., :split, :]
-            slots_of_window[..., : states.size(4) - split, :] = states[..., split:, :]
+            ring = self.rings[window]
+            states = states[:, :, -ring:]
+            start = (position - states.size(2)) % ring
+            to_the_end, behind = states.tensor_split([ring - start], dim=2)
+            self.cache.write(window, slots, start, to_the_end)
+            self.cache.write(window, slots, 0, behind)
 
     def force(self, tokens: dict[int, int]) -> None:
         """Replaces the tokens just sampled, by slot."""
@@ -469,6 +454,7 @@ class Decoder:
         if self.prompts:
             self.prompts.free(slot)
         if slot < num_slots - 1:
+            self.cache.move(num_slots - 1, slot)
             for tensor in self.slot_tensors():
                 tensor[slot] = tensor[num_slots - 1]
 
@@ -579,7 +565,7 @@ class Decoder:
         if T > 1:
             tokens_BT = torch.cat([tokens_BT, self.drafts_RT[:B, : T - 1]], dim=1)
             positions_BT = positions_BT + torch.arange(T, device=positions_B.device)
-        keys, values = self._active_rings(B, num_keys)
+        keys, values = self.cache.views(B, num_keys)
         prompts: list[torch.Tensor] = []
         in_context_BT = positions_BT
         if self.prompts and prompt_shape:
@@ -602,16 +588,6 @@ class Decoder:
         tokens_B.copy_(sampled_N)
         positions_B.add_(1).clamp_(max=self.length - 1)  # the clamp matters only for unused slots of the batch
 
-    def _active_rings(self, B: int, num_keys: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The keys and values of the first B slots by layer, (B * K, S, D): at most num_keys entries of each ring."""
-        if self.view_key != (B, num_keys):  # it changes rarely
-            rows = slice(B * self.model.config.n_kv_head)
-            sizes = [min(num_keys, ring) for ring in self.ring_lengths]
-            keys = [cache[rows, :size] for cache, size in zip(self.keys, sizes, strict=True)]
-            values = [cache[rows, :size] for cache, size in zip(self.values, sizes, strict=True)]
-            self.view_key, self.views = (B, num_keys), (keys, values)
-        return self.views
-
 
 def can_compile(model: GPT) -> bool:
     """Whether the forward pass of decode steps can be compiled, and reasonably soon."""
@@ -624,11 +600,3 @@ def is_compile_error(error: RuntimeError) -> bool:
     from torch._dynamo.exc import TorchDynamoException  # imported late: it takes a second
 
     return isinstance(error, (aot.CompileError, TorchDynamoException))
-
-
-def layers_by_window(config: GPTConfig) -> dict[int, list[int]]:
-    """The indices of the layers that have the same window."""
-    layers: dict[int, list[int]] = {}
-    for layer, window in enumerate(config.windows):
-        layers.setdefault(window, []).append(layer)
-    return layers

@@ -38,8 +38,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.attention import attend, attend_cached, band_mask
 from nanochat.common import UserError
-from nanochat.decoder import Decoder, Prefix, SlotStart, layers_by_window, upload
+from nanochat.decoder import Decoder, Prefix, SlotStart, upload
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kv_cache import layers_by_window
 from nanochat.sampling import BatchSampling, SamplingParams
 from nanochat.speculation import Drafter
 from nanochat.tokenizer import Tokenizer

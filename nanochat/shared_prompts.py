@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 
 from nanochat.gpt import GPTConfig
+from nanochat.kv_cache import KVCache
 from nanochat.sampling import next_power_of_two
 
 # On a GPU, sharing adds about six kernels per layer, 0.4 ms a step at depth 24, and with 64 slots reads 1.3 GB less,
@@ -111,19 +112,14 @@ class StepPrompts:
 class SharedPrompts:
     """The prompts of the active slots: their keys and values, and which slot has which prompt."""
 
-    def __init__(
-        self, config: GPTConfig, layers_by_window: Mapping[int, list[int]], device: torch.device, dtype: torch.dtype
-    ):
-        self.config, self.layers_by_window = config, layers_by_window
-        self.device, self.dtype = device, dtype
+    def __init__(self, config: GPTConfig, device: torch.device, dtype: torch.dtype):
+        self.device = device
         self.prompts: list[tuple[int, ...]] = []  # the tokens of each
         self.of_slot: list[int] = []  # the prompt of each active slot
+        self.cache = KVCache(config, device, dtype)
         self.capacity = self.length = 0  # room for so many prompts, of so many tokens
-        self.caches: dict[int, torch.Tensor] = {}  # by window: (2, L, U, K, P + 1, D), as in Decoder.reserve
-        self.keys, self.values = [torch.empty(0)] * config.n_layer, [torch.empty(0)] * config.n_layer  # views of them
         self.per_row_3R = self.rows = torch.empty(0)
         self.prepared: tuple[int, PromptShape] | None = None
-        self.views_key: tuple[int, PromptShape] | None = None
 
     # ---- slots ----
 
@@ -132,7 +128,7 @@ class SharedPrompts:
         self.per_row_3R = torch.zeros(3, num_slots, device=self.device, dtype=torch.long)
         # U + M is at most R + 1, and powers of two are less than twice as large.
         self.rows = torch.zeros((num_slots + 1) ** 2, device=self.device, dtype=torch.long)
-        self.prepared = self.views_key = None
+        self.prepared = None
 
     def fill(self, tokens: tuple[int, ...], states: Mapping[int, torch.Tensor], num_slots: int) -> bool:
         """
@@ -143,8 +139,7 @@ class SharedPrompts:
         if tokens not in self.prompts:
             is_replaced = self._reserve(len(self.prompts) + 1, len(tokens))
             for window, state in states.items():
-                state = state.transpose(2, 3)  # (2, L, K, n, D)
-                self.caches[window][:, :, len(self.prompts), :, : state.size(3)] = state
+                self.cache.write(window, slice(len(self.prompts), len(self.prompts) + 1), 0, state)
             self.prompts.append(tokens)
         self.of_slot += [self.prompts.index(tokens)] * num_slots
         self.prepared = None
@@ -160,8 +155,7 @@ class SharedPrompts:
             return
         last = len(self.prompts) - 1
         if prompt < last:
-            for cache in self.caches.values():
-                cache[:, :, prompt] = cache[:, :, last]
+            self.cache.move(last, prompt)
             self.prompts[prompt] = self.prompts[last]
             self.of_slot = [prompt if other == last else other for other in self.of_slot]
         self.prompts.pop()
@@ -170,20 +164,9 @@ class SharedPrompts:
         """Grows to room for so many prompts of so many tokens; they keep their contents. Returns whether it grew."""
         if num_prompts <= self.capacity and length <= self.length:
             return False
-        config = self.config
         self.capacity = max(self.capacity, 2, next_power_of_two(num_prompts))  # 2: see `shape`
         self.length = max(self.length, -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, LENGTH_MULTIPLE)
-        for window, layers in self.layers_by_window.items():
-            room = min(window, self.length) + 1
-            shape = (2, len(layers), self.capacity, config.n_kv_head, room, config.head_dim)
-            new = torch.zeros(shape, device=self.device, dtype=self.dtype)
-            if window in self.caches:
-                old = self.caches[window]
-                new[tuple(slice(size) for size in old.shape)] = old
-            self.caches[window] = new
-            for layer, (keys, values) in zip(layers, new.unbind(1), strict=True):
-                self.keys[layer], self.values[layer] = keys.flatten(0, 1), values.flatten(0, 1)
-        self.views_key = None
+        self.cache.grow(self.capacity, {window: min(window, self.length) for window in self.cache.layers})
         return True
 
     # ---- steps ----
@@ -221,11 +204,6 @@ class SharedPrompts:
 
     def tensors(self, num_rows: int, shape: PromptShape) -> list[torch.Tensor]:
         """What StepPrompts is made from."""
-        key = (num_rows, shape)
-        if self.views_key != key:  # it changes rarely
-            U, M, P = shape
-            tables = [*self.per_row_3R[:, :num_rows], self.rows[: U * M].view(U, M)]
-            num_sequences = U * self.config.n_kv_head
-            caches = [cache[:num_sequences, : min(P, cache.size(1) - 1)] for cache in (*self.keys, *self.values)]
-            self.views_key, self.views = key, tables + caches
-        return self.views
+        U, M, P = shape
+        keys, values = self.cache.views(U, P)
+        return [*self.per_row_3R[:, :num_rows], self.rows[: U * M].view(U, M), *keys, *values]

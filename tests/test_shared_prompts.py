@@ -97,7 +97,7 @@ def test_a_prompt_is_stored_once_and_rings_hold_only_what_is_generated(golden_to
     engine.generate([Request(prompt_of(200), 20, seed=seed) for seed in range(16)])
     decoder = engine.decoder
     assert decoder.ring_lengths == [128, 128, 128]  # the lowest multiple
-    shapes = {window: tuple(cache.shape) for window, cache in decoder.prompts.caches.items()}
+    shapes = {window: tuple(cache.shape) for window, cache in decoder.prompts.cache.by_window.items()}
     assert shapes == {128: (2, 1, 2, 2, 129, 8), 256: (2, 2, 2, 2, 257, 8)}  # room for 2 prompts
 
 
