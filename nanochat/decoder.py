@@ -89,6 +89,18 @@ class SlotStart(NamedTuple):
     uniforms: torch.Tensor  # a random number in [0, 1) for each token to sample
 
 
+class StepInputs(NamedTuple):
+    """What the forward pass of a step reads."""
+
+    tokens_BT: torch.Tensor
+    previous_B1: torch.Tensor  # the tokens before them
+    positions_BT: torch.Tensor
+    keys: list[torch.Tensor]  # by layer, (B * K, S, D): the first S entries of the rings of the active slots
+    values: list[torch.Tensor]
+    ring_lengths_L: torch.Tensor  # by layer
+    prompts: list[torch.Tensor]  # from SharedPrompts.tensors; empty if prompts are not shared
+
+
 class SlotCache:
     """
     The active slots as the KV cache of one forward pass (gpt.Cache).
@@ -97,23 +109,13 @@ class SlotCache:
     rotated, so their order does not matter. With shared prompts, positions in the ring begin after the prompt.
     """
 
-    def __init__(
-        self,
-        positions_BT: torch.Tensor,
-        previous_B1: torch.Tensor,
-        keys: list[torch.Tensor],  # by layer, (B * K, S, D): the first S entries of the rings of the active slots
-        values: list[torch.Tensor],
-        ring_lengths_L: torch.Tensor,  # by layer
-        prompts: StepPrompts | None,
-        attend_rows: Callable[..., torch.Tensor],
-    ):
+    def __init__(self, inputs: StepInputs, attend_rows: Callable[..., torch.Tensor]):
+        _, self.previous_B1, self.positions_BT, self.keys, self.values, self.ring_lengths_L, prompts = inputs
         self.attend_rows = attend_rows
-        self.prompts = prompts
-        self.ring_positions_BT = positions_BT if prompts is None else positions_BT - prompts.lengths_B[:, None]
-        self.positions_BT = positions_BT
-        self.previous_B1 = previous_B1
-        self.keys, self.values = keys, values
-        self.ring_lengths_L = ring_lengths_L
+        self.prompts = StepPrompts(prompts) if prompts else None
+        self.ring_positions_BT = self.positions_BT
+        if self.prompts is not None:
+            self.ring_positions_BT = self.positions_BT - self.prompts.lengths_B[:, None]
         self.rings: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by window: layers with one have equal rings
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
@@ -238,20 +240,10 @@ class StepForward(nn.Module):
         super().__init__()
         self.model, self.attend_rows = model, attend_rows
 
-    def forward(
-        self,
-        tokens_BT: torch.Tensor,
-        previous_B1: torch.Tensor,
-        positions_BT: torch.Tensor,
-        keys: list[torch.Tensor],
-        values: list[torch.Tensor],
-        ring_lengths_L: torch.Tensor,
-        prompts: list[torch.Tensor],  # from SharedPrompts.tensors, or empty
-    ) -> torch.Tensor:
-        """The logits before the softcap, (B, T, V) in the compute dtype. The arguments are those of SlotCache."""
-        shared = StepPrompts(prompts) if prompts else None
-        cache = SlotCache(positions_BT, previous_B1, keys, values, ring_lengths_L, shared, self.attend_rows)
-        return self.model.lm_head(self.model.hidden(tokens_BT, cache))
+    def forward(self, *inputs: Any) -> torch.Tensor:
+        """The logits before the softcap, (B, T, V) in the compute dtype. The arguments are StepInputs."""
+        cache = SlotCache(StepInputs(*inputs), self.attend_rows)
+        return self.model.lm_head(self.model.hidden(inputs[0], cache))
 
 
 class PackagedForward:
@@ -572,7 +564,7 @@ class Decoder:
             prompts = self.prompts.tensors(B, prompt_shape)
             # The limit matters only for unused slots of the batch.
             in_context_BT = (positions_BT + prompts[0][:, None]).clamp(max=self.model.cos.size(0) - 1)
-        inputs = (tokens_BT, previous_B[:, None], in_context_BT, keys, values, self.ring_lengths_L, prompts)
+        inputs = StepInputs(tokens_BT, previous_B[:, None], in_context_BT, keys, values, self.ring_lengths_L, prompts)
         raw_BTV = self.forward(*inputs)
         params = (self.temperature_R, self.top_k_R, self.top_p_R)
         temperature_N, top_k_N, top_p_N = (param_R[:B, None].expand(B, T).flatten() for param_R in params)
