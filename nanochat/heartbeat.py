@@ -8,8 +8,8 @@ host, and restarts the job if it may (runs/nodes.sh).
 
 The thread also beats while its rank compiles, evaluates or waits for a disk. So LOST_SECONDS can be short, while the
 timeout of the collective operations (distributed.TIMEOUT) has to be long. That one would notice a lost node, too, but
-only after an hour. The heartbeat tolerates a link that is cut for less than LOST_SECONDS; torchrun itself may not
-(runs/nodes.sh).
+only after an hour. The heartbeat tolerates a link that is cut for less than LOST_SECONDS; TCP may not, and then
+torchrun ends, which runs/nodes.sh starts again.
 """
 
 import json

@@ -178,10 +178,10 @@ def make_base(folder: Path) -> Path:
     return folder
 
 
-def run_job(base: Path, flags: list[str], ranks: int = 1) -> dict[int, float]:
+def run_job(base: Path, flags: list[str], ranks: int = 1, *, num_hosts: int = 2) -> dict[int, float]:
     """The losses of an uninterrupted job."""
     with Hosts() as hosts:
-        job = Job(hosts, [base, base], flags, ranks=ranks)
+        job = Job(hosts, [base] * num_hosts, flags, nodes=str(num_hosts), ranks=ranks)
         job.finish()
         return job.losses()
 
@@ -232,7 +232,7 @@ def print_restarts(job: Job) -> None:
 def lose_a_host(base: Path) -> None:
     """Host 1 loses its link and its processes for good. The job continues on host 0."""
     with Hosts() as hosts:
-        job = Job(hosts, [base, base], flags_of(num_steps=3000), nodes="1:2")
+        job = Job(hosts, [base, base], flags_of(), nodes="1:2")
         job.wait_for_step(SAVE_EVERY + 2)
         start = time.monotonic()
         hosts.set_link(is_up=False)
@@ -289,7 +289,9 @@ def main() -> None:
 
 
 def run_trial(args: argparse.Namespace, base: Path, reference: Path) -> None:
-    flags, ranks = flags_of(), args.ranks
+    flags = flags_of()
+    ranks = args.ranks
+    num_hosts = 2
     if args.trial == "rate":
         print(f"median seconds per step: {seconds_at_rate(base, args.mbit):.3f}")
         return
@@ -299,7 +301,8 @@ def run_trial(args: argparse.Namespace, base: Path, reference: Path) -> None:
     if args.trial == "kill":
         _, found, _ = kill_a_process(base, ranks)
     elif args.trial == "resize":
-        flags, ranks = flags_of(num_steps=80), 1
+        flags = flags_of(num_steps=80)
+        ranks = num_hosts = 1  # the order of the text is that of the number of ranks at the start
         found = resize_a_job(base, flags)
     elif args.trial == "shard":
         flags = flags_of(WIDE, num_steps=40)
@@ -308,7 +311,7 @@ def run_trial(args: argparse.Namespace, base: Path, reference: Path) -> None:
         found = cut_the_link(base, ranks, args.seconds, drop=args.trial == "drop")
     # Measurements of the machine choose between products that differ in their last bits.
     shutil.copytree(base / "measurements", reference / "measurements", dirs_exist_ok=True)
-    print_difference(run_job(reference, flags, ranks), found)
+    print_difference(run_job(reference, flags, ranks, num_hosts=num_hosts), found)
 
 
 if __name__ == "__main__":
