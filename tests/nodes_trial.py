@@ -33,7 +33,7 @@ WIDE = ("--aspect-ratio", "128", "--head-dim", "64")  # the smallest whose matri
 FLAGS = ["--device", "cpu", "--no-compile", "--attention", "banded", "--depth", "1", "--max-seq-len", "64"]
 FLAGS += ["--device-batch-size", "2", "--total-batch-size", "512", "--eval-every", "-1", "--sample-every", "-1"]
 FLAGS += ["--save-every", str(SAVE_EVERY), "--model-tag", "trial"]
-LIMIT_SECONDS = 400
+LIMIT_SECONDS = 900
 DROP_ALL = "tbf rate 8bit burst 1 limit 1".split()  # every packet is larger than the burst
 
 
