@@ -55,9 +55,17 @@ TOKENS_PER_SHARD = {VOCAB_SIZE: 34.5e6, GPT2_VOCAB_SIZE: 32e6}
 # Heuristic: 69 MB were enough for 8,192, 46 KB allow 2,600.
 VOCAB_BY_BYTES = ((250e6, 32768), (8e6, 8192), (100e3, 2048), (0, 1024))
 
-# Tokens of fine-tuning, for the plan. The primer's were counted. The public datasets' are an estimate: 460,000
-# conversations of about 900 tokens (SmolTalk), and 600,000 others of about 150.
-SFT_TOKENS_PRIMER = 1.0e6
+# The primer's runs are so short that the recipe's warm-up would be a sixth of pretraining. Its learning rates are those
+# of runs of thousands of steps; here higher ones learn faster (docs/lab_notes.md). Twice the rate of the matrices with
+# half the weight decay leaves the decay of each step, which is their product, as it was.
+PRIMER_STEPS = 240
+PRIMER_SFT_STEPS = 180
+PRIMER_BATCH = 4096
+PRIMER_RATES = ["--warmup-steps", "10", "--matrix-lr", "0.04", "--embedding-lr", "0.6", "--unembedding-lr", "0.016"]
+PRIMER_RATES += ["--weight-decay", "0.14"]
+
+# Tokens of fine-tuning on the public datasets, estimated for the plan: 460,000 conversations of about 900 tokens
+# (SmolTalk), and 600,000 others of about 150.
 SFT_TOKENS_PUBLIC = 500e6
 
 CHAT_CORE = "ARC-Easy,ARC-Challenge,MMLU,GSM8K,HumanEval,SpellingBee"  # the six tasks of ChatCORE
@@ -194,7 +202,7 @@ class Chat:
 def choose_chat(settings: Settings, facts: Facts, text: Text) -> Chat:
     """The conversations to fine-tune and evaluate on."""
     questions = ["What is the capital of France?", "What is 47 + 85?", "Who are you?"]
-    primer_sft = [f"--{name}-epochs=0" for name in PUBLIC_SOURCES] + ["--primer-epochs", "3"]
+    primer_sft = [f"--{name}-epochs=0" for name in PUBLIC_SOURCES] + ["--primer-epochs", "1"]
     primer_evaluation = ["-a", "QuizFree,QuizChoice,Sums", "-m", "64"]
     if settings.mode == "tiny":
         sft = [*primer_sft, "--num-iterations", "20", "--sample-every", "10", "--eval-examples", "32", "--no-compile"]
@@ -206,9 +214,9 @@ def choose_chat(settings: Settings, facts: Facts, text: Text) -> Chat:
         description = "the public datasets"
     else:
         description = "the embedded conversations (no network, or the embedded corpus as text)"
-        return Chat(
-            description, [*primer_sft, "--sample-every", "100"], SFT_TOKENS_PRIMER, primer_evaluation, questions
-        )
+        # One pass over the conversations has 119 steps; the second one stops halfway.
+        sft = [*primer_sft, "--num-iterations", str(PRIMER_SFT_STEPS), "--sample-every", str(PRIMER_SFT_STEPS // 2)]
+        return Chat(description, sft, PRIMER_SFT_STEPS * PRIMER_BATCH, primer_evaluation, questions)
     if facts.device == "cuda":
         return Chat(description, [], SFT_TOKENS_PUBLIC, ["-a", CHAT_CORE], questions)
     # Without the spelling tasks, which would fill most of the 250 optimizer steps.
@@ -236,9 +244,9 @@ def choose_size(settings: Settings, facts: Facts, text: Text) -> Size:
         return Size(min(vocab_size, 1024), recipe, options, 8192, save_every=10)
     small = ["--depth", "4", "--head-dim", "64", "--max-seq-len", "512"]
     if text.kind == "primer":
-        recipe = [*small, "--total-batch-size", "4096", "--num-iterations", "640"]
+        recipe = [*small, "--total-batch-size", str(PRIMER_BATCH), "--num-iterations", str(PRIMER_STEPS), *PRIMER_RATES]
         # Validations of a third of the text: each of 65,536 tokens would take 2.5 s.
-        options = ["--eval-every", "320", "--sample-every", "320"]
+        options = ["--eval-every", str(PRIMER_STEPS // 2), "--sample-every", str(PRIMER_STEPS // 2)]
         return Size(2048, recipe, options, 32768, validation_tokens=16384)
     if facts.device != "cuda":
         vocab_size = min(vocab_size, 8192)
