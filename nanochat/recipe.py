@@ -450,7 +450,10 @@ def explain(flags: RecipeFlags, recipe: Recipe) -> list[tuple[str, str, str]]:
     batch = "2^19 (D / D_12)^0.383, to a power of two, at most 2^20 (arXiv 2505.13738)"
     if flags.total_batch_size > 0:
         batch = "--total-batch-size"
+    factor = short_run_factor(flags, model.vocab_size, recipe.horizon)
     decay = f"{flags.weight_decay:g} sqrt(B / 2^19) D_12 / D (arXiv 2405.13698)"
+    if factor > 1:
+        decay += " / the factor for short runs"
     rows = [
         ("width C", f"{model.n_embd}", width),
         ("parameters N", human(scaling_params(model)), counted),
@@ -459,6 +462,11 @@ def explain(flags: RecipeFlags, recipe: Recipe) -> list[tuple[str, str, str]]:
         ("batch B", f"{base.total_batch_size:,} tokens", batch),
         ("optimizer steps", f"{recipe.num_iterations:,}", steps),
         ("factor on learning rates", f"{base.batch_lr_scale:.4f}", "sqrt(B / 2^19) (arXiv 2205.10287)"),
+        (
+            "factor for short runs",
+            f"{factor:.4f}",
+            f"({flags.target_param_data_ratio:g} N / D)^0.32, 1 to 4 (arXiv 2409.19913)",
+        ),
         ("Muon's weight decay", f"{recipe.weight_decay:.4f}", decay),
     ]
     return rows + explain_groups(recipe.groups, base, model.n_embd)

@@ -55,14 +55,10 @@ TOKENS_PER_SHARD = {VOCAB_SIZE: 34.5e6, GPT2_VOCAB_SIZE: 32e6}
 # Heuristic: 69 MB were enough for 8,192, 46 KB allow 2,600.
 VOCAB_BY_BYTES = ((250e6, 32768), (8e6, 8192), (100e3, 2048), (0, 1024))
 
-# The primer's runs are so short that the recipe's warm-up would be a sixth of pretraining. Its learning rates are those
-# of runs of thousands of steps; here higher ones learn faster (docs/lab_notes.md). Twice the rate of the matrices with
-# half the weight decay leaves the decay of each step, which is their product, as it was.
+# The embedded corpus is learned in 240 + 240 steps (docs/lab_notes.md).
 PRIMER_STEPS = 240
-PRIMER_SFT_STEPS = 180
+PRIMER_SFT_STEPS = 240
 PRIMER_BATCH = 4096
-PRIMER_RATES = ["--warmup-steps", "10", "--matrix-lr", "0.04", "--embedding-lr", "0.6", "--unembedding-lr", "0.016"]
-PRIMER_RATES += ["--weight-decay", "0.14"]
 
 # Tokens of fine-tuning on the public datasets, estimated for the plan: 460,000 conversations of about 900 tokens
 # (SmolTalk), and 600,000 others of about 150.
@@ -214,7 +210,7 @@ def choose_chat(settings: Settings, facts: Facts, text: Text) -> Chat:
         description = "the public datasets"
     else:
         description = "the embedded conversations (no network, or the embedded corpus as text)"
-        # One pass over the conversations has 119 steps; the second one stops halfway.
+        # Two passes over the conversations: one has 119 steps.
         sft = [*primer_sft, "--num-iterations", str(PRIMER_SFT_STEPS), "--sample-every", str(PRIMER_SFT_STEPS // 2)]
         return Chat(description, sft, PRIMER_SFT_STEPS * PRIMER_BATCH, primer_evaluation, questions)
     if facts.device == "cuda":
@@ -244,7 +240,7 @@ def choose_size(settings: Settings, facts: Facts, text: Text) -> Size:
         return Size(min(vocab_size, 1024), recipe, options, 8192, save_every=10)
     small = ["--depth", "4", "--head-dim", "64", "--max-seq-len", "512"]
     if text.kind == "primer":
-        recipe = [*small, "--total-batch-size", str(PRIMER_BATCH), "--num-iterations", str(PRIMER_STEPS), *PRIMER_RATES]
+        recipe = [*small, "--total-batch-size", str(PRIMER_BATCH), "--num-iterations", str(PRIMER_STEPS)]
         # Validations of a third of the text: each of 65,536 tokens would take 2.5 s.
         options = ["--eval-every", str(PRIMER_STEPS // 2), "--sample-every", str(PRIMER_STEPS // 2)]
         return Size(2048, recipe, options, 32768, validation_tokens=16384)

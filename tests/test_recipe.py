@@ -6,7 +6,7 @@ The recipe: golden values for 32 settings, explicit steps and FLOPs, accumulatio
 
 import json
 import re
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import partial
 
 import pytest
@@ -65,7 +65,10 @@ def test_width_factor_of_the_learning_rates_matches_golden(case):
 def test_schedules_match_golden(case):
     steps = case["num_iterations"]
     flags = RecipeFlags(
-        warmup_steps=case["warmup_steps"], warmdown_ratio=case["warmdown_ratio"], final_lr_frac=case["final_lr_frac"]
+        recipe="nanochat",
+        warmup_steps=case["warmup_steps"],
+        warmdown_ratio=case["warmdown_ratio"],
+        final_lr_frac=case["final_lr_frac"],
     )
     for point in case["points"]:
         step = point["step"]
@@ -99,12 +102,12 @@ def test_schedule_values_reach_the_optimizer():
 def test_residual_scalars_rest_in_the_first_step_of_pretraining():
     model = GPT.create(GPTConfig(16, 64, 2, 2, 2, 32))
     optimizer = build_optimizer(model, param_groups(model.config))
-    schedule = partial(recipe.pretrain_schedule, RecipeFlags(warmup_steps=10), 100)
+    schedule = partial(recipe.pretrain_schedule, RecipeFlags(warmup_steps=5), 100)
     optimizer.set_schedule(schedule(0, 0.0))
     resting = {group["name"] for group in optimizer.param_groups if group["lr"] == 0}
     assert resting == {"resid", "x0", "smear_backout"}  # their first gradients are rounding errors
     optimizer.set_schedule(schedule(1, 0.01))
-    assert all(group["lr"] == exactly(group["initial_lr"] * 0.2) for group in optimizer.param_groups)
+    assert all(group["lr"] == exactly(group["initial_lr"] * 0.4) for group in optimizer.param_groups)
 
 
 def test_finetuning_schedules_fall_to_zero_from_half_or_from_the_start():
@@ -176,12 +179,30 @@ def test_explanation_shows_the_derived_values(options):
 @pytest.mark.parametrize("depth", [2, 4, 12, 24])
 @pytest.mark.parametrize("num_iterations", [1, 10, 300, 5000, 100_000])
 def test_explicit_steps_set_the_horizon_for_batch_and_weight_decay(depth, num_iterations):
-    ours = recipe.derive(RecipeFlags(depth=depth, num_iterations=num_iterations), 32768)
+    ours = recipe.derive(RecipeFlags(recipe="nanochat", depth=depth, num_iterations=num_iterations), 32768)
     reference = 12 * recipe.scaling_params(recipe.model_config(RecipeFlags(depth=12), 32768))
     assert ours.num_iterations == num_iterations
     assert ours.horizon == num_iterations * ours.total_batch_size
     assert ours.total_batch_size == recipe.batch_for_horizon(ours.horizon, reference)  # the choice agrees with itself
     assert ours.weight_decay == exactly(0.28 * (ours.total_batch_size / 2**19) ** 0.5 * reference / ours.horizon)
+
+
+@pytest.mark.parametrize("share, factor", [(2, 1), (1, 1), (0.5, 2**0.32), (0.05, 20**0.32), (0.001, 4)])
+def test_learning_rates_are_higher_where_the_ratio_would_give_more_tokens(share, factor):
+    num_tokens = 12 * recipe.scaling_params(recipe.model_config(RecipeFlags(depth=4), 8192))
+    steps = round(share * num_tokens / 8192)
+    flags = RecipeFlags(depth=4, num_iterations=steps, total_batch_size=8192)
+    ours, before = (recipe.derive(flags_, 8192) for flags_ in (flags, replace(flags, recipe="nanochat")))
+    for group, old in zip(ours.groups, before.groups, strict=True):
+        expected = 1 if group.name == "smear_backout" else factor
+        assert group.lr / old.lr == pytest.approx(expected, rel=1e-3), group.name
+    assert ours.weight_decay * factor == pytest.approx(before.weight_decay, rel=1e-3)
+    assert ours.hyperparameters.matrix_lr == pytest.approx(0.02 * factor, rel=1e-3)  # fine-tuning starts from these
+
+
+def test_warm_up_takes_at_most_a_20th_of_the_run():
+    assert [recipe.warmup_steps(RecipeFlags(), steps) for steps in (1, 20, 227, 800, 5000)] == [1, 1, 12, 40, 40]
+    assert recipe.warmup_steps(RecipeFlags(recipe="nanochat"), 227) == 40
 
 
 def test_explicit_steps_equal_to_the_derived_ones_give_the_same_batch():
