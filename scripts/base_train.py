@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from nanochat import attention, distributed, fp8, hardware, mixture, planner, recipe
-from nanochat.checkpoint_manager import CheckpointReader
+from nanochat.checkpoint_manager import Checkpoint, CheckpointReader
 from nanochat.cli import COUNT, INTERVAL, NOT_NEGATIVE, SEED, command, flag
 from nanochat.common import UserError, duration
 from nanochat.costs import TrainingSetup, param_counts
@@ -62,7 +62,11 @@ def pretrain(flags: Flags, dist: Dist) -> None:
     """Trains the model of the flags to the end of its run."""
     # Check: errors are found before anything expensive starts.
     tag = flags.model_tag or f"d{flags.depth}"
-    tokenizer = pick_tokenizer(tag, flags.resume)
+    reader = CheckpointReader("base", tag)
+    earlier = reader.load() if flags.resume and reader.steps() else None
+    tokenizer = earlier.load_tokenizer() if earlier else Tokenizer.load(default_dir())
+    if earlier:
+        flags = keep_recipe(flags, earlier)
     sources = mixture.find_sources(flags.data_dir)
     if flags.portable and tokenizer.pattern != PORTABLE_SPLIT_PATTERN:
         distributed.warn0("the tokenizer is not portable: train one with tok_train --portable")
@@ -144,12 +148,11 @@ def check_fp8(flags: Flags, config: GPTConfig, num_tokens: int, dist: Dist) -> N
     fp8.check_support(config, num_tokens, dist.device, compile=compiles)
 
 
-def pick_tokenizer(tag: str, resume: bool) -> Tokenizer:
-    """The default tokenizer; for a run that is resumed, the one that it was started with."""
-    reader = CheckpointReader("base", tag)
-    if resume and reader.steps():
-        return reader.load().load_tokenizer()
-    return Tokenizer.load(default_dir())
+def keep_recipe(flags: Flags, earlier: Checkpoint) -> Flags:
+    """The flags with which a run is resumed: one from before there was --recipe has that of nanochat."""
+    if "recipe" in earlier.meta.get("flags", {}):
+        return flags
+    return replace(flags, recipe="nanochat")
 
 
 # ---- the plan ----

@@ -13,6 +13,7 @@ import signal
 from contextlib import redirect_stdout
 from functools import partial
 from importlib.util import find_spec
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pyarrow
@@ -349,6 +350,12 @@ def test_interrupted_and_resumed_rl_run_is_bitwise_equal(workspace, monkeypatch,
     report.main([])
     assert "| chat_rl | eval/pass@1 |" in (workspace / "report/report.md").read_text()
     shutil.rmtree(parts.parent)
+
+
+def test_resumed_run_of_an_older_version_keeps_its_learning_rates():
+    flags = base_train.Flags(num_iterations=2)
+    for saved, expected in (({}, "nanochat"), ({"recipe": "default"}, "default")):  # the flag did not exist
+        assert base_train.keep_recipe(flags, SimpleNamespace(meta={"flags": saved})).recipe == expected
 
 
 def test_resume_without_checkpoint_starts_from_the_beginning(workspace, capsys):
