@@ -493,11 +493,7 @@ class Decoder:
             self._replay(shape)
         else:
             with hardware.num_threads(self.num_threads):
-                try:
-                    self._step(shape)
-                except RuntimeError as error:
-                    self._use_eager_forward(error)
-                    self._step(shape)
+                self._run_or_fall_back(self._step, shape)
 
     def _round_up_keys(self, count: int) -> int:
         """The number of keys that a step reads to see `count` of them."""
@@ -511,22 +507,22 @@ class Decoder:
             if len(self.graphs) == MAX_GRAPHS:
                 self.graphs.clear()
             with CAPTURE_LOCK, torch.cuda.device(self.model.device):
-                try:
-                    self._warm_up(shape)
-                except RuntimeError as error:
-                    self._use_eager_forward(error)
-                    self._warm_up(shape)
+                self._run_or_fall_back(self._warm_up, shape)
                 self.graphs[shape] = self._capture(shape)
         self.graphs[shape].replay()
 
-    def _use_eager_forward(self, error: RuntimeError) -> None:
-        """After a failed compilation, which has changed nothing yet. Raises errors of other kinds again."""
-        if not is_compile_error(error):
-            raise error
-        reason = " ".join(str(error).split("\n")[:2])
-        warn0(f"the decode step is not compiled, which makes it slower: {reason}")
-        attend_rows = attend_by_products if self.use_graphs else attend_by_sums  # on a CPU in any dtype
-        self.forward = StepForward(self.model, attend_rows)
+    def _run_or_fall_back(self, run: Callable[[StepShape], None], shape: StepShape) -> None:
+        """Runs the step, without compiled code if compiling fails, which has changed nothing yet."""
+        try:
+            run(shape)
+        except RuntimeError as error:
+            if not is_compile_error(error):
+                raise
+            reason = " ".join(str(error).split("\n")[:2])
+            warn0(f"the decode step is not compiled, which makes it slower: {reason}")
+            # On a CPU in any dtype: by sums.
+            self.forward = StepForward(self.model, attend_by_products if self.use_graphs else attend_by_sums)
+            run(shape)
 
     def _capture(self, shape: StepShape) -> torch.cuda.CUDAGraph:
         pool = next((graph.pool() for graph in self.graphs.values()), None)  # all graphs share one memory pool
