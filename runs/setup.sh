@@ -54,7 +54,7 @@ install_flash_attention() {  # install_flash_attention PYTHON: FlashAttention-4,
   # 9.x and 10.x: the RTX 50 series (12.x) lacks the instructions that it is written for
   if [ -n "$capabilities" ] && ! grep -qvE '^ *(9|10)\.' <<<"$capabilities"; then
     "$1" -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[gpu]' ||
-      echo "flash-attn-4 could not be installed, see above: torch's FlashAttention-2 trains 5 to 7 % slower"
+      echo "flash-attn-4 could not be installed, see above: torch's FlashAttention-2 trains about 3 % slower"
   fi
 }
 
