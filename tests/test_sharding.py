@@ -38,6 +38,8 @@ ROWS = 4
 STEPS = ["--device", "cpu", "--no-compile", "--save-every", "2", "--num-iterations", "4", "--eval-every", "0"]
 MODEL = ["--depth", "2", "--head-dim", "64", "--max-seq-len", "64", "--device-batch-size", "2", "--norm-gains"]
 BASE = [
+    "--recipe",
+    "nanochat",  # the rates of long runs: higher ones make rounding errors grow
     *STEPS,
     *MODEL,
     "--total-batch-size",
