@@ -79,7 +79,9 @@ class RecipeFlags:
     """The flags of pretraining that decide the recipe. Their defaults stand here and nowhere else."""
 
     recipe: str = flag(
-        "default", "nanochat = without higher learning rates in short runs", choices=("default", "nanochat")
+        "default",
+        "nanochat = without higher learning rates and a shorter warm-up in short runs",
+        choices=("default", "nanochat"),
     )
     depth: int = flag(
         20, "transformer layers; width, batch, steps and learning rates follow (nanochat/recipe.py)", DEPTH
@@ -120,7 +122,9 @@ class RecipeFlags:
     weight_decay: float = flag(
         0.28, "Muon's weight decay at depth 12; scaled with batch and number of training tokens", NOT_NEGATIVE
     )
-    warmup_steps: int = flag(40, "steps of linear learning-rate warm-up", NOT_NEGATIVE)
+    warmup_steps: int = flag(
+        -1, "steps of linear learning-rate warm-up; -1 = 40, at most a 20th of the run", Range(0, default=True)
+    )
     warmdown_ratio: float = flag(0.65, "share of the run, at its end, in which the learning rate falls linearly", SHARE)
     final_lr_frac: float = flag(0.05, "learning rate at the end, as a share of the full one", SHARE)
 
@@ -363,9 +367,9 @@ def short_run_factor(flags: RecipeFlags, vocab_size: int, horizon: int) -> float
 
 
 def warmup_steps(flags: RecipeFlags, num_iterations: int) -> int:
-    if flags.recipe == "nanochat":
+    if flags.warmup_steps >= 0:
         return flags.warmup_steps
-    return min(flags.warmup_steps, math.ceil(num_iterations / 20))
+    return 40 if flags.recipe == "nanochat" else min(40, math.ceil(num_iterations / 20))
 
 
 # ---- schedules: pure functions of the step ----

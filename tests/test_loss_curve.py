@@ -17,7 +17,19 @@ from nanochat.tokenizer import Tokenizer
 from scripts import base_train
 
 FILE = GOLDEN / "loss_curve.json"
-FLAGS = ["--device", "cpu", "--no-compile", "--attention", "banded", "--depth", "2", "--aspect-ratio", "32"]
+FLAGS = [
+    "--recipe",
+    "nanochat",
+    "--device",
+    "cpu",
+    "--no-compile",
+    "--attention",
+    "banded",
+    "--depth",
+    "2",
+    "--aspect-ratio",
+    "32",
+]
 FLAGS += ["--head-dim", "32", "--max-seq-len", "128", "--device-batch-size", "4", "--total-batch-size", "1024"]
 FLAGS += ["--num-iterations", "20", "--warmup-steps", "5", "--eval-tokens", "2048", "--eval-every", "5"]
 FLAGS += ["--sample-every", "-1"]
