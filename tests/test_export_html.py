@@ -18,7 +18,7 @@ from nanochat.checkpoint_manager import Checkpoint
 from nanochat.conversation import render_to_fit
 from nanochat.engine import Engine, Request
 from nanochat.export import html
-from nanochat.export.common import Source
+from nanochat.export.common import Source, fold_gains
 from nanochat.tokenizer import PORTABLE_SPLIT_PATTERN, SPLIT_PATTERN, Tokenizer
 from nanochat.tools import calculate
 from scripts import export
@@ -39,7 +39,7 @@ def source(model, tokenizer, tag="tiny", step=1):
     meta = {"model_config": vars(model.config)}
     checkpoint = Checkpoint(Path("base") / tag / f"step_{step:06d}", step, meta)
     result = Source(checkpoint, tokenizer, "sft", "int8")
-    result.__dict__["weights"] = {name: weight.detach() for name, weight in model.named_parameters()}
+    result.__dict__["weights"] = fold_gains({name: weight.detach() for name, weight in model.named_parameters()})
     return result
 
 
@@ -135,6 +135,12 @@ def open_page(browser, tmp_path):
 def dequantized(model):
     """The same model with the weights that the page computes with."""
     with torch.no_grad():
+        if model.config.norm_gains:  # the export multiplies them into the matrices before it rounds these
+            for gain_C, block in zip(model.mlp_gains, model.transformer.h, strict=True):
+                block.mlp.c_fc.weight.mul_(gain_C)
+            model.lm_head.weight.mul_(model.final_gain)
+            model.mlp_gains.fill_(1)
+            model.final_gain.fill_(1)
         for name, weight in model.named_parameters():
             if html.is_matrix(name, weight):
                 values, scales = html.quantize(weight)
@@ -188,7 +194,7 @@ def test_logits_equal_those_of_the_model_with_the_same_weights(open_page, golden
     )
     assert page.evaluate("localModel.generator.backend.name").lower().startswith(backend)
     for i, row in logits:
-        torch.testing.assert_close(torch.tensor(row), expected[i], atol=1e-4, rtol=1e-4, msg=f"token {i}")
+        torch.testing.assert_close(torch.tensor(row), expected[i], atol=1e-4, rtol=1e-4)
 
 
 @browser_tests

@@ -51,17 +51,22 @@ class Source:
     @cached_property
     def weights(self) -> dict[str, torch.Tensor]:
         """Parameter name → float32 tensor on the CPU; the vocabulary is padded, see `unpad`."""
-        weights = {name: weight.float() for name, weight in self.checkpoint.weights().items()}
-        if self.checkpoint.config.norm_gains:
-            for layer, gain_C in enumerate(weights.pop("mlp_gains")):
-                name = f"transformer.h.{layer}.mlp.c_fc.weight"
-                weights[name] = weights[name] * gain_C
-            weights["lm_head.weight"] = weights["lm_head.weight"] * weights.pop("final_gain")
-        return weights
+        return fold_gains({name: weight.float() for name, weight in self.checkpoint.weights().items()})
 
     def unpad(self, table: torch.Tensor) -> torch.Tensor:
         """The rows of an embedding table or of lm_head that belong to tokens: (V', X) → (V, X)."""
         return table[: self.config.vocab_size]
+
+
+def fold_gains(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights with the gains of norms, if there are any, multiplied into the matrices after them."""
+    folded = dict(weights)
+    if "final_gain" in folded:
+        for layer, gain_C in enumerate(folded.pop("mlp_gains")):
+            name = f"transformer.h.{layer}.mlp.c_fc.weight"
+            folded[name] = folded[name] * gain_C
+        folded["lm_head.weight"] = folded["lm_head.weight"] * folded.pop("final_gain")
+    return folded
 
 
 @dataclass(frozen=True)
