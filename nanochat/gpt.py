@@ -540,8 +540,10 @@ class GPT(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream after the last layer and after the middle one."""
         config = self.config
-        run_start, run_layer_i = (self.run_start, self.run_layer) if cache is None else (GPT._start, run_layer)
-        x, rotary = run_start(self, idx_BT, cache)
+        start, layer = GPT._start, run_layer
+        if cache is None:
+            start, layer = self.run_start, self.run_layer
+        x, rotary = start(self, idx_BT, cache)
         middle = x
         common = LayerInputs(x, idx_BT, rotary, cache)
         factors = self._factors()
@@ -551,9 +553,9 @@ class GPT(nn.Module):
             columns = columns_BQ if i == config.n_layer - 1 else None
             arguments = block, table, factors[i], x, common, columns
             if recomputes:  # nothing in a layer is random, so the state of the random generator need not be restored
-                x = checkpoint(run_layer_i, *arguments, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = run_layer_i(*arguments)
+                x = layer(*arguments)
             if i == config.n_layer // 2:
                 middle = x
         if config.n_layer > 2:  # with 1 or 2, `middle` comes from the last layer, which has selected the columns

@@ -62,11 +62,7 @@ def pretrain(flags: Flags, dist: Dist) -> None:
     """Trains the model of the flags to the end of its run."""
     # Check: errors are found before anything expensive starts.
     tag = flags.model_tag or f"d{flags.depth}"
-    reader = CheckpointReader("base", tag)
-    earlier = reader.load() if flags.resume and reader.steps() else None
-    tokenizer = earlier.load_tokenizer() if earlier else Tokenizer.load(default_dir())
-    if earlier:
-        flags = keep_recipe(flags, earlier)
+    tokenizer, flags = pick_tokenizer(tag, flags)
     sources = mixture.find_sources(flags.data_dir)
     if flags.portable and tokenizer.pattern != PORTABLE_SPLIT_PATTERN:
         distributed.warn0("the tokenizer is not portable: train one with tok_train --portable")
@@ -146,6 +142,15 @@ def check_fp8(flags: Flags, config: GPTConfig, num_tokens: int, dist: Dist) -> N
         raise UserError("--fp8 works on whole weights: leave out --fp8 or --shard")
     compiles = flags.compile and hardware.can_compile(dist.device)
     fp8.check_support(config, num_tokens, dist.device, compile=compiles)
+
+
+def pick_tokenizer(tag: str, flags: Flags) -> tuple[Tokenizer, Flags]:
+    """The default tokenizer and the flags. A run that is resumed keeps its tokenizer and its recipe."""
+    reader = CheckpointReader("base", tag)
+    if not flags.resume or not reader.steps():
+        return Tokenizer.load(default_dir()), flags
+    earlier = reader.load()
+    return earlier.load_tokenizer(), keep_recipe(flags, earlier)
 
 
 def keep_recipe(flags: Flags, earlier: Checkpoint) -> Flags:

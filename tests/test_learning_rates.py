@@ -14,22 +14,9 @@ from scripts import base_train
 
 NUM_STEPS, WARMUP_STEPS, WARMDOWN_STEPS, FINAL_FRAC = 20, 4, 10, 0.1
 BATCH, WIDTH = 256, 64
-FLAGS = [
-    "--recipe",
-    "nanochat",
-    "--device",
-    "cpu",
-    "--no-compile",
-    "--depth",
-    "2",
-    "--aspect-ratio",
-    "32",
-    "--head-dim",
-    "32",
-]
-FLAGS += ["--max-seq-len", "64", "--device-batch-size", "4", "--total-batch-size", str(BATCH)]
-FLAGS += ["--num-iterations", str(NUM_STEPS), "--warmup-steps", str(WARMUP_STEPS), "--warmdown-ratio", "0.5"]
-FLAGS += ["--final-lr-frac", str(FINAL_FRAC), "--eval-every", "-1", "--sample-every", "-1"]
+FLAGS = "--recipe nanochat --device cpu --no-compile --depth 2 --aspect-ratio 32 --head-dim 32 --max-seq-len 64".split()
+FLAGS += f"--device-batch-size 4 --total-batch-size {BATCH} --num-iterations {NUM_STEPS} --warmdown-ratio 0.5".split()
+FLAGS += f"--warmup-steps {WARMUP_STEPS} --final-lr-frac {FINAL_FRAC} --eval-every -1 --sample-every -1".split()
 RESIDUAL_SCALARS = {"resid", "x0", "smear_backout"}
 
 
