@@ -14,7 +14,7 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
 
-RATES = ["--embedding-lr", "--unembedding-lr", "--matrix-lr", "--scalar-lr", "--weight-decay", "--warmup-steps"]
+RATES = ["--embedding-lr", "--unembedding-lr", "--matrix-lr", "--scalar-lr", "--weight-decay"]
 
 # (script, arguments, words of the error). The arguments are complete: nothing else is wrong with them.
 NUMBERS = [
@@ -41,6 +41,7 @@ NUMBERS = [
     ("base_train", "--warmdown-ratio 2", "--warmdown-ratio: 2 must be from 0 to 1"),
     ("base_train", "--final-lr-frac -0.1", "--final-lr-frac: -0.1 must be from 0 to 1"),
     *(("base_train", f"{name} -1", f"{name}: -1 must be at least 0") for name in RATES),
+    ("base_train", "--warmup-steps -2", "--warmup-steps: -2 must be at least 0 or -1"),
     ("base_train", "--save-every -7", "--save-every: -7 must be at least 0 or -1 (steps between checkpoints"),
     ("base_train", "--eval-every -2", "--eval-every: -2 must be at least 0 or -1"),
     ("base_train", "--keep-last 0", "--keep-last: 0 must be at least 1 or -1 (checkpoints to keep"),

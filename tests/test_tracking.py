@@ -24,7 +24,7 @@ START = {"run": "mine", "group": "base_train-d2", "run_id": "abcd1234", "config"
 
 # A run of steps 1 to 3, then the same run, resumed after the checkpoint of step 2, to step 4.
 TRACK_TWICE = """
-import os, sys
+import os, sys, time
 from nanochat import tracking
 from nanochat.tracking import Tracker
 
@@ -35,6 +35,7 @@ for resumed, steps in ((False, (1, 2, 3)), (True, (3, 4))):
     for step in steps:
         tracker.log(step, {"train/loss": step / 4, "eval/pass@8": 0.5, "samples": ["text"]})
     tracker.finish({"model": "base/d2", "val/bpb": 0.75})
+    time.sleep(1)  # wandb names a folder by the second
 """
 
 
