@@ -1,10 +1,11 @@
 """
 The decode step: reads one token of each active slot and samples the next one. Generation spends most of its time here.
 
-It is the model's own forward pass (gpt.py) with one token per sequence, the slots as its KV cache, and weights in the
-fastest layout (packed.py). The forward pass can be compiled: on a CPU ahead of time (aot.py), which makes a token at
-depth 4 1.1 to 1.5 times as fast as torch.compile, on CUDA by torch.compile. On CUDA the step is captured as a graph,
-compiled or not.
+A slot holds the keys and values of a sequence and nothing else; what a step reads and how it samples is passed to each
+call, a StepRow per slot. It is the model's own forward pass (gpt.py) with one token per sequence, the slots as its KV
+cache, and weights in the fastest layout (packed.py). The forward pass can be compiled: on a CPU ahead of time (aot.py),
+which makes a token at depth 4 1.1 to 1.5 times as fast as torch.compile, on CUDA by torch.compile. On CUDA the step is
+captured as a graph, compiled or not.
 
     Decoder.step → GPT.hidden → SlotCache.attend … → logits → sample → next tokens
 
@@ -21,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
-from torch.nn.utils.rnn import pad_sequence
 
 from nanochat import aot, hardware, packed
 from nanochat.attention import small_products
@@ -50,6 +50,7 @@ CUDA_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
 SOURCES = [
     Path(__file__).with_name(name) for name in ("decoder.py", "gpt.py", "packed.py", "aot.py", "shared_prompts.py")
 ]
+NUM_COLUMNS = 5  # numbers of a StepRow besides a token and a random number per token read
 CAPTURE_LOCK = threading.Lock()  # a process can capture one graph at a time, and a server has a thread per engine
 
 
@@ -81,20 +82,29 @@ class StepShape(NamedTuple):
     prompts: PromptShape | None  # None = prompts are not shared
 
 
-class SlotStart(NamedTuple):
-    """What a slot starts with, after its prefix."""
+class StepRow(NamedTuple):
+    """What a step reads and samples in a slot. All rows of a step have the same number of tokens T."""
 
-    token: int  # read by the next step
+    position: int  # of the first token, in the context
+    previous: int  # the token before it; anything at position 0
+    tokens: list[int]  # 1 or, with drafts, 1 + max_drafted
     params: SamplingParams
-    uniforms: torch.Tensor  # a random number in [0, 1) for each token to sample
+    uniforms: list[float]  # a random number in [0, 1) per token, to sample the next one
+
+
+class Sampled(NamedTuple):
+    """The results of a step, on the device."""
+
+    tokens_BT: torch.Tensor
+    logprobs_BT: torch.Tensor | None  # None if no row wants them
 
 
 class StepInputs(NamedTuple):
     """What the forward pass of a step reads."""
 
     tokens_BT: torch.Tensor
-    previous_B1: torch.Tensor  # the tokens before them
-    positions_BT: torch.Tensor
+    position_B1: torch.Tensor  # of the first token of each row
+    previous_B1: torch.Tensor  # the token before it
     keys: list[torch.Tensor]  # by layer, (B * K, S, D): the first S entries of the rings of the active slots
     values: list[torch.Tensor]
     ring_lengths_L: torch.Tensor  # by layer
@@ -110,7 +120,8 @@ class SlotCache:
     """
 
     def __init__(self, inputs: StepInputs, attend_rows: Callable[..., torch.Tensor]):
-        _, self.previous_B1, self.positions_BT, self.keys, self.values, self.ring_lengths_L, prompts = inputs
+        tokens_BT, position_B1, self.previous_B1, self.keys, self.values, self.ring_lengths_L, prompts = inputs
+        self.positions_BT = position_B1 + torch.arange(tokens_BT.size(1), device=tokens_BT.device)
         self.attend_rows = attend_rows
         self.prompts = StepPrompts(prompts) if prompts else None
         self.ring_positions_BT = self.positions_BT
@@ -148,10 +159,8 @@ class SlotCache:
                 in_prompt_BTP = self.prompts.is_hidden(layer, self.ring_positions_BT, window)
                 is_hidden_BTS = torch.cat([in_prompt_BTP, is_hidden_BTS], dim=-1)
             mask_BTX = torch.zeros(is_hidden_BTS.shape, device=age_BTS.device).masked_fill(is_hidden_BTS, -torch.inf)
-            # Unused slots of the batch may be at a position that the step does not read.
-            indices_BT = (self.ring_positions_BT % ring).clamp(max=size - 1)
             self.rings[window] = (
-                indices_BT.repeat_interleave(num_kv_heads, dim=0),
+                (self.ring_positions_BT % ring).repeat_interleave(num_kv_heads, dim=0),
                 mask_BTX.repeat_interleave(num_kv_heads, dim=0),
             )
         return self.rings[window]
@@ -253,13 +262,13 @@ class PackagedForward:
         self.module, self.name = module, name
         self.packages: dict[tuple[bool, int], aot.Package] = {}
 
-    def __call__(self, tokens_BT, previous_B1, positions_BT, keys, values, ring_lengths_L, prompts) -> torch.Tensor:
+    def __call__(self, tokens_BT, position_B1, previous_B1, keys, values, ring_lengths_L, prompts) -> torch.Tensor:
         B, T = tokens_BT.shape
         key = (B == 1, T)
         if key not in self.packages:
             with torch.inference_mode(False):
                 self.packages[key] = self._load(1 if B == 1 else 3, T, dtype=keys[0].dtype, is_shared=bool(prompts))
-        return self.packages[key]([tokens_BT, previous_B1, positions_BT, *keys, *values, ring_lengths_L, *prompts])
+        return self.packages[key]([tokens_BT, position_B1, previous_B1, *keys, *values, ring_lengths_L, *prompts])
 
     def refresh(self) -> None:
         """Must be called after tensors of the model were replaced."""
@@ -269,8 +278,7 @@ class PackagedForward:
     def _load(self, B: int, T: int, dtype: torch.dtype, is_shared: bool) -> aot.Package:
         """For this number of slots if it is 1, and any above 1 if not; for any numbers of keys and prompts."""
         config = self.module.model.config
-        tokens_BT, positions_BT = torch.zeros((2, B, T), dtype=torch.long).unbind()
-        previous_B1 = torch.zeros(B, 1, dtype=torch.long)
+        position_B1, previous_B1, tokens_BT = split_rows(torch.zeros((B, 2 + T), dtype=torch.long))
         keys, values = self._example_caches(B, 50, dtype)
         ring_lengths_L = torch.ones(config.n_layer, dtype=torch.long)
         prompts: list[torch.Tensor] = []
@@ -279,7 +287,7 @@ class PackagedForward:
             per_row = torch.zeros((3, B), dtype=torch.long).unbind()
             prompt_keys, prompt_values = self._example_caches(U, 70, dtype)
             prompts = [*per_row, torch.zeros((U, M), dtype=torch.long), *prompt_keys, *prompt_values]
-        examples = (tokens_BT, previous_B1, positions_BT, keys, values, ring_lengths_L, prompts)
+        examples = (tokens_BT, position_B1, previous_B1, keys, values, ring_lengths_L, prompts)
 
         rows: dict[int, Any] = {} if B == 1 else {0: torch.export.Dim.DYNAMIC}
         in_caches = [rows | {1: torch.export.Dim.DYNAMIC}] * config.n_layer
@@ -298,9 +306,7 @@ class PackagedForward:
 
 
 class Decoder:
-    """
-    Slots, each with the state of a sequence and its sampling parameters, and `step`, which adds a token to the first B.
-    """
+    """Slots, each with the keys and values of a sequence, and `step`, which samples a token for the first B of them."""
 
     def __init__(
         self,
@@ -313,9 +319,8 @@ class Decoder:
         share_prompts: bool = False,
     ):
         """
-        precisions: as in packed.choose. compile: the forward pass, if `can_compile`. max_drafted: tokens
-        that `verify` reads after the current one of a slot. share_prompts: see shared_prompts.py; positions in a slot
-        begin after the prompt.
+        precisions: as in packed.choose. compile: the forward pass, if `can_compile`. max_drafted: further tokens of a
+        slot that a step may read. share_prompts: see shared_prompts.py; a slot then begins after the prompt.
         """
         self.max_drafted = max_drafted
         self.original = model
@@ -357,7 +362,7 @@ class Decoder:
         if self.use_graphs:
             # torch's default stream for captures belongs to the device that was used first in the process.
             self.capture_stream = torch.cuda.Stream(device)
-        self.graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Sampled]] = {}
 
     def refresh_weights(self) -> None:
         """Must be called after the model's weights have changed."""
@@ -377,69 +382,34 @@ class Decoder:
         if (num_slots, length) == (self.num_slots, self.length):
             return
         config, device = self.model.config, self.model.device
-        old_tensors = self.slot_tensors() if self.num_slots else ()
-
         # + 1: the token itself. Drafted tokens need entries besides those that the first token of the step sees.
         self.rings = {window: min(window + 1, length) + self.max_drafted for window in config.windows}
         self.ring_lengths = [self.rings[window] for window in config.windows]  # by layer
         self.ring_lengths_L = upload(torch.tensor(self.ring_lengths), device)
         self.cache.grow(num_slots, self.rings)
-        self.tokens_R = torch.zeros(num_slots, device=device, dtype=torch.long)  # the next step reads these
-        self.previous_R = torch.zeros(num_slots, device=device, dtype=torch.long)  # the tokens before them
-        self.positions_R = torch.zeros(num_slots, device=device, dtype=torch.long)  # their positions
-        self.temperature_R = torch.zeros(num_slots, device=device)
-        self.top_k_R = torch.zeros(num_slots, device=device, dtype=torch.long)
-        self.top_p_R = torch.ones(num_slots, device=device)
-        # A random number per position.
-        self.uniform_RT = torch.zeros((num_slots, length + self.max_drafted), device=device)
-        self.drafts_RT = torch.zeros((num_slots, self.max_drafted), device=device, dtype=torch.long)  # after tokens_R
-        # The results of a step.
-        self.sampled_RT = torch.zeros((num_slots, 1 + self.max_drafted), device=device, dtype=torch.long)
-        self.logprobs_RT = torch.zeros((num_slots, 1 + self.max_drafted), device=device)
-
         if self.prompts:
             self.prompts.reserve_slots(num_slots)
+        # The rows of a step. Captured graphs read them at a fixed address; on a CPU both are the same tensor.
+        size = num_slots * (NUM_COLUMNS + 2 * (1 + self.max_drafted))
+        self.host_rows = torch.zeros(size, dtype=torch.float64, pin_memory=device.type == "cuda")
+        self.rows = self.host_rows.to(device)
         self.num_slots, self.length = num_slots, length
-        for new, old in zip(self.slot_tensors(), old_tensors, strict=False):
-            new[tuple(slice(size) for size in old.shape)] = old
         self.graphs.clear()
 
-    def slot_tensors(self) -> tuple[torch.Tensor, ...]:
-        """What belongs to a slot besides keys and values; the first dimension of each tensor is R."""
-        sampling = (self.temperature_R, self.top_k_R, self.top_p_R, self.uniform_RT)
-        return (self.tokens_R, self.previous_R, self.positions_R, *sampling)
-
-    def fill(self, first_slot: int, prefix: Prefix, starts: Sequence[SlotStart]) -> None:
-        """Puts sequences that share a prefix into consecutive slots. On CUDA the host waits for nothing."""
-        device, position = self.model.device, 0 if self.prompts else len(prefix.tokens)
-        slots = slice(first_slot, first_slot + len(starts))
-        vocab_size = self.model.config.vocab_size
-        integers = [[start.token, start.params.top_k or vocab_size] for start in starts]
-        tokens_B, top_k_B = upload(torch.tensor(integers).T, device)
-        self.tokens_R[slots], self.top_k_R[slots] = tokens_B, top_k_B
-        self.positions_R[slots] = position
-        numbers = torch.tensor([[start.params.temperature, start.params.top_p] for start in starts])
-        self.temperature_R[slots], self.top_p_R[slots] = upload(numbers.T, device)
-        uniforms_BT = pad_sequence([start.uniforms for start in starts], batch_first=True)
-        self.uniform_RT[slots, position : position + uniforms_BT.size(1)] = upload(uniforms_BT, device)
-        if prefix.tokens:
-            self.previous_R[slots] = prefix.tokens[-1]
+    def fill(self, first_slot: int, num_slots: int, prefix: Prefix) -> None:
+        """Puts a prefix into consecutive slots. On CUDA the host waits for nothing."""
         if self.prompts:
-            if self.prompts.fill(prefix.tokens, prefix.caches, len(starts)):
+            if self.prompts.fill(prefix.tokens, prefix.caches, num_slots):
                 self.graphs.clear()
             return
+        slots = slice(first_slot, first_slot + num_slots)
         for window, states in prefix.caches.items():
             ring = self.rings[window]
             states = states[:, :, -ring:]
-            start = (position - states.size(2)) % ring
+            start = (len(prefix.tokens) - states.size(2)) % ring
             to_the_end, behind = states.tensor_split([ring - start], dim=2)
             self.cache.write(window, slots, start, to_the_end)
             self.cache.write(window, slots, 0, behind)
-
-    def force(self, tokens: dict[int, int]) -> None:
-        """Replaces the tokens just sampled, by slot."""
-        slots_B, tokens_B = upload(torch.tensor(list(tokens.items())).T, self.model.device)
-        self.tokens_R[slots_B] = tokens_B
 
     def free(self, slot: int, num_slots: int) -> None:
         """Frees one of the first num_slots slots, all of which are filled, by moving the last of them there."""
@@ -447,53 +417,46 @@ class Decoder:
             self.prompts.free(slot)
         if slot < num_slots - 1:
             self.cache.move(num_slots - 1, slot)
-            for tensor in self.slot_tensors():
-                tensor[slot] = tensor[num_slots - 1]
 
     # ---- the step ----
 
-    def step(self, num_slots: int, max_position: int, sampling: BatchSampling) -> tuple[list[int], list[float]]:
+    def step(self, rows: Sequence[StepRow], sampling: BatchSampling) -> tuple[list[list[int]], list[list[float]]]:
         """
-        Reads the current token of each of the first num_slots slots and samples the next one, which becomes the current
-        token. Returns the sampled tokens and, if `sampling` asks for them, their log-probabilities. max_position: the
-        highest position among the tokens read.
+        Reads the tokens of the first slots, a row for each, and samples the next token after each of them. Returns for
+        each slot a list of T tokens and, if `sampling` asks for them, one of their log-probabilities. A later step may
+        start at an earlier position again, which replaces the keys and values from there on.
         """
-        self._run(num_slots, 1, max_position, sampling)
-        logprobs = self.logprobs_RT[:num_slots, 0].tolist() if sampling.logprobs else []
-        return self.tokens_R[:num_slots].tolist(), logprobs
-
-    def verify(
-        self, rows: Sequence[Sequence[int]], max_position: int, sampling: BatchSampling
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        """
-        Reads several tokens of each of the first slots at once, and samples the next token after each of them. rows:
-        by slot the position of the first token, the token before it, and T tokens, 1 or 1 + max_drafted. Returns lists
-        of T tokens and, as in `step`, their log-probabilities. Every later step must be a call of `verify` too.
-        """
-        num_slots, num_tokens = len(rows), len(rows[0]) - 2
-        rows_BX = upload(torch.tensor(rows), self.model.device)
-        self.positions_R[:num_slots], self.previous_R[:num_slots] = rows_BX[:, 0], rows_BX[:, 1]
-        self.tokens_R[:num_slots], self.drafts_RT[:num_slots, : num_tokens - 1] = rows_BX[:, 2], rows_BX[:, 3:]
-        self._run(num_slots, num_tokens, max_position, sampling)
-        logprobs = self.logprobs_RT[:num_slots, :num_tokens].tolist() if sampling.logprobs else []
-        return self.sampled_RT[:num_slots, :num_tokens].tolist(), logprobs
-
-    def _run(self, num_slots: int, T: int, max_position: int, sampling: BatchSampling) -> None:
-        """max_position: the highest position among the first tokens of the slots."""
+        num_slots, T = len(rows), len(rows[0].tokens)
         batch = num_slots
         if self.use_static_shapes:
             batch = min(next_power_of_two(num_slots), self.num_slots)
         prompts = None
+        positions = [row.position for row in rows]
         if self.prompts:
             prompts = self.prompts.shape(self._round_up_keys(self.prompts.longest), self.use_static_shapes)
             self.prompts.prepare(batch, prompts)
-        num_keys = min(self._round_up_keys(max_position + T), self.length + self.max_drafted)
+            lengths = self.prompts.lengths
+            positions = [position - length for position, length in zip(positions, lengths, strict=True)]
+        num_keys = min(self._round_up_keys(max(positions) + T), self.length + self.max_drafted)
+        self._upload([*rows, *[rows[0]] * (batch - num_slots)])  # unused slots repeat what the first one does
         shape = StepShape(batch, T, num_keys, sampling, prompts)
         if self.use_graphs:
-            self._replay(shape)
+            sampled = self._replay(shape)
         else:
             with hardware.num_threads(self.num_threads):
-                self._run_or_fall_back(self._step, shape)
+                sampled = self._run_or_fall_back(self._step, shape)
+        logprobs = [] if sampled.logprobs_BT is None else sampled.logprobs_BT[:num_slots].tolist()
+        return sampled.tokens_BT[:num_slots].tolist(), logprobs
+
+    def _upload(self, rows: Sequence[StepRow]) -> None:
+        """Writes the rows where the step reads them, in float64, which holds token numbers and float32 exactly."""
+        vocab_size = self.model.config.vocab_size
+        numbers: list[float] = []
+        for position, previous, tokens, params, uniforms in rows:
+            numbers += (position, previous, *tokens)
+            numbers += (params.top_k or vocab_size, params.temperature, params.top_p, *uniforms)
+        self.host_rows.numpy()[: len(numbers)] = numbers
+        self.rows[: len(numbers)].copy_(self.host_rows[: len(numbers)], non_blocking=True)
 
     def _round_up_keys(self, count: int) -> int:
         """The number of keys that a step reads to see `count` of them."""
@@ -501,7 +464,7 @@ class Decoder:
             return -(-count // KEY_MULTIPLE) * KEY_MULTIPLE
         return max(MIN_SHARED_GRAPH_KEYS if self.prompts else MIN_GRAPH_KEYS, next_power_of_two(count))
 
-    def _replay(self, shape: StepShape) -> None:
+    def _replay(self, shape: StepShape) -> Sampled:
         """Runs the step as a CUDA graph, captured at the first call with this shape."""
         if shape not in self.graphs:
             if len(self.graphs) == MAX_GRAPHS:
@@ -509,12 +472,14 @@ class Decoder:
             with CAPTURE_LOCK, torch.cuda.device(self.model.device):
                 self._run_or_fall_back(self._warm_up, shape)
                 self.graphs[shape] = self._capture(shape)
-        self.graphs[shape].replay()
+        graph, sampled = self.graphs[shape]
+        graph.replay()
+        return sampled
 
-    def _run_or_fall_back(self, run: Callable[[StepShape], None], shape: StepShape) -> None:
+    def _run_or_fall_back(self, run: Callable[[StepShape], Sampled], shape: StepShape) -> Sampled:
         """Runs the step, without compiled code if compiling fails, which has changed nothing yet."""
         try:
-            run(shape)
+            return run(shape)
         except RuntimeError as error:
             if not is_compile_error(error):
                 raise
@@ -522,59 +487,47 @@ class Decoder:
             warn0(f"the decode step is not compiled, which makes it slower: {reason}")
             # On a CPU in any dtype: by sums.
             self.forward = StepForward(self.model, attend_by_products if self.use_graphs else attend_by_sums)
-            run(shape)
+            return run(shape)
 
-    def _capture(self, shape: StepShape) -> torch.cuda.CUDAGraph:
-        pool = next((graph.pool() for graph in self.graphs.values()), None)  # all graphs share one memory pool
+    def _capture(self, shape: StepShape) -> tuple[torch.cuda.CUDAGraph, Sampled]:
+        pool = next((graph.pool() for graph, _ in self.graphs.values()), None)  # all graphs share one memory pool
         graph = torch.cuda.CUDAGraph()
         # By default a capture fails when another thread allocates memory or waits for its own work at the same time.
         with torch.cuda.graph(graph, pool=pool, stream=self.capture_stream, capture_error_mode="thread_local"):
-            self._step(shape)
-        return graph
+            sampled = self._step(shape)
+        return graph, sampled
 
-    def _warm_up(self, shape: StepShape) -> None:
-        """Runs the step before it is captured, as libraries initialize at their first call, and undoes its effects."""
-        state = (self.tokens_R, self.previous_R, self.positions_R)
-        saved = [tensor.clone() for tensor in state]
+    def _warm_up(self, shape: StepShape) -> Sampled:
+        """Runs the step before it is captured, as libraries initialize at their first call."""
         stream = self.capture_stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._step(shape)
-                for tensor, value in zip(state, saved, strict=True):
-                    tensor.copy_(value)
+                sampled = self._step(shape)
         torch.cuda.current_stream().wait_stream(stream)
+        return sampled
 
-    def _step(self, shape: StepShape) -> None:
+    def _step(self, shape: StepShape) -> Sampled:
         """The step itself. All of it runs on the device: the host reads no value, so it can be captured as a graph."""
         B, T, num_keys, sampling, prompt_shape = shape
-        tokens_B, previous_B, positions_B = self.tokens_R[:B], self.previous_R[:B], self.positions_R[:B]
-        tokens_BT, positions_BT = tokens_B[:, None], positions_B[:, None]
-        if T > 1:
-            tokens_BT = torch.cat([tokens_BT, self.drafts_RT[:B, : T - 1]], dim=1)
-            positions_BT = positions_BT + torch.arange(T, device=positions_B.device)
+        rows_BX = self.rows[: B * (NUM_COLUMNS + 2 * T)].view(B, -1)
+        position_B1, previous_B1, tokens_BT = split_rows(rows_BX[:, : 2 + T].long())
         keys, values = self.cache.views(B, num_keys)
         prompts: list[torch.Tensor] = []
-        in_context_BT = positions_BT
         if self.prompts and prompt_shape:
             prompts = self.prompts.tensors(B, prompt_shape)
-            # The limit matters only for unused slots of the batch.
-            in_context_BT = (positions_BT + prompts[0][:, None]).clamp(max=self.model.cos.size(0) - 1)
-        inputs = StepInputs(tokens_BT, previous_B[:, None], in_context_BT, keys, values, self.ring_lengths_L, prompts)
+        inputs = StepInputs(tokens_BT, position_B1, previous_B1, keys, values, self.ring_lengths_L, prompts)
         raw_BTV = self.forward(*inputs)
-        params = (self.temperature_R, self.top_k_R, self.top_p_R)
-        temperature_N, top_k_N, top_p_N = (param_R[:B, None].expand(B, T).flatten() for param_R in params)
-        uniform_N = self.uniform_RT[:B].gather(1, positions_BT).flatten()
-        rows = RowSampling(temperature_N, top_k_N, top_p_N, uniform_N)
-        sampled_N, logprobs_N = sample(raw_BTV.flatten(0, 1), rows, sampling, self.model.config.logit_softcap)
-        if logprobs_N is not None:
-            self.logprobs_RT[:B, :T] = logprobs_N.view(B, T)
-        self.sampled_RT[:B, :T] = sampled_N.view(B, T)
-        if T > 1:  # which of them are kept is decided by the engine
-            return
-        previous_B.copy_(tokens_B)
-        tokens_B.copy_(sampled_N)
-        positions_B.add_(1).clamp_(max=self.length - 1)  # the clamp matters only for unused slots of the batch
+        params_B3, uniform_BT = rows_BX[:, 2 + T :].float().split([3, T], dim=1)
+        params_N3 = params_B3.repeat_interleave(T, dim=0) if T > 1 else params_B3
+        rows = RowSampling(*params_N3.unbind(1), uniform_BT.flatten())
+        tokens_N, logprobs_N = sample(raw_BTV.flatten(0, 1), rows, sampling, self.model.config.logit_softcap)
+        return Sampled(tokens_N.view(B, T), None if logprobs_N is None else logprobs_N.view(B, T))
+
+
+def split_rows(rows_BX: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The columns that the forward pass reads, (B, 2 + T): positions, previous tokens and tokens."""
+    return rows_BX.split([1, 1, rows_BX.size(1) - 2], dim=1)
 
 
 def can_compile(model: GPT) -> bool:

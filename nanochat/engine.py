@@ -29,6 +29,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
 from weakref import WeakValueDictionary
@@ -38,7 +39,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.attention import attend, attend_cached, band_mask
 from nanochat.common import UserError
-from nanochat.decoder import Decoder, Prefix, SlotStart, upload
+from nanochat.decoder import Decoder, Prefix, StepRow, upload
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import layers_by_window
 from nanochat.sampling import BatchSampling, SamplingParams
@@ -226,19 +227,34 @@ class ActiveRequest:
 
     def __init__(self, number: int, request: Request, tools: ToolUse, config: GPTConfig):
         self.number, self.request, self.tools = number, request, tools
-        self.num_before_slot = 0  # tokens of the prompt that are not in the request's slot: a shared prompt
         room = config.sequence_len + 1 - len(request.prompt)  # + 1: the last token is never read
         self.limit = min(request.max_tokens, room)  # new tokens
         self.limit_reason = "context" if room < request.max_tokens else "length"
         self.params = sampling_params(request, config.vocab_size)
+        self.last_two = [0, *request.prompt][-2:]  # tokens so far
         self.forced: deque[int] = deque()  # tool output to insert next
         self.completion = Completion()
         self.drafter: Drafter | None = None  # for speculative decoding
 
     @property
     def position(self) -> int:
-        """The position in the slot of the token that the next step reads."""
-        return len(self.request.prompt) + len(self.completion.tokens) - 1 - self.num_before_slot
+        """The position of the token that the next step reads."""
+        return len(self.request.prompt) + len(self.completion.tokens) - 1
+
+    @cached_property
+    def uniforms(self) -> list[float]:
+        """A random number for each token of the completion."""
+        return random_uniforms(self.request.seed, self.limit).tolist()
+
+    def row(self, draft: list[int], num_drafted: int) -> StepRow:
+        """What the next step reads: the last token and the draft, padded to num_drafted tokens."""
+        start = len(self.completion.tokens)
+        uniforms = self.uniforms[start : start + 1 + num_drafted]
+        previous, token = self.last_two
+        if num_drafted:
+            draft = draft + [0] * (num_drafted - len(draft))
+            uniforms = uniforms + [0.0] * (1 + num_drafted - len(uniforms))
+        return StepRow(self.position, previous, [token, *draft], self.params, uniforms)
 
     def accept(self, sampled: int, logprob: float, stop_tokens: set[int]) -> int | None:
         """
@@ -255,6 +271,7 @@ class ActiveRequest:
             return None
         completion.tokens.append(token)
         completion.sampled.append(is_sampled)
+        self.last_two = [self.last_two[1], token]
         if self.drafter:
             self.drafter.add(token)
         if is_sampled:
@@ -265,7 +282,8 @@ class ActiveRequest:
 
     def draft(self, count: int) -> list[int]:
         """Up to `count` tokens that probably come next; forced ones are certain."""
-        assert self.drafter
+        if not self.drafter:
+            return []
         count = min(count, self.limit - len(self.completion.tokens) - 1)
         return list(islice(self.forced, count)) or self.drafter.draft(count)
 
@@ -438,8 +456,6 @@ class Engine:
         entry = ActiveRequest(self.num_requests, request, ToolUse(self.tokenizer), self.model.config)
         if self.speculate:
             entry.drafter = Drafter(request.prompt)
-        if self.decoder.prompts:
-            entry.num_before_slot = len(request.prompt) - 1
         self.num_requests += 1
         tokens = tuple(request.prompt[:-1])
         self.waiting.append((entry, self.prompts.setdefault(tokens, Prompt(tokens))))
@@ -455,62 +471,33 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Reads the next chunk of each prompt being read, then adds a token to every request that is in a slot."""
+        """
+        Reads the next chunk of each prompt being read, then adds a token to every request that is in a slot; with
+        drafts, those of its draft that are right, and one after them.
+        """
         self._read_prompts()
         self._fill_slots()
         if not self.active:
             return []
-        max_position = max(entry.position for entry in self.active)
-        sampling = BatchSampling.of([entry.params for entry in self.active], self.model.config.vocab_size)
-        if self.speculate:
-            events = self._step_with_drafts(max_position, sampling)
-        else:
-            events = self._step_by_one(max_position, sampling)
-        for slot in reversed(range(len(self.active))):
-            if self.active[slot].completion.finish:
-                self._free_slot(slot)
-        return events
-
-    def _step_by_one(self, max_position: int, sampling: BatchSampling) -> list[Event]:
-        """Adds a token to every active request."""
-        tokens, logprobs = self.decoder.step(len(self.active), max_position, sampling)
-        events: list[Event] = []
-        forced: dict[int, int] = {}  # by slot
-        for slot, entry in enumerate(self.active):
-            logprob = logprobs[slot] if logprobs else 0.0
-            token = entry.accept(tokens[slot], logprob, self.stop_tokens)
-            if token is not None:
-                events.append(Event(entry.number, token, entry.completion))
-                if token != tokens[slot]:
-                    forced[slot] = token
-            if entry.completion.finish:
-                events.append(Event(entry.number, None, entry.completion))
-        if forced:
-            self.decoder.force(forced)
-        return events
-
-    def _step_with_drafts(self, max_position: int, sampling: BatchSampling) -> list[Event]:
-        """Adds one token or more to every active request: those of its draft that are right, and one after them."""
         drafts = [entry.draft(self.speculate) for entry in self.active]
         num_drafted = self.speculate if any(drafts) else 0  # few shapes: shorter drafts are padded
-        rows = []
-        for entry, draft in zip(self.active, drafts, strict=True):
-            assert entry.drafter
-            last_two = [0, *entry.drafter.tokens[-2:]][-2:]
-            padding = [0] * (num_drafted - len(draft))
-            rows.append([entry.position, *last_two, *draft, *padding])
-        tokens, logprobs = self.decoder.verify(rows, max_position, sampling)
+        rows = [entry.row(draft, num_drafted) for entry, draft in zip(self.active, drafts, strict=True)]
+        sampling = BatchSampling.of([entry.params for entry in self.active], self.model.config.vocab_size)
+        tokens, logprobs = self.decoder.step(rows, sampling)
 
         events: list[Event] = []
-        for slot, entry in enumerate(self.active):
-            for i, sampled in enumerate(tokens[slot][: len(drafts[slot]) + 1]):
+        for slot, (entry, draft) in enumerate(zip(self.active, drafts, strict=True)):
+            for i, sampled in enumerate(tokens[slot][: len(draft) + 1]):
                 token = entry.accept(sampled, logprobs[slot][i] if logprobs else 0.0, self.stop_tokens)
                 if token is not None:
                     events.append(Event(entry.number, token, entry.completion))
                 if entry.completion.finish:
                     events.append(Event(entry.number, None, entry.completion))
-                if entry.completion.finish or drafts[slot][i : i + 1] != [token]:
+                if entry.completion.finish or draft[i : i + 1] != [token]:
                     break
+        for slot in reversed(range(len(self.active))):
+            if self.active[slot].completion.finish:
+                self._free_slot(slot)
         return events
 
     def _read_prompts(self) -> None:
@@ -597,18 +584,16 @@ class Engine:
                 if other is not prompt:
                     break
                 entries.append(entry)
-            self._reserve(entries)
-            starts = []
-            for entry in entries:
-                uniforms = random_uniforms(entry.request.seed, entry.limit)
-                starts.append(SlotStart(entry.request.prompt[-1], entry.params, uniforms))
-            self.decoder.fill(len(self.active), prompt.prefix(), starts)
+            self._reserve(prompt, entries)
+            self.decoder.fill(len(self.active), len(entries), prompt.prefix())
             for _ in entries:
                 self.active.append(self.waiting.popleft()[0])
 
-    def _reserve(self, entries: list[ActiveRequest]) -> None:
+    def _reserve(self, prompt: Prompt, entries: list[ActiveRequest]) -> None:
         """Grows the decoder: enough slots for the waiting requests, each long enough for these."""
-        num_read = max(entry.position + entry.limit for entry in entries)
+        num_read = max(entry.limit for entry in entries)
+        if not self.decoder.prompts:  # else prompts are not in the slots
+            num_read += len(prompt.tokens)
         length = -(-num_read // self.length_multiple) * self.length_multiple  # rounded up
         num_slots = min(self.max_slots, len(self.active) + len(self.waiting))
         self.decoder.reserve(num_slots, min(length, self.model.config.sequence_len))

@@ -57,8 +57,8 @@ class BatchSampling:
 class RowSampling(NamedTuple):
     """The sampling parameters of the rows of a step, on the device."""
 
-    temperature_B: torch.Tensor
     top_k_B: torch.Tensor  # the vocabulary's size = all tokens
+    temperature_B: torch.Tensor
     top_p_B: torch.Tensor
     uniform_B: torch.Tensor  # a random number in [0, 1) each
 

@@ -175,6 +175,11 @@ class SharedPrompts:
     def longest(self) -> int:
         return max(1, *map(len, self.prompts))
 
+    @property
+    def lengths(self) -> list[int]:
+        """The number of tokens of each active slot's prompt."""
+        return [len(self.prompts[prompt]) for prompt in self.of_slot]
+
     def shape(self, num_tokens: int, is_static: bool) -> PromptShape:
         """The sizes of the next step, at least those of the slots. is_static: powers of two, for captured graphs."""
         num_prompts, num_slots = len(self.prompts), max(Counter(self.of_slot).values())
@@ -185,7 +190,7 @@ class SharedPrompts:
         return PromptShape(num_prompts, num_slots, min(num_tokens, self.length))
 
     def prepare(self, num_rows: int, shape: PromptShape) -> None:
-        """Must be called before a step whose first rows are the active slots; the others have any prompt."""
+        """Must be called before a step whose first rows are the active slots; the others repeat the first one."""
         if self.prepared == (num_rows, shape):
             return
         samples: list[int] = []
@@ -193,9 +198,8 @@ class SharedPrompts:
         for row, prompt in enumerate(self.of_slot):
             samples.append(len(rows[prompt]))
             rows[prompt].append(row)
-        padding = [0] * (num_rows - len(samples))
-        lengths = [len(self.prompts[prompt]) for prompt in self.of_slot]
-        per_row = torch.tensor([lengths + padding, self.of_slot + padding, samples + padding])
+        columns = (self.lengths, self.of_slot, samples)
+        per_row = torch.tensor([[*column, *[column[0]] * (num_rows - len(column))] for column in columns])
         table = torch.tensor([some + [0] * (shape.num_slots - len(some)) for some in rows])
         # Copied to the addresses that captured graphs read.
         self.per_row_3R[:, :num_rows] = per_row.to(self.device)

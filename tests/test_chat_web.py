@@ -51,10 +51,10 @@ class ScriptedEngine(Engine):
         self.permits = None
         self.decoder.step = self.scripted_step
 
-    def scripted_step(self, num_slots, *_):
+    def scripted_step(self, rows, _):
         if self.permits:
             assert self.permits.acquire(timeout=20)
-        return [self.script[sum(row.completion.sampled)] for row in self.active[:num_slots]], [-0.5] * num_slots
+        return [[self.script[sum(entry.completion.sampled)]] for entry in self.active], [[-0.5]] * len(rows)
 
 
 @contextlib.contextmanager

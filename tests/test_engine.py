@@ -629,9 +629,9 @@ def spy_on_steps(engine, monkeypatch):
     """A list that grows by the number of slots that each step decodes."""
     sizes, step = [], engine.decoder.step
 
-    def spy(num_slots, *rest):
-        sizes.append(num_slots)
-        return step(num_slots, *rest)
+    def spy(rows, sampling):
+        sizes.append(len(rows))
+        return step(rows, sampling)
 
     monkeypatch.setattr(engine.decoder, "step", spy)
     return sizes
@@ -643,14 +643,11 @@ def dictate(engine, monkeypatch, scripts):
 
     def dictated(*arguments):
         tokens, logprobs = step(*arguments)
-        wanted = {
-            slot: scripts[row.number][len(row.completion.tokens)]
-            for slot, row in enumerate(engine.active)
-            if len(row.completion.tokens) < len(scripts.get(row.number, []))
-        }
-        if wanted:
-            engine.decoder.force(wanted)
-        return [wanted.get(slot, token) for slot, token in enumerate(tokens)], logprobs
+        for slot, row in enumerate(engine.active):
+            script = scripts.get(row.number, [])
+            if len(row.completion.tokens) < len(script):
+                tokens[slot] = [script[len(row.completion.tokens)]]
+        return tokens, logprobs
 
     monkeypatch.setattr(engine.decoder, "step", dictated)
 
@@ -920,9 +917,9 @@ def test_requests_that_share_a_prompt_fill_their_slots_together(modern, golden_t
     engine = make_engine(modern, golden_tokenizer, max_slots=6)
     fill, filled = engine.decoder.fill, []
 
-    def note(slot, prefix, starts):
-        filled.append((slot, len(starts)))
-        fill(slot, prefix, starts)
+    def note(first_slot, num_slots, prefix):
+        filled.append((first_slot, num_slots))
+        fill(first_slot, num_slots, prefix)
 
     monkeypatch.setattr(engine.decoder, "fill", note)
     lengths = [140, 140, 140, 9, 9, 140]
@@ -948,7 +945,6 @@ def test_filling_and_moving_slots_does_not_wait_for_the_gpu(length, golden_token
                 engine._read_prompts()
                 engine._fill_slots()
             engine._free_slot(0)
-            engine.decoder.force({0: 1, 1: 2})
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -348,8 +348,6 @@ def test_engine_serves_requests_of_every_kind():
     engine.refresh_weights()
     engine.add(Request([1] * 40, max_tokens=200))  # the slots grow
     engine.step()
-    with torch.inference_mode():
-        engine.decoder.force({0: 7})
     engine.cancel(engine.num_requests - 1)
     assert not engine.is_busy and not broken_rules(counts.read())
 

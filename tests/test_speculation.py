@@ -32,15 +32,15 @@ from nanochat.engine import Engine, Request
 from nanochat.speculation import Drafter
 
 
-def spy_on_verify(engine, monkeypatch):
+def spy_on_shapes(engine, monkeypatch):
     """A list that grows by (slots, tokens per slot) of each step."""
-    shapes, verify = [], engine.decoder.verify
+    shapes, step = [], engine.decoder.step
 
-    def spy(rows, *rest):
-        shapes.append((len(rows), len(rows[0]) - 2))
-        return verify(rows, *rest)
+    def spy(rows, sampling):
+        shapes.append((len(rows), len(rows[0].tokens)))
+        return step(rows, sampling)
 
-    monkeypatch.setattr(engine.decoder, "verify", spy)
+    monkeypatch.setattr(engine.decoder, "step", spy)
     return shapes
 
 
@@ -138,7 +138,7 @@ def test_generate_drafted_tokens_follow_the_models_distribution(golden_tokenizer
 
 def test_generate_repetitive_text_takes_fewer_steps(golden_tokenizer, monkeypatch):
     engine = Engine(parrot(chain(5, 6, 7, 5)), golden_tokenizer, speculate=4)
-    shapes = spy_on_verify(engine, monkeypatch)
+    shapes = spy_on_shapes(engine, monkeypatch)
     (completion,) = engine.generate([greedy([5], 25)])
     assert completion.tokens == ([6, 7, 5] * 9)[:25]
     # The 2-gram (5, 6) has occurred before after 4 tokens; from then on all drafts are right.
@@ -147,7 +147,7 @@ def test_generate_repetitive_text_takes_fewer_steps(golden_tokenizer, monkeypatc
 
 def test_generate_wrong_drafts_cost_no_tokens(golden_tokenizer, monkeypatch):
     engine = Engine(parrot(chain(3, 4, 5, 6, 7, 8)), golden_tokenizer, speculate=2)
-    shapes = spy_on_verify(engine, monkeypatch)
+    shapes = spy_on_shapes(engine, monkeypatch)
     (completion,) = engine.generate([greedy([3, 4, 9, 9, 3, 4], 3)])
     assert completion.tokens == [5, 6, 7] and shapes == [(1, 3), (1, 1), (1, 1)]
 
@@ -158,7 +158,7 @@ def test_tool_result_is_read_in_one_step(golden_tokenizer, monkeypatch):
     output = [special("<|output_start|>"), four, special("<|output_end|>")]
     model = parrot(chain(5, *call, 0) | chain(output[0], 0) | chain(four, 0) | {output[-1]: 6})
     engine = Engine(model, golden_tokenizer, speculate=4)
-    shapes = spy_on_verify(engine, monkeypatch)
+    shapes = spy_on_shapes(engine, monkeypatch)
     (completion,) = engine.generate([greedy([5], 9)])
     assert completion.tokens == [*call, *output, 6] and completion.sampled == [True] * 5 + [False] * 3 + [True]
     assert shapes == [(1, 1)] * 5 + [(1, 5)]
@@ -173,7 +173,7 @@ def test_speculate_negative_is_an_error(golden_tokenizer):
 
 
 @pytest.mark.slow
-def test_verify_static_shapes_give_the_same_completions(golden_tokenizer):
+def test_step_with_drafts_static_shapes_give_the_same_completions(golden_tokenizer):
     model = make_model()
     expected = make_engine(model, golden_tokenizer).generate(REQUESTS)
     engine = make_engine(model, golden_tokenizer, speculate=3)
@@ -185,7 +185,7 @@ def test_verify_static_shapes_give_the_same_completions(golden_tokenizer):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hardware.can_compile(torch.device("cpu")), reason="needs a C++ compiler")
-def test_verify_compiled_equals_eager(golden_tokenizer):
+def test_step_with_drafts_compiled_equals_eager(golden_tokenizer):
     """Here with one slot, where drafts need a second package. The decoder's tests compile a step of several slots."""
     model = make_model(n_layer=1)
     engine = make_engine(model, golden_tokenizer, 1, compile=True, speculate=3)
@@ -197,7 +197,7 @@ def test_verify_compiled_equals_eager(golden_tokenizer):
 
 @NEEDS_NUMBERS
 @pytest.mark.gpu
-def test_verify_graph_equals_eager_without_drafts(golden_tokenizer):
+def test_step_with_drafts_graph_equals_eager_without_drafts(golden_tokenizer):
     model = make_model(device="cuda")
     expected = make_engine(model, golden_tokenizer, 8).generate(REQUESTS)
     engine = make_engine(model, golden_tokenizer, 8, speculate=3)
