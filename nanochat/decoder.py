@@ -520,7 +520,8 @@ class Decoder:
         raw_BTV = self.forward(*inputs)
         params_B3, uniform_BT = rows_BX[:, 2 + T :].float().split([3, T], dim=1)
         params_N3 = params_B3.repeat_interleave(T, dim=0) if T > 1 else params_B3
-        rows = RowSampling(*params_N3.unbind(1), uniform_BT.flatten())
+        top_k_N, temperature_N, top_p_N = params_N3.unbind(1)
+        rows = RowSampling(top_k_N, temperature_N, top_p_N, uniform_BT.flatten())
         tokens_N, logprobs_N = sample(raw_BTV.flatten(0, 1), rows, sampling, self.model.config.logit_softcap)
         return Sampled(tokens_N.view(B, T), None if logprobs_N is None else logprobs_N.view(B, T))
 
