@@ -392,7 +392,7 @@ class Decoder:
         # The rows of a step. Captured graphs read them at a fixed address; on a CPU both are the same tensor.
         size = num_slots * (NUM_COLUMNS + 2 * (1 + self.max_drafted))
         self.host_rows = torch.zeros(size, dtype=torch.float64, pin_memory=device.type == "cuda")
-        self.rows = self.host_rows.to(device)
+        self.rows = self.host_rows.to(device, non_blocking=True)
         self.num_slots, self.length = num_slots, length
         self.graphs.clear()
 
