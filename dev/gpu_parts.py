@@ -33,10 +33,13 @@ from nanochat import attention, fp8, hardware, primer, recipe
 from nanochat.common import seed_everything
 from nanochat.costs import GIB, TrainingSetup, training_memory
 from nanochat.distributed import Dist
-from nanochat.engine import EMPTY, GPU_CHUNK, Engine, Prefill, Request
-from nanochat.gpt import GPT, GPTConfig, Linear
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels import mlp
+from nanochat.linear import Linear
 from nanochat.muon import build_optimizer
+from nanochat.prefill import EMPTY, GPU_CHUNK, Prefill
+from nanochat.request import Request
 from nanochat.serve.scheduler import ServedModel, Service
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Step, Stopped, Trainer, TrainState, token_loss

@@ -25,7 +25,8 @@ import torch.nn as nn
 
 from nanochat.common import UserError
 from nanochat.distributed import warn0
-from nanochat.gpt import GPT, Block, GPTConfig, JointLinear, Linear
+from nanochat.gpt import GPT, Block, GPTConfig
+from nanochat.linear import JointLinear, Linear
 from nanochat.muon import MuonAdamW
 
 FORWARD = torch.float8_e4m3fn

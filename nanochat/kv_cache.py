@@ -5,9 +5,29 @@ that its slots share (shared_prompts.py).
 Shapes: R sequences, K key/value heads, S tokens, D head size; L layers with the same window.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from nanochat.gpt import GPTConfig
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """
+    The model's state after a sequence of tokens: the keys and values of its last n tokens, as many as the window
+    covers, of all L layers with that window: (2, L, n, K, D).
+    """
+
+    tokens: tuple[int, ...]
+    caches: dict[int, torch.Tensor]  # by window
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a tensor from the host to a device, on CUDA without waiting for the copy."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def layers_by_window(config: GPTConfig) -> dict[int, list[int]]:

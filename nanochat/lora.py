@@ -22,7 +22,8 @@ import torch.nn as nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig, Linear
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.linear import Linear
 from nanochat.tokenizer import SPECIAL_TOKENS
 
 # scale = ALPHA / rank. With it, the best learning rate hardly depends on the rank

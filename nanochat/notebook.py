@@ -14,7 +14,8 @@ from typing import Any
 
 from nanochat import checkpoint_manager, hardware
 from nanochat.conversation import completion_text, read_parts, render_to_fit
-from nanochat.engine import Engine, Request
+from nanochat.engine import Engine
+from nanochat.request import Request
 
 
 class LoadedModel:

@@ -33,9 +33,10 @@ import torch
 from nanochat.common import UserError
 from nanochat.conversation import completion_text, render_for_completion
 from nanochat.distributed import Dist
-from nanochat.engine import Completion, Engine, Request
+from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.progress import Bar
+from nanochat.request import Completion, Request
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Step
 

@@ -18,7 +18,7 @@ from nanochat.checkpoint_manager import Checkpoint
 from nanochat.cli import COUNT, COUNT_OR_DEFAULT, STEP, command, flag
 from nanochat.common import UserError, base_dir, duration
 from nanochat.distributed import Dist
-from nanochat.engine import Engine, Request, sample_prompts
+from nanochat.engine import Engine, sample_prompts
 from nanochat.eval.bpb import evaluate_bpb_of_sources
 from nanochat.eval.core import REFERENCES, evaluate_core, save_scores
 from nanochat.eval.core_tasks import CoreTask, load_tasks, resolve_bundle
@@ -28,6 +28,7 @@ from nanochat.logging import append_evaluation, save_numbers
 from nanochat.progress import Bar
 from nanochat.recipe import load_hyperparameters
 from nanochat.report.record import recorded
+from nanochat.request import Request
 from nanochat.tokenizer import Tokenizer
 
 EVALUATIONS = ("core", "bpb", "sample")

@@ -24,7 +24,8 @@ from nanochat.chat.session import ChatSession, format_tool_calls
 from nanochat.chat.terminal import LineEditor, can_redraw, interruptible, make_console, printable, show
 from nanochat.cli import COUNT, NOT_NEGATIVE, SEED, STEP, command, flag
 from nanochat.common import UserError, base_dir
-from nanochat.engine import Engine, Request
+from nanochat.engine import Engine
+from nanochat.request import Request
 
 HELP = """\
 /retry            generate another response to the last message, with another seed

@@ -19,11 +19,12 @@ from nanochat import checkpoint_manager, distributed, hardware
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.cli import COUNT, COUNT_OR_DEFAULT, NOT_NEGATIVE, STEP, command, flag
 from nanochat.common import UserError, duration
-from nanochat.engine import Engine, Request, pays_to_compile
+from nanochat.engine import Engine, pays_to_compile
 from nanochat.eval.chat import CHATCORE, ChatScore, Sampling, evaluate_task
 from nanochat.eval.metrics import core_metric
 from nanochat.logging import append_evaluation, report_dir, save_numbers
 from nanochat.report.record import recorded
+from nanochat.request import Request
 from nanochat.shared_prompts import pays_to_share
 from tasks.arc import ARC
 from tasks.common import Task, limited

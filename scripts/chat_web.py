@@ -27,13 +27,14 @@ from nanochat.checkpoint_manager import STAGES
 from nanochat.cli import COUNT, NOT_NEGATIVE, STEP, Range, command, flag
 from nanochat.common import UserError
 from nanochat.costs import generation_memory
-from nanochat.decoder import can_compile
-from nanochat.engine import Engine, Request
+from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.logging import print_table
+from nanochat.request import Request
 from nanochat.serve.api import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K
 from nanochat.serve.app import Connection, create_app
 from nanochat.serve.scheduler import ResponseHandle, ServedModel, Service
+from nanochat.step_forward import can_compile
 from nanochat.tokenizer import Tokenizer
 
 READ_SECONDS = 60  # a client that reads nothing for this long is disconnected; heuristic, not tuned

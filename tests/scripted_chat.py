@@ -17,7 +17,7 @@ from conftest import GOLDEN
 from nanochat.chat.session import ChatSession
 from nanochat.chat.terminal import LineEditor, make_console
 from nanochat.conversation import render
-from nanochat.engine import Completion, Request
+from nanochat.request import Completion, Request
 from nanochat.tokenizer import Tokenizer
 from scripts.chat_cli import chat
 

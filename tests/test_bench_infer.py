@@ -10,7 +10,7 @@ import pytest
 import torch
 from factories import tiny_engine, tiny_gpt
 
-from nanochat.engine import Request
+from nanochat.request import Request
 from scripts.bench import __main__ as bench
 from scripts.bench.infer import NO_SPECIAL_TOKENS
 from scripts.bench.plain import PlainCache, generate_like_nanochat, generate_static

@@ -30,7 +30,7 @@ from scripted_chat import ScriptedEngine
 from nanochat.chat import terminal
 from nanochat.chat.session import ChatSession, format_tool_calls
 from nanochat.common import UserError
-from nanochat.engine import Request
+from nanochat.request import Request
 from scripts import chat_cli
 
 ROOT = Path(__file__).parent.parent

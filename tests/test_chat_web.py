@@ -24,7 +24,8 @@ import uvicorn
 from conftest import GOLDEN
 from factories import save_checkpoint, tiny_engine, tiny_gpt, wait_until
 
-from nanochat.engine import Engine, Request
+from nanochat.engine import Engine
+from nanochat.request import Request
 from nanochat.serve import app as serve_app
 from nanochat.serve.app import create_app
 from nanochat.serve.scheduler import ServedModel, Service

@@ -24,12 +24,12 @@ from test_engine import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanochat import aot, hardware, packed
-from nanochat import decoder as decoder_module
-from nanochat.engine import Engine, Request, sampling_params
+from nanochat import aot, hardware, packed, slot_attention
+from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig, norm
 from nanochat.loss import softcap
 from nanochat.packed import PackedLinear
+from nanochat.request import Request, sampling_params
 from nanochat.sampling import BatchSampling, RowSampling, SamplingParams, sample
 
 SOFTCAP = GPTConfig().logit_softcap
@@ -433,8 +433,8 @@ def test_attention_without_maximum_equals_products():
     generator = torch.Generator().manual_seed(0)
     q_NGD, keys_NSD, values_NSD = (torch.randn(4, size, 16, generator=generator) for size in (3, 50, 50))
     mask_NTS = torch.zeros(4, 1, 50).masked_fill(torch.arange(50) > 30, -torch.inf)
-    expected = decoder_module.attend_by_products(q_NGD, keys_NSD, values_NSD, mask_NTS)
-    for attend in (decoder_module.attend_without_maximum, decoder_module.attend_by_sums):
+    expected = slot_attention.attend_by_products(q_NGD, keys_NSD, values_NSD, mask_NTS)
+    for attend in (slot_attention.attend_without_maximum, slot_attention.attend_by_sums):
         torch.testing.assert_close(attend(q_NGD, keys_NSD, values_NSD, mask_NTS), expected)
 
 

@@ -17,18 +17,10 @@ from factories import CPU, FAMILY, GOLDEN_VOCAB_SIZE, tiny_engine, tiny_gpt
 
 from nanochat import checkpoint_manager
 from nanochat.common import UserError
-from nanochat.engine import (
-    EMPTY,
-    SAMPLE_PROMPTS,
-    Completion,
-    Engine,
-    Prefill,
-    Request,
-    pays_to_compile,
-    random_uniforms,
-    sample_prompts,
-)
+from nanochat.engine import SAMPLE_PROMPTS, Engine, pays_to_compile, sample_prompts
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.prefill import EMPTY, Prefill
+from nanochat.request import Completion, Request, random_uniforms
 
 CONTEXT = 256  # its short window is 128
 CUE = 7  # the token after which the talkative model calls the calculator
@@ -140,7 +132,7 @@ def assert_nothing_left(engine):
 def make_engine(model, tokenizer, max_slots=32, *, stop=False, prefill_chunk=0, **options):
     """Unless `stop`, nothing but the limits ends a completion: random models sample end tokens too."""
     engine = tiny_engine(model, tokenizer, max_slots=max_slots, stop=stop, **options)
-    engine.prefill_chunk = prefill_chunk or engine.prefill_chunk
+    engine.prefixes.chunk_size = prefill_chunk or engine.prefixes.chunk_size
     return engine
 
 
@@ -757,7 +749,7 @@ def test_step_active_requests_continue_during_long_prefill(golden_tokenizer, mon
 
 def test_prefill_batch_stays_within_max_prefill_tokens(golden_tokenizer, monkeypatch):
     engine = make_engine(parrot({5: 5}), golden_tokenizer, stop=True, prefill_chunk=8)
-    engine.max_prefill_tokens = 20
+    engine.prefixes.max_tokens_per_step = 20
     prefills = spy_on_prefills(engine, monkeypatch)
     engine.generate([greedy([6, i, *[5] * length], 1) for i, length in enumerate([2, 2, 2, 30, 2])])
     assert all(rows * length <= 20 for rows, length in prefills)
@@ -778,7 +770,7 @@ def test_generate_repeatedly_leaves_no_state(golden_tokenizer):
 def cold(engine, request):
     """The completion of a request by an engine whose cache is empty."""
     engine.refresh_weights()
-    assert engine.prefix_cache_bytes == engine.num_cached_prefix_tokens == 0
+    assert engine.prefixes.num_bytes == engine.prefixes.num_tokens == 0
     return engine.generate([request])[0]
 
 
@@ -820,7 +812,7 @@ def test_next_turn_reads_only_what_is_new(modern, golden_tokenizer, monkeypatch)
     num_read = [sum(rows * tokens for rows, tokens in shapes)]
     assert num_read == [sum(new - old // 8 * 8 for old, new in zip(lengths, lengths[1:], strict=False))]
     assert all(rows == 1 for rows, _ in shapes)
-    assert engine.num_cached_prefix_tokens == 200
+    assert engine.prefixes.num_tokens == 200
 
 
 def test_read_ahead_next_turn_reads_only_the_new_message(modern, golden_tokenizer, monkeypatch):
@@ -838,9 +830,9 @@ def test_read_ahead_next_turn_reads_only_the_new_message(modern, golden_tokenize
         assert shapes == [(1, 9), (1, 16), (1, 15)]  # message, completion, end of turn: 31 tokens
         assert completion == cold(fresh, greedy(prompt, 20, logprobs=True))
         prompt = prompt + completion.tokens + [engine.end_of_turn]
-    assert engine.num_cached_prefix_tokens == len(prompt)
+    assert engine.prefixes.num_tokens == len(prompt)
     engine.read_ahead(prompt_of(CONTEXT), completion)  # no next turn fits the context
-    assert engine.num_cached_prefix_tokens == len(prompt)
+    assert engine.prefixes.num_tokens == len(prompt)
 
 
 def test_common_prefix_is_read_once_by_requests_at_the_same_time_and_later(modern, golden_tokenizer, monkeypatch):
@@ -857,20 +849,20 @@ def test_common_prefix_is_read_once_by_requests_at_the_same_time_and_later(moder
 def test_cached_prefixes_stay_within_their_limit(modern, golden_tokenizer, monkeypatch, num_chunks):
     engine = make_engine(modern, golden_tokenizer, max_slots=3, prefill_chunk=16)
     engine.generate([greedy(prompt_of(17), 1)])
-    engine.max_cached_bytes = num_chunks * engine.prefix_cache_bytes
+    engine.prefixes.max_bytes = num_chunks * engine.prefixes.num_bytes
     lengths = [150, 60, 140, 33]
     for completion, length in zip(engine.generate([greedy(prompt_of(n)) for n in lengths]), lengths, strict=True):
         assert completion.tokens == naive(modern, length)
-    assert len(engine.cached) == num_chunks
-    sizes = [cache.nbytes for chunk in engine.cached.values() for cache in chunk.caches.values()]
-    assert engine.prefix_cache_bytes == sum(sizes) == engine.num_cached_prefix_tokens * 2 * 3 * 16 * 4
+    assert len(engine.prefixes.chunks) == num_chunks
+    sizes = [cache.nbytes for chunk in engine.prefixes.chunks.values() for cache in chunk.caches.values()]
+    assert engine.prefixes.num_bytes == sum(sizes) == engine.prefixes.num_tokens * 2 * 3 * 16 * 4
     assert_nothing_left(engine)
 
 
 def test_cached_prefixes_used_longest_ago_leave_first_and_ends_before_beginnings(modern, golden_tokenizer, monkeypatch):
     engine = make_engine(modern, golden_tokenizer, prefill_chunk=8)
     engine.generate([greedy(prompt_of(9), 1)])
-    engine.max_cached_bytes = 5 * engine.prefix_cache_bytes
+    engine.prefixes.max_bytes = 5 * engine.prefixes.num_bytes
     shapes = spy_on_prefills(engine, monkeypatch)
     for length, num_tokens in ((25, 24), (18, 17), (25, 0), (26, 25), (25, 8), (26, 9)):
         shapes.clear()
@@ -882,7 +874,7 @@ def test_refresh_weights_empties_the_prefix_cache(golden_tokenizer):
     model = make_model()
     engine = make_engine(model, golden_tokenizer, prefill_chunk=8)
     engine.generate([greedy(prompt_of(60))])
-    assert engine.num_cached_prefix_tokens == 56
+    assert engine.prefixes.num_tokens == 56
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.3)
@@ -891,7 +883,7 @@ def test_refresh_weights_empties_the_prefix_cache(golden_tokenizer):
 
 def test_cancelled_requests_release_their_prompts(modern, golden_tokenizer):
     engine = make_engine(modern, golden_tokenizer, max_slots=1, prefill_chunk=8)
-    engine.max_cached_bytes = 0
+    engine.prefixes.max_bytes = 0
     numbers = [engine.add(greedy(prompt_of(length))) for length in (60, 60, 30)]
     engine.step()
     chunk = weakref.ref(engine.waiting[0][1].last_chunk)
@@ -934,7 +926,7 @@ def test_requests_that_share_a_prompt_fill_their_slots_together(modern, golden_t
 def test_filling_and_moving_slots_does_not_wait_for_the_gpu(length, golden_tokenizer):
     model = make_model(device="cuda")
     engine = make_engine(model, golden_tokenizer, max_slots=4)
-    engine.prefill_chunk = 50
+    engine.prefixes.chunk_size = 50
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.inference_mode():
@@ -942,7 +934,7 @@ def test_filling_and_moving_slots_does_not_wait_for_the_gpu(length, golden_token
                 engine.add(Request(prompt_of(length), 3, seed=i))
                 engine.add(Request(prompt_of(max(1, length // 2)), 3, seed=i))
             while not engine.active:
-                engine._read_prompts()
+                engine.prefixes.read_next(prompt for _, prompt in engine.waiting)
                 engine._fill_slots()
             engine._free_slot(0)
     finally:

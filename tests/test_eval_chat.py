@@ -15,7 +15,7 @@ from factories import FAMILY, tiny_engine, tiny_gpt
 
 from nanochat.conversation import render_for_completion
 from nanochat.distributed import Dist
-from nanochat.engine import Engine, Request
+from nanochat.engine import Engine
 from nanochat.eval import chat as eval_chat
 from nanochat.eval.chat import (
     GRADING_THREADS,
@@ -26,6 +26,7 @@ from nanochat.eval.chat import (
     truncate_prompt,
 )
 from nanochat.eval.metrics import wilson_interval
+from nanochat.request import Request
 from nanochat.rollout import pass_at_k
 from tasks.common import Task, limited
 

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from factories import GOLDEN_VOCAB_SIZE, conversation, save_checkpoint, tiny_config, tiny_engine, tiny_gpt
 
 from nanochat.conversation import render_for_completion
-from nanochat.engine import Request
 from nanochat.export import gguf as gguf_format
 from nanochat.gpt import PORTABLE
+from nanochat.request import Request
 from nanochat.tokenizer import PORTABLE_SPLIT_PATTERN, SPECIAL_TOKENS, Tokenizer
 from scripts import base_train, chat_sft, export, primer, tok_train
 

@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import RowGroups, split_shards
 from nanochat.distributed import Dist
-from nanochat.engine import Request
 from nanochat.legacy import VINTAGES
 from nanochat.logging import save_numbers
+from nanochat.request import Request
 from scripts import export
 
 transformers = pytest.importorskip("transformers")

@@ -16,9 +16,10 @@ from factories import FAMILY, NEEDS_NUMBERS, conversation, save_checkpoint, tiny
 
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.conversation import render_to_fit
-from nanochat.engine import Engine, Request
+from nanochat.engine import Engine
 from nanochat.export import html
 from nanochat.export.common import Source, fold_gains
+from nanochat.request import Request
 from nanochat.tokenizer import PORTABLE_SPLIT_PATTERN, SPLIT_PATTERN, Tokenizer
 from nanochat.tools import calculate
 from scripts import export

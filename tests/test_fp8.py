@@ -18,7 +18,8 @@ from factories import NEEDS_NUMBERS
 from nanochat import fp8
 from nanochat.common import UserError
 from nanochat.fp8 import Fp8JointLinear, Fp8Linear, quantize, use_fp8
-from nanochat.gpt import GPT, GPTConfig, JointLinear, Linear
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.linear import JointLinear, Linear
 from nanochat.muon import build_optimizer
 from nanochat.recipe import param_groups
 

@@ -16,7 +16,8 @@ from test_attention import naive_attention, naive_window
 
 from nanochat import costs, hardware
 from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig, JointLinear, Linear
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.linear import JointLinear, Linear
 from nanochat.muon import MuonAdamW, build_optimizer
 from nanochat.recipe import param_groups
 

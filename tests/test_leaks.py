@@ -25,21 +25,23 @@ from test_fp8 import emulated_product
 from test_mlp import DEVICE, DTYPES, runs_kernel
 from torch.nn.attention import flex_attention
 
-from nanochat import attention, dataloader, decoder, fp8, gpt, loss
+from nanochat import attention, dataloader, fp8, gpt, loss, slot_attention
 from nanochat.attention import LOADERS, AttentionShape
 from nanochat.common import UserError
 from nanochat.conversation import render, turns
 from nanochat.dataloader import ConversationLoader, StreamsLoader
-from nanochat.decoder import SlotCache, StepForward
 from nanochat.distributed import Dist
-from nanochat.engine import EMPTY, ActiveRequest, Prefill, Request
 from nanochat.eval.core import PrefixSharingCache, TreeBatch, build_prefix_trees, scored_states
 from nanochat.eval.core_tasks import ScoredPrompt
 from nanochat.gpt import GPT, Block
 from nanochat.kernels import band_mask, cpu, flash, mlp
 from nanochat.muon import build_optimizer
+from nanochat.prefill import EMPTY, Prefill
 from nanochat.recipe import param_groups
+from nanochat.request import ActiveRequest, Request
 from nanochat.rollout import Rollout, pack_micro_batches
+from nanochat.slot_attention import SlotCache
+from nanochat.step_forward import StepForward
 from nanochat.tokenizer import SPECIAL_TOKENS
 
 T = 24  # tokens of the models here, whose short windows are 8
@@ -537,7 +539,7 @@ def make_engine(short_windows, golden_tokenizer):
 
     def make(member="modern", **options):
         made = tiny_engine(make_model(member), golden_tokenizer, max_slots=26, **options)
-        made.prefill_chunk = 4
+        made.prefixes.chunk_size = 4
         return made
 
     return make
@@ -584,9 +586,9 @@ def leaks_of_generation(engine, num_prompt):
 
 
 DECODE_KERNELS = {
-    "products": decoder.attend_by_products,
-    "sums": decoder.attend_by_sums,
-    "without_maximum": decoder.attend_without_maximum,
+    "products": slot_attention.attend_by_products,
+    "sums": slot_attention.attend_by_sums,
+    "without_maximum": slot_attention.attend_without_maximum,
 }
 
 
@@ -619,7 +621,7 @@ def test_full_forward_pass_equals_prefill_and_decode(make_engine, member):
 
 
 def keys_of_other_slots(q_NGD, keys_NSD, values_NSD, *others):
-    return decoder.attend_by_products(q_NGD, keys_NSD.roll(1, 0), values_NSD.roll(1, 0), *others)
+    return slot_attention.attend_by_products(q_NGD, keys_NSD.roll(1, 0), values_NSD.roll(1, 0), *others)
 
 
 def test_decode_that_sees_another_slot_is_reported(make_engine):
@@ -649,7 +651,7 @@ def test_prefill_in_chunks_sees_no_later_token(short_windows):
 
 
 def test_prefill_that_sees_a_later_token_is_reported(short_windows, monkeypatch):
-    monkeypatch.setattr("nanochat.engine.band_mask", lambda positions, *keys: band_mask(positions + 1, *keys))
+    monkeypatch.setattr("nanochat.prefill.band_mask", lambda positions, *keys: band_mask(positions + 1, *keys))
     assert (6, 7) in leaks_of_prefill(make_model())
 
 
@@ -767,7 +769,7 @@ def test_prompts_of_other_samples_are_reported(make_engine):
         *others, prompts = arguments
         shift = len(prompts.keys_ZPD) // 2
         keys_ZPD, values_ZPD = prompts.keys_ZPD.roll(shift, 0), prompts.values_ZPD.roll(shift, 0)
-        return decoder.attend_by_products(*others, prompts._replace(keys_ZPD=keys_ZPD, values_ZPD=values_ZPD))
+        return slot_attention.attend_by_products(*others, prompts._replace(keys_ZPD=keys_ZPD, values_ZPD=values_ZPD))
 
     engine = make_engine(share_prompts=True)
     engine.decoder.forward = StepForward(engine.decoder.model, keys_of_other_prompts)
@@ -783,7 +785,7 @@ def leaks_of_cached_prefix(engine):
             engine.refresh_weights()
             for rest in (first, second):
                 logits_BTV = read_tokens(engine, [[*common.tolist(), *rest.tolist()]], num_prompt=13)
-            assert len(engine.cached) >= 3  # two chunks of the common tokens, one of the first prompt
+            assert len(engine.prefixes.chunks) >= 3  # two chunks of the common tokens, one of the first prompt
             outputs.append(logits_BTV[0])
         return torch.stack(outputs)
 
@@ -803,7 +805,7 @@ def test_cached_prefix_contains_nothing_of_another_prompt(make_engine):
 
 def test_cached_prefix_of_other_tokens_is_reported(make_engine):
     engine = make_engine()
-    engine.cached = CacheByLength()
+    engine.prefixes.chunks = CacheByLength()
     assert (0, 8) in leaks_of_cached_prefix(engine)
 
 

@@ -16,8 +16,8 @@ from test_tasks_guide import chat_model  # noqa: F401  a fixture
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install 'nanochat[lm-eval]'")
 
-from nanochat.engine import Request  # noqa: E402
 from nanochat.eval import lm_eval_adapter  # noqa: E402
+from nanochat.request import Request  # noqa: E402
 
 DOCUMENTS = [
     {"question": "What do bees make?", "choices": ["honey", "honey and wax", "milk"], "gold": 0},

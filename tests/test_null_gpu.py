@@ -25,9 +25,10 @@ from nanochat import attention, cards, fp8, recipe
 from nanochat.costs import GIB, TrainingSetup, training_memory
 from nanochat.dataloader import prefetch
 from nanochat.distributed import Dist
-from nanochat.engine import Engine, Request
+from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.muon import build_optimizer
+from nanochat.request import Request
 from nanochat.serve.scheduler import ServedModel, Service
 from nanochat.train import Step, Trainer, TrainState, token_loss
 
@@ -340,7 +341,7 @@ def test_compiled_decode_step_compiles_once_for_one_slot_and_once_for_more():
 def test_engine_serves_requests_of_every_kind():
     model = make_model(toy_flags(2)).requires_grad_(False)
     engine = Engine(model, NO_SPECIAL_TOKENS, max_slots=2)
-    engine.prefill_chunk = 16
+    engine.prefixes.chunk_size = 16
     completions = engine.generate(requests_of_every_kind())
     assert [len(completion.tokens) for completion in completions] == [20] * 4
     assert [len(completion.logprobs) for completion in completions] == [0, 20, 0, 20]

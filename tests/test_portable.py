@@ -12,7 +12,8 @@ from conftest import GOLDEN
 
 from nanochat import costs, gpt
 from nanochat.checkpoint_manager import load_model
-from nanochat.engine import Engine, Request
+from nanochat.engine import Engine
+from nanochat.request import Request
 from nanochat.tokenizer import PORTABLE_SPLIT_PATTERN, Tokenizer, default_dir
 from scripts import base_train, tok_train
 

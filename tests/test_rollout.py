@@ -17,9 +17,10 @@ from factories import GOLDEN_VOCAB_SIZE, tiny_gpt, tiny_optimizer
 from nanochat import rollout
 from nanochat.common import UserError
 from nanochat.distributed import Dist
-from nanochat.engine import Completion, Engine
+from nanochat.engine import Engine
 from nanochat.muon import build_optimizer
 from nanochat.recipe import param_groups, rl_schedule
+from nanochat.request import Completion
 from nanochat.rollout import PolicyLoss, Question, Rollout, RolloutBatch, RolloutConfig, RolloutPlan
 from nanochat.train import Trainer, TrainState
 

@@ -14,7 +14,8 @@ import torch
 from factories import tiny_engine, tiny_gpt
 
 from nanochat.common import UserError
-from nanochat.engine import Engine, Request
+from nanochat.engine import Engine
+from nanochat.request import Request
 from nanochat.serve.scheduler import (
     EngineThread,
     FairQueue,
@@ -170,7 +171,7 @@ def test_ended_conversation_is_read_ahead_while_the_engine_is_idle(golden_tokeni
 
 def test_stats_report_the_memory_of_cached_prefixes(golden_tokenizer):
     engine = tiny_engine(tiny_gpt(n_layer=1), golden_tokenizer)
-    engine.prefill_chunk = 8
+    engine.prefixes.chunk_size = 8
     thread = EngineThread(0, queue_of(9, 2), lambda: engine)
     thread.engine = engine
     assert thread.stats(1)["prefix_cache_bytes"] == 0
@@ -179,8 +180,8 @@ def test_stats_report_the_memory_of_cached_prefixes(golden_tokenizer):
         engine.step()
     thread._read_ahead()
     stats = thread.stats(1)
-    assert stats["cached_prefix_tokens"] == engine.num_cached_prefix_tokens >= 8
-    assert stats["prefix_cache_bytes"] == engine.prefix_cache_bytes > 0
+    assert stats["cached_prefix_tokens"] == engine.prefixes.num_tokens >= 8
+    assert stats["prefix_cache_bytes"] == engine.prefixes.num_bytes > 0
 
 
 async def collect(handle):

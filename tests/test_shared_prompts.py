@@ -20,9 +20,9 @@ from test_engine import (
 )
 
 from nanochat import hardware
-from nanochat.decoder import attend_by_products, attend_by_sums, attend_without_maximum
-from nanochat.engine import Request
+from nanochat.request import Request
 from nanochat.shared_prompts import LayerPrompts, pays_to_share
+from nanochat.slot_attention import attend_by_products, attend_by_sums, attend_without_maximum
 
 # 3, 1, 2 and 2 completions of prompts that are longer than the short window (128), empty (the first step reads the last
 # token), short and as long as the window.

@@ -28,7 +28,8 @@ from test_engine import (
 
 from nanochat import hardware
 from nanochat.common import UserError
-from nanochat.engine import Engine, Request
+from nanochat.engine import Engine
+from nanochat.request import Request
 from nanochat.speculation import Drafter
 
 

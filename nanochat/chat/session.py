@@ -10,7 +10,8 @@ from typing import Any
 
 from nanochat.common import UserError, atomic_path
 from nanochat.conversation import PartReader, read_parts, render_to_fit
-from nanochat.engine import Completion, Engine, Request
+from nanochat.engine import Engine
+from nanochat.request import Completion, Request
 
 NOTHING_YET = "there are no messages yet"
 

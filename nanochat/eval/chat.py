@@ -30,12 +30,13 @@ import torch.nn.functional as F
 from nanochat.common import atomic_path
 from nanochat.conversation import completion_text, render_for_completion
 from nanochat.distributed import Dist
-from nanochat.engine import Engine, Request
+from nanochat.engine import Engine
 from nanochat.eval.core import BATCH_COLUMNS, TreeBatch, batch_trees, build_prefix_trees, scored_states
 from nanochat.eval.core_tasks import ScoredPrompt
 from nanochat.eval.metrics import TaskScore
 from nanochat.loss import softcap
 from nanochat.progress import Bar
+from nanochat.request import Request
 from nanochat.rollout import pass_at_k
 
 # The tasks of ChatCORE and the accuracy of guessing.

@@ -26,10 +26,11 @@ from rich.progress import Progress
 
 from nanochat import checkpoint_manager, hardware
 from nanochat.common import UserError
-from nanochat.engine import Engine, Request
+from nanochat.engine import Engine
 from nanochat.eval.chat import truncate_prompt
 from nanochat.eval.core import ITEMS_AT_A_TIME, score_items
 from nanochat.eval.core_tasks import ScoredPrompt, truncate_left
+from nanochat.request import Request
 
 AUTO_BATCH_SIZE = 32  # with --batch_size auto; heuristic, not tuned
 

@@ -23,7 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from nanochat.engine import Request
+from nanochat.request import Request
 from nanochat.serve.api import ApiError, ChatApi, add_error_handlers, json_response
 from nanochat.serve.scheduler import Service
 

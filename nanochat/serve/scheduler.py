@@ -28,8 +28,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanochat.common import UserError
-from nanochat.engine import Completion, Engine, Request
+from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
+from nanochat.request import Completion, Request
 from nanochat.tokenizer import Tokenizer
 
 RATE_SECONDS = 60  # tokens/s are averaged over this window
@@ -337,8 +338,8 @@ class EngineThread(threading.Thread):
         if not self.engine.is_busy:
             for prompt, completion in self.ended:
                 self.engine.read_ahead(prompt, completion)
-        self.cached_prefix_tokens = self.engine.num_cached_prefix_tokens
-        self.prefix_cache_bytes = self.engine.prefix_cache_bytes
+        self.cached_prefix_tokens = self.engine.prefixes.num_tokens
+        self.prefix_cache_bytes = self.engine.prefixes.num_bytes
 
     def _drop(self, number: int) -> Generation:
         generation = self.generations.pop(number)

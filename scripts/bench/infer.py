@@ -23,9 +23,10 @@ import torch
 from nanochat import checkpoint_manager, hardware, planner
 from nanochat.cli import COUNT, DEPTH, NOT_NEGATIVE, Range, command, flag
 from nanochat.costs import decode_bytes, decode_flops
-from nanochat.engine import Engine, Request
+from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.recipe import RecipeFlags, model_config
+from nanochat.request import Request
 from scripts.bench.harness import Worker, alternate, print_table, report, timed
 from scripts.bench.plain import generate_like_nanochat, generate_static
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from nanochat.engine import Request
 from nanochat.gpt import GPT
+from nanochat.request import Request
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import ToolUse
 

@@ -21,9 +21,10 @@ import torch
 from nanochat import checkpoint_manager, hardware, planner, rollout
 from nanochat.cli import COUNT, DEPTH, NOT_NEGATIVE, Range, command, flag
 from nanochat.distributed import Dist
-from nanochat.engine import Engine, Request
+from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.recipe import RecipeFlags, model_config
+from nanochat.request import Request
 from nanochat.rollout import Question, RolloutConfig
 from nanochat.tokenizer import Tokenizer, default_dir
 from scripts.bench.harness import alternate, medians, print_table, report

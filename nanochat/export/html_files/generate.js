@@ -1,5 +1,5 @@
-// Generation: reads a prompt, samples tokens, runs the calculator. What Engine and ActiveRequest in nanochat/engine.py do
-// for many requests, for one at a time.
+// Generation: reads a prompt, samples tokens, runs the calculator. What Engine in nanochat/engine.py and ActiveRequest in
+// nanochat/request.py do for many requests, for one at a time.
 
 const PAUSE_INTERVAL = 12; // ms of work before the browser may handle events and paint
 
