@@ -2,7 +2,7 @@
 The decode step: reads one token of each active slot and samples the next one. Generation spends most of its time here.
 
 A slot holds the keys and values of a sequence and nothing else; what a step reads and how it samples is passed to each
-call, a StepRow per slot. It is the model's own forward pass (gpt.py) with one token per sequence, the slots as its KV
+call, a StepToken per slot. It is the model's own forward pass (gpt.py) with one token per sequence, the slots as its KV
 cache (slot_attention.py), and weights in the fastest layout (packed.py). The forward pass can be compiled
 (step_forward.py). On CUDA the step is captured as a graph, compiled or not.
 
@@ -13,6 +13,7 @@ Shapes: B slots in a step, the first ones; T tokens of each (1, or more with dra
 
 import threading
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -21,24 +22,22 @@ from nanochat import hardware, packed
 from nanochat.distributed import warn0
 from nanochat.gpt import GPT, rotary_table
 from nanochat.kv_cache import KVCache, Prefix, upload
-from nanochat.sampling import BatchSampling, RowSampling, SamplingParams, next_power_of_two, sample
+from nanochat.sampling import BatchSampling, RowSampling, next_power_of_two, sample
 from nanochat.shared_prompts import PromptShape, SharedPrompts
 from nanochat.slot_attention import StepInputs, attend_by_products, attend_by_sums
-from nanochat.step_forward import (
-    PackagedForward,
-    StepForward,
-    can_compile,
-    compile_forward,
-    is_compile_error,
-    split_rows,
-)
+from nanochat.step_forward import PackagedForward, StepForward, can_compile, compile_forward, is_compile_error
 
 MIN_GRAPH_KEYS = 256  # a captured step reads this many keys or a higher power of two; heuristic, not tuned
 MIN_SHARED_GRAPH_KEYS = 64  # the same if prompts are shared: rings hold only what was generated
 KEY_MULTIPLE = 32  # without graphs, the number of keys is rounded up to this; heuristic, not tuned
 MAX_GRAPHS = 64  # captured graphs that are kept, one per BatchSampling and shape; heuristic, not tuned
-NUM_COLUMNS = 5  # numbers of a StepRow besides a token and a random number per token read
 CAPTURE_LOCK = threading.Lock()  # a process can capture one graph at a time, and a server has a thread per engine
+
+# A token that a step reads: its position, the token before it (anything at position 0) and the token itself; top_k,
+# temperature and top_p, as in sampling.RowSampling, and a random number in [0, 1), to sample the next one. These are
+# plain tuples, as every step needs one for every slot.
+StepToken = tuple[float, ...]
+NUM_COLUMNS = 7  # of a StepToken
 
 
 class StepShape(NamedTuple):
@@ -49,16 +48,6 @@ class StepShape(NamedTuple):
     num_keys: int  # of each ring, at most
     sampling: BatchSampling
     prompts: PromptShape | None  # None = prompts are not shared
-
-
-class StepRow(NamedTuple):
-    """What a step reads and samples in a slot. All rows of a step have the same number of tokens T."""
-
-    position: int  # of the first token, in the context
-    previous: int  # the token before it; anything at position 0
-    tokens: list[int]  # 1 or, with drafts, 1 + max_drafted
-    params: SamplingParams
-    uniforms: list[float]  # a random number in [0, 1) per token, to sample the next one
 
 
 class Sampled(NamedTuple):
@@ -142,10 +131,10 @@ class Decoder:
         self.cache.grow(num_slots, self.rings)
         if self.prompts:
             self.prompts.reserve_slots(num_slots)
-        # The rows of a step. Captured graphs read them at a fixed address; on a CPU both are the same tensor.
-        size = num_slots * (NUM_COLUMNS + 2 * (1 + self.max_drafted))
-        self.host_rows = torch.zeros(size, dtype=torch.float64, pin_memory=device.type == "cuda")
-        self.rows = self.host_rows.to(device, non_blocking=True)
+        # The columns of the tokens of a step. Captured graphs read them at a fixed address.
+        size = num_slots * (1 + self.max_drafted) * NUM_COLUMNS
+        self.host_numbers = torch.zeros(size, dtype=torch.float64, pin_memory=device.type == "cuda")
+        self.numbers = self.host_numbers.to(device, non_blocking=True)  # on a CPU the same tensor
         self.num_slots, self.length = num_slots, length
         self.graphs.clear()
 
@@ -173,43 +162,45 @@ class Decoder:
 
     # ---- the step ----
 
-    def step(self, rows: Sequence[StepRow], sampling: BatchSampling) -> tuple[list[list[int]], list[list[float]]]:
+    def step(
+        self, tokens: Sequence[Sequence[StepToken]], sampling: BatchSampling
+    ) -> tuple[list[list[int]], list[list[float]]]:
         """
-        Reads the tokens of the first slots, a row for each, and samples the next token after each of them. Returns for
-        each slot a list of T tokens and, if `sampling` asks for them, one of their log-probabilities. A later step may
-        start at an earlier position again, which replaces the keys and values from there on.
+        Reads T consecutive tokens of each of the first slots, 1 or 1 + max_drafted, and samples the next token after
+        each. Returns these by slot, and their log-probabilities (zeros, unless `sampling` asks for them). A later step
+        may start at an earlier position again, which replaces the keys and values from there on.
         """
-        num_slots, T = len(rows), len(rows[0].tokens)
+        num_slots, T = len(tokens), len(tokens[0])
         batch = num_slots
         if self.use_static_shapes:
             batch = min(next_power_of_two(num_slots), self.num_slots)
         prompts = None
-        positions = [row.position for row in rows]
+        positions = [int(first[0]) for first, *_ in tokens]
         if self.prompts:
             prompts = self.prompts.shape(self._round_up_keys(self.prompts.longest), self.use_static_shapes)
             self.prompts.prepare(batch, prompts)
             lengths = self.prompts.lengths
             positions = [position - length for position, length in zip(positions, lengths, strict=True)]
         num_keys = min(self._round_up_keys(max(positions) + T), self.length + self.max_drafted)
-        self._upload([*rows, *[rows[0]] * (batch - num_slots)])  # unused slots repeat what the first one does
+        self._upload([*tokens, *[tokens[0]] * (batch - num_slots)])  # unused slots repeat what the first one does
         shape = StepShape(batch, T, num_keys, sampling, prompts)
         if self.use_graphs:
             sampled = self._replay(shape)
         else:
             with hardware.num_threads(self.num_threads):
                 sampled = self._run_or_fall_back(self._step, shape)
-        logprobs = [] if sampled.logprobs_BT is None else sampled.logprobs_BT[:num_slots].tolist()
+        logprobs = [[0.0] * T] * num_slots
+        if sampled.logprobs_BT is not None:
+            logprobs = sampled.logprobs_BT[:num_slots].tolist()
         return sampled.tokens_BT[:num_slots].tolist(), logprobs
 
-    def _upload(self, rows: Sequence[StepRow]) -> None:
-        """Writes the rows where the step reads them, in float64, which holds token numbers and float32 exactly."""
-        vocab_size = self.model.config.vocab_size
-        numbers: list[float] = []
-        for position, previous, tokens, params, uniforms in rows:
-            numbers += (position, previous, *tokens)
-            numbers += (params.top_k or vocab_size, params.temperature, params.top_p, *uniforms)
-        self.host_rows.numpy()[: len(numbers)] = numbers
-        self.rows[: len(numbers)].copy_(self.host_rows[: len(numbers)], non_blocking=True)
+    def _upload(self, tokens: Sequence[Sequence[StepToken]]) -> None:
+        """Writes the columns to where the step reads them; float64 holds token numbers and float32 exactly."""
+        columns = zip(*chain.from_iterable(tokens), strict=True)
+        numbers = list(chain.from_iterable(columns))
+        self.host_numbers.numpy()[: len(numbers)] = numbers
+        if self.numbers is not self.host_numbers:
+            self.numbers[: len(numbers)].copy_(self.host_numbers[: len(numbers)], non_blocking=True)
 
     def _round_up_keys(self, count: int) -> int:
         """The number of keys that a step reads to see `count` of them."""
@@ -263,17 +254,15 @@ class Decoder:
     def _step(self, shape: StepShape) -> Sampled:
         """The step itself. All of it runs on the device: the host reads no value, so it can be captured as a graph."""
         B, T, num_keys, sampling, prompt_shape = shape
-        rows_BX = self.rows[: B * (NUM_COLUMNS + 2 * T)].view(B, -1)
-        position_B1, previous_B1, tokens_BT = split_rows(rows_BX[:, : 2 + T].long())
+        columns_XN = self.numbers[: NUM_COLUMNS * B * T].view(NUM_COLUMNS, B * T)
+        positions_BT, previous_BT, tokens_BT, top_k_BT = columns_XN[:4].long().view(4, B, T).unbind()
         keys, values = self.cache.views(B, num_keys)
         prompts: list[torch.Tensor] = []
         if self.prompts and prompt_shape:
             prompts = self.prompts.tensors(B, prompt_shape)
-        inputs = StepInputs(tokens_BT, position_B1, previous_B1, keys, values, self.ring_lengths_L, prompts)
+        inputs = StepInputs(tokens_BT, positions_BT, previous_BT[:, :1], keys, values, self.ring_lengths_L, prompts)
         raw_BTV = self.forward(*inputs)
-        params_B3, uniform_BT = rows_BX[:, 2 + T :].float().split([3, T], dim=1)
-        params_N3 = params_B3.repeat_interleave(T, dim=0) if T > 1 else params_B3
-        top_k_N, temperature_N, top_p_N = params_N3.unbind(1)
-        rows = RowSampling(top_k_N, temperature_N, top_p_N, uniform_BT.flatten())
+        temperature_N, top_p_N, uniform_N = columns_XN[4:].float().unbind()
+        rows = RowSampling(top_k_BT.flatten(), temperature_N, top_p_N, uniform_N)
         tokens_N, logprobs_N = sample(raw_BTV.flatten(0, 1), rows, sampling, self.model.config.logit_softcap)
         return Sampled(tokens_N.view(B, T), None if logprobs_N is None else logprobs_N.view(B, T))

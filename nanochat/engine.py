@@ -27,7 +27,6 @@ from nanochat.gpt import GPT
 from nanochat.prefill import PrefixCache, Prompt
 from nanochat.request import ActiveRequest, Completion, Event, Request
 from nanochat.sampling import BatchSampling
-from nanochat.speculation import Drafter
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import ToolUse
 
@@ -168,9 +167,8 @@ class Engine:
     def add(self, request: Request) -> int:
         """Queues a request; returns its number, which its events carry. UserError if the request is not valid."""
         request.validate(self.model.config)
-        entry = ActiveRequest(self.num_requests, request, ToolUse(self.tokenizer), self.model.config)
-        if self.speculate:
-            entry.drafter = Drafter(request.prompt)
+        tools, config = ToolUse(self.tokenizer), self.model.config
+        entry = ActiveRequest(self.num_requests, request, tools, config, max_drafted=self.speculate)
         self.num_requests += 1
         tokens = tuple(request.prompt[:-1])
         self.waiting.append((entry, self.prompts.setdefault(tokens, Prompt(tokens))))
@@ -195,21 +193,24 @@ class Engine:
         self._fill_slots()
         if not self.active:
             return []
-        drafts = [entry.draft(self.speculate) for entry in self.active]
-        num_drafted = self.speculate if any(drafts) else 0  # few shapes: shorter drafts are padded
-        rows = [entry.row(draft, num_drafted) for entry, draft in zip(self.active, drafts, strict=True)]
-        sampling = BatchSampling.of([entry.params for entry in self.active], self.model.config.vocab_size)
-        tokens, logprobs = self.decoder.step(rows, sampling)
+        drafts = [entry.draft() for entry in self.active]
+        if any(drafts):  # all get the same length, so that there are few shapes; what is added may be right too
+            drafts = [draft + [0] * (self.speculate - len(draft)) for draft in drafts]
+        read = [entry.read(draft) for entry, draft in zip(self.active, drafts, strict=True)]
+        sampling = BatchSampling.of({entry.params for entry in self.active}, self.model.config.vocab_size)
+        tokens, logprobs = self.decoder.step(read, sampling)
 
         events: list[Event] = []
-        for slot, (entry, draft) in enumerate(zip(self.active, drafts, strict=True)):
-            for i, sampled in enumerate(tokens[slot][: len(draft) + 1]):
-                token = entry.accept(sampled, logprobs[slot][i] if logprobs else 0.0, self.stop_tokens)
+        for slot, entry in enumerate(self.active):
+            completion, draft = entry.completion, drafts[slot]
+            for i, sampled in enumerate(tokens[slot]):
+                token = entry.accept(sampled, logprobs[slot][i], self.stop_tokens)
                 if token is not None:
-                    events.append(Event(entry.number, token, entry.completion))
-                if entry.completion.finish:
-                    events.append(Event(entry.number, None, entry.completion))
-                if entry.completion.finish or draft[i : i + 1] != [token]:
+                    events.append(Event(entry.number, token, completion))
+                if completion.finish:
+                    events.append(Event(entry.number, None, completion))
+                    break
+                if draft[i : i + 1] != [token]:
                     break
         for slot in reversed(range(len(self.active))):
             if self.active[slot].completion.finish:

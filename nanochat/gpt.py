@@ -472,7 +472,8 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """
         The final normed states, (B, T, C). columns_BQ (only with a cache) selects tokens of each row: the result is
-        then (B, Q, C), and the last layer computes only these and passes only their queries to cache.attend.
+        then (B, Q, C), and the last layer computes only these and passes only their queries to cache.attend. Without
+        that CORE takes 1.29 times as long at depth 4 (Zen 4, float32, CPU time of one thread, medians of 5).
         """
         return GPT._end(self, *self._run_layers(idx_BT, cache, columns_BQ))
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from nanochat.common import UserError
-from nanochat.decoder import StepRow
+from nanochat.decoder import StepToken
 from nanochat.gpt import GPTConfig
 from nanochat.sampling import SamplingParams
 from nanochat.speculation import Drafter
@@ -82,36 +82,32 @@ class Event(NamedTuple):
 class ActiveRequest:
     """A request with its state, from the queue until its completion has ended."""
 
-    def __init__(self, number: int, request: Request, tools: ToolUse, config: GPTConfig):
-        self.number, self.request, self.tools = number, request, tools
+    def __init__(self, number: int, request: Request, tools: ToolUse, config: GPTConfig, *, max_drafted: int = 0):
+        """max_drafted: tokens to draft per step, for speculative decoding; 0 = off."""
+        self.number, self.request, self.tools, self.max_drafted = number, request, tools, max_drafted
         room = config.sequence_len + 1 - len(request.prompt)  # + 1: the last token is never read
         self.limit = min(request.max_tokens, room)  # new tokens
         self.limit_reason = "context" if room < request.max_tokens else "length"
-        self.params = sampling_params(request, config.vocab_size)
-        self.last_two = [0, *request.prompt][-2:]  # tokens so far
+        self.params = params = sampling_params(request, config.vocab_size)
+        self.sampling = (params.top_k or config.vocab_size, params.temperature, params.top_p)
+        self.position = len(request.prompt) - 1  # of the last token so far
+        self.last_two = (request.prompt[-2] if len(request.prompt) > 1 else 0, request.prompt[-1])  # tokens so far
         self.forced: deque[int] = deque()  # tool output to insert next
         self.completion = Completion()
-        self.drafter: Drafter | None = None  # for speculative decoding
-
-    @property
-    def position(self) -> int:
-        """The position of the token that the next step reads."""
-        return len(self.request.prompt) + len(self.completion.tokens) - 1
+        self.drafter = Drafter(request.prompt) if max_drafted else None
 
     @cached_property
     def uniforms(self) -> list[float]:
-        """A random number for each token of the completion."""
-        return random_uniforms(self.request.seed, self.limit).tolist()
+        """A random number for each token of the completion, and zeros for drafts that reach behind its end."""
+        return random_uniforms(self.request.seed, self.limit).tolist() + [0.0] * self.max_drafted
 
-    def row(self, draft: list[int], num_drafted: int) -> StepRow:
-        """What the next step reads: the last token and the draft, padded to num_drafted tokens."""
-        start = len(self.completion.tokens)
-        uniforms = self.uniforms[start : start + 1 + num_drafted]
-        previous, token = self.last_two
-        if num_drafted:
-            draft = draft + [0] * (num_drafted - len(draft))
-            uniforms = uniforms + [0.0] * (1 + num_drafted - len(uniforms))
-        return StepRow(self.position, previous, [token, *draft], self.params, uniforms)
+    def read(self, draft: list[int]) -> list[StepToken]:
+        """What the next step reads: the last token and a draft of those after it."""
+        index = len(self.completion.tokens)
+        read: list[StepToken] = [(self.position, *self.last_two, *self.sampling, self.uniforms[index])]
+        for i, token in enumerate(draft, 1):
+            read.append((self.position + i, read[-1][2], token, *self.sampling, self.uniforms[index + i]))
+        return read
 
     def accept(self, sampled: int, logprob: float, stop_tokens: set[int]) -> int | None:
         """
@@ -128,7 +124,8 @@ class ActiveRequest:
             return None
         completion.tokens.append(token)
         completion.sampled.append(is_sampled)
-        self.last_two = [self.last_two[1], token]
+        self.position += 1
+        self.last_two = (self.last_two[1], token)
         if self.drafter:
             self.drafter.add(token)
         if is_sampled:
@@ -137,11 +134,11 @@ class ActiveRequest:
             completion.finish = self.limit_reason
         return token
 
-    def draft(self, count: int) -> list[int]:
-        """Up to `count` tokens that probably come next; forced ones are certain."""
+    def draft(self) -> list[int]:
+        """Up to max_drafted tokens that probably come next; forced ones are certain."""
         if not self.drafter:
             return []
-        count = min(count, self.limit - len(self.completion.tokens) - 1)
+        count = min(self.max_drafted, self.limit - len(self.completion.tokens) - 1)
         return list(islice(self.forced, count)) or self.drafter.draft(count)
 
 

@@ -7,7 +7,7 @@ rows are tensors. A row's token depends on its own logits, parameters and random
 Shapes: B rows, V vocabulary, k candidates, which are the most likely tokens of a row in descending order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ class BatchSampling:
     logprobs: bool = False  # some row wants the log-probability of its token
 
     @classmethod
-    def of(cls, rows: Sequence[SamplingParams], vocab_size: int) -> "BatchSampling":
+    def of(cls, rows: Collection[SamplingParams], vocab_size: int) -> "BatchSampling":
         sampled = [row for row in rows if row.temperature > 0]
         greedy = len(sampled) < len(rows)
         limits = [row.top_k or vocab_size for row in sampled if row.top_k or row.top_p < 1]

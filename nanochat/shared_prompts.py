@@ -132,7 +132,7 @@ class SharedPrompts:
 
     def fill(self, tokens: tuple[int, ...], states: Mapping[int, torch.Tensor], num_slots: int) -> bool:
         """
-        Adds slots after the active ones. states: the prompt's keys and values, as in decoder.Prefix. Returns whether
+        Adds slots after the active ones. states: the prompt's keys and values, as in kv_cache.Prefix. Returns whether
         tensors were replaced, so that captured graphs cannot be used any more.
         """
         is_replaced = False

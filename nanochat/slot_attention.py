@@ -19,8 +19,8 @@ class StepInputs(NamedTuple):
     """What the forward pass of a step reads."""
 
     tokens_BT: torch.Tensor
-    position_B1: torch.Tensor  # of the first token of each row
-    previous_B1: torch.Tensor  # the token before it
+    positions_BT: torch.Tensor  # in the context
+    previous_B1: torch.Tensor  # the token before the first one of each row
     keys: list[torch.Tensor]  # by layer, (B * K, S, D): the first S entries of the rings of the active slots
     values: list[torch.Tensor]
     ring_lengths_L: torch.Tensor  # by layer
@@ -36,8 +36,7 @@ class SlotCache:
     """
 
     def __init__(self, inputs: StepInputs, attend_rows: Callable[..., torch.Tensor]):
-        tokens_BT, position_B1, self.previous_B1, self.keys, self.values, self.ring_lengths_L, prompts = inputs
-        self.positions_BT = position_B1 + torch.arange(tokens_BT.size(1), device=tokens_BT.device)
+        _, self.positions_BT, self.previous_B1, self.keys, self.values, self.ring_lengths_L, prompts = inputs
         self.attend_rows = attend_rows
         self.prompts = StepPrompts(prompts) if prompts else None
         self.ring_positions_BT = self.positions_BT

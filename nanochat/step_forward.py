@@ -37,11 +37,6 @@ SOURCES = [
 ]
 
 
-def split_rows(rows_BX: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The columns that the forward pass reads, (B, 2 + T): positions, previous tokens and tokens."""
-    return rows_BX.split([1, 1, rows_BX.size(1) - 2], dim=1)
-
-
 class StepForward(nn.Module):
     """The forward pass of a step as a function of tensors, which can be compiled."""
 
@@ -62,13 +57,13 @@ class PackagedForward:
         self.module, self.name = module, name
         self.packages: dict[tuple[bool, int], aot.Package] = {}
 
-    def __call__(self, tokens_BT, position_B1, previous_B1, keys, values, ring_lengths_L, prompts) -> torch.Tensor:
+    def __call__(self, tokens_BT, positions_BT, previous_B1, keys, values, ring_lengths_L, prompts) -> torch.Tensor:
         B, T = tokens_BT.shape
         key = (B == 1, T)
         if key not in self.packages:
             with torch.inference_mode(False):
                 self.packages[key] = self._load(1 if B == 1 else 3, T, dtype=keys[0].dtype, is_shared=bool(prompts))
-        return self.packages[key]([tokens_BT, position_B1, previous_B1, *keys, *values, ring_lengths_L, *prompts])
+        return self.packages[key]([tokens_BT, positions_BT, previous_B1, *keys, *values, ring_lengths_L, *prompts])
 
     def refresh(self) -> None:
         """Must be called after tensors of the model were replaced."""
@@ -78,7 +73,7 @@ class PackagedForward:
     def _load(self, B: int, T: int, dtype: torch.dtype, is_shared: bool) -> aot.Package:
         """For this number of slots if it is 1, and any above 1 if not; for any numbers of keys and prompts."""
         config = self.module.model.config
-        position_B1, previous_B1, tokens_BT = split_rows(torch.zeros((B, 2 + T), dtype=torch.long))
+        positions_BT, previous_BT, tokens_BT = torch.zeros((3, B, T), dtype=torch.long).unbind()
         keys, values = self._example_caches(B, 50, dtype)
         ring_lengths_L = torch.ones(config.n_layer, dtype=torch.long)
         prompts: list[torch.Tensor] = []
@@ -87,7 +82,7 @@ class PackagedForward:
             per_row = torch.zeros((3, B), dtype=torch.long).unbind()
             prompt_keys, prompt_values = self._example_caches(U, 70, dtype)
             prompts = [*per_row, torch.zeros((U, M), dtype=torch.long), *prompt_keys, *prompt_values]
-        examples = (tokens_BT, position_B1, previous_B1, keys, values, ring_lengths_L, prompts)
+        examples = (tokens_BT, positions_BT, previous_BT[:, :1], keys, values, ring_lengths_L, prompts)
 
         rows: dict[int, Any] = {} if B == 1 else {0: torch.export.Dim.DYNAMIC}
         in_caches = [rows | {1: torch.export.Dim.DYNAMIC}] * config.n_layer

@@ -52,10 +52,10 @@ class ScriptedEngine(Engine):
         self.permits = None
         self.decoder.step = self.scripted_step
 
-    def scripted_step(self, rows, _):
+    def scripted_step(self, tokens, _):
         if self.permits:
             assert self.permits.acquire(timeout=20)
-        return [[self.script[sum(entry.completion.sampled)]] for entry in self.active], [[-0.5]] * len(rows)
+        return [[self.script[sum(entry.completion.sampled)]] for entry in self.active], [[-0.5]] * len(tokens)
 
 
 @contextlib.contextmanager

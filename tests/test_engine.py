@@ -621,9 +621,9 @@ def spy_on_steps(engine, monkeypatch):
     """A list that grows by the number of slots that each step decodes."""
     sizes, step = [], engine.decoder.step
 
-    def spy(rows, sampling):
-        sizes.append(len(rows))
-        return step(rows, sampling)
+    def spy(tokens, sampling):
+        sizes.append(len(tokens))
+        return step(tokens, sampling)
 
     monkeypatch.setattr(engine.decoder, "step", spy)
     return sizes

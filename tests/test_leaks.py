@@ -703,7 +703,7 @@ def leaks_of_drafts(engine, monkeypatch):
         drafts = ids_BT[:, 20:].tolist()
         first = engine.num_requests
 
-        def draft(self, count):
+        def draft(self):
             return drafts[self.number - first] if self.position % 2 else []
 
         monkeypatch.setattr(ActiveRequest, "draft", draft)

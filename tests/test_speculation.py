@@ -37,9 +37,9 @@ def spy_on_shapes(engine, monkeypatch):
     """A list that grows by (slots, tokens per slot) of each step."""
     shapes, step = [], engine.decoder.step
 
-    def spy(rows, sampling):
-        shapes.append((len(rows), len(rows[0].tokens)))
-        return step(rows, sampling)
+    def spy(tokens, sampling):
+        shapes.append((len(tokens), len(tokens[0])))
+        return step(tokens, sampling)
 
     monkeypatch.setattr(engine.decoder, "step", spy)
     return shapes
