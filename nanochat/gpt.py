@@ -164,6 +164,16 @@ class Cache(Protocol):
         ...
 
 
+class LayerInputs(NamedTuple):
+    """What all layers read."""
+
+    x0_BTC: torch.Tensor  # the embedding of the tokens
+    idx_BT: torch.Tensor
+    rotary: Rotary
+    cache: Cache | None
+    columns_BQ: torch.Tensor | None = None  # the tokens that the last layer computes, see GPT.hidden; None = all
+
+
 # ---- parts ----
 
 
@@ -213,29 +223,22 @@ class Attention(nn.Module):
         if self.has_value_embeds:
             self.ve_gate = Linear(VE_GATE_CHANNELS, config.n_kv_head)
 
-    def forward(
-        self,
-        x_BTC: torch.Tensor,
-        value_embed_BTKD: torch.Tensor | None,
-        rotary: Rotary,
-        cache: Cache | None,
-        columns_BQ: torch.Tensor | None = None,  # the queries that are wanted; None = all
-    ) -> torch.Tensor:
-        cos, sin = rotary
-        cos_Q, sin_Q = select_columns(cos, columns_BQ), select_columns(sin, columns_BQ)
-        q, k, v = self.project(x_BTC, columns_BQ)
+    def forward(self, x_BTC: torch.Tensor, value_embed_BTKD: torch.Tensor | None, inputs: LayerInputs) -> torch.Tensor:
+        cos, sin = inputs.rotary
+        cos_Q, sin_Q = select_columns(cos, inputs.columns_BQ), select_columns(sin, inputs.columns_BQ)
+        q, k, v = self.project(x_BTC, inputs.columns_BQ)
         if value_embed_BTKD is not None:
             gate_BTK = VE_GATE_SCALE * torch.sigmoid(self.ve_gate(x_BTC[..., :VE_GATE_CHANNELS]))
             v = v + gate_BTK.unsqueeze(-1) * value_embed_BTKD
         q = self.gain * norm(rotate(q, cos_Q, sin_Q))
         k = self.gain * norm(rotate(k, cos, sin))
-        if cache is None:
+        if inputs.cache is None:
             y = self.attend(q, k, v, self.window)
         else:
-            y = cache.attend(self.layer, q, k, v, self.window)
+            y = inputs.cache.attend(self.layer, q, k, v, self.window)
         return self.c_proj(y.flatten(2))
 
-    def project(self, x_BTC: torch.Tensor, columns_BQ: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    def project(self, x_BTC: torch.Tensor, columns_BQ: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Queries (B, Q, H, D), keys and values (B, T, K, D), not normed and not rotated yet."""
         if columns_BQ is None:
             projected = self.c_qkv(x_BTC)
@@ -273,13 +276,10 @@ class Block(nn.Module):
         self,
         x: torch.Tensor,
         value_embed: torch.Tensor | None,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        cache: Cache | None,
-        columns_BQ: torch.Tensor | None = None,
-        mlp_gain_C: torch.Tensor | None = None,
+        inputs: LayerInputs,
+        mlp_gain_C: torch.Tensor | None,
     ) -> torch.Tensor:
-        attended = self.attn(norm(x), value_embed, rotary, cache, columns_BQ)
-        x = select_columns(x, columns_BQ) + attended
+        x = select_columns(x, inputs.columns_BQ) + self.attn(norm(x), value_embed, inputs)
         normed = self.mlp_norm(x)
         if mlp_gain_C is not None:
             normed = normed * mlp_gain_C.to(x.dtype)
@@ -298,15 +298,6 @@ class Trunk(nn.Module):
         self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
 
 
-class LayerInputs(NamedTuple):
-    """What all layers read."""
-
-    x0_BTC: torch.Tensor  # the embedding of the tokens
-    idx_BT: torch.Tensor
-    rotary: Rotary
-    cache: Cache | None
-
-
 class Factors(NamedTuple):
     """Learned factors of a layer; None if the model does not have them."""
 
@@ -320,16 +311,15 @@ def run_layer(
     table: nn.Module | None,  # its value embeddings
     factors: Factors,
     x: torch.Tensor,
-    common: LayerInputs,
-    columns_BQ: torch.Tensor | None,  # as in GPT.hidden
+    inputs: LayerInputs,
 ) -> torch.Tensor:
     """The residual stream after a layer. The number of the layer is not passed: it would be a constant in its code."""
     if factors.resid_lambda is not None and factors.x0_lambda is not None:
-        x = factors.resid_lambda * x + factors.x0_lambda * common.x0_BTC
+        x = factors.resid_lambda * x + factors.x0_lambda * inputs.x0_BTC
     value_embed = None
     if table is not None:
-        value_embed = table(common.idx_BT).to(x.dtype).unflatten(-1, (-1, block.attn.head_dim))
-    return block(x, value_embed, common.rotary, common.cache, columns_BQ, factors.mlp_gain_C)
+        value_embed = table(inputs.idx_BT).to(x.dtype).unflatten(-1, (-1, block.attn.head_dim))
+    return block(x, value_embed, inputs, factors.mlp_gain_C)
 
 
 # ---- the model ----
@@ -498,13 +488,14 @@ class GPT(nn.Module):
             start, layer = self.run_start, self.run_layer
         x, rotary = start(self, idx_BT, cache)
         middle = x
-        common = LayerInputs(x, idx_BT, rotary, cache)
+        inputs = LayerInputs(x, idx_BT, rotary, cache)
         factors = self._factors()
         recomputes = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
         for i, block in enumerate(cast(Iterable[Block], self.transformer.h)):
             table = self.value_embeds[str(i)] if str(i) in self.value_embeds else None
-            columns = columns_BQ if i == config.n_layer - 1 else None
-            arguments = block, table, factors[i], x, common, columns
+            if i == config.n_layer - 1:
+                inputs = inputs._replace(columns_BQ=columns_BQ)
+            arguments = block, table, factors[i], x, inputs
             if recomputes:  # nothing in a layer is random, so the state of the random generator need not be restored
                 x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:

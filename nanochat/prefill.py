@@ -82,6 +82,7 @@ class Prefill:
         self.layers = layers_by_window(model.config)
 
     def read(self, chunks: Sequence[ChunkKey]) -> list[Chunk]:
+        """Computes the chunks, in this order."""
         device = self.model.device
         self.start = start = chunks[0][0].stop
         self.past: dict[int, torch.Tensor] = {}  # by layer: earlier keys and values, (2, B, S, K, D)
