@@ -13,7 +13,8 @@ async function readBytes(numBytes) {
   const bytes = new Uint8Array(numBytes);
   let offset = 0;
   for (const element of document.querySelectorAll('script.weights')) {
-    const part = decodeBase64(element.textContent.trim());
+    const text = element.textContent.trim();
+    const part = decodeBase64(text.slice(0, text.length - text.length % 4)); // an incomplete file can end anywhere
     bytes.set(part, offset);
     offset += part.length;
     element.remove();
