@@ -12,6 +12,7 @@ Shapes: B slots in a step, the first ones; T tokens of each (1, or more with dra
 """
 
 import threading
+from array import array
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -33,10 +34,10 @@ KEY_MULTIPLE = 32  # without graphs, the number of keys is rounded up to this; h
 MAX_GRAPHS = 64  # captured graphs that are kept, one per BatchSampling and shape; heuristic, not tuned
 CAPTURE_LOCK = threading.Lock()  # a process can capture one graph at a time, and a server has a thread per engine
 
-# A token that a step reads: its position, the token before it (anything at position 0) and the token itself; top_k,
-# temperature and top_p, as in sampling.RowSampling, and a random number in [0, 1), to sample the next one. These are
-# plain tuples, as every step needs one for every slot.
-StepToken = tuple[float, ...]
+# A token that a step reads, in float64, which holds token numbers and float32 exactly: its position, the token before
+# it (anything at position 0) and the token itself; top_k, temperature and top_p, as in sampling.RowSampling; a random
+# number in [0, 1), to sample the next one.
+StepToken = array
 NUM_COLUMNS = 7  # of a StepToken
 
 
@@ -131,10 +132,11 @@ class Decoder:
         self.cache.grow(num_slots, self.rings)
         if self.prompts:
             self.prompts.reserve_slots(num_slots)
-        # The columns of the tokens of a step. Captured graphs read them at a fixed address.
+        # The tokens of a step. Captured graphs read them at a fixed address.
         size = num_slots * (1 + self.max_drafted) * NUM_COLUMNS
-        self.host_numbers = torch.zeros(size, dtype=torch.float64, pin_memory=device.type == "cuda")
-        self.numbers = self.host_numbers.to(device, non_blocking=True)  # on a CPU the same tensor
+        self.host_rows = torch.zeros(size, dtype=torch.float64, pin_memory=device.type == "cuda")
+        self.host_bytes = self.host_rows.numpy().data.cast("B")  # the same memory
+        self.rows = self.host_rows.to(device, non_blocking=True)  # on a CPU the same tensor
         self.num_slots, self.length = num_slots, length
         self.graphs.clear()
 
@@ -174,6 +176,7 @@ class Decoder:
         batch = num_slots
         if self.use_static_shapes:
             batch = min(next_power_of_two(num_slots), self.num_slots)
+        self._upload([*tokens, *[tokens[0]] * (batch - num_slots)])  # unused slots repeat what the first one does
         prompts = None
         positions = [int(first[0]) for first, *_ in tokens]
         if self.prompts:
@@ -182,7 +185,6 @@ class Decoder:
             lengths = self.prompts.lengths
             positions = [position - length for position, length in zip(positions, lengths, strict=True)]
         num_keys = min(self._round_up_keys(max(positions) + T), self.length + self.max_drafted)
-        self._upload([*tokens, *[tokens[0]] * (batch - num_slots)])  # unused slots repeat what the first one does
         shape = StepShape(batch, T, num_keys, sampling, prompts)
         if self.use_graphs:
             sampled = self._replay(shape)
@@ -195,12 +197,12 @@ class Decoder:
         return sampled.tokens_BT[:num_slots].tolist(), logprobs
 
     def _upload(self, tokens: Sequence[Sequence[StepToken]]) -> None:
-        """Writes the columns to where the step reads them; float64 holds token numbers and float32 exactly."""
-        columns = zip(*chain.from_iterable(tokens), strict=True)
-        numbers = list(chain.from_iterable(columns))
-        self.host_numbers.numpy()[: len(numbers)] = numbers
-        if self.numbers is not self.host_numbers:
-            self.numbers[: len(numbers)].copy_(self.host_numbers[: len(numbers)], non_blocking=True)
+        """Writes the tokens to where the step reads them."""
+        joined = b"".join(chain.from_iterable(tokens))
+        self.host_bytes[: len(joined)] = joined
+        if self.rows is not self.host_rows:
+            size = len(joined) // self.rows.itemsize
+            self.rows[:size].copy_(self.host_rows[:size], non_blocking=True)
 
     def _round_up_keys(self, count: int) -> int:
         """The number of keys that a step reads to see `count` of them."""
@@ -254,15 +256,15 @@ class Decoder:
     def _step(self, shape: StepShape) -> Sampled:
         """The step itself. All of it runs on the device: the host reads no value, so it can be captured as a graph."""
         B, T, num_keys, sampling, prompt_shape = shape
-        columns_XN = self.numbers[: NUM_COLUMNS * B * T].view(NUM_COLUMNS, B * T)
-        positions_BT, previous_BT, tokens_BT, top_k_BT = columns_XN[:4].long().view(4, B, T).unbind()
+        rows_NX = self.rows[: B * T * NUM_COLUMNS].view(B * T, NUM_COLUMNS)
+        positions_N, previous_N, tokens_N, top_k_N = rows_NX[:, :4].long().unbind(1)
+        tokens_BT, positions_BT, previous_B1 = tokens_N.view(B, T), positions_N.view(B, T), previous_N.view(B, T)[:, :1]
         keys, values = self.cache.views(B, num_keys)
         prompts: list[torch.Tensor] = []
         if self.prompts and prompt_shape:
             prompts = self.prompts.tensors(B, prompt_shape)
-        inputs = StepInputs(tokens_BT, positions_BT, previous_BT[:, :1], keys, values, self.ring_lengths_L, prompts)
+        inputs = StepInputs(tokens_BT, positions_BT, previous_B1, keys, values, self.ring_lengths_L, prompts)
         raw_BTV = self.forward(*inputs)
-        temperature_N, top_p_N, uniform_N = columns_XN[4:].float().unbind()
-        rows = RowSampling(top_k_BT.flatten(), temperature_N, top_p_N, uniform_N)
-        tokens_N, logprobs_N = sample(raw_BTV.flatten(0, 1), rows, sampling, self.model.config.logit_softcap)
-        return Sampled(tokens_N.view(B, T), None if logprobs_N is None else logprobs_N.view(B, T))
+        rows = RowSampling(top_k_N, *rows_NX[:, 4:].float().unbind(1))
+        sampled_N, logprobs_N = sample(raw_BTV.flatten(0, 1), rows, sampling, self.model.config.logit_softcap)
+        return Sampled(sampled_N.view(B, T), None if logprobs_N is None else logprobs_N.view(B, T))

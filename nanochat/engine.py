@@ -193,9 +193,7 @@ class Engine:
         self._fill_slots()
         if not self.active:
             return []
-        drafts = [entry.draft() for entry in self.active]
-        if any(drafts):  # all get the same length, so that there are few shapes; what is added may be right too
-            drafts = [draft + [0] * (self.speculate - len(draft)) for draft in drafts]
+        drafts = self._drafts()
         read = [entry.read(draft) for entry, draft in zip(self.active, drafts, strict=True)]
         sampling = BatchSampling.of({entry.params for entry in self.active}, self.model.config.vocab_size)
         tokens, logprobs = self.decoder.step(read, sampling)
@@ -210,12 +208,21 @@ class Engine:
                 if completion.finish:
                     events.append(Event(entry.number, None, completion))
                     break
-                if draft[i : i + 1] != [token]:
+                if not draft or draft[i : i + 1] != [token]:
                     break
         for slot in reversed(range(len(self.active))):
             if self.active[slot].completion.finish:
                 self._free_slot(slot)
         return events
+
+    def _drafts(self) -> list[list[int]]:
+        """A draft for each active request. All have the same length, so that there are few shapes of steps."""
+        if not self.speculate:
+            return [[]] * len(self.active)
+        drafts = [entry.draft() for entry in self.active]
+        if any(drafts):  # what is added may be right too
+            drafts = [draft + [0] * (self.speculate - len(draft)) for draft in drafts]
+        return drafts
 
     @torch.inference_mode()
     def read_ahead(self, prompt: list[int], completion: Completion) -> None:

@@ -3,6 +3,7 @@ Requests to the engine (engine.py): a prompt with its sampling parameters, its c
 """
 
 import random
+from array import array
 from collections import deque
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -89,9 +90,9 @@ class ActiveRequest:
         self.limit = min(request.max_tokens, room)  # new tokens
         self.limit_reason = "context" if room < request.max_tokens else "length"
         self.params = params = sampling_params(request, config.vocab_size)
-        self.sampling = (params.top_k or config.vocab_size, params.temperature, params.top_p)
-        self.position = len(request.prompt) - 1  # of the last token so far
-        self.last_two = (request.prompt[-2] if len(request.prompt) > 1 else 0, request.prompt[-1])  # tokens so far
+        sampling = (params.top_k or config.vocab_size, params.temperature, params.top_p)
+        last_two = [0, *request.prompt][-2:]
+        self.next_read: StepToken = array("d", (len(request.prompt) - 1, *last_two, *sampling, 0.0))  # the last token
         self.forced: deque[int] = deque()  # tool output to insert next
         self.completion = Completion()
         self.drafter = Drafter(request.prompt) if max_drafted else None
@@ -104,9 +105,13 @@ class ActiveRequest:
     def read(self, draft: list[int]) -> list[StepToken]:
         """What the next step reads: the last token and a draft of those after it."""
         index = len(self.completion.tokens)
-        read: list[StepToken] = [(self.position, *self.last_two, *self.sampling, self.uniforms[index])]
+        self.next_read[-1] = self.uniforms[index]
+        read = [self.next_read]
+        if not draft:
+            return read
         for i, token in enumerate(draft, 1):
-            read.append((self.position + i, read[-1][2], token, *self.sampling, self.uniforms[index + i]))
+            position, _, previous, *sampling, _ = read[-1]
+            read.append(array("d", (position + 1, previous, token, *sampling, self.uniforms[index + i])))
         return read
 
     def accept(self, sampled: int, logprob: float, stop_tokens: set[int]) -> int | None:
@@ -124,8 +129,10 @@ class ActiveRequest:
             return None
         completion.tokens.append(token)
         completion.sampled.append(is_sampled)
-        self.position += 1
-        self.last_two = (self.last_two[1], token)
+        read = self.next_read
+        read[0] += 1
+        read[1] = read[2]
+        read[2] = token
         if self.drafter:
             self.drafter.add(token)
         if is_sampled:

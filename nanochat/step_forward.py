@@ -73,7 +73,9 @@ class PackagedForward:
     def _load(self, B: int, T: int, dtype: torch.dtype, is_shared: bool) -> aot.Package:
         """For this number of slots if it is 1, and any above 1 if not; for any numbers of keys and prompts."""
         config = self.module.model.config
-        positions_BT, previous_BT, tokens_BT = torch.zeros((3, B, T), dtype=torch.long).unbind()
+        # With the strides that they have in Decoder._step.
+        columns = torch.zeros((B * T, 4), dtype=torch.long).unbind(1)
+        positions_BT, previous_BT, tokens_BT = (column.view(B, T) for column in columns[:3])
         keys, values = self._example_caches(B, 50, dtype)
         ring_lengths_L = torch.ones(config.n_layer, dtype=torch.long)
         prompts: list[torch.Tensor] = []

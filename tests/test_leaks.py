@@ -704,7 +704,7 @@ def leaks_of_drafts(engine, monkeypatch):
         first = engine.num_requests
 
         def draft(self):
-            return drafts[self.number - first] if self.position % 2 else []
+            return drafts[self.number - first] if self.next_read[0] % 2 else []
 
         monkeypatch.setattr(ActiveRequest, "draft", draft)
         return read_tokens(engine, with_own_first_tokens(ids_BT[:, :20]), 1)
