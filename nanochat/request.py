@@ -92,7 +92,7 @@ class ActiveRequest:
         self.params = params = sampling_params(request, config.vocab_size)
         sampling = (params.top_k or config.vocab_size, params.temperature, params.top_p)
         last_two = [0, *request.prompt][-2:]
-        self.next_read: StepToken = array("d", (len(request.prompt) - 1, *last_two, *sampling, 0.0))  # the last token
+        self.next_read: StepToken = array("d", (len(request.prompt) - 1, *last_two, *sampling, 0.0))
         self.forced: deque[int] = deque()  # tool output to insert next
         self.completion = Completion()
         self.drafter = Drafter(request.prompt) if max_drafted else None
