@@ -36,9 +36,9 @@ CAPTURE_LOCK = threading.Lock()  # a process can capture one graph at a time, an
 
 # A token that a step reads, in float64, which holds token numbers and float32 exactly: its position, the token before
 # it (anything at position 0) and the token itself; top_k, temperature and top_p, as in sampling.RowSampling; a random
-# number in [0, 1), to sample the next one. The host needs 1.8 µs per slot and step with these (Zen 4); if they stayed on
-# the device, 1.3, but they would have to be moved with slots, restored after a capture, and replaced where a tool forces
-# a token.
+# number in [0, 1), to sample the next one. The host needs 1.8 µs per slot and step with these (Zen 4). If they stayed
+# on the device it would need 1.3, but they would have to be moved with slots, restored after a capture, and replaced
+# where a tool forces a token.
 StepToken = array
 NUM_COLUMNS = 7  # of a StepToken
 
