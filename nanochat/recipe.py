@@ -15,9 +15,10 @@ optimizer steps come out. Pure arithmetic, in the order in which one value follo
    1 / (learning rate * weight decay) steps. With this formula these steps are the same share of every run
    (arXiv 2405.13698).
 6. Short runs. The best learning rate falls with the number of training tokens as D^-0.32 (arXiv 2409.19913). Where
-   --num-iterations or --target-flops ask for fewer tokens than the ratio gives, learning rates are multiplied by
-   (ratio * N / D)^0.32, at most 4, weight decay is divided by it, and the warm-up takes at most a 20th of the run.
-   `--recipe nanochat` leaves this step out.
+   --num-iterations or --target-flops ask for fewer tokens than the ratio gives, the learning rates of tables, lm_head
+   and matrices are multiplied by (ratio * N / D)^0.32, at most 4, weight decay is divided by it, and the warm-up takes
+   at most a 20th of the run. The scalars keep their rate: x0_lambdas, at 0.2 a step, would go to 2 and come back, or
+   not. `--recipe nanochat` leaves this step out.
 
 The values and the reference point are those of Karpathy's nanochat. `explain` gives the derivation of a run as a table.
 """
@@ -177,7 +178,7 @@ def derive(flags: RecipeFlags, vocab_size: int) -> Recipe:
 
     given = {field.name: getattr(flags, field.name) for field in fields(Hyperparameters)}
     factor = short_run_factor(flags, vocab_size, horizon)
-    rates = {name: factor * value for name, value in given.items() if name.endswith("_lr")}
+    rates = {name: factor * given[name] for name in ("embedding_lr", "unembedding_lr", "matrix_lr")}
     hyperparameters = Hyperparameters(**(given | rates | {"total_batch_size": batch}))
     weight_decay = flags.weight_decay * hyperparameters.batch_lr_scale * reference_horizon / horizon / factor
     groups = param_groups(config, hyperparameters, weight_decay=weight_decay)
@@ -356,7 +357,8 @@ def load_hyperparameters(meta: dict[str, Any]) -> Hyperparameters:
 
 def short_run_factor(flags: RecipeFlags, vocab_size: int, horizon: int) -> float:
     """
-    The factor on learning rates of a run with fewer tokens than --target-param-data-ratio gives, else 1.
+    The factor on the learning rates of tables, lm_head and matrices in a run with fewer tokens than
+    --target-param-data-ratio gives, else 1.
 
     Measured at depth 4, width 256, 227 steps of 8,192 tokens of text, where it is 3: docs/lab_notes.md.
     """
@@ -469,7 +471,7 @@ def explain(flags: RecipeFlags, recipe: Recipe) -> list[tuple[str, str, str]]:
         (
             "factor for short runs",
             f"{factor:.4f}",
-            f"({flags.target_param_data_ratio:g} N / D)^0.32, 1 to 4 (arXiv 2409.19913)",
+            f"({flags.target_param_data_ratio:g} N / D)^0.32, 1 to 4, not on scalars (arXiv 2409.19913)",
         ),
         ("Muon's weight decay", f"{recipe.weight_decay:.4f}", decay),
     ]
