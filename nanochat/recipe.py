@@ -17,8 +17,8 @@ optimizer steps come out. Pure arithmetic, in the order in which one value follo
 6. Short runs. The best learning rate falls with the number of training tokens as D^-0.32 (arXiv 2409.19913). Where
    --num-iterations or --target-flops ask for fewer tokens than the ratio gives, the learning rates of tables, lm_head
    and matrices are multiplied by (ratio * N / D)^0.32, at most 4, weight decay is divided by it, and the warm-up takes
-   at most a 20th of the run. The scalars keep their rate: x0_lambdas, at 0.2 a step, would go to 2 and come back, or
-   not. `--recipe nanochat` leaves this step out.
+   at most a 20th of the run. The scalars keep their rate: at 0.2 a step, x0_lambdas can rise to 2 in the warm-up and
+   stay there, which costs 0.05 bits per byte (docs/lab_notes.md). `--recipe nanochat` leaves this step out.
 
 The values and the reference point are those of Karpathy's nanochat. `explain` gives the derivation of a run as a table.
 """
